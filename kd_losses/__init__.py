@@ -1,0 +1,81 @@
+"""The index of all distillation losses: one import, one row in METHODS per method.
+
+A row says what a training step feeds the loss (feed), what its constructor is told (build), and the default
+weight. Feeds and builds are named one-line functions, so a row reads as a sentence: "AT, each map, weight
+1000, one instance per stage". To add a method, write its file, import it here and add a row; train_kd.py, the
+tests and the tables pick it up from there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .at import AT
+from .cc import CC
+from .dkd import DKD
+from .fitnet import FitNet
+from .logits import Logits
+from .nst import NST
+from .ofd import OFD
+from .pkt import PKT
+from .rkd import RKD
+from .sp import SP
+from .st import SoftTarget
+from .vid import VID
+
+
+# fmt: off
+# feed: what one step gives the loss.  s, t: Feats of student and teacher (out, feat, fms, pres), b: the batch
+# (img, target, index, epoch).  fms[0] is the stem, so fms[1:] are the stages.
+def logits(kd, s, t, b):    return kd(s.out, t.out)
+def labelled(kd, s, t, b):  return kd(s.out, t.out, b.target)
+def embed(kd, s, t, b):     return kd(s.feat, t.feat)
+def last_map(kd, s, t, b):  return kd(s.fms[-1], t.fms[-1])
+def each_map(kd, s, t, b):  return sum(k(x, y) for k, x, y in zip(kd, s.fms[1:], t.fms[1:])) / len(kd)
+def each_pre(kd, s, t, b):  return sum(k(x, y) for k, x, y in zip(kd, s.pres[1:], t.pres[1:])) / len(kd)
+
+
+# build: what the constructor is told.  e: e.s and e.t, Feats of a probe batch; e.net_s, e.net_t, e.train_set
+def plain(C, e, **hp):      return C(**hp)
+def last_ch(C, e, **hp):    return C(e.s.fms[-1].shape[1], e.t.fms[-1].shape[1], **hp)
+def stages(C, e, **hp):     return nn.ModuleList(C(**hp) for _ in zip(e.s.fms[1:], e.t.fms[1:]))
+def stage_ch(C, e, **hp):   return nn.ModuleList(
+    C(x.shape[1], y.shape[1], **hp) for x, y in zip(e.s.fms[1:], e.t.fms[1:]))
+def stage_bn(C, e, **hp):   return nn.ModuleList(
+    C(x.shape[1], y.shape[1], **{'margin': C.margin_from_bn(bn.weight, bn.bias), 'reduction': 'mean', **hp})
+    for x, y, bn in zip(e.s.pres[1:], e.t.pres[1:], e.net_t.bn_before_relu()))
+
+
+# fmt: on
+# ramp: factor on the weight, a function of the epoch (from 0) and the length of the run
+def warm_up(epoch, epochs):
+    return min((epoch + 1) / max(epochs / 12, 1), 1)  # DKD: 20 of its 240 epochs
+
+
+@dataclass(frozen=True)
+class Method:
+    loss: type
+    feed: Callable
+    weight: float  # default of --lambda_kd
+    build: Callable = plain
+    ramp: Callable | None = None  # None: the weight is constant
+
+
+# fmt: off
+# Weights are the seed zoo's (Knowledge-Distillation-Zoo, CIFAR-10, losses averaged over the stages) where it
+# has the method, else the authors'.
+METHODS = {
+    'at':     Method(AT, each_map, 1000.0, stages),
+    'cc':     Method(CC, embed, 100.0),
+    'dkd':    Method(DKD, labelled, 1.0, ramp=warm_up),
+    'fitnet': Method(FitNet, last_map, 0.1, last_ch),
+    'logits': Method(Logits, logits, 0.1),
+    'nst':    Method(NST, last_map, 10.0),
+    'ofd':    Method(OFD, each_pre, 0.5, stage_bn),
+    'pkt':    Method(PKT, embed, 10000.0),
+    'rkd':    Method(RKD, embed, 1.0),
+    'sp':     Method(SP, each_map, 3000.0, stages),
+    'st':     Method(SoftTarget, logits, 0.1),
+    'vid':    Method(VID, each_map, 1.0, stage_ch),
+}

@@ -1,0 +1,133 @@
+"""RKD, relational knowledge distillation: match distances and angles between the samples of a batch.
+
+W. Park, D. Kim, Y. Lu, M. Cho, "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068.
+
+    h(d) = d^2 / 2 where |d| < 1, else |d| - 1/2                                           (Huber)
+    distance:  psi_ij = ||f_i - f_j|| / mean over i != j of ||f_i - f_j||
+               L_D = mean over i, j of h(psi_s[i, j] - psi_t[i, j])
+    angle:     e_ij = (f_j - f_i) / ||f_j - f_i||;  A_ijk = e_ij.e_ik                 (angle at sample i)
+               L_A = mean over i, j, k of h(A_s[i, j, k] - A_t[i, j, k])
+    loss = w_dist L_D + w_angle L_A
+
+Tap: the pooled embedding before the classifier, not normalised; widths may differ. Invariant to scaling,
+rotating and shifting either network's embeddings. Weak where a batch holds few samples per class.
+
+Differences: value and gradient are those of the authors' code. Duplicates (two dead samples) give gradients
+of 1e9 there in the angle term; here a difference shorter than 1e-12 is the zero vector with zero gradient. A
+batch of one has no pair: the loss is 0 instead of NaN.
+Cost: the angle term is evaluated a few vertices at a time, together with its gradient, so neither the
+(N, N, D) differences nor the (N, N, N) angles are ever stored. It cannot be differentiated twice.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class RKD(nn.Module):
+    """Huber loss between pairwise distances and between triplet angles.
+
+    Args:
+        w_dist, w_angle: weights of the two terms; 25 and 50 on CIFAR. A weight of 0 skips its term.
+
+    Shape:
+        feat_s: (N, D_s), feat_t: (N, D_t); further axes are flattened. Returns a scalar, 0 for N = 1.
+        No gradient reaches feat_t. `distance` and `angle` take the same arguments and give one term,
+        unweighted.
+
+    Raises:
+        ValueError: an argument has no feature axis; the batch sizes differ.
+    """
+
+    def __init__(self, w_dist: float = 25.0, w_angle: float = 50.0) -> None:
+        super().__init__()
+        self.w_dist, self.w_angle = w_dist, w_angle
+
+    def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
+        loss = feat_s.new_zeros((), dtype=_full(feat_s).dtype)
+        if self.w_dist != 0:
+            loss = loss + self.w_dist * self.distance(feat_s, feat_t)
+        if self.w_angle != 0:
+            loss = loss + self.w_angle * self.angle(feat_s, feat_t)
+        return loss
+
+    def distance(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
+        feat_s, feat_t = _prepare(feat_s, feat_t)
+        with torch.autocast(feat_s.device.type, enabled=False):
+            return F.smooth_l1_loss(_relative_distances(feat_s), _relative_distances(feat_t))
+
+    def angle(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
+        feat_s, feat_t = _prepare(feat_s, feat_t)
+        with torch.autocast(feat_s.device.type, enabled=False):
+            return _AngleLoss.apply(_few_coordinates(feat_s), _few_coordinates(feat_t))
+
+
+def _prepare(feat_s: Tensor, feat_t: Tensor) -> tuple[Tensor, Tensor]:
+    if feat_s.dim() < 2:
+        raise ValueError(f'RKD: feat_s must be (N, D), got {tuple(feat_s.shape)}')
+    if feat_t.dim() < 2 or len(feat_t) != len(feat_s):
+        raise ValueError(f'RKD: feat_t must be ({len(feat_s)}, D) as feat_s, got {tuple(feat_t.shape)}')
+    return _full(feat_s).flatten(1), _full(feat_t.detach()).flatten(1)
+
+
+def _relative_distances(f: Tensor) -> Tensor:
+    """(N, N) distances over their mean off the diagonal; duplicates count as 1e-6, without gradient."""
+    n = len(f)
+    f = f - f.mean(dim=0)  # |a|^2 + |b|^2 - 2ab loses fewer digits around the centre
+    square = f.square().sum(dim=1)
+    d = torch.addmm(square[:, None] + square[None, :], f, f.T, alpha=-2).clamp(min=1e-12).sqrt()
+    d = d.masked_fill(torch.eye(n, dtype=torch.bool, device=f.device), 0.0)
+    return d / (d.sum() / max(n * (n - 1), 1)).clamp(min=1e-6)
+
+
+def _few_coordinates(f: Tensor) -> Tensor:
+    """Angles only need inner products of differences: wide features fit exactly into N coordinates."""
+    f = f - f.mean(dim=0)
+    if f.shape[1] <= len(f):
+        return f
+    with torch.no_grad():
+        basis = torch.linalg.qr(f.T).Q  # (D, N), spans the rows of f
+    return f @ basis
+
+
+class _AngleLoss(torch.autograd.Function):
+    """mean h(A_s - A_t) and its gradient in one pass over chunks of vertices that stay in cache."""
+
+    @staticmethod
+    def forward(ctx, f_s: Tensor, f_t: Tensor) -> Tensor:
+        n = len(f_s)
+        budget = 2**24 if f_s.is_cuda else 2**18  # numbers of an (chunk, N, N) block
+        chunk = max(1, budget // n**2)
+        loss, grad = f_s.new_zeros(()), torch.zeros_like(f_s)
+        for i in range(0, n, chunk):
+            e_s, inverse_s = _directions(f_s, i, chunk)
+            e_t, _ = _directions(f_t, i, chunk)
+            d = torch.baddbmm(e_s @ e_s.mT, e_t, e_t.mT, alpha=-1)  # A_s - A_t, (chunk, N, N)
+            slope = d.clamp(-1, 1)  # h'(d), and h(d) = h' (d - h'/2)
+            loss += (slope * (d - slope / 2)).sum()
+            # d is symmetric in j and k, hence 2; then back through the normalisation e = v / ||v||
+            g = 2 * slope @ e_s
+            g = (g - e_s * (e_s * g).sum(dim=2, keepdim=True)) * inverse_s
+            grad += g.sum(dim=0)
+            grad[i : i + chunk] -= g.sum(dim=1)
+        ctx.save_for_backward(grad / n**3)
+        return loss / n**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        return grad_out * ctx.saved_tensors[0], None
+
+
+def _directions(f: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Unit vectors from `count` vertices to every sample, and one over their lengths (0 for duplicates)."""
+    v = f[None] - f[start : start + count, None]
+    norm = torch.linalg.vector_norm(v, dim=2, keepdim=True)
+    inverse = torch.where(norm > 1e-12, 1 / norm.clamp(min=1e-12), 0.0)
+    return v * inverse, inverse
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,152 @@
+"""How a golden file feeds a loss: one small generator of cases per method, driven by the file's keys."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from kd_losses import AT, CC, DKD, NST, OFD, PKT, RKD, SP, VID, FitNet, Logits, SoftTarget
+
+
+@dataclass
+class Case:
+    """Call the loss, compare the value under `loss`, then the gradients under `grads` and `gradparams`."""
+
+    call: Callable
+    inputs: dict  # argument name in the file -> tensor
+    loss: str = 'loss'
+    grads: dict = field(default_factory=dict)  # key in the file -> tensor whose .grad is meant
+
+    def check(self, vector) -> None:
+        value = self.call(**self.inputs)
+        assert value.shape == (), f'{vector.name}: the loss is not a scalar'
+        vector.compare(self.loss, value)
+        present = {key: tensor for key, tensor in self.grads.items() if key in vector}
+        if present:
+            value.backward()
+        for key, tensor in present.items():
+            assert tensor.grad is not None, f'{vector.name}: no gradient for {key}'
+            vector.compare(key, tensor.grad)
+        for name, tensor in self.inputs.items():
+            assert not (name.endswith('_t') and tensor.grad is not None), f'{vector.name}: gradient in {name}'
+
+
+def case(z, module, *names, suffix='', rename=None, call=None, more=None) -> Case:
+    """The common case: inputs in_<name>, value loss<suffix>, gradients grad_<name><suffix>.
+
+    rename: {argument: name in the file} where the file has another map for the same argument.
+    more: further expected gradients {key: tensor}.
+    """
+    inputs = {name: z.input((rename or {}).get(name, name)) for name in names}
+    grads = {
+        f'grad_{name}{suffix}': x for name, x in inputs.items() if x.requires_grad and not name.endswith('_t')
+    }
+    return Case(call or module.double().forward, inputs, f'loss{suffix}', grads | (more or {}))
+
+
+def fill(module, values: dict) -> dict:
+    """Set parameters by path; returns {path: parameter}, in float64."""
+    module.double()
+    parameters = {path: module.get_parameter(path) for path in values}
+    with torch.no_grad():
+        for path, value in values.items():
+            parameters[path].copy_(value)
+    return parameters
+
+
+def at(z) -> Iterator[Case]:
+    yield case(z, AT(**z.hp('p')), 'fm_s', 'fm_t')
+    yield case(z, AT(p=2.0), 'fm_s', 'fm_t', suffix='_p2')
+    yield case(z, AT(**z.hp('p')), 'fm_s', 'fm_t', suffix='_big', rename={'fm_s': 'fm_s_big'})
+
+
+def cc(z):
+    yield case(z, CC(**z.hp('gamma', 'P_order')), 'feat_s', 'feat_t')
+    for kernel in ('rbf_taylor', 'rbf', 'bilinear', 'mmd'):
+        yield case(z, CC(**z.hp('gamma', 'P_order'), kernel=kernel), 'feat_s', 'feat_t', suffix=f'_{kernel}')
+
+
+def dkd(z):
+    loss = DKD(**z.hp('alpha', 'beta', 'T'))
+    yield case(z, loss, 'out_s', 'out_t', 'target')
+    yield case(z, loss, 'out_s', 'out_t', 'target', suffix='_tckd', call=lambda **x: loss.terms(**x)[0])
+    yield case(z, loss, 'out_s', 'out_t', 'target', suffix='_nckd', call=lambda **x: loss.terms(**x)[1])
+
+
+def fitnet(z):
+    yield case(z, FitNet(), 'fm_s', 'fm_t')
+    loss = FitNet(z.shape('in_fm_s_reg')[1], z.shape('in_fm_t')[1])
+    roles = {'conv_weight': 'regressor.0.weight', 'conv_bias': 'regressor.0.bias',
+             'bn_weight': 'regressor.1.weight', 'bn_bias': 'regressor.1.bias'}  # fmt: skip
+    parameters = fill(loss, {path: z.param(role) for role, path in roles.items()})
+    more = {f'gradparam_{role}': parameters[path] for role, path in roles.items()}
+    yield case(z, loss, 'fm_s', 'fm_t', suffix='_reg', rename={'fm_s': 'fm_s_reg'}, more=more)
+
+
+def logits(z):
+    yield case(z, Logits(), 'out_s', 'out_t')
+
+
+def nst(z):
+    yield case(z, NST(), 'fm_s', 'fm_t')
+    yield case(z, NST('linear'), 'fm_s', 'fm_t', suffix='_linear')
+    yield case(z, NST('gaussian'), 'fm_s', 'fm_t', suffix='_gaussian')
+    yield case(z, NST('poly', d=2, c=0.5), 'fm_s', 'fm_t', suffix='_poly_c05')
+
+
+def ofd(z):
+    c_s, c_t = z.shape('in_fm_s')[1], z.shape('in_fm_t')[1]
+    margin = OFD.margin_from_bn(z.input('bn_weight'), z.input('bn_bias'))
+    z.compare('out_margin', margin)
+    roles = {'conv_w': 'connector.0.weight', 'bn_w': 'connector.1.weight', 'bn_b': 'connector.1.bias'}
+
+    def build(margin, reduction):
+        loss = OFD(c_s, c_t, margin, reduction)
+        return loss, fill(loss, {path: z.param(role) for role, path in roles.items()})
+
+    loss, parameters = build(margin, 'batchmean')
+    more = {f'gradparam_{role}': parameters[path] for role, path in roles.items()}
+    yield case(z, loss, 'fm_s', 'fm_t', more=more)
+    yield case(z, loss, 'fm_s', 'fm_t', suffix='_sum', call=lambda fm_s, fm_t: loss(fm_s, fm_t) * len(fm_s))
+    yield case(z, build(margin, 'mean')[0], 'fm_s', 'fm_t', suffix='_mean')
+    yield case(z, build(None, 'batchmean')[0], 'fm_s', 'fm_t', suffix='_margin_batch')
+    yield case(z, build(None, 'mean')[0], 'fm_s', 'fm_t', suffix='_mean_margin_batch')
+    z.compare('out_margin_batch', OFD.margin_from_batch(z.input('fm_t')).flatten())
+
+
+def pkt(z):
+    yield case(z, PKT(**z.hp('eps')), 'feat_s', 'feat_t')
+    yield case(z, PKT(eps=1e-6), 'feat_s', 'feat_t', suffix='_eps1em6')
+
+
+def rkd(z):
+    loss = RKD(**z.hp('w_dist', 'w_angle'))
+    yield case(z, loss, 'feat_s', 'feat_t')
+    yield case(z, loss, 'feat_s', 'feat_t', suffix='_dist', call=loss.distance)
+    yield case(z, loss, 'feat_s', 'feat_t', suffix='_angle', call=loss.angle)
+
+
+def sp(z):
+    yield case(z, SP(), 'fm_s', 'fm_t')
+
+
+def st(z):
+    yield case(z, SoftTarget(**z.hp('T')), 'out_s', 'out_t')
+
+
+def vid(z):
+    loss = VID(z.shape('in_fm_s')[1], z.shape('in_fm_t')[1], **z.hp('mid_channels', 'eps', 'init_var'))
+    # the constructor works in float32, the vector in float64
+    torch.testing.assert_close(
+        loss.alpha.detach().double(), torch.from_numpy(z.arrays['out_alpha_init']), rtol=1e-6, atol=0
+    )
+    z.open.discard('out_alpha_init')
+    roles = {'conv1_w': 'regressor.0.weight', 'conv2_w': 'regressor.2.weight', 'conv3_w': 'regressor.4.weight',
+             'alpha': 'alpha'}  # fmt: skip
+    parameters = fill(loss, {path: z.param(role) for role, path in roles.items()})
+    more = {f'gradparam_{role}': parameters[path] for role, path in roles.items()}
+    yield case(z, loss, 'fm_s', 'fm_t', more=more)
+
+
+ADAPTERS = {'at': at, 'cc': cc, 'dkd': dkd, 'fitnet': fitnet, 'logits': logits, 'nst': nst, 'ofd': ofd, 'pkt': pkt,
+            'rkd': rkd, 'sp': sp, 'st': st, 'vid': vid}  # fmt: skip
