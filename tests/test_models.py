@@ -1,0 +1,254 @@
+"""The networks against the originals: layouts, sizes, logits and every feature, and the checkpoint loader."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from models.checkpoint import load_weights, read_checkpoint
+
+GOLDEN = Path(os.environ.get('GOLDEN_DIR') or Path(__file__).parent / 'golden') / 'models'
+if not GOLDEN.is_dir():  # a folder with losses only
+    GOLDEN = Path(__file__).parent / 'golden' / 'models'
+
+
+def known(name: str) -> bool:
+    try:
+        models.build(name)
+        return True
+    except ValueError:
+        return False
+
+
+FILES = sorted(p.stem for p in GOLDEN.glob('*.npz') if known(p.stem.split('_', 1)[1].split('_c10')[0]))
+
+
+def rule(k: int, n: int) -> np.ndarray:
+    """The filling rule of the golden files: n pseudo-random numbers in (-1, 1) for the k-th tensor."""
+    P, a, b, c, d = 1000003, 48271, 7919, 104729, 12345
+    i = np.arange(n, dtype=np.int64) % P
+    h = (a * (i * i % P) + ((b * (k + 1)) % P) * i + c * (k + 1) + d) % P
+    return 2 * (h + 0.5) / P - 1
+
+
+def filled(layout: dict[str, list[int]], gain: float) -> dict[str, torch.Tensor]:
+    state = {}
+    for k, key in enumerate(sorted(layout)):
+        shape = layout[key]
+        v = rule(k, int(np.prod(shape))).reshape(shape)
+        if key.endswith('num_batches_tracked'):
+            v = np.zeros((), np.int64)
+        elif key.endswith('running_mean') or key.endswith('bias'):
+            v = 0.2 * v
+        elif key.endswith('running_var'):
+            v = 1 + 0.5 * (v + 1) / 2
+        elif len(shape) == 1:
+            v = 0.75 + 0.5 * (v + 1) / 2
+        else:
+            v = v * np.sqrt(3 * gain / (v.size / shape[0]))
+        state[key] = torch.from_numpy(np.asarray(v))
+    return state
+
+
+def test_the_filling_rule():
+    h = (rule(0, 2) + 1) / 2 * 1000003 - 0.5
+    np.testing.assert_allclose(h, [117074, 173264], atol=1e-6)
+
+
+def close(got: torch.Tensor, wanted, scale: float, what: str) -> None:
+    np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=0, atol=1e-9 * scale, err_msg=what)
+
+
+@pytest.mark.parametrize('stem', FILES)
+def test_network_equals_the_original(stem, tmp_path):
+    name = stem.split('_', 1)[1].split('_c10')[0]
+    layout = json.loads((GOLDEN / f'{stem}.json').read_text())
+    with np.load(GOLDEN / f'{stem}.npz') as file:
+        z = {key: file[key] for key in file.files}
+    state = filled(layout, float(z['hp_gain']))
+    net = models.build(name, int(z['hp_num_classes'])).double().eval()
+    torch.save({'net': state}, tmp_path / 'x.pt')  # through the loader: it renames the Zoo's stages
+    load_weights(net, tmp_path / 'x.pt')
+    assert len(net.state_dict()) == len(layout)
+
+    n, c, h, w = (int(i) for i in z['hp_input'])
+    grid = np.meshgrid(np.arange(n), np.arange(c), np.arange(h), np.arange(w), indexing='ij')
+    wave = np.sin(0.3 * (grid[0] + 1) * grid[2] + 0.2 * (grid[1] + 1) * grid[3] + grid[0])
+    x = torch.from_numpy(0.5 * rule(9999, n * c * h * w).reshape(n, c, h, w) + wave)
+    with torch.no_grad():
+        feats = net(x, True)
+        assert torch.equal(net(x), feats.out)
+    close(feats.out, z['logits'], z['logits'].std(), 'logits')
+    first = 0 if stem.startswith('knowledge') else 1  # pres[0] is the true pre-activation only in the Zoo's files
+    groups = {'feats': (0, feats.fms), 'preact': (first, feats.pres)}
+    seen = 0
+    for group, (start, maps) in groups.items():
+        for i, fm in list(enumerate(maps))[start:]:
+            flat = fm.flatten()
+            scale = max(float(z[f'{group}_std'][i]), 1e-12)
+            probe = (flat * ((torch.arange(len(flat)) % 101) - 50)).mean()
+            sample = flat[[m * len(flat) // 8 for m in range(8)]]
+            assert tuple(fm.shape) == tuple(s for s in z[f'{group}_shape'][i] if s), f'{group}[{i}]'
+            close(flat.mean(), z[f'{group}_mean'][i], scale, f'{group}[{i}] mean')
+            close(flat.std(unbiased=False), z[f'{group}_std'][i], scale, f'{group}[{i}] std')
+            close(flat.min(), z[f'{group}_min'][i], scale, f'{group}[{i}] min')
+            close(probe, z[f'{group}_probe'][i], 100 * scale, f'{group}[{i}] probe')
+            close(sample, z[f'{group}_sample'][i], scale, f'{group}[{i}] sample')
+            seen += 1
+    assert seen == len(feats.fms) + len(feats.pres) - first
+
+
+def test_there_are_golden_networks():
+    assert len(FILES) >= 20
+
+
+@pytest.mark.parametrize('name', models.MODELS)
+def test_sizes(name):
+    index = json.loads((GOLDEN / 'index.json').read_text())
+    wanted = index.get(f'repdistiller_{name}') or index[f'mdistiller_{name}']
+    net = models.build(name, wanted['num_classes'])
+    assert sum(p.numel() for p in net.parameters()) == wanted['params']
+    names = {id(m): n for n, m in net.named_modules()}
+    assert [names[id(bn)] for bn in net.bn_before_relu()] == wanted['bn_before_relu']
+    assert {names[id(m)] for m in net.feat_modules()} == set(wanted['feat_modules']) - {'relu'}
+    assert net.classifier_layer().out_features == wanted['num_classes']
+
+
+def test_shapes_modes_and_relu():
+    net = models.build('resnet8', 7).train()
+    x = torch.randn(3, 3, 40, 24, requires_grad=True)
+    f = net(x, True)
+    assert f.out.shape == (3, 7) and f.feat.shape == (3, 64) and len(f.fms) == len(f.pres) == 4
+    for pre, fm in zip(f.pres, f.fms):
+        assert torch.equal(pre.relu(), fm) and pre.min() < 0
+    assert all(m.num_batches_tracked == 1 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    before = [p.clone() for p in f.pres]
+    f.out.sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, f.pres))
+    assert models.build('resnet20', 10).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    assert models.build('resnet26', 10)(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+    last = net.to(memory_format=torch.channels_last).eval()
+    torch.testing.assert_close(last(x.contiguous(memory_format=torch.channels_last)), last(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['resnet9', 'resnet2', 'alexnet', 'resnet20x2', ''])
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match='6n \\+ 2|no network'):
+        models.build(name)
+
+
+# ------------------------------------------------------------------------------------------------- the loader
+
+
+def zoo_names(state: dict) -> dict:
+    return {
+        'module.' + k.replace('layer', 'res').replace('.downsample.', '.ds.'): v for k, v in state.items()
+    }
+
+
+def containers():
+    torch.manual_seed(0)
+    state = models.build('resnet8', 10).state_dict()
+    other = models.build('resnet8', 10).state_dict()
+    old = {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
+    full = {f'module.student.{k}': v for k, v in state.items()}
+    full |= {f'module.teacher.{k}': v for k, v in other.items()} | {'module.other.conv.weight': torch.ones(1)}
+    lr = np.float64(0.05) * 0.1 ** np.int64(2)
+    return state, {
+        'plain state dict': state,
+        'without num_batches_tracked': old,
+        'RepDistiller teacher': {'epoch': 240, 'model': old, 'accuracy': torch.tensor(69.06)},
+        'RepDistiller teacher, NumPy lr': {'model': state, 'optimizer': {'param_groups': [{'lr': lr}]}},
+        'mdistiller student': {'model': state},
+        'mdistiller full state': {'epoch': 3, 'model': full, 'best_acc': 60.0},
+        'Zoo base': {'epoch': 1, 'net': zoo_names(state), 'prec@1': 92.37, 'prec@5': 99.0},
+        'Zoo student': {'epoch': 1, 'snet': zoo_names(state), 'tnet': zoo_names(other)},
+        'Zoo DML': {'net1': zoo_names(state), 'net2': zoo_names(other)},
+    }
+
+
+@pytest.mark.parametrize('kind', containers()[1])
+def test_loader_reads(kind, tmp_path):
+    state, all_kinds = containers()
+    torch.save(all_kinds[kind], tmp_path / 'c.pth')
+    net = models.build('resnet8', 10)
+    said = load_weights(net, tmp_path / 'c.pth')
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items() if 'tracked' not in k)
+    assert ('92.37' in said) == (kind == 'Zoo base')
+
+
+def test_loader_reads_the_old_numpy_name(tmp_path):
+    """Before NumPy 2 a scalar was pickled as numpy.core.multiarray.scalar."""
+    state, all_kinds = containers()
+    path = tmp_path / 'old.pth'
+    torch.save(all_kinds['RepDistiller teacher, NumPy lr'], path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    renamed = content.replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+    assert renamed != content
+    path.write_bytes(renamed)
+    load_weights(models.build('resnet8', 10), path)
+
+
+def test_loader_takes_the_named_part(tmp_path):
+    state, all_kinds = containers()
+    torch.save(all_kinds['Zoo student'], tmp_path / 'c.pth')
+    net = models.build('resnet8', 10)
+    load_weights(net, tmp_path / 'c.pth', part='tnet')
+    assert not torch.equal(net.conv1.weight, state['conv1.weight'])
+    with pytest.raises(ValueError, match='nonsense'):
+        load_weights(net, tmp_path / 'c.pth', part='nonsense')
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ('bomb-went-off', 'w'))
+
+
+def test_loader_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state, _ = containers()
+    net = models.build('resnet8', 10)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    torch.save(state, 'good.pth')
+    good = Path('good.pth').read_bytes()
+
+    def refused(path, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            load_weights(net, path)
+        assert '\n' not in str(caught.value) and str(path) in str(caught.value)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+    refused('absent.pth', 'no such')
+    Path('empty.pth').write_bytes(b'')
+    refused('empty.pth', 'truncated|not a PyTorch')
+    Path('text.pth').write_text('hello world')
+    refused('text.pth', 'truncated|not a PyTorch')
+    for share in (0.1, 0.5, 0.9, 0.999):
+        Path('cut.pth').write_bytes(good[: int(len(good) * share)])
+        refused('cut.pth', 'truncated|not a PyTorch')
+    for size in (10, 100, 1000):
+        Path('cut.pth').write_bytes(good[:size])
+        refused('cut.pth', 'truncated|not a PyTorch')
+    torch.save(models.build('resnet20', 10).state_dict(), 'other.pth')
+    refused('other.pth', 'looks like resnet20 with 10 classes')
+    torch.save(models.build('resnet8', 100).state_dict(), 'classes.pth')
+    refused('classes.pth', 'looks like resnet8 with 100 classes')
+    torch.save({'epoch': 3}, 'none.pth')
+    refused('none.pth', 'no weights')
+    torch.save([1, 2], 'list.pth')
+    refused('list.pth', 'list')
+    Path('bomb.pth').write_bytes(pickle.dumps({'net': Bomb()}))
+    refused('bomb.pth', 'code|not a PyTorch|truncated')
+    torch.save({'net': state, 'extra': Bomb()}, 'bomb2.pth')
+    refused('bomb2.pth', 'code')
+    import argparse
+
+    torch.save({'model': state, 'opt': argparse.Namespace(lr=0.1)}, 'x_last.pth')
+    refused('x_last.pth', 'argparse.Namespace.*weights only')
+    assert not Path('bomb-went-off').exists()
+    assert read_checkpoint('good.pth').keys() == state.keys()
