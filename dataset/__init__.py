@@ -1,0 +1,68 @@
+"""The data sets by name: `train, test = load('cifar10', './data', device)`.
+
+Both halves yield `(img, target, index)` batches on the device: `train.train_batches(batch_size, seed, epoch)`
+augmented and shuffled, `test.test_batches(batch_size)` plain and in order.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .cifar import read_cifar
+from .folder import Folder
+from .resident import Resident
+from .shapes import CLASSES, cached_shapes
+
+__all__ = ['DATA', 'Folder', 'Resident', 'load']
+
+# (mean, std) per channel of the training images; CIFAR's are the seed zoo's
+_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+_CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+_SHAPES = (0.50, 0.50, 0.50), (0.24, 0.24, 0.24)
+
+
+def load(name: str, root: str | Path = './data', device: str | torch.device = 'cpu', **folder_options):
+    """Training and test set of the data called `name`.
+
+    Args:
+        name: 'shapes' or 'shapes:N' (embedded, N training images, default 8000), 'cifar10', 'cifar100', or
+            'folder' (root/train/<class>/*.jpg and root/val/<class>/*.jpg).
+        root: where data lies, or is rendered to.
+        device: where the images live (cifar, shapes) or are sent to, batch by batch (folder).
+        folder_options: see Folder.
+
+    Raises:
+        ValueError: unknown name, missing or damaged files; one line that says what to do.
+    """
+    kind, _, size = name.partition(':')
+    if kind not in DATA or (size and (kind != 'shapes' or not size.isdigit() or int(size) < 10)):
+        raise ValueError(
+            f'no data set is called {name!r}; there are {", ".join(DATA)} and shapes:N (N >= 10 images)'
+        )
+    return DATA[kind](root, torch.device(device), int(size) if size else None, folder_options)
+
+
+def _load_shapes(root, device, size, _):
+    n = size or 8000
+    halves = cached_shapes(root, n, seed=0), cached_shapes(root, max(n // 4, 10), seed=1)
+    return tuple(_resident(*half, len(CLASSES), _SHAPES, device) for half in halves)
+
+
+def _load_cifar10(root, device, *_):
+    return tuple(_resident(*half, 10, _CIFAR10, device) for half in read_cifar('cifar10', root))
+
+
+def _load_cifar100(root, device, *_):
+    return tuple(_resident(*half, 100, _CIFAR100, device) for half in read_cifar('cifar100', root))
+
+
+def _load_folder(root, device, _, options):
+    return tuple(Folder(Path(root) / half, device, **options) for half in ('train', 'val'))
+
+
+DATA = {'shapes': _load_shapes, 'cifar10': _load_cifar10, 'cifar100': _load_cifar100, 'folder': _load_folder}
+
+
+def _resident(images: np.ndarray, labels: np.ndarray, num_classes: int, mean_std, device) -> Resident:
+    return Resident(torch.from_numpy(images), torch.from_numpy(labels), num_classes, *mean_std, device)

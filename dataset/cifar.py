@@ -1,0 +1,91 @@
+"""Read CIFAR-10 and CIFAR-100 from the official files, in the binary or the Python layout, and check them."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import CIFAR10, CIFAR100
+
+# binary layout: folder, label bytes in front of the 3072 pixel bytes, and per file (records, MD5 if known)
+BINARY = {
+    'cifar10': (
+        'cifar-10-batches-bin',
+        1,
+        {
+            'data_batch_1.bin': (10000, '5dd7e06a14cb22eb9f671a540d1b7c25'),
+            'data_batch_2.bin': (10000, '5ea93a67294ea407fff1d09f752e9692'),
+            'data_batch_3.bin': (10000, '942cd6a4bcdd0dd3c604fbe906cb4421'),
+            'data_batch_4.bin': (10000, 'ae636b3ba5c66a11e91e8cb52e771fcb'),
+            'data_batch_5.bin': (10000, '53f37980c15c3d472c316c40844f3f0d'),
+            'test_batch.bin': (10000, '803d5f7f4d78ea53de84dbe85f74fb6d'),
+        },
+    ),
+    'cifar100': ('cifar-100-binary', 2, {'train.bin': (50000, None), 'test.bin': (10000, None)}),
+}
+PYTHON = {
+    'cifar10': CIFAR10,
+    'cifar100': CIFAR100,
+}  # torchvision checks the MD5 of every file before it reads one
+
+
+def read_cifar(name: str, root: str | Path):
+    """((train images, train labels), (test images, test labels)) of 'cifar10' or 'cifar100' under root.
+
+    Images are (N, 32, 32, 3) uint8, labels (N,) int64 (for CIFAR-100 the 100 fine ones).
+
+    Raises:
+        ValueError: nothing is there, or the first damaged file, with the command that repairs it.
+    """
+    root = Path(root)
+    folder = root / BINARY[name][0]
+    damaged = []
+    if folder.is_dir():
+        damaged = bad_files(name, folder)
+        if not damaged:
+            return _read_binary(name, folder)
+    python = PYTHON[name]
+    if (root / python.base_folder).is_dir():
+        try:
+            return tuple(_from_torchvision(python(root, train=train)) for train in (True, False))
+        except RuntimeError:  # torchvision's word for a missing or damaged file
+            damaged.append(f'{root / python.base_folder}: a file is missing or damaged')
+    repair = f'run: python -m dataset.download {name} --img_root {root}'
+    if damaged:
+        raise ValueError(f'{damaged[0]}; to repair it, {repair}')
+    raise ValueError(f'no {name} under {root} (looked for {folder.name} and {python.base_folder}); {repair}')
+
+
+def bad_files(name: str, folder: Path) -> list[str]:
+    """One sentence for every file of the binary layout that is missing or damaged."""
+    _, label_bytes, files = BINARY[name]
+    problems = []
+    for file, (records, md5) in files.items():
+        path, wanted = folder / file, records * (label_bytes + 3072)
+        if not path.is_file():
+            problems.append(f'{path}: missing')
+        elif path.stat().st_size != wanted:
+            problems.append(f'{path}: damaged, {path.stat().st_size} bytes instead of {wanted}')
+        elif md5 and hashlib.md5(path.read_bytes()).hexdigest() != md5:
+            problems.append(f'{path}: damaged, its MD5 is not {md5}')
+        elif not md5 and int(_labels(path, label_bytes).max()) > 99:
+            problems.append(f'{path}: damaged, it has labels above 99')
+    return problems
+
+
+def _labels(path: Path, label_bytes: int) -> np.ndarray:
+    return np.fromfile(path, np.uint8).reshape(-1, label_bytes + 3072)[:, label_bytes - 1]
+
+
+def _read_binary(name: str, folder: Path):
+    _, label_bytes, files = BINARY[name]
+    halves = [f for f in files if 'test' not in f], [f for f in files if 'test' in f]
+    for half in halves:
+        records = np.concatenate([np.fromfile(folder / f, np.uint8) for f in half]).reshape(
+            -1, label_bytes + 3072
+        )
+        images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        yield np.ascontiguousarray(images), records[:, label_bytes - 1].astype(np.int64)
+
+
+def _from_torchvision(half: CIFAR10) -> tuple[np.ndarray, np.ndarray]:
+    return half.data, np.asarray(half.targets, dtype=np.int64)

@@ -1,0 +1,139 @@
+"""Large data: a folder of images per class, decoded by worker processes (torchvision ImageFolder)."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torchvision.transforms.v2 as transforms
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Folder:
+    """One half of an ImageNet-like data set, folder/<class>/<image>.
+
+    Training: random resized crop and flip. Test: short side to size * 256 / 224, centre crop. The batches are
+    those of Resident: (img, target, index) on the device, img channels_last.
+
+    Args:
+        folder: the half's folder.
+        device: where batches appear.
+        image_size: side of the crops, 224.
+        workers: decoding processes; 0 decodes in the training process.
+        convert_rgb: accept grey, CMYK and palette images (ImageNet has some) by converting them.
+
+    Raises:
+        ValueError: the folder is missing or holds no images; later, when reached, an image that cannot be read,
+            is empty, or is not RGB. The message names the file.
+    """
+
+    def __init__(
+        self, folder: Path, device, image_size: int = 224, workers: int = 4, convert_rgb: bool = False
+    ):
+        try:
+            self._files = ImageFolder(folder)
+        except FileNotFoundError as error:
+            raise ValueError(f'{folder}: no image folder, expected <class>/<image> in it ({error})') from None
+        self.num_classes, self.mean, self.std = len(self._files.classes), MEAN, STD
+        self.device, self.workers = torch.device(device), workers
+        self._options = image_size, convert_rgb
+        self._subset = range(len(self._files))
+        self.targets = torch.tensor(self._files.targets, device=self.device)
+
+    def __len__(self) -> int:
+        return len(self._subset)
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        torch.manual_seed(seed * 1_000_003 + epoch)  # workers=0 draws its crops from the global generator
+        images = self._images(
+            transforms.RandomResizedCrop(self._options[0]), transforms.RandomHorizontalFlip()
+        )
+        yield from self._batches(images, batch_size, shuffle=True, generator=generator)
+
+    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        size = self._options[0]
+        images = self._images(transforms.Resize(math.ceil(size * 256 / 224)), transforms.CenterCrop(size))
+        yield from self._batches(images, batch_size)
+
+    def split(self, fraction: float, seed: int) -> tuple['Folder', 'Folder']:
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        held = max(int(len(self) * fraction), 1)
+        return self._part(order[held:]), self._part(order[:held])
+
+    def _part(self, chosen: list[int]) -> 'Folder':
+        part = object.__new__(Folder)
+        part.__dict__ |= self.__dict__
+        part._subset = [self._subset[i] for i in chosen]
+        part.targets = self.targets[torch.tensor(chosen, device=self.device)]
+        return part
+
+    def _images(self, *steps) -> Dataset:
+        to_tensor = transforms.Compose(
+            [
+                *steps,
+                transforms.ToImage(),
+                transforms.ToDtype(torch.float32, scale=True),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+        return Subset(_Images(self._files.samples, to_tensor, self._options[1]), self._subset)
+
+    def _batches(self, images: Dataset, batch_size: int, shuffle: bool = False, generator=None):
+        loader = DataLoader(
+            _Numbered(images), batch_size, shuffle=shuffle, generator=generator, num_workers=self.workers,
+            pin_memory=self.device.type == 'cuda',
+        )  # fmt: skip
+        try:
+            for img, target, index in loader:
+                if shuffle and len(index) == 1:  # batch norm and relations need two
+                    continue
+                img = img.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+                yield img, target.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
+        except _BadImage as error:  # a worker's exception arrives with its traceback as text in front
+            raise ValueError(str(error).strip().splitlines()[-1].split('_BadImage: ')[-1]) from None
+
+
+class _BadImage(Exception):
+    pass
+
+
+class _Images(Dataset):
+    def __init__(self, samples: list[tuple[str, int]], transform, convert_rgb: bool) -> None:
+        self.samples, self.transform, self.convert_rgb = samples, transform, convert_rgb
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        path, target = self.samples[i]
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+            raise _BadImage(f'{path}: cannot be read as an image ({type(error).__name__})') from None
+        if image.mode != 'RGB' and not self.convert_rgb:
+            raise _BadImage(
+                f'{path}: is a {image.mode} image, expected RGB; --convert_rgb converts such images'
+            )
+        return self.transform(image.convert('RGB')), target
+
+
+class _Numbered(Dataset):
+    """Adds each sample's position."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, int]:
+        return *self.images[i], i
