@@ -1,0 +1,113 @@
+"""Train one network with cross-entropy: teachers, and the baselines that students are compared with.
+
+    python train_base.py --net_name resnet20 --data_name cifar10
+
+Writes to SAVE_ROOT/NOTE: initial.pt (the random weights, for --s_init of train_kd.py), last.pt, best.pt, net.pt
+(plain weights of the last epoch), metrics.csv, log.txt, args.json, results.json.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import models
+import utils
+
+
+def parse_args():
+    parser = utils.Parser(__doc__)
+    parser.add_argument('--net_name', required=True, metavar='NAME',
+        help=f'{", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2')  # fmt: skip
+    parser.add_argument('--init', metavar='FILE', help='start from these weights instead of random ones')
+    utils.add_common_flags(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = utils.setup(args)
+    name = f'base-{args.data_name.replace(":", "")}-{args.net_name}-s{args.seed}'
+    folder = utils.output_folder(Path(args.save_root) / (args.note or name))
+    log = utils.Log(folder)
+
+    train, val, test = utils.load_data(args, device)
+    torch.manual_seed(args.seed)
+    with utils.user_errors():
+        net = models.build(args.net_name, train.num_classes)
+        if args.init:
+            log(f'initial weights: {models.load_weights(net, args.init)}')
+    initial = {key: value.clone() for key, value in net.state_dict().items()}
+    math_args = utils.math_args(args, script='train_base', net=args.net_name, initial=utils.fingerprint(net))
+    net.to(device, memory_format=torch.channels_last)
+    opt = utils.sgd(net.parameters(), args, device)
+    amp = utils.autocast(device, args.amp)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+
+    parts = {'net': net, 'opt': opt, 'scaler': scaler}
+    record = utils.Record(folder, parts, math_args, 'val' if val else 'test')
+    source = utils.resume_point(args.resume, folder)
+    record.resume(source / 'last.pt' if source and source.is_dir() else source)
+    utils.save_checkpoint(folder / 'initial.pt', initial)
+    origin = utils.provenance(device)
+    utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
+    board = utils.tensorboard(folder, args.tensorboard)
+    stop = utils.StopAfterEpoch()
+    log(f'{args.net_name} on {args.data_name}: {len(train)} training and {len(test)} test images, '
+        f'epochs {record.epoch + 1} to {args.epochs} on {device}, output in {folder}')  # fmt: skip
+    if not val:
+        log('best.pt is selected on test data (--val_split holds out training images for that)')
+
+    steps = -(-len(train) // args.batch_size)
+    bar = utils.progress_bar(steps * args.epochs, steps * record.epoch, log)
+    for epoch in range(record.epoch, args.epochs):
+        started = time.time()
+        lr = utils.learning_rate(args, epoch)
+        for group in opt.param_groups:
+            group['lr'] = lr
+        meter = utils.Meter(args.net_name, epoch, device)
+        net.train()
+        for img, target, _ in train.train_batches(args.batch_size, args.seed, epoch):
+            with amp:
+                out = net(img)
+            loss = F.cross_entropy(out.float(), target)
+            meter.guard(loss, opt)
+            opt.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            meter.add(out, target, ce=loss)
+            bar.update()
+            if meter.steps % args.print_freq == 0:
+                bar.set_postfix_str(f'epoch {epoch + 1}, loss {meter.read()["ce"]:.3f}')
+
+        row = {'epoch': epoch + 1, 'lr': lr, **meter.read()}
+        for half, data in (('val', val), ('test', test)):
+            if data:
+                measured = utils.evaluate(net, data, amp)
+                row |= {f'{half}_top1': measured['top1'], f'{half}_top5': measured['top5']}
+        row['seconds'] = time.time() - started
+        record.epoch_done(row)
+        log(f'epoch {epoch + 1}/{args.epochs}  ce {row["ce"]:.4f}  train {row["train_top1"]:.2f}  '
+            f'test {row["test_top1"]:.2f}  best {record.best["test_top1"]:.2f}  {row["seconds"]:.0f} s')  # fmt: skip
+        if board:
+            for key, value in row.items():
+                board.add_scalar(key, value, epoch + 1)
+        if stop.signal and epoch + 1 < args.epochs:
+            bar.close()
+            log(f'stopped after epoch {epoch + 1}; --resume auto continues')
+            return 128 + stop.signal
+    bar.close()
+
+    result = record.finish('net.pt', {
+        'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,
+        'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs, 'recipe': math_args, **origin,
+    })  # fmt: skip
+    log(f'{args.net_name}: top-1 {result["last"]["top1"]:.2f} at the last epoch; best {result["best"]["top1"]:.2f} '
+        f'at epoch {result["best"]["epoch"]}, selected on {result["best"]["selected_on"]}')  # fmt: skip
+    log(f'weights: {folder / "net.pt"}')
+
+
+if __name__ == '__main__':
+    utils.run(main)

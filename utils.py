@@ -1,0 +1,602 @@
+"""What the training scripts share: errors, seeds, precision, evaluation, logs, checkpoints, result files."""
+
+import argparse
+import ast
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dataset
+from models import Feats, load_weights
+from models.checkpoint import read_checkpoint
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard: one line on stderr and exit code 2."""
+
+
+class NonFinite(Exception):
+    """A loss became inf or NaN: one line on stderr and exit code 1, the weights are those before the step."""
+
+
+@contextlib.contextmanager
+def user_errors():
+    """What models, dataset and the loss constructors raise about their arguments is the user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(' '.join(str(error).split())) from error
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call a script's main and turn the expected ways to fail into one line and an exit code."""
+    script = Path(sys.argv[0]).name
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f'{script}: error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except NonFinite as error:
+        print(f'{script}: stopped: {error}', file=sys.stderr)
+        sys.exit(1)
+
+
+# ----------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the house's habits: --a-b means --a_b, no abbreviations, defaults shown by --help."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def parse_args(self, args=None):
+        args = sys.argv[1:] if args is None else args
+        dashed = [a.partition('=') if a.startswith('--') else (a, '', '') for a in args]
+        return super().parse_args([a.replace('-', '_').replace('__', '--', 1) + eq + v if a.startswith('--') else a
+                                   for a, eq, v in dashed])  # fmt: skip
+
+    def error(self, message):
+        raise UserError(f'{message} (--help lists all flags)')
+
+
+def add_common_flags(parser: Parser) -> None:
+    """The flags that every training script has."""
+    data = parser.add_argument_group('data')
+    data.add_argument(
+        '--data_name',
+        default='shapes',
+        metavar='NAME',
+        help='shapes (embedded, no download; shapes:N for N training images), cifar10, cifar100, folder '
+        '(IMG_ROOT/train and IMG_ROOT/val with one folder per class); default shapes',
+    )
+    data.add_argument('--img_root', default='./data', help='where the data lies, default ./data')
+    data.add_argument(
+        '--image_size', type=positive_int, default=224, help='folder only: crop size, default 224'
+    )
+    data.add_argument('--workers', type=int, default=4, help='folder only: decoding processes, default 4')
+    data.add_argument(
+        '--convert_rgb',
+        action='store_true',
+        help='folder only: convert grey, CMYK and palette images instead of refusing them (ImageNet has some)',
+    )
+    data.add_argument(
+        '--val_split',
+        type=fraction,
+        default=0.0,
+        metavar='F',
+        help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is chosen on '
+        'the test set, and the log says so',
+    )
+
+    recipe = parser.add_argument_group('recipe (defaults: the seed zoo)')
+    recipe.add_argument('--epochs', type=positive_int, default=200, help='default 200')
+    recipe.add_argument('--batch_size', type=positive_int, default=128, help='default 128')
+    recipe.add_argument('--lr', type=positive_float, default=0.1, help='SGD learning rate, default 0.1')
+    recipe.add_argument(
+        '--milestones',
+        type=fraction,
+        nargs='*',
+        default=[0.5, 0.75],
+        metavar='F',
+        help='shares of the run after which the learning rate drops, default 0.5 0.75',
+    )
+    recipe.add_argument(
+        '--lr_decay', type=positive_float, default=0.1, help='factor at a milestone, default 0.1'
+    )
+    recipe.add_argument('--momentum', type=float, default=0.9, help='Nesterov momentum, default 0.9')
+    recipe.add_argument('--weight_decay', type=float, default=1e-4, help='on all parameters, default 1e-4')
+    recipe.add_argument('--seed', type=int, default=2, help='of initial weights and batches, default 2')
+
+    machine = parser.add_argument_group('machine')
+    machine.add_argument('--device', default=None, help='cuda, cuda:1, mps or cpu; default the best there is')
+    machine.add_argument(
+        '--amp',
+        choices=('off', 'bf16', 'fp16'),
+        default='off',
+        help='precision of the networks; losses are always float32; default off',
+    )
+    machine.add_argument('--threads', type=positive_int, default=None, help='CPU threads, default all cores')
+    machine.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='slower, reproducible kernels on CUDA; the CPU is reproducible anyway',
+    )
+
+    output = parser.add_argument_group('output')
+    output.add_argument('--save_root', default='./save', help='where output folders go, default ./save')
+    output.add_argument('--note', default=None, help='name of the output folder, default made from the flags')
+    output.add_argument(
+        '--resume',
+        default=None,
+        metavar='auto|never|FOLDER',
+        help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; FOLDER: '
+        'continue from there; default: start, but refuse to overwrite',
+    )
+    output.add_argument(
+        '--print_freq',
+        type=positive_int,
+        default=50,
+        help='read the running loss every so many steps, default 50',
+    )
+    output.add_argument('--tensorboard', action='store_true', help='also write TensorBoard scalars')  # fmt: skip
+
+
+def positive_int(text: str) -> int:
+    return _number(int, text, lambda x: x > 0, 'a whole number > 0')
+
+
+def positive_float(text: str) -> float:
+    return _number(float, text, lambda x: 0 < x < float('inf'), 'a number > 0')
+
+
+def fraction(text: str) -> float:
+    return _number(float, text, lambda x: 0 <= x < 1, 'a share from 0 to below 1')
+
+
+def _number(kind, text, legal, wanted):
+    try:
+        if legal(value := kind(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f'expected {wanted}, got {text!r}')
+
+
+def key_values(items: Iterable[str], flag: str) -> dict:
+    """['T=4', 'kernel=linear'] -> {'T': 4, 'kernel': 'linear'}: values are Python literals, else strings."""
+    result = {}
+    for item in items:
+        key, equals, text = item.partition('=')
+        if not (key and equals):
+            raise UserError(f'{flag}: expected key=value, got {item!r}')
+        try:
+            result[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            result[key] = text
+    return result
+
+
+# --------------------------------------------------------------------------------- device, seeds, precision
+
+
+def setup(args: argparse.Namespace) -> torch.device:
+    """Threads, seeds and kernels as the flags say; returns the device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    mps = torch.backends.mps.is_available()
+    name = args.device or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from None
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+    seed_all(args.seed)
+    return device
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != 'off')
+
+
+def as_float(f: Feats) -> Feats:
+    """Losses see float32, whatever precision the network ran in."""
+    return Feats(f.out.float(), f.feat.float(), [x.float() for x in f.fms], [x.float() for x in f.pres])
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """A pure function of the epoch, so a resumed run needs no scheduler state."""
+    return args.lr * args.lr_decay ** sum(epoch >= share * args.epochs for share in args.milestones)
+
+
+def sgd(
+    parameters: Iterable[nn.Parameter], args: argparse.Namespace, device: torch.device
+) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        list(parameters), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0,
+        fused=device.type == 'cuda',
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- steps and what they measure
+
+
+class Meter:
+    """Sums of one epoch, kept on the device: reading them is what waits, so it is done rarely.
+
+    Also the guard against a non-finite loss, to be asked before backward. On the CPU it looks at once. On CUDA
+    looking would drain the queue at every step: there the fused optimiser is told to skip the update, and the
+    step is remembered and reported at the next reading.
+    """
+
+    def __init__(self, name: str, epoch: int, device: torch.device) -> None:
+        self.name, self.epoch, self.steps = name, epoch, 0
+        self.sums = {}
+        self.bad_step = torch.full((), -1, device=device)
+
+    def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> None:
+        finite = torch.isfinite(loss.detach())
+        if loss.device.type == 'cpu':
+            if not finite:
+                whose = (
+                    ''
+                    if teacher is None or torch.isfinite(teacher).all()
+                    else ', the teacher gave non-finite logits'
+                )
+                raise NonFinite(
+                    f'{self.name}: the loss is {loss.item()} at epoch {self.epoch + 1}, step {self.steps + 1}{whose}'
+                )
+        else:
+            opt.found_inf = (~finite).float()
+            self.bad_step = torch.where((self.bad_step < 0) & ~finite, self.steps, self.bad_step)
+
+    def add(self, out: Tensor, target: Tensor, **losses: Tensor) -> None:
+        n = len(target)
+        hits = (out.detach().argmax(dim=1) == target).sum()
+        for key, value in {**{k: v.detach() * n for k, v in losses.items()}, 'hits': hits, 'n': n}.items():
+            self.sums[key] = self.sums.get(key, 0) + value
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means over the epoch so far; top-1 in percent."""
+        if (bad := int(self.bad_step)) >= 0:
+            raise NonFinite(f'{self.name}: the loss is not finite at epoch {self.epoch + 1}, step {bad + 1}')
+        n = self.sums.get('n', 0)
+        means = {k: float(v) / n for k, v in self.sums.items() if k != 'n'}
+        return {k: v for k, v in means.items() if k != 'hits'} | {'train_top1': 100 * means['hits']}
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, data, amp: torch.autocast) -> dict[str, float]:
+    """Top-1, top-5 (percent), cross-entropy over every image once, and the number of non-finite logits."""
+    net.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device='cpu' if data.device.type == 'mps' else data.device)
+    for img, target, _ in data.test_batches(128 if data.device.type == 'cpu' else 1000):
+        with amp:
+            out = net(img)
+        out = out.float()
+        ranked = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]
+        loss = F.cross_entropy(out, target, reduction='sum')
+        batch = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, (~torch.isfinite(out)).sum()])
+        sums += batch.to(sums)
+    top1, top5, loss, bad = sums.tolist()
+    n = len(data)
+    return {'top1': 100 * top1 / n, 'top5': 100 * top5 / n, 'loss': loss / n, 'bad': int(bad)}
+
+
+def load_teacher(net: nn.Module, path: str, data, amp: torch.autocast) -> dict[str, float]:
+    """Fill, freeze and measure a teacher; one that gives non-finite logits is refused."""
+    with user_errors():
+        said = load_weights(net, path)
+    net.requires_grad_(False).to(data.device, memory_format=torch.channels_last)
+    measured = evaluate(net, data, amp)
+    if measured['bad']:
+        raise UserError(
+            f'{path}: the teacher is not finite, {measured["bad"]} of its logits on the test set are not'
+        )
+    return measured | {'said': said}
+
+
+class StopAfterEpoch:
+    """Ctrl-C and SIGTERM ask for a stop at the next checkpoint; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, _) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        print('\nstopping after this epoch and its checkpoint; once more to stop at once', file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ output
+
+
+def output_folder(path: Path) -> Path:
+    """Make sure results can be written before hours are spent on them."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f'.probe-{os.getpid()}'
+        probe.write_bytes(b'')
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f'{path}: cannot write to the output folder ({error.strerror})') from None
+    return path
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """All or nothing: whoever reads sees the old file or the new one, also after a crash or on a full disk."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        state = 'the previous version is intact' if path.exists() else 'nothing was written'
+        raise UserError(f'{path}: cannot be written ({error.strerror}); {state}') from None
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, math_args: dict) -> dict:
+    """A checkpoint of ours, refused when its run differs from this one in anything that changes the numbers."""
+    with user_errors():
+        content = read_checkpoint(path)
+    if not isinstance(content.get('args'), dict) or 'epoch' not in content:
+        raise UserError(f'{path}: is not a checkpoint of this script')
+    old = content['args']
+    differ = [f'{k} was {old.get(k)!r}, is {v!r}' for k, v in math_args.items() if old.get(k) != v]
+    if differ:
+        raise UserError(f'{path}: cannot resume, {"; ".join(differ)}')
+    return content
+
+
+def write_metrics(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomic(path, (json.dumps(content, indent=1) + '\n').encode())
+
+
+def provenance(device: torch.device) -> dict:
+    """Where a number comes from: command, commit, machine."""
+
+    def git(*words):
+        done = subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git('rev-parse', 'HEAD')
+    if commit and git('status', '--porcelain', '--untracked-files=no'):
+        commit += '-dirty'
+    return {
+        'command': ' '.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+        'commit': commit,
+        'machine': {
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+            'cpu': _cpu_name(),
+            'threads': torch.get_num_threads(),
+            'torch': torch.__version__,
+            'python': platform.python_version(),
+        },
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class Log:
+    """Lines to the screen (without tearing the progress bar) and to log.txt."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.bar = folder / 'log.txt', None
+
+    def __call__(self, line: str) -> None:
+        if self.bar is not None and not self.bar.disable:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+        with contextlib.suppress(OSError), open(self.path, 'a') as file:  # checkpoints report a full disk
+            file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
+
+
+def progress_bar(total: int, done: int, log: Log):
+    """A tqdm bar over all steps of the run, with an ETA on a terminal, silent elsewhere."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        log('no progress bar: tqdm is not installed (pip install tqdm)')
+        return _NoBar()
+    log.bar = tqdm(total=total, initial=done, disable=None, unit='step', dynamic_ncols=True, smoothing=0.05)
+    return log.bar
+
+
+class _NoBar:
+    disable = True
+
+    def update(self):
+        pass
+
+    def set_postfix_str(self, text, refresh=True):
+        pass
+
+    def close(self):
+        pass
+
+
+def tensorboard(folder: Path, wanted: bool):
+    """A SummaryWriter, or None. Imported only when asked for."""
+    if not wanted:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('--tensorboard: tensorboard is not installed (pip install tensorboard)') from None
+    return SummaryWriter(folder)
+
+
+# ------------------------------------------------------------------------------------------ one run's record
+
+
+def resume_point(choice: str | None, folder: Path) -> Path | None:
+    """The last.pt that --resume asks to continue in this output folder; None starts from scratch."""
+    last = folder / 'last.pt'
+    if choice == 'auto':
+        return last if last.exists() else None
+    if choice == 'never':
+        for name in ('last.pt', 'best.pt', 'results.json', 'metrics.csv'):
+            (folder / name).unlink(missing_ok=True)
+        return None
+    if choice is not None:
+        if not Path(choice).exists():
+            raise UserError(f'--resume {choice}: no such file or folder')
+        return Path(choice)
+    if last.exists():
+        raise UserError(
+            f'{folder} already holds a run: --resume auto continues it, --resume never overwrites it, '
+            f'--note NAME starts another'
+        )
+    return None
+
+
+class Record:
+    """The paper trail of one network in training: its history and the files of its output folder.
+
+    last.pt (everything a resume needs, written every epoch), best.pt (weights of the best epoch so far),
+    metrics.csv (one row per epoch), and at the end results.json and the plain weights.
+
+    Args:
+        folder: where the files go.
+        parts: what has state: {'net': ..., 'opt': ..., ...}, anything with state_dict and load_state_dict.
+        math_args: everything that changes the numbers; a resume with other values is refused.
+        selected_on: 'val' or 'test', the accuracy that chooses the best epoch.
+    """
+
+    def __init__(self, folder: Path, parts: dict, math_args: dict, selected_on: str) -> None:
+        self.folder, self.parts, self.math_args = output_folder(folder), parts, math_args
+        self.key = f'{selected_on}_top1'
+        self.history: list[dict] = []
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    @property
+    def best(self) -> dict:
+        return max(self.history, key=lambda row: row[self.key])  # the first of equals
+
+    def resume(self, path: Path | None) -> None:
+        if path is None:
+            return
+        content = load_checkpoint(path, self.math_args)
+        for name, part in self.parts.items():
+            part.load_state_dict(content[name])
+        self.history = content['history']
+
+    def epoch_done(self, row: dict) -> None:
+        self.history.append(row)
+        if self.best is row:
+            save_checkpoint(
+                self.folder / 'best.pt', {'net': self.parts['net'].state_dict(), 'epoch': self.epoch}
+            )
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args}
+        write_metrics(self.folder / 'metrics.csv', self.history)
+        save_checkpoint(self.folder / 'last.pt', state)
+
+    def finish(self, weights: str, facts: dict) -> dict:
+        """Write the plain weights and results.json, whose headline is the last epoch."""
+        save_checkpoint(self.folder / weights, self.parts['net'].state_dict())
+        last, best = self.history[-1], self.best
+        result = facts | {
+            'last': {'top1': last['test_top1'], 'top5': last['test_top5'], 'epoch': self.epoch},
+            'best': {
+                'top1': best['test_top1'],
+                'top5': best['test_top5'],
+                'epoch': best['epoch'],
+                'selected_on': {'val_top1': 'validation split', 'test_top1': 'test data'}[self.key],
+            },
+            'curve': [round(row['test_top1'], 4) for row in self.history],
+            'seconds': round(sum(row['seconds'] for row in self.history), 1),
+        }
+        write_json(self.folder / 'results.json', result)
+        return result
+
+
+def math_args(args: argparse.Namespace, **more) -> dict:
+    """The flags that change the numbers of a run, as plain values."""
+    names = ('data_name', 'image_size', 'val_split', 'epochs', 'batch_size', 'lr', 'milestones', 'lr_decay',
+             'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
+    return {name: getattr(args, name) for name in names} | more
+
+
+def fingerprint(net: nn.Module) -> str:
+    """A short name for a network's weights, to notice that a file has changed since."""
+    digest = hashlib.sha1()
+    for key, value in net.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def load_data(args: argparse.Namespace, device: torch.device):
+    """(training set, validation set or None, test set) as the flags say."""
+    folder_only = {'image_size': args.image_size, 'workers': args.workers, 'convert_rgb': args.convert_rgb}
+    with user_errors():
+        train, test = dataset.load(args.data_name, args.img_root, device, **folder_only)
+    val = None
+    if args.val_split:
+        train, val = train.split(args.val_split, args.seed)
+    if args.batch_size > len(train):
+        raise UserError(f'--batch_size {args.batch_size}: the training set has {len(train)} images only')
+    return train, val, test
