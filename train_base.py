@@ -2,8 +2,8 @@
 
     python train_base.py --net_name resnet20 --data_name cifar10
 
-Writes to SAVE_ROOT/NOTE: initial.pt (the random weights, for --s_init of train_kd.py), last.pt, best.pt, net.pt
-(plain weights of the last epoch), metrics.csv, log.txt, args.json, results.json.
+Writes to SAVE_ROOT/NOTE: initial.pt (the random weights, for --s_init of train_kd.py), last.pt, best.pt,
+net.pt (plain weights of the last epoch), metrics.csv, log.txt, args.json, results.json.
 """
 
 import time
@@ -45,17 +45,16 @@ def main():
     amp = utils.autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
 
-    parts = {'net': net, 'opt': opt, 'scaler': scaler}
-    record = utils.Record(folder, parts, math_args, 'val' if val else 'test')
-    source = utils.resume_point(args.resume, folder)
-    record.resume(source / 'last.pt' if source and source.is_dir() else source)
-    utils.save_checkpoint(folder / 'initial.pt', initial)
     origin = utils.provenance(device)
+    parts = {'net': net, 'opt': opt, 'scaler': scaler}
+    record = utils.Record(folder, parts, math_args, origin, 'val' if val else 'test')
+    record.resume(utils.resume_point(args.resume, folder))
+    utils.save_checkpoint(folder / 'initial.pt', initial)
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
     board = utils.tensorboard(folder, args.tensorboard)
     stop = utils.StopAfterEpoch()
-    log(f'{args.net_name} on {args.data_name}: {len(train)} training and {len(test)} test images, '
-        f'epochs {record.epoch + 1} to {args.epochs} on {device}, output in {folder}')  # fmt: skip
+    log(f'{args.net_name} on {args.data_name}: {len(train)} + {len(test)} images, {device}')
+    log(f'{record.epoch} of {args.epochs} epochs done, output in {folder}')
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
@@ -72,7 +71,8 @@ def main():
             with amp:
                 out = net(img)
             loss = F.cross_entropy(out.float(), target)
-            meter.guard(loss, opt)
+            if not meter.guard(loss, opt):
+                break
             opt.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(opt)
@@ -80,17 +80,18 @@ def main():
             meter.add(out, target, ce=loss)
             bar.update()
             if meter.steps % args.print_freq == 0:
-                bar.set_postfix_str(f'epoch {epoch + 1}, loss {meter.read()["ce"]:.3f}')
+                bar.set_postfix_str(f'epoch {epoch + 1}, loss {meter.read().get("ce", 0):.3f}')
 
         row = {'epoch': epoch + 1, 'lr': lr, **meter.read()}
-        for half, data in (('val', val), ('test', test)):
-            if data:
-                measured = utils.evaluate(net, data, amp)
-                row |= {f'{half}_top1': measured['top1'], f'{half}_top5': measured['top5']}
+        if meter.failure:
+            log(f'stopped: {meter.failure}')
+            raise utils.NonFinite(meter.failure)
+        row |= utils.measure(net, val, test, amp)
         row['seconds'] = time.time() - started
         record.epoch_done(row)
         log(f'epoch {epoch + 1}/{args.epochs}  ce {row["ce"]:.4f}  train {row["train_top1"]:.2f}  '
-            f'test {row["test_top1"]:.2f}  best {record.best["test_top1"]:.2f}  {row["seconds"]:.0f} s')  # fmt: skip
+            f'test {row["test_top1"]:.2f}  best {record.best["test_top1"]:.2f}  '
+            f'{row["seconds"]:.0f} s')  # fmt: skip
         if board:
             for key, value in row.items():
                 board.add_scalar(key, value, epoch + 1)
@@ -100,12 +101,9 @@ def main():
             return 128 + stop.signal
     bar.close()
 
-    result = record.finish('net.pt', {
-        'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,
-        'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs, 'recipe': math_args, **origin,
-    })  # fmt: skip
-    log(f'{args.net_name}: top-1 {result["last"]["top1"]:.2f} at the last epoch; best {result["best"]["top1"]:.2f} '
-        f'at epoch {result["best"]["epoch"]}, selected on {result["best"]["selected_on"]}')  # fmt: skip
+    facts = {'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,
+             'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs}  # fmt: skip
+    log(f'{args.net_name}: {record.finish("net.pt", facts)}')
     log(f'weights: {folder / "net.pt"}')
 
 

@@ -28,37 +28,23 @@ from kd_losses import METHODS, Method
 
 def parse_args():
     parser = utils.Parser(__doc__)
-    kd = parser.add_argument_group('distillation')
-    kd.add_argument(
-        '--kd_mode',
-        nargs='+',
-        required=True,
-        metavar='METHOD',
-        help=f'one student per word, methods joined by + share a student: {", ".join(METHODS)}',
-    )
-    kd.add_argument(
-        '--lambda_kd',
-        nargs='+',
-        default=[],
-        metavar='W',
-        help='weight of the loss beside cross-entropy, a number, or METHOD=number with several methods; '
-        'defaults: ' + ', '.join(f'{name} {m.weight:g}' for name, m in METHODS.items()),
-    )
-    kd.add_argument(
-        '--kd_args',
-        nargs='+',
-        default=[],
-        metavar='KEY=VALUE',
-        help='arguments of the loss, e.g. T=8, or METHOD.KEY=VALUE with several methods, e.g. st.T=8',
-    )
-    kd.add_argument(
-        '--t_name', required=True, metavar='NAME', help=f'teacher: {", ".join(models.MODELS)}, ...'
-    )
-    kd.add_argument('--t_model', required=True, metavar='FILE', help="the teacher's checkpoint")
-    kd.add_argument('--s_name', required=True, metavar='NAME', help='student, one of the same names')
-    kd.add_argument('--s_init', metavar='FILE',
-        help='initial weights of all students, e.g. initial.pt of train_base.py; default: drawn from --seed, which '
-        'gives the same')  # fmt: skip
+    # fmt: off
+    flag = parser.add_argument_group('distillation').add_argument
+    flag('--kd_mode', nargs='+', required=True, metavar='METHOD',
+         help=f'one student per word, methods joined by + share a student: {", ".join(METHODS)}')
+    flag('--lambda_kd', nargs='+', default=[], metavar='W',
+         help='weight of the loss beside cross-entropy: a number, or METHOD=number with several methods; '
+              'defaults: ' + ', '.join(f'{name} {m.weight:g}' for name, m in METHODS.items()))
+    flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
+         help='arguments of the loss, e.g. T=8, or METHOD.KEY=VALUE with several methods, e.g. st.T=8')
+    flag('--t_name', required=True, metavar='NAME',
+         help=f'teacher: {", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2')
+    flag('--t_model', required=True, metavar='FILE', help="the teacher's checkpoint")
+    flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
+    flag('--s_init', metavar='FILE',
+         help='initial weights of all students, e.g. initial.pt of train_base.py; default: drawn from --seed '
+              'just as there')
+    # fmt: on
     utils.add_common_flags(parser)
     return parser.parse_args()
 
@@ -98,14 +84,14 @@ def main():
         if args.s_init:
             log(f'initial student: {models.load_weights(net_s, args.s_init)}')
 
-    runs = build_runs(args, wanted, folder, net_s, net_t, train, 'val' if val else 'test', device)
     origin = utils.provenance(device)
+    runs = build_runs(args, wanted, folder, origin, net_s, net_t, train, 'val' if val else 'test', device)
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
     board = utils.tensorboard(folder, args.tensorboard)
     stop = utils.StopAfterEpoch()
     start = min(run.record.epoch for run in runs)
-    log(f'{len(runs)} x {args.s_name} on {args.data_name}: {len(train)} training and {len(test)} test images, '
-        f'epochs {start + 1} to {args.epochs} on {device}, output in {folder}')  # fmt: skip
+    log(f'{len(runs)} x {args.s_name} on {args.data_name}: {len(train)} + {len(test)} images, {device}')
+    log(f'{start} of {args.epochs} epochs done, output in {folder}')
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
@@ -141,13 +127,7 @@ def main():
                     loss_kd = loss_kd + weight * ramp * method.feed(kd, s, t, b)
                 loss = loss_ce + loss_kd
 
-                try:
-                    run.meter.guard(loss, run.opt, t.out)
-                except utils.NonFinite as failure:  # this student stops here, the others go on
-                    log(f'stopped: {failure}')
-                    failures.append(str(failure))
-                    active.remove(run)
-                    runs.remove(run)
+                if not run.meter.guard(loss, run.opt, t.out):
                     continue
                 run.opt.zero_grad(set_to_none=True)
                 run.scaler.scale(loss).backward()
@@ -156,21 +136,28 @@ def main():
                 run.meter.add(s.out, target, ce=loss_ce, kd=loss_kd)
 
             bar.update()
-            if active and active[0].meter.steps % args.print_freq == 0:
-                losses = '  '.join(f'{run.name} {run.meter.read()["ce"]:.3f}' for run in active)
+            active = [
+                run for run in active if not run.meter.failure
+            ]  # a failed student stops, the others go on
+            if not active:
+                break
+            if active[0].meter.steps % args.print_freq == 0:
+                losses = '  '.join(f'{run.name} {run.meter.read().get("ce", 0):.3f}' for run in active)
                 bar.set_postfix_str(f'epoch {epoch + 1}, ce: {losses}')
 
-        for run in active:
+        for run in [run for run in runs if run.record.epoch == epoch]:
             row = {'epoch': epoch + 1, 'lr': lr, **run.meter.read()}
-            for half, data in (('val', val), ('test', test)):
-                if data:
-                    measured = utils.evaluate(run.net, data, amp)
-                    row |= {f'{half}_top1': measured['top1'], f'{half}_top5': measured['top5']}
+            if run.meter.failure:
+                log(f'stopped: {run.meter.failure}')
+                failures.append(run.meter.failure)
+                runs.remove(run)
+                continue
+            row |= utils.measure(run.net, val, test, amp)
             row['seconds'] = time.time() - started
             run.record.epoch_done(row)
             log(f'epoch {epoch + 1}/{args.epochs}  {run.name:12s} ce {row["ce"]:.4f}  kd {row["kd"]:.4f}  '
-                f'train {row["train_top1"]:.2f}  test {row["test_top1"]:.2f}  best {run.record.best["test_top1"]:.2f}'
-                f'  {row["seconds"]:.0f} s')  # fmt: skip
+                f'train {row["train_top1"]:.2f}  test {row["test_top1"]:.2f}  '
+                f'best {run.record.best["test_top1"]:.2f}  {row["seconds"]:.0f} s')  # fmt: skip
             if board:
                 for key, value in row.items():
                     board.add_scalar(f'{run.name}/{key}', value, epoch + 1)
@@ -183,19 +170,16 @@ def main():
     bar.close()
 
     for run in runs:
-        result = run.record.finish('student.pt', {
-            'script': 'train_kd', 'method': run.name, 'student': args.s_name, 'teacher': args.t_name,
-            'teacher_top1': teacher['top1'], 'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs,
-            'recipe': run.record.math_args, 'trained_with': list(wanted), **origin,
-        })  # fmt: skip
-        log(f'{run.name}: top-1 {result["last"]["top1"]:.2f} at the last epoch; best {result["best"]["top1"]:.2f} '
-            f'at epoch {result["best"]["epoch"]}, selected on {result["best"]["selected_on"]}')  # fmt: skip
+        facts = {'script': 'train_kd', 'method': run.name, 'student': args.s_name, 'teacher': args.t_name,
+                 'teacher_top1': teacher['top1'], 'data': args.data_name, 'seed': args.seed,
+                 'epochs': args.epochs, 'trained_with': list(wanted)}  # fmt: skip
+        log(f'{run.name}: {run.record.finish("student.pt", facts)}')
     if failures:
         raise utils.NonFinite('; '.join(failures))
 
 
 def read_methods(args) -> dict[str, list[tuple[str, float, dict]]]:
-    """{'pkt+st': [('pkt', weight, arguments), ('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
+    """{'pkt+st': [('pkt', weight, arguments), ...], ...} from --kd_mode, --lambda_kd and --kd_args."""
     tokens = {token: token.split('+') for token in args.kd_mode}
     names = {name for parts in tokens.values() for name in parts}
     for name in sorted(names - METHODS.keys()):
@@ -242,14 +226,15 @@ def check_option(name: str, key: str, value) -> None:
         raise utils.UserError(f'--kd_args: {key}={value!r} of {name} has the wrong type; {shown}')
 
 
-def build_runs(args, wanted, folder, net_s, net_t, train, selected_on, device) -> list[Run]:
+def build_runs(args, wanted, folder, origin, net_s, net_t, train, selected_on, device) -> list[Run]:
     """The students, all with the weights of net_s, each with its losses, optimiser, generator and record."""
     initial, teacher = utils.fingerprint(net_s), utils.fingerprint(net_t)
     net_s.to(device, memory_format=torch.channels_last)
     with torch.no_grad():  # two images tell the losses all shapes
-        img = next(train.test_batches(2))[0]
+        img, target, index = next(train.test_batches(2))
         probe = SimpleNamespace(s=net_s.eval()(img, True), t=net_t.eval()(img, True),
                                 net_s=net_s, net_t=net_t, train_set=train)  # fmt: skip
+    b = SimpleNamespace(img=img, target=target, index=index, epoch=0, generator=torch.Generator(device))
     runs = []
     for token, parts in wanted.items():
         torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
@@ -257,24 +242,23 @@ def build_runs(args, wanted, folder, net_s, net_t, train, selected_on, device) -
         for name, weight, options in parts:
             method = METHODS[name]
             try:
-                with utils.user_errors():
-                    built.append((method, weight, method.build(method.loss, probe, **options).to(device)))
+                with utils.user_errors(), torch.no_grad():
+                    kd = method.build(method.loss, probe, **options).to(device)
+                    method.feed(copy.deepcopy(kd), probe.s, probe.t, b)  # shapes that do not meet show here
             except TypeError as error:  # an argument that the table fills, e.g. s_channels
                 raise utils.UserError(f'--kd_args: {name}: {error}') from None
+            built.append((method, weight, kd))
         net = copy.deepcopy(net_s)
         losses = nn.ModuleList(loss for _, _, loss in built)
         opt = utils.sgd([*net.parameters(), *losses.parameters()], args, device)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         math_args = utils.math_args(
-            args, script='train_kd', student=args.s_name, initial=initial, teacher=args.t_name, teacher_weights=teacher,
-            methods=[[name, weight, options] for name, weight, options in parts],
+            args, script='train_kd', student=args.s_name, initial=initial, teacher=args.t_name,
+            teacher_weights=teacher, methods=[[name, weight, options] for name, weight, options in parts],
         )  # fmt: skip
         state = {'net': net, 'kd': losses, 'opt': opt, 'scaler': scaler}
-        record = utils.Record(folder / token, state, math_args, selected_on)
-        source = utils.resume_point(args.resume, folder / token)
-        if source and source.is_dir():
-            source = source / 'last.pt' if (source / 'last.pt').exists() else source / token / 'last.pt'
-        record.resume(source)
+        record = utils.Record(folder / token, state, math_args, origin, selected_on)
+        record.resume(utils.resume_point(args.resume, folder / token))
         runs.append(Run(token, built, net, opt, scaler, torch.Generator(device), record))
     return runs
 

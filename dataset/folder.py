@@ -28,8 +28,8 @@ class Folder:
         convert_rgb: accept grey, CMYK and palette images (ImageNet has some) by converting them.
 
     Raises:
-        ValueError: the folder is missing or holds no images; later, when reached, an image that cannot be read,
-            is empty, or is not RGB. The message names the file.
+        ValueError: the folder is missing or holds no images; later, when reached, an image that cannot be
+            read, is empty, or is not RGB. The message names the file.
     """
 
     def __init__(

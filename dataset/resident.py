@@ -34,11 +34,11 @@ class Resident:
     def train_batches(
         self, batch_size: int, seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One shuffled epoch: reflect-pad by 4, random crop, random flip. The last batch may be smaller, but a
-        batch of one is left out: batch norm and relations need two.
+        """One shuffled epoch: reflect-pad by 4, random crop, random flip. The last batch may be smaller, but
+        a batch of one is left out: batch norm and relations need two.
 
-        All randomness is a function of (seed, epoch), drawn on the CPU: the same on every device, and a resumed
-        run needs no generator state.
+        All randomness is a function of (seed, epoch), drawn on the CPU: the same on every device, and a
+        resumed run needs no generator state.
         """
         n = len(self)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -1,9 +1,9 @@
 """The embedded data set: ten shapes, rendered here, nothing to download.
 
-Each 32x32 colour image shows one large shape under random pose, colours, surface patterns and light, among small
-distractors of any shape, partly hidden by a bar, with noise. Colours and patterns are drawn independently of the
-class, and all shapes have the same area, so only the outline tells the class. It is made to leave a gap: small
-networks stay clearly below larger ones, so there is something to distil.
+Each 32x32 colour image shows one large shape under random pose, colours, surface patterns and light, among
+small distractors of any shape, partly hidden by a bar, with noise. Colours and patterns are drawn
+independently of the class, and all shapes have the same area, so only the outline tells the class. It is made
+to leave a gap: small networks stay clearly below larger ones, so there is something to distil.
 """
 
 import math
@@ -122,7 +122,7 @@ def _local(x, y, cx, cy, size, angle, stretch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inside(kind: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Which points lie in the shape of each image's kind; every outline has the area of a disc of radius 1."""
+    """Which points lie in the shape of each image's kind; all have the area of a disc of radius 1."""
     mask = np.zeros(u.shape, bool)
     for k, (outline, area) in enumerate(_OUTLINES):
         rows = np.flatnonzero(kind == k)

@@ -72,7 +72,7 @@ class OFD(nn.Module):
 
     @staticmethod
     def margin_from_batch(fm_t: Tensor) -> Tensor:
-        """Mean of the negative entries of each channel, (1, C, 1, 1), of a map (N, C, H, W); 0 without any."""
+        """Mean of the negative entries per channel of a map (N, C, H, W), as (1, C, 1, 1); 0 without any."""
         negative = (fm_t < 0).to(fm_t.dtype)
         count = negative.sum(dim=(0, 2, 3), keepdim=True)
         return (fm_t * negative).sum(dim=(0, 2, 3), keepdim=True) / (count + 1e-6)

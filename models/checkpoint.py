@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f'{path}: no such checkpoint file')
     try:
-        # RepDistiller's optimiser state has a NumPy float in it: allow exactly that, under its old name as well
+        # RepDistiller's optimiser state has a NumPy float in it: allow exactly that, also by its old name
         scalar = np._core.multiarray.scalar
         with torch.serialization.safe_globals(
             [

@@ -141,12 +141,28 @@ def vid(z):
         loss.alpha.detach().double(), torch.from_numpy(z.arrays['out_alpha_init']), rtol=1e-6, atol=0
     )
     z.open.discard('out_alpha_init')
-    roles = {'conv1_w': 'regressor.0.weight', 'conv2_w': 'regressor.2.weight', 'conv3_w': 'regressor.4.weight',
-             'alpha': 'alpha'}  # fmt: skip
+    roles = {
+        'conv1_w': 'regressor.0.weight',
+        'conv2_w': 'regressor.2.weight',
+        'conv3_w': 'regressor.4.weight',
+    }
+    roles['alpha'] = 'alpha'
     parameters = fill(loss, {path: z.param(role) for role, path in roles.items()})
     more = {f'gradparam_{role}': parameters[path] for role, path in roles.items()}
     yield case(z, loss, 'fm_s', 'fm_t', more=more)
 
 
-ADAPTERS = {'at': at, 'cc': cc, 'dkd': dkd, 'fitnet': fitnet, 'logits': logits, 'nst': nst, 'ofd': ofd, 'pkt': pkt,
-            'rkd': rkd, 'sp': sp, 'st': st, 'vid': vid}  # fmt: skip
+ADAPTERS = {
+    'at': at,
+    'cc': cc,
+    'dkd': dkd,
+    'fitnet': fitnet,
+    'logits': logits,
+    'nst': nst,
+    'ofd': ofd,
+    'pkt': pkt,
+    'rkd': rkd,
+    'sp': sp,
+    'st': st,
+    'vid': vid,
+}

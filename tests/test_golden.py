@@ -1,9 +1,10 @@
 """Every loss against values and gradients computed in float64 with the authors' code: 1e-9 relative.
 
-The vectors are read from the folder in the environment variable GOLDEN_DIR (default tests/golden), one npz per
-method: in_<argument>, hp_<hyperparameter>, param_<role>, loss, grad_<argument>, gradparam_<role>, out_<name>, with
-suffixes for variants. ADAPTERS says, per method, which keys make which case. Sizes, hyperparameters and weights all
-come from the file, so vectors of other shapes work as well. A key that no case has compared fails the test.
+The vectors are read from the folder in the environment variable GOLDEN_DIR (default tests/golden), one npz
+per method: in_<argument>, hp_<hyperparameter>, param_<role>, loss, grad_<argument>, gradparam_<role>,
+out_<name>, with suffixes for variants. ADAPTERS says, per method, which keys make which case. Sizes,
+hyperparameters and weights all come from the file, so vectors of other shapes work as well. A key that no
+case has compared fails the test.
 """
 
 import os

@@ -84,7 +84,7 @@ def test_network_equals_the_original(stem, tmp_path):
         feats = net(x, True)
         assert torch.equal(net(x), feats.out)
     close(feats.out, z['logits'], z['logits'].std(), 'logits')
-    first = 0 if stem.startswith('knowledge') else 1  # pres[0] is the true pre-activation only in the Zoo's files
+    first = 0 if stem.startswith('knowledge') else 1  # only the Zoo's files have the true pres[0]
     groups = {'feats': (0, feats.fms), 'preact': (first, feats.pres)}
     seen = 0
     for group, (start, maps) in groups.items():
@@ -132,8 +132,9 @@ def test_shapes_modes_and_relu():
     assert all(torch.equal(a, b) for a, b in zip(before, f.pres))
     assert models.build('resnet20', 10).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
     assert models.build('resnet26', 10)(torch.randn(2, 3, 64, 64)).shape == (2, 10)
-    last = net.to(memory_format=torch.channels_last).eval()
-    torch.testing.assert_close(last(x.contiguous(memory_format=torch.channels_last)), last(x), rtol=1e-5, atol=1e-5)
+    last, nhwc = net.to(memory_format=torch.channels_last).eval(), torch.channels_last
+    x = x.detach()
+    torch.testing.assert_close(last(x.contiguous(memory_format=nhwc)), last(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['resnet9', 'resnet2', 'alexnet', 'resnet20x2', ''])
