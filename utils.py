@@ -400,7 +400,7 @@ def provenance(device: torch.device) -> dict:
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
             'cpu': _cpu_name(),
             'threads': torch.get_num_threads(),
-            'torch': torch.__version__,
+            'torch': str(torch.__version__),
             'python': platform.python_version(),
         },
     }

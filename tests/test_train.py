@@ -1,0 +1,253 @@
+"""The scripts, end to end on the embedded data: every method, files, results, equality of runs."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+import utils
+from kd_losses import METHODS
+from models import build, load_weights
+from tests.conftest import TINY
+
+
+def weights(folder) -> dict:
+    return torch.load(folder / 'last.pt', weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(
+        same(a[k], b[k])
+        if isinstance(a[k], dict)
+        else torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k]))
+        for k in a
+        if not isinstance(a[k], list)
+    )
+
+
+def rows(folder) -> list[dict]:
+    with open(folder / 'metrics.csv') as file:
+        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(file)]
+
+
+def test_base_writes_everything(script, tmp_path):
+    done = script('train_base', '--net_name', 'resnet8', '--note', 'b', *TINY)
+    assert done.code == 0, done.err
+    folder = tmp_path / 'b'
+    assert {p.name for p in folder.iterdir()} == {'args.json', 'best.pt', 'initial.pt', 'last.pt', 'log.txt',
+                                                 'metrics.csv', 'net.pt', 'results.json'}  # fmt: skip
+    result = json.loads((folder / 'results.json').read_text())
+    assert result['method'] == 'baseline' and len(result['curve']) == 2
+    assert result['last']['top1'] == pytest.approx(result['curve'][-1], abs=1e-3)
+    assert result['best']['top1'] == pytest.approx(max(result['curve']), abs=1e-3)
+    assert result['best']['selected_on'] == 'test data' and 'selected on test data' in done.out
+    assert (
+        result['command'].startswith('python train_base.py')
+        and result['machine']['torch'] == torch.__version__
+    )
+    assert 'commit' in result and result['recipe']['batch_size'] == 32
+    assert [r['epoch'] for r in rows(folder)] == ['1', '2'] and float(rows(folder)[1]['lr']) == pytest.approx(
+        0.01
+    )
+    net = build('resnet8', 10)
+    load_weights(net, folder / 'initial.pt')
+    torch.manual_seed(2)
+    assert same(net.state_dict(), build('resnet8', 10).state_dict())
+    load_weights(net, folder / 'net.pt')
+    measured = utils.evaluate(
+        net, utils.dataset.load('shapes:96', folder)[1], utils.autocast(torch.device('cpu'), 'off')
+    )
+    assert measured['top1'] == pytest.approx(result['last']['top1'])
+
+
+def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
+    """All methods and a sum in one process, then some of them alone: equal bit for bit, adapters included."""
+    tokens = [*METHODS, 'pkt+st']
+    together = train_kd(*tokens, '--note', 'all')
+    assert together.code == 0, together.err
+    assert 'teacher resnet8: top-1' in together.out
+    for token in tokens:
+        folder = tmp_path / 'all' / token
+        result = json.loads((folder / 'results.json').read_text())
+        assert result['method'] == token and result['trained_with'] == tokens and len(result['curve']) == 2
+        assert {p.name for p in folder.iterdir()} >= {'best.pt', 'last.pt', 'student.pt', 'metrics.csv'}
+        load_weights(build('resnet8', 10), folder / 'student.pt')
+        assert all(float(r['kd']) != 0 for r in rows(folder))
+    states = {token: weights(tmp_path / 'all' / token)['net']['conv1.weight'] for token in tokens}
+    assert len({tuple(w.flatten().tolist()) for w in states.values()}) == len(tokens), (
+        'two methods gave one student'
+    )
+    for token in ('st', 'vid', 'ofd', 'fitnet', 'pkt+st', 'rkd'):
+        assert train_kd(token, '--note', 'alone').code == 0
+        a, b = weights(tmp_path / 'all' / token), weights(tmp_path / 'alone' / token)
+        assert same(a['net'], b['net']) and same(a['kd'], b['kd']) and same(a['opt'], b['opt'])
+        assert rows(tmp_path / 'all' / token) == rows(tmp_path / 'alone' / token)
+
+
+def test_weight_zero_is_the_baseline(script, train_kd, tmp_path):
+    """train_kd with lambda 0 and train_base see the same initial weights and batches: equal bit for bit."""
+    assert train_kd('st', '--lambda_kd', '0', '--note', 'k').code == 0
+    assert script('train_base', '--net_name', 'resnet8', '--note', 'b', *TINY).code == 0
+    assert same(weights(tmp_path / 'k' / 'st')['net'], weights(tmp_path / 'b')['net'])
+    initial = tmp_path / 'b' / 'initial.pt'
+    assert train_kd('st', '--lambda_kd', '0', '--note', 'i', '--s_init', initial).code == 0
+    assert same(weights(tmp_path / 'i' / 'st')['net'], weights(tmp_path / 'b')['net'])
+    assert train_kd('st', '--lambda_kd', '0', '--note', 'j', '--s_init', tmp_path / 'b' / 'net.pt').code == 0
+    assert not same(weights(tmp_path / 'j' / 'st')['net'], weights(tmp_path / 'b')['net'])
+
+
+def test_the_loss_falls(script, train_kd, tmp_path):
+    """Twelve epochs on few images: the whole loss ends lower than it began, and so does what maps are fed."""
+    few = ('--data_name', 'shapes:96', '--batch_size', '32', '--epochs', '12', '--lr', '0.05')
+    plain = ['st', 'logits', 'at', 'sp', 'pkt', 'nst', 'cc', 'fitnet', 'vid', 'ofd', 'dkd']
+    assert train_kd(*plain, '--note', 'fall', *few).code == 0
+    for name in plain:
+        first, *_, last = rows(tmp_path / 'fall' / name)
+        assert float(last['ce']) + float(last['kd']) < float(first['ce']) + float(first['kd']), name
+        if name not in ('st', 'logits', 'dkd'):  # an untrained teacher's logits pull against the labels
+            assert float(last['kd']) < float(first['kd']), name
+
+
+def test_weights_and_arguments_reach_the_loss(train_kd, tmp_path):
+    flags = ('--lambda_kd', 'st=0.5', 'at=10', '--kd_args', 'st.T=2', 'at.p=1')
+    assert train_kd('st', 'at', 'at+st', '--note', 'w', *flags).code == 0
+    methods = json.loads((tmp_path / 'w' / 'at+st' / 'results.json').read_text())['recipe']['methods']
+    assert methods == [['at', 10.0, {'p': 1}], ['st', 0.5, {'T': 2}]]
+    assert train_kd('st', '--note', 'v', '--lambda_kd', '0.5', '--kd_args', 'T=2').code == 0
+    assert rows(tmp_path / 'v' / 'st') == rows(tmp_path / 'w' / 'st')
+    assert train_kd('st', '--note', 'u', '--lambda_kd', '0.5', '--kd_args', 'T=3').code == 0
+    assert rows(tmp_path / 'v' / 'st') != rows(tmp_path / 'u' / 'st')
+
+
+def test_the_ramp_follows_the_epochs():
+    ramp = METHODS['dkd'].ramp
+    assert [ramp(e, 240) for e in (0, 9, 19, 20, 239)] == [0.05, 0.5, 1, 1, 1]
+    assert [ramp(e, 24) for e in (0, 1, 2)] == [0.5, 1, 1] and ramp(0, 2) == 1
+
+
+def test_validation_split(script, tmp_path):
+    done = script('train_base', '--net_name', 'resnet8', '--note', 'v', *TINY, '--val_split', '0.25')
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / 'v' / 'results.json').read_text())
+    assert result['best']['selected_on'] == 'validation split' and 'val_top1' in rows(tmp_path / 'v')[0]
+    assert 'selected on test data' not in done.out
+
+
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_mixed_precision(train_kd, tmp_path, amp):
+    done = train_kd('st', 'rkd', 'vid', '--note', amp, '--amp', amp)
+    assert done.code == 0, done.err
+    net = weights(tmp_path / amp / 'st')['net']
+    assert all(v.dtype == torch.float32 for v in net.values() if v.is_floating_point())
+    assert ('scale' in weights(tmp_path / amp / 'st')['scaler']) == (amp == 'fp16')
+
+
+def test_seed_changes_and_repeats(script, tmp_path):
+    for note, seed in (('a', 1), ('b', 1), ('c', 3)):
+        assert script('train_base', '--net-name', 'resnet8', '--note', note, '--seed', seed, *TINY).code == 0
+    assert rows(tmp_path / 'a') == rows(tmp_path / 'b') != rows(tmp_path / 'c')
+
+
+def test_folder_data(script, tmp_path):
+    from tests.test_data import write_folder
+
+    data = ('--data_name', 'folder', '--img_root', write_folder(tmp_path / 'images'), '--image_size', '32')
+    done = script('train_base', '--net_name', 'resnet8', '--note', 'f', *data, '--epochs', '1', '--batch_size', '5',
+                  '--workers', '0')  # fmt: skip
+    assert done.code == 0, done.err
+    assert weights(tmp_path / 'f')['net']['fc.weight'].shape == (3, 64)
+
+
+def test_tensorboard(script, tmp_path):
+    assert script('train_base', '--net_name', 'resnet8', '--note', 't', *TINY, '--tensorboard').code == 0
+    assert list((tmp_path / 't').glob('events.out.tfevents.*'))
+
+
+@pytest.mark.parametrize(
+    'module,flag,said',
+    [('tqdm', (), 'tqdm is not installed'), ('torch.utils.tensorboard', ('--tensorboard',), 'not installed')],
+)
+def test_optional_imports_are_optional(script, monkeypatch, module, flag, said):
+    monkeypatch.setitem(sys.modules, module, None)
+    done = script('train_base', '--net_name', 'resnet8', '--note', 'o', *TINY, *flag)
+    assert said in done.out + done.err
+    assert done.code == (2 if flag else 0)
+
+
+def test_evaluate_is_exact():
+    class Ranked(torch.nn.Module):  # logits that put class (index mod K) first, by the image's first pixel
+        def forward(self, x):
+            return -(torch.arange(4.0)[None] - x[:, 0, 0, 0, None].round() % 4).abs()
+
+    data = utils.dataset.load('shapes:1030', '/nonexistent-root')[1]
+    data.images[:] = 0
+    data._scale, data._shift = torch.ones(3), torch.zeros(3)
+    data.images[:, 0, 0, 0] = (torch.arange(len(data)) % 4).byte()
+    data.targets = torch.arange(len(data)) % 4
+    data.targets[:10] += 1
+    data.targets.clamp_(max=3)
+    wrong = sum((i % 4) != min(i % 4 + 1, 3) for i in range(10))
+    measured = utils.evaluate(Ranked(), data, utils.autocast(torch.device('cpu'), 'off'))
+    assert measured['top1'] == pytest.approx(100 * (len(data) - wrong) / len(data))
+    assert measured['top5'] == 100 and measured['bad'] == 0
+
+
+def test_learning_rate_is_a_function_of_the_epoch():
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(lr=0.1, lr_decay=0.1, milestones=[0.5, 0.75], epochs=200)
+    got = [utils.learning_rate(args, e) for e in (0, 99, 100, 149, 150, 199)]
+    assert got == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_table_and_figure(train_kd, script, tmp_path, monkeypatch, capsys):
+    import tools.table
+
+    assert train_kd('st', 'at', '--note', 'kd').code == 0
+    assert script('train_base', '--net_name', 'resnet8', '--note', 'base', *TINY).code == 0
+    (tmp_path / 'R.md').write_text('before <!-- demo:begin -->\nold\n<!-- demo:end --> after')
+    monkeypatch.setattr(sys, 'argv', ['table.py', str(tmp_path / 'kd'), str(tmp_path / 'base'), '--out', str(tmp_path / 'o'),
+                                      '--readme', str(tmp_path / 'R.md'), '--name', 'demo'])  # fmt: skip
+    assert tools.table.main() == 0
+    text = (tmp_path / 'o' / 'table.md').read_text()
+    result = json.loads((tmp_path / 'kd' / 'st' / 'results.json').read_text())
+    alone = json.loads((tmp_path / 'base' / 'results.json').read_text())
+    gain = result['last']['top1'] - alone['last']['top1']
+    assert f'| st | resnet8 -> resnet8 | {result["last"]["top1"]:.2f} | {gain:+.2f} |' in text
+    assert 'selected on test data' in text
+    readme = (tmp_path / 'R.md').read_text()
+    assert text in readme and readme.startswith('before') and readme.endswith('after') and 'old' not in readme
+    from PIL import Image
+
+    with Image.open(tmp_path / 'o' / 'accuracy.png') as image:
+        assert min(image.size) > 400
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.setattr(sys, 'argv', ['table.py', str(tmp_path / 'empty'), '--out', str(tmp_path / 'o')])
+    assert tools.table.main() == 2
+    assert 'no result files' in capsys.readouterr().err
+
+
+def test_table_over_seeds():
+    import tools.table
+
+    def one(method, teacher, seed, top1):
+        return {
+            'method': method,
+            'teacher': teacher,
+            'student': 's',
+            'data': 'd',
+            'epochs': 2,
+            'seed': seed,
+            'last': {'top1': top1},
+            'best': {'top1': top1 + 1, 'selected_on': 'test data'},
+            'curve': [1, top1],
+        }
+
+    text = tools.table.table([one('baseline', None, 1, 50.0), one('baseline', None, 2, 52.0), one('st', 't', 1, 53.0),
+                              one('st', 't', 2, 55.0), one('at', 't', 1, 60.0)])  # fmt: skip
+    lines = text.splitlines()
+    assert '| baseline | s | 51.00 +- 1.41 |  | 52.00 +- 1.41 | 2 |' == lines[2]
+    assert '| at | t -> s | 60.00 | +9.00 | 61.00 | 1 |' == lines[3]
+    assert '| st | t -> s | 54.00 +- 1.41 | +3.00 | 55.00 +- 1.41 | 2 |' == lines[4]

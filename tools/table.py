@@ -1,0 +1,152 @@
+"""Make the table and the figure from result files: `python tools/table.py FOLDER... --out FOLDER`.
+
+Reads every results.json (or *.json of the same form) below the given folders, groups runs that differ in the seed
+only, and writes table.md and accuracy.png (test accuracy per epoch per method). With --readme FILE the table also
+replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in that file, NAME being --name.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+def read_results(folders: list[str]) -> list[dict]:
+    """Every result below the folders."""
+    results = []
+    for folder in map(Path, folders):
+        for path in sorted([folder] if folder.is_file() else folder.rglob('*.json')):
+            content = json.loads(path.read_text())
+            if isinstance(content, dict) and {'method', 'last', 'best', 'curve'} <= content.keys():
+                results.append(content)
+    return results
+
+
+def group(results: list[dict]) -> dict[tuple, list[dict]]:
+    """Runs of the same experiment, which differ in the seed only; baselines first, then by last accuracy."""
+    groups = {}
+    for r in results:
+        key = (r['data'], r['teacher'] or '', r['student'], r['method'], r['epochs'])
+        groups.setdefault(key, []).append(r)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][1] != '', -mean(item[1], 'last'))))
+
+
+def mean(runs: list[dict], which: str) -> float:
+    return statistics.mean(r[which]['top1'] for r in runs)
+
+
+def spread(runs: list[dict], which: str) -> str:
+    deviation = f' +- {statistics.stdev(r[which]["top1"] for r in runs):.2f}' if len(runs) > 1 else ''
+    return f'{mean(runs, which):.2f}{deviation}'
+
+
+def baseline_of(groups: dict, key: tuple) -> list[dict] | None:
+    """The student's own training without a teacher, on the same data for as many epochs."""
+    data, teacher, student, _, epochs = key
+    return groups.get((data, '', student, 'baseline', epochs)) if teacher else None
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, one row per experiment."""
+    lines = [
+        '| method | teacher -> student | last epoch | against the baseline | best test epoch* | seeds |',
+        '|---|---|---|---|---|---|',
+    ]
+    groups = group(results)
+    for key, runs in groups.items():
+        _, teacher, student, method, _ = key
+        alone = baseline_of(groups, key)
+        gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
+        pair = f'{teacher} -> {student}' if teacher else student
+        lines.append(
+            f'| {method} | {pair} | {spread(runs, "last")} | {gain} | {spread(runs, "best")} | {len(runs)} |'
+        )
+    selected = sorted({r['best']['selected_on'] for r in results})
+    lines += ['', f'Top-1 on the test set, percent. *selected on {" or ".join(selected)}.']
+    return '\n'.join(lines) + '\n'
+
+
+def figure(results: list[dict], path: Path) -> None:
+    """Test accuracy per epoch: the student alone in black, teachers as dashed levels, methods in colour."""
+    try:
+        import matplotlib
+
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit(
+            'table.py: no figure, matplotlib is not installed (pip install matplotlib)'
+        ) from None
+    groups = group(results)
+    students = {key[2] for key in groups if key[1]} or {key[2] for key in groups}
+    fig, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    colours, number = plt.get_cmap('tab20').colors, 0
+    for key, runs in groups.items():
+        _, teacher, student, method, epochs = key
+        curve = [statistics.mean(values) for values in zip(*(r['curve'] for r in runs))]
+        label = f'{method if teacher else student + " alone"}  {mean(runs, "last"):.1f}'
+        if not teacher and student not in students:
+            axes.axhline(
+                curve[-1],
+                color='grey',
+                linestyle='--',
+                linewidth=1.2,
+                label=f'teacher {student}  {curve[-1]:.1f}',
+            )
+        elif not teacher:
+            axes.plot(range(1, epochs + 1), curve, color='black', linewidth=2.5, label=label, zorder=5)
+        else:
+            style = ('-', '--', ':')[number // 10 % 3]
+            axes.plot(
+                range(1, epochs + 1), curve, style, color=colours[number * 2 % 20], linewidth=1.5, label=label
+            )
+            number += 1
+    data = ', '.join(sorted({key[0] for key in groups}))
+    axes.set(
+        xlabel='epoch',
+        ylabel='test top-1 (%)',
+        title=f'{data}: {", ".join(sorted(students))}, last epoch in the legend',
+    )
+    axes.grid(alpha=0.3)
+    fig.legend(loc='outside right upper', frameon=False)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def insert(readme: Path, name: str, text: str) -> None:
+    begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
+    before, found, rest = readme.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f'table.py: error: {readme} has no {begin} ... {end}')
+    readme.write_text(f'{before}{begin}\n{text}{end}{after}')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('folders', nargs='+', help='where result files are')
+    parser.add_argument('--out', required=True, help='folder for table.md and accuracy.png')
+    parser.add_argument('--readme', help='file to put the table into')
+    parser.add_argument('--name', default='results', help='name of the place in that file')
+    args = parser.parse_args()
+    results = read_results(args.folders)
+    if not results:
+        print(f'table.py: error: no result files below {", ".join(args.folders)}', file=sys.stderr)
+        return 2
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(results)
+    (out / 'table.md').write_text(text)
+    if args.readme:
+        insert(Path(args.readme), args.name, text)
+    print(text)
+    figure(results, out / 'accuracy.png')
+    print(f'table:  {out / "table.md"}\nfigure: {out / "accuracy.png"}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
