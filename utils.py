@@ -50,7 +50,7 @@ def run(main: Callable[[], int | None]) -> None:
     script = Path(sys.argv[0]).name
     try:
         sys.exit(main())
-    except UserError as error:
+    except (UserError, dataset.BadImage) as error:  # a bad image shows when it is reached
         print(f'{script}: error: {error}', file=sys.stderr)
         sys.exit(2)
     except NonFinite as error:
@@ -510,6 +510,8 @@ class Record:
         self.folder, self.parts, self.math_args = output_folder(folder), parts, math_args
         self.origin, self.key = origin, f'{selected_on}_top1'
         self.history: list[dict] = []
+        for leftover in self.folder.glob('.*.tmp'):  # of a kill in the middle of a write
+            leftover.unlink(missing_ok=True)
 
     @property
     def epoch(self) -> int:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from .cifar import read_cifar
-from .folder import Folder
+from .folder import BadImage, Folder
 from .resident import Resident
 from .shapes import CLASSES, cached_shapes
 
-__all__ = ['DATA', 'Folder', 'Resident', 'load']
+__all__ = ['DATA', 'BadImage', 'Folder', 'Resident', 'load']
 
 # (mean, std) per channel of the training images; CIFAR's are the seed zoo's
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -97,16 +97,16 @@ class Folder:
                     continue
                 img = img.to(self.device, memory_format=torch.channels_last, non_blocking=True)
                 yield img, target.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
-        except _BadImage as error:  # a worker's exception arrives with its traceback as text in front
-            message = str(error).strip().splitlines()[-1].split('_BadImage: ')[-1]
+        except BadImage as error:  # a worker's exception arrives with its traceback as text in front
+            message = str(error).strip().splitlines()[-1].split('BadImage: ')[-1]
             error.__traceback__ = None  # its frames hold the loader, whose processes should end now
         else:
             return
-        raise ValueError(message)
+        raise BadImage(message)
 
 
-class _BadImage(Exception):
-    pass
+class BadImage(ValueError):
+    """An image of the data set that cannot be used; one line that names the file."""
 
 
 class _Images(Dataset):
@@ -122,9 +122,9 @@ class _Images(Dataset):
             with Image.open(path) as image:
                 image.load()
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
-            raise _BadImage(f'{path}: cannot be read as an image ({type(error).__name__})') from None
+            raise BadImage(f'{path}: cannot be read as an image ({type(error).__name__})') from None
         if image.mode != 'RGB' and not self.convert_rgb:
-            raise _BadImage(
+            raise BadImage(
                 f'{path}: is a {image.mode} image, expected RGB; --convert_rgb converts such images'
             )
         return self.transform(image.convert('RGB')), target

@@ -1,0 +1,303 @@
+"""The command line: every mistake gets one clear line and exit code 2; flags, help and the example script."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import models
+import train_base
+import train_kd as train_kd_module
+import utils
+from kd_losses import METHODS
+from tests.conftest import ROOT, TINY
+from tests.test_data import write_folder
+
+COMMON = {'--data_name', '--img_root', '--image_size', '--workers', '--convert_rgb', '--val_split', '--epochs', '--batch_size',
+          '--lr', '--milestones', '--lr_decay', '--momentum', '--weight_decay', '--seed', '--device', '--amp', '--threads',
+          '--deterministic', '--save_root', '--note', '--resume', '--print_freq', '--tensorboard', '-h', '--help'}  # fmt: skip
+
+
+@pytest.fixture
+def fails(script, capsys):
+    """fails(script name, words..., said=...): exit code 2, one line, which says so."""
+
+    def call(name, *words, said):
+        done = script(name, *words)
+        assert done.code == 2, f'exit code {done.code}: {done.err}{done.out}'
+        assert done.err.count('\n') == 1 and done.err.startswith(f'{name}.py: error: '), done.err
+        for part in [said] if isinstance(said, str) else said:
+            assert part in done.err, done.err
+
+    return call
+
+
+def kd(teacher, *words):
+    return ('--t_name', 'resnet8', '--t_model', teacher, '--s_name', 'resnet8', *TINY, *words)
+
+
+def flags_of(module, monkeypatch) -> set[str]:
+    seen = {}
+
+    def parse(parser, args=None):
+        seen['parser'] = parser
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.Parser, 'parse_args', parse)
+        with pytest.raises(KeyboardInterrupt):
+            module.parse_args()
+    return {option for action in seen['parser']._actions for option in action.option_strings}
+
+
+def test_the_flags_are_frozen(monkeypatch):
+    """A new flag is a decision: it must serve several methods. Then change this list."""
+    assert flags_of(train_base, monkeypatch) == COMMON | {'--net_name', '--init'}
+    own = {'--kd_mode', '--lambda_kd', '--kd_args', '--t_name', '--t_model', '--s_name', '--s_init'}
+    assert flags_of(train_kd_module, monkeypatch) == COMMON | own
+
+
+@pytest.mark.parametrize('name', ['train_base', 'train_kd'])
+def test_help_explains(script, name):
+    done = script(name, '--help')
+    assert done.code == 0 and 'default' in done.out and name in done.out
+    assert all(method in done.out for method in METHODS) or name == 'train_base'
+    assert all(net in done.out for net in ('resnet8x4', 'resnet110'))
+
+
+@pytest.mark.parametrize('words,said', [
+    (['--net_nam', 'resnet8'], '--net_nam'),
+    ([], '--net_name'),
+    (['--net_name', 'resnet8', '--nonsense', '3'], '--nonsense'),
+    (['--net_name', 'resnet8', '--epochs', 'many'], ["whole number > 0, got 'many'", '--epochs']),
+    (['--net_name', 'resnet8', '--epochs', '0'], '--epochs'),
+    (['--net_name', 'resnet8', '--lr', '-1'], '--lr'),
+    (['--net_name', 'resnet8', '--milestones', '100'], 'share from 0 to below 1'),
+    (['--net_name', 'resnet8', '--amp', 'fp8'], 'fp8'),
+    (['--net_name', 'resnet8', '--seed', '1.5'], '--seed'),
+    (['--net_name', 'resnet9'], '6n + 2'),
+    (['--net_name', 'resnet8', '--device', 'cuda:77'], '--device cuda:77'),
+    (['--net_name', 'resnet8', '--device', 'toaster'], '--device toaster'),
+    (['--net_name', 'resnet8', '--data_name', 'imagenet'], "no data set is called 'imagenet'"),
+    (['--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', '97'], ['97', '96 images']),
+    (['--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', '32', '--resume', '/no/such'], '--resume /no/such'),
+    (['--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', '32', '--init', 'absent.pt'], 'absent.pt: no such'),
+])  # fmt: skip
+def test_base_mistakes(fails, words, said):
+    fails('train_base', *words, said=said)
+
+
+@pytest.mark.parametrize('words,said', [
+    (['--kd_mode', 'nonsense'], ["no method is called 'nonsense'", 'rkd']),
+    (['--kd_mode', 'st', 'st'], 'named twice'),
+    (['--kd_mode', 'st+st'], 'named twice'),
+    (['--kd_mode', 'st+'], "''"),
+    (['--kd_mode', 'st', '--kd_args', 'temperature=4'], ["no argument 'temperature'", 'SoftTarget(T: float = 4.0)']),
+    (['--kd_mode', 'st', '--kd_args', 'T'], "key=value, got 'T'"),
+    (['--kd_mode', 'st', '--kd_args', 'T=warm'], ["T='warm'", 'wrong type', 'SoftTarget(T: float = 4.0)']),
+    (['--kd_mode', 'st', '--kd_args', 'T=True'], 'wrong type'),
+    (['--kd_mode', 'st', '--kd_args', 'T=-1'], 'T must be > 0'),
+    (['--kd_mode', 'nst', '--kd_args', 'kernel=cubic'], 'kernel must be one of'),
+    (['--kd_mode', 'nst', '--kd_args', 'd=2.5'], 'wrong type'),
+    (['--kd_mode', 'vid', '--kd_args', 's_channels=3'], 's_channels'),
+    (['--kd_mode', 'st', 'at', '--kd_args', 'T=4'], 'METHOD.T=VALUE'),
+    (['--kd_mode', 'st', 'at', '--kd_args', 'sp.x=4'], "'sp' is not among"),
+    (['--kd_mode', 'st', '--lambda_kd', 'heavy'], '--lambda_kd'),
+    (['--kd_mode', 'st', 'at', '--lambda_kd', '3'], 'METHOD=number'),
+    (['--kd_mode', 'st', 'at', '--lambda_kd', 'sp=3'], "'sp' is not among"),
+    (['--kd_mode', 'st', '--lambda_kd', 'st=heavy'], 'must be a number'),
+    (['--kd_mode', 'st', '--s_name', 'resnet7'], '6n + 2'),
+    (['--kd_mode', 'st', '--t_name', 'resnet20'], ['does not fit', 'looks like resnet8 with 10 classes']),
+    (['--kd_mode', 'st', '--s_init', 'absent.pt'], 'absent.pt: no such'),
+])  # fmt: skip
+def test_kd_mistakes(fails, teacher, words, said):
+    fails('train_kd', *kd(teacher), *words, said=said)
+
+
+def test_unlike_maps_are_refused_before_training(fails, script, tmp_path):
+    """FitNet does not resize: the message names both shapes, nothing was trained."""
+
+    class Small(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, feats=False):
+            return self.net(x[..., ::2, ::2], feats)
+
+    real = models.build
+    assert script('train_base', '--net_name', 'resnet8', '--note', 'b', *TINY, '--epochs', '1').code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            models,
+            'build',
+            lambda name, k: Small(real('resnet8', k)) if name == 'resnet14' else real(name, k),
+        )
+        fails('train_kd', *kd(tmp_path / 'b' / 'net.pt'), '--s_name', 'resnet14', '--kd_mode', 'fitnet',
+              said=['FitNet: fm_t must be', '(2, 64, 4, 4)', '(2, 64, 8, 8)'])  # fmt: skip
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ('bomb-went-off',))
+
+
+@pytest.mark.parametrize('kind,said', [
+    ('missing', 'no such checkpoint'), ('truncated', 'truncated'), ('empty', 'truncated'), ('text', 'not a PyTorch'),
+    ('code', 'refused'), ('architecture', 'looks like resnet14 with 10 classes'),
+    ('classes', 'looks like resnet8 with 100 classes'), ('folder', 'no such checkpoint'),
+])  # fmt: skip
+def test_bad_checkpoints(fails, teacher, tmp_path, monkeypatch, kind, said):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'bad.pt'
+    if kind == 'truncated':
+        path.write_bytes(teacher.read_bytes()[:20000])
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'text':
+        path.write_text('these are not weights')
+    elif kind == 'code':
+        torch.save({'net': torch.load(teacher, weights_only=True), 'x': Bomb()}, path)
+    elif kind == 'architecture':
+        torch.save(models.build('resnet14', 10).state_dict(), path)
+    elif kind == 'classes':
+        torch.save(models.build('resnet8', 100).state_dict(), path)
+    elif kind == 'folder':
+        path.mkdir()
+    fails('train_kd', *kd(path), '--kd_mode', 'st', said=['bad.pt', said])
+    assert not (tmp_path / 'bomb-went-off').exists()
+
+
+def test_resume_from_a_foreign_checkpoint(fails, teacher, tmp_path):
+    fails(
+        'train_kd',
+        *kd(teacher),
+        '--kd_mode',
+        'st',
+        '--resume',
+        teacher,
+        said='not a checkpoint of this script',
+    )
+
+
+def test_missing_and_corrupt_data(fails, tmp_path):
+    base = ('--net_name', 'resnet8', '--img_root', tmp_path)
+    fails(
+        'train_base',
+        *base,
+        '--data_name',
+        'cifar10',
+        said=['no cifar10 under', 'python -m dataset.download cifar10'],
+    )
+    (tmp_path / 'cifar-10-batches-bin').mkdir()
+    (tmp_path / 'cifar-10-batches-bin' / 'data_batch_1.bin').write_bytes(b'x' * 100)
+    fails('train_base', *base, '--data_name', 'cifar10', said=['data_batch_1.bin: damaged', 'to repair it'])
+    fails('train_base', *base, '--data_name', 'folder', said='no image folder')
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_bad_images_in_a_folder(fails, tmp_path, workers):
+    from PIL import Image
+
+    root = write_folder(tmp_path / 'images')
+    base = ('--net_name', 'resnet8', '--img_root', root, '--data_name', 'folder', '--image_size', '24', '--batch_size', '5',
+            '--epochs', '1', '--workers', workers)  # fmt: skip
+    (root / 'train' / 'bee' / '1.png').write_bytes(b'')
+    fails('train_base', *base, '--note', 'a', said=['bee/1.png', 'cannot be read'])
+    Image.new('L', (30, 30)).save(root / 'train' / 'bee' / '1.png')
+    fails('train_base', *base, '--note', 'b', said=['bee/1.png', 'expected RGB'])
+
+
+def test_unwritable_output(fails, tmp_path):
+    (tmp_path / 'file').write_text('')
+    fails(
+        'train_base',
+        '--net_name',
+        'resnet8',
+        *TINY,
+        '--save_root',
+        tmp_path / 'file',
+        said='cannot write to the output',
+    )
+    fails(
+        'train_base',
+        '--net_name',
+        'resnet8',
+        *TINY,
+        '--save_root',
+        '/proc/none',
+        said='cannot write to the output',
+    )
+
+
+def test_a_real_process_has_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'train_kd.py'), '--kd_mode', 'st'], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------ example script
+
+
+def commands(tmp_path, *words) -> list[list[str]]:
+    """What the example script would run, by a python3 on the PATH that only writes its arguments down."""
+    (tmp_path / 'bin').mkdir(exist_ok=True)
+    fake = tmp_path / 'bin' / 'python3'
+    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nfor a in "$@"; do printf "%s\\n" "$a"; done >> {tmp_path}/calls\n'
+                    f'echo >> {tmp_path}/calls\n')  # fmt: skip
+    fake.chmod(0o755)
+    env = {**os.environ, 'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}', 'IMG_ROOT': './my data'}
+    done = subprocess.run(
+        ['bash', str(ROOT / 'example_train_script.sh'), *words], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    calls = [block.split('\n') for block in (tmp_path / 'calls').read_text().strip().split('\n\n')]
+    (tmp_path / 'calls').unlink()
+    return calls
+
+
+def parsed(call: list[str], monkeypatch) -> argparse.Namespace:
+    module = {'train_base.py': train_base, 'train_kd.py': train_kd_module}[call[0]]
+    monkeypatch.setattr(sys, 'argv', call)
+    args = module.parse_args()
+    if call[0] == 'train_kd.py':
+        args.methods = train_kd_module.read_methods(args)
+    return args
+
+
+def test_the_example_commands_parse(tmp_path, monkeypatch):
+    calls = commands(tmp_path, 'cifar10')
+    assert calls[0][:3] == ['-m', 'dataset.download', 'cifar10'] and calls[-1][0] == 'tools/table.py'
+    scripts = [parsed(call, monkeypatch) for call in calls[1:-1]]
+    assert [call[0] for call in calls[1:-1]] == ['train_base.py', 'train_base.py', 'train_kd.py']
+    assert all(a.data_name == 'cifar10' and a.img_root == './my data' and a.resume == 'auto' for a in scripts)
+    teacher, student, kd = scripts
+    assert (teacher.net_name, student.net_name) == (kd.t_name, kd.s_name)
+    assert kd.t_model == f'./save/{teacher.note}/net.pt' and kd.s_init == f'./save/{student.note}/initial.pt'
+    assert set(kd.methods) == set(METHODS), 'the script trains every method of the table'
+
+
+@pytest.mark.parametrize('name', sorted(METHODS))
+def test_every_method_has_its_block(tmp_path, monkeypatch, name):
+    (call,) = commands(tmp_path, name)
+    args = parsed(call, monkeypatch)
+    assert args.methods == {name: [(name, METHODS[name].weight, {})]}, "the block's weight is the table's"
+
+
+def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):
+    calls = commands(tmp_path, 'quick')
+    scripts = [parsed(call, monkeypatch) for call in calls[:-1]]
+    assert all(a.data_name.startswith('shapes') for a in scripts) and len(scripts[-1].methods) >= 3
+    for words in ([], ['nonsense']):
+        done = subprocess.run(
+            ['bash', str(ROOT / 'example_train_script.sh'), *words], capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.count('\n') == 1
+    done = subprocess.run(
+        ['bash', str(ROOT / 'example_train_script.sh'), '--help'], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and 'quick' in done.stdout

@@ -1,0 +1,150 @@
+"""Nothing that goes wrong costs a checkpoint or lets a bad number through."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import utils
+from tests.conftest import ROOT, TINY
+from tests.test_train import weights
+
+
+def test_a_kill_during_the_write_leaves_the_old_file(tmp_path):
+    """os._exit in the middle of the second save, in another process: no handler, no cleanup."""
+    program = """
+import os, sys, torch, utils
+from pathlib import Path
+path = Path(sys.argv[1])
+utils.save_checkpoint(path, {'epoch': 1, 'net': torch.zeros(1000)})
+os.fsync = lambda fd: os._exit(9)
+utils.save_checkpoint(path, {'epoch': 2, 'net': torch.ones(1000)})
+"""
+    path = tmp_path / 'last.pt'
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 9, done.stderr
+    assert torch.load(path, weights_only=True)['epoch'] == 1
+    assert len(list(tmp_path.iterdir())) == 2, 'the half-written file lies beside it'
+    utils.Record(tmp_path, {}, {}, {}, 'test')
+    assert [p.name for p in tmp_path.iterdir()] == ['last.pt'], 'and the next start removes it'
+
+
+def test_disk_full(tmp_path, img_root, teacher):
+    """A limit on file sizes stands for a full disk: exit code 2, one line, the old checkpoint survives."""
+    command = [sys.executable, str(ROOT / 'train_base.py'), '--net_name', 'resnet8', '--note', 'full', '--save_root',
+               str(tmp_path), '--img_root', str(img_root), '--threads', '1', *TINY, '--epochs', '40', '--resume',
+               'auto']  # fmt: skip
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    stopper = 'import sys, train_base, utils; real = utils.Record.epoch_done\n' \
+              'def two(r, row):\n    real(r, row)\n    if r.epoch == 2: raise utils.UserError("enough")\n' \
+              'utils.Record.epoch_done = two; utils.run(train_base.main)'  # fmt: skip
+    first = subprocess.run(
+        [sys.executable, '-c', stopper, *command[2:]], cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    assert 'enough' in first.stderr, first.stderr
+    last = tmp_path / 'full' / 'last.pt'
+    before = last.read_bytes()
+    assert torch.load(last, weights_only=True)['epoch'] == 2
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    second = subprocess.run(command, capture_output=True, text=True, env=env, preexec_fn=small_files)
+    assert second.returncode == 2, second.stderr
+    assert (
+        second.stderr.count('\n') == 1 and 'cannot be written' in second.stderr and 'intact' in second.stderr
+    )
+    assert last.read_bytes() == before
+    assert not list((tmp_path / 'full').glob('.*.tmp'))
+
+
+def spoiled(path, tmp_path, value):
+    state = torch.load(path, weights_only=True)
+    state['fc.bias'][3] = value
+    torch.save(state, tmp_path / 'spoiled.pt')
+    return tmp_path / 'spoiled.pt'
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_non_finite_teacher_is_refused(script, teacher, tmp_path, value):
+    done = script('train_kd', '--kd_mode', 'st', '--t_name', 'resnet8', '--t_model', spoiled(teacher, tmp_path, value),
+                  '--s_name', 'resnet8', '--note', 'x', *TINY)  # fmt: skip
+    assert done.code == 2 and 'teacher is not finite' in done.err and done.err.count('\n') == 1
+    assert not (tmp_path / 'x' / 'st').exists()
+
+
+def test_a_diverging_run_stops_before_the_update(script, tmp_path):
+    done = script('train_base', '--net_name', 'resnet8', '--note', 'd', *TINY, '--lr', '1e30')
+    assert done.code == 1 and done.err.count('\n') == 1
+    assert 'resnet8: the loss is not finite at epoch 1, step ' in done.err
+    assert not (tmp_path / 'd' / 'last.pt').exists() and not (tmp_path / 'd' / 'results.json').exists()
+
+
+def test_divergence_after_a_checkpoint_leaves_it_finite(script, tmp_path, monkeypatch):
+    rate = utils.learning_rate
+    monkeypatch.setattr(utils, 'learning_rate', lambda args, epoch: 1e30 if epoch else rate(args, epoch))
+    done = script('train_base', '--net_name', 'resnet8', '--note', 'd', *TINY)
+    assert done.code == 1 and 'at epoch 2, step ' in done.err
+    state = weights(tmp_path / 'd')
+    assert state['epoch'] == 1 and all(torch.isfinite(v).all() for v in state['net'].values())
+
+
+def test_one_bad_student_does_not_stop_the_others(train_kd, tmp_path):
+    """The bad one is named with its step; the good ones equal themselves trained without it."""
+    done = train_kd('st', 'at', 'sp', '--note', 'g', '--lambda_kd', 'at=1e39')
+    assert done.code == 1 and 'at: the loss is not finite at epoch 1, step 1 (inf)' in done.err
+    assert not (tmp_path / 'g' / 'at' / 'last.pt').exists()
+    assert train_kd('st', 'sp', '--note', 'h').code == 0
+    for token in ('st', 'sp'):
+        assert json.loads((tmp_path / 'g' / token / 'results.json').read_text())['epochs'] == 2
+        a, b = weights(tmp_path / 'g' / token)['net'], weights(tmp_path / 'h' / token)['net']
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_teacher_that_turns_non_finite_is_named(train_kd, monkeypatch, tmp_path):
+    """It passed the test set, but on some training batch it gives NaN."""
+    import train_kd as module
+
+    real = module.utils.as_float
+
+    def spoil(f):
+        f = real(f)
+        return f._replace(out=f.out * float('nan')) if not f.out.requires_grad and f.out.shape[0] > 2 else f
+
+    monkeypatch.setattr(module.utils, 'as_float', spoil)
+    done = train_kd('st', '--note', 'n')
+    assert done.code == 1 and 'the teacher gives non-finite logits' in done.err
+
+
+def test_the_device_side_guard(monkeypatch):
+    """The CUDA form, tried on the CPU: the fused optimiser skips the update and the step is reported later."""
+    device = torch.device('cpu')
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True)
+    meter = utils.Meter('x', 4, device)
+    out, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+
+    class OnDevice:  # a loss that says it is not on the CPU
+        def __init__(self, value):
+            self.value, self.device = value, torch.device('meta')
+
+        def detach(self):
+            return self.value
+
+    for step, factor in enumerate([1.0, float('nan'), 1.0, float('inf')]):
+        loss = (weight * factor).sum()
+        before = weight.detach().clone()
+        assert meter.guard(OnDevice(loss.detach()), opt)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        meter.add(out, target, ce=torch.zeros(()))
+        assert torch.equal(weight, before) == (step in (1, 3))
+        assert torch.isfinite(weight).all()
+    assert meter.read() == {} and 'epoch 5, step 2' in meter.failure

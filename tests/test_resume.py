@@ -1,0 +1,206 @@
+"""A run that was interrupted and resumed equals the undisturbed one bit for bit (CPU)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import utils
+from tests.conftest import ROOT
+from tests.test_train import rows, same, weights
+
+FOUR = ('--data_name', 'shapes:96', '--batch_size', '32', '--epochs', '4')
+# one of each kind: plain, adapters with batch norm, learned variances, a ramp, a sum
+GROUP = ('st', 'ofd', 'vid', 'dkd', 'pkt+st')
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL at an exact place: nothing after it runs."""
+
+
+def check_equal(a, b):
+    """All state and all results of two run folders."""
+    x, y = weights(a), weights(b)
+    for part in ('net', 'kd', 'opt', 'scaler'):
+        if part in x:
+            assert same(x[part], y[part]), f'{part} differs'
+    momentum = [torch.equal(p['momentum_buffer'], q['momentum_buffer'])
+                for p, q in zip(x['opt']['state'].values(), y['opt']['state'].values())]  # fmt: skip
+    assert momentum and all(momentum)
+    assert rows(a) == rows(b)
+    first, second = (json.loads((folder / 'results.json').read_text()) for folder in (a, b))
+    assert all(first[key] == second[key] for key in ('last', 'best', 'curve', 'recipe'))
+    best = [torch.load(folder / 'best.pt', weights_only=True)['net'] for folder in (a, b)]
+    assert same(*best)
+
+
+@pytest.mark.parametrize('file', ['best.pt', 'metrics.csv', 'last.pt'])
+def test_killed_at_any_write(train_kd, tmp_path, monkeypatch, file):
+    """Killed in an epoch just before a file of one student is replaced: others are then an epoch ahead."""
+    assert train_kd(*GROUP, '--note', 'whole', *FOUR).code == 0
+    real, rate = utils.write_atomic, utils.learning_rate
+    for epoch, victim in ((1, 'st'), (3, 'st'), (2, 'vid'), (4, 'pkt+st')):
+        note, epochs_begun = f'cut{epoch}{victim}', []
+
+        def dies(path, content, folder=tmp_path / note / victim, epoch=epoch, begun=epochs_begun):
+            # best.pt is only written in a best epoch: else die at metrics.csv, the next file to be written
+            due = path.name in (file, 'metrics.csv') if file == 'best.pt' else path.name == file
+            if due and path.parent == folder and begun[-1] == epoch:
+                raise Killed
+            real(path, content)
+
+        def rated(args, e, begun=epochs_begun):
+            begun.append(e + 1)
+            return rate(args, e)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(utils, 'learning_rate', rated)
+            patch.setattr(utils, 'write_atomic', dies)
+            train_kd(*GROUP, '--note', note, *FOUR)
+        assert epochs_begun == list(range(1, epoch + 1))
+        again = train_kd(*GROUP, '--note', note, *FOUR, '--resume', 'auto')
+        assert again.code == 0, again.err
+        assert f'{epoch - 1} of 4 epochs done' in again.out, 'at most the epoch that was running is lost'
+        for token in GROUP:
+            check_equal(tmp_path / 'whole' / token, tmp_path / note / token)
+
+
+def test_base_killed_and_resumed(script, tmp_path, monkeypatch):
+    net = ('--net_name', 'resnet8', *FOUR)
+    assert script('train_base', *net, '--note', 'whole').code == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(2, patch)
+        script('train_base', *net, '--note', 'cut')
+    done = script('train_base', *net, '--note', 'cut', '--resume', 'auto')
+    assert done.code == 0 and '2 of 4 epochs done' in done.out
+    check_equal(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def killed_after(epochs: int, monkeypatch):
+    """In this context a run dies once its record holds so many epochs."""
+    real = utils.Record.epoch_done
+
+    def dies(record, row):
+        real(record, row)
+        if record.epoch == epochs:
+            raise Killed
+
+    monkeypatch.setattr(utils.Record, 'epoch_done', dies)
+
+
+def test_resume_from_a_path_and_with_other_company(train_kd, tmp_path, monkeypatch):
+    """A student of a group may go on alone, elsewhere, from its file, its folder, or the group's folder."""
+    assert train_kd('vid', 'st', '--note', 'whole', *FOUR).code == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(2, patch)
+        train_kd('vid', 'st', '--note', 'cut', *FOUR)
+    places = (tmp_path / 'cut' / 'vid' / 'last.pt', tmp_path / 'cut' / 'vid', tmp_path / 'cut')
+    for i, place in enumerate(places):
+        done = train_kd('vid', '--note', f'moved{i}', *FOUR, '--resume', place)
+        assert done.code == 0 and '2 of 4 epochs done' in done.out, done.err
+        check_equal(tmp_path / 'whole' / 'vid', tmp_path / f'moved{i}' / 'vid')
+
+
+def test_a_finished_run_is_left_alone(train_kd, tmp_path):
+    assert train_kd('st', '--note', 'x', *FOUR).code == 0
+    before = (tmp_path / 'x' / 'st' / 'last.pt').read_bytes()
+    again = train_kd('st', 'at', '--note', 'x', *FOUR, '--resume', 'auto')
+    assert again.code == 0 and (tmp_path / 'x' / 'st' / 'last.pt').read_bytes() == before
+    assert 'epoch 1/4  at' in again.out and 'epoch 1/4  st' not in again.out
+
+
+def test_origin_is_kept(script, tmp_path, monkeypatch):
+    """results.json names the commit of the first start, and those of resumes beside it."""
+    net = ('--net_name', 'resnet8', '--note', 'o', *FOUR, '--resume', 'auto')
+    for number in range(4):
+        commit = 'abc'[min(number, 2)] * 40
+        origin = {'command': f'call {number}', 'commit': commit, 'machine': {}}
+        monkeypatch.setattr(utils, 'provenance', lambda device, origin=origin: dict(origin))
+        monkeypatch.setattr(utils.StopAfterEpoch, '__init__', lambda stop: setattr(stop, 'signal', 15))
+        assert script('train_base', *net).code == (128 + 15 if number < 3 else 0)
+    result = json.loads((tmp_path / 'o' / 'results.json').read_text())
+    assert result['command'] == 'call 0' and result['commit'] == 'a' * 40
+    assert result['resumed_with'] == ['b' * 40, 'c' * 40]
+
+
+@pytest.mark.parametrize('flag,value,named', [('--lr', '0.05', 'lr was 0.1'), ('--batch_size', '24', 'batch_size'),
+                                              ('--epochs', '5', 'epochs was 4'), ('--seed', '9', 'seed'),
+                                              ('--lambda_kd', '7', 'methods'), ('--kd_args', 'T=2', 'methods'),
+                                              ('--amp', 'bf16', 'amp was')])  # fmt: skip
+def test_other_mathematics_are_refused(train_kd, flag, value, named):
+    assert train_kd('st', '--note', 'm', *FOUR).code == 0
+    words = list(FOUR)
+    if flag in words:
+        words[words.index(flag) + 1] = value
+    else:
+        words += [flag, value]
+    done = train_kd('st', '--note', 'm', *words, '--resume', 'auto')
+    assert done.code == 2 and 'cannot resume' in done.err and named in done.err and done.err.count('\n') == 1
+
+
+def test_another_teacher_is_refused(train_kd, teacher):
+    assert train_kd('st', '--note', 'm', *FOUR).code == 0
+    state = torch.load(teacher, weights_only=True)
+    torch.save({k: v * 1.01 if v.is_floating_point() else v for k, v in state.items()}, teacher)
+    done = train_kd('st', '--note', 'm', *FOUR, '--resume', 'auto')
+    assert done.code == 2 and 'teacher_weights' in done.err
+
+
+def test_nothing_is_overwritten_unasked(train_kd, tmp_path):
+    assert train_kd('st', '--note', 'm', *FOUR).code == 0
+    before = (tmp_path / 'm' / 'st' / 'last.pt').read_bytes()
+    done = train_kd('st', '--note', 'm', *FOUR)
+    assert done.code == 2 and '--resume auto' in done.err
+    assert (tmp_path / 'm' / 'st' / 'last.pt').read_bytes() == before
+    assert train_kd('st', '--note', 'm', *FOUR, '--seed', '5', '--resume', 'never').code == 0
+    assert (tmp_path / 'm' / 'st' / 'last.pt').read_bytes() != before
+
+
+# ----------------------------------------------------------------------------------------- real signals
+
+
+def start(tmp_path, img_root, teacher, *words) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / 'train_kd.py'), '--kd_mode', 'vid', 'pkt+st', '--t_name', 'resnet8', '--t_model',
+               str(teacher), '--s_name', 'resnet8', '--img_root', str(img_root), '--save_root', str(tmp_path),
+               '--threads', '1', '--data_name', 'shapes:400', '--batch_size', '32', '--epochs', '6', *words]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})  # fmt: skip
+
+
+def wait_for_epoch(folder, process, epochs):
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if (folder / 'metrics.csv').exists() and len(
+            (folder / 'metrics.csv').read_text().splitlines()
+        ) > epochs:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f'the run never reached epoch {epochs}: {process.communicate()}')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_signals(tmp_path, img_root, teacher, number):
+    """SIGTERM and Ctrl-C end after the epoch's checkpoint, SIGKILL at once; both resume exactly."""
+    whole = start(tmp_path, img_root, teacher, '--note', 'whole')
+    out, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    cut = start(tmp_path, img_root, teacher, '--note', 'cut')
+    wait_for_epoch(tmp_path / 'cut' / 'vid', cut, 2)
+    cut.send_signal(number)
+    out, err = cut.communicate(timeout=300)
+    if number == signal.SIGKILL:
+        assert cut.returncode == -signal.SIGKILL
+    else:
+        assert cut.returncode == 128 + number and 'stopped after epoch' in out and 'Traceback' not in err
+        epochs = [weights(tmp_path / 'cut' / token)['epoch'] for token in ('vid', 'pkt+st')]
+        assert epochs[0] == epochs[1] < 6
+    again = start(tmp_path, img_root, teacher, '--note', 'cut', '--resume', 'auto')
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    for token in ('vid', 'pkt+st'):
+        check_equal(tmp_path / 'whole' / token, tmp_path / 'cut' / token)
