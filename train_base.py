@@ -79,7 +79,7 @@ def main():
             scaler.update()
             meter.add(out, target, ce=loss)
             bar.update()
-            if meter.steps % args.print_freq == 0:
+            if not bar.disable and meter.steps % args.print_freq == 0:
                 bar.set_postfix_str(f'epoch {epoch + 1}, loss {meter.read().get("ce", 0):.3f}')
 
         row = {'epoch': epoch + 1, 'lr': lr, **meter.read()}

@@ -141,7 +141,7 @@ def main():
             ]  # a failed student stops, the others go on
             if not active:
                 break
-            if active[0].meter.steps % args.print_freq == 0:
+            if not bar.disable and active[0].meter.steps % args.print_freq == 0:
                 losses = '  '.join(f'{run.name} {run.meter.read().get("ce", 0):.3f}' for run in active)
                 bar.set_postfix_str(f'epoch {epoch + 1}, ce: {losses}')
 

@@ -179,7 +179,7 @@ def setup(args: argparse.Namespace) -> torch.device:
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then names what is not
     seed_all(args.seed)
     return device
 

@@ -76,8 +76,12 @@ def dkd(z):
 def fitnet(z):
     yield case(z, FitNet(), 'fm_s', 'fm_t')
     loss = FitNet(z.shape('in_fm_s_reg')[1], z.shape('in_fm_t')[1])
-    roles = {'conv_weight': 'regressor.0.weight', 'conv_bias': 'regressor.0.bias',
-             'bn_weight': 'regressor.1.weight', 'bn_bias': 'regressor.1.bias'}  # fmt: skip
+    roles = {
+        'conv_weight': 'regressor.0.weight',
+        'conv_bias': 'regressor.0.bias',
+        'bn_weight': 'regressor.1.weight',
+        'bn_bias': 'regressor.1.bias',
+    }
     parameters = fill(loss, {path: z.param(role) for role, path in roles.items()})
     more = {f'gradparam_{role}': parameters[path] for role, path in roles.items()}
     yield case(z, loss, 'fm_s', 'fm_t', suffix='_reg', rename={'fm_s': 'fm_s_reg'}, more=more)

@@ -16,9 +16,33 @@ from kd_losses import METHODS
 from tests.conftest import ROOT, TINY
 from tests.test_data import write_folder
 
-COMMON = {'--data_name', '--img_root', '--image_size', '--workers', '--convert_rgb', '--val_split', '--epochs', '--batch_size',
-          '--lr', '--milestones', '--lr_decay', '--momentum', '--weight_decay', '--seed', '--device', '--amp', '--threads',
-          '--deterministic', '--save_root', '--note', '--resume', '--print_freq', '--tensorboard', '-h', '--help'}  # fmt: skip
+COMMON = {
+    '--data_name',
+    '--img_root',
+    '--image_size',
+    '--workers',
+    '--convert_rgb',
+    '--val_split',
+    '--epochs',
+    '--batch_size',
+    '--lr',
+    '--milestones',
+    '--lr_decay',
+    '--momentum',
+    '--weight_decay',
+    '--seed',
+    '--device',
+    '--amp',
+    '--threads',
+    '--deterministic',
+    '--save_root',
+    '--note',
+    '--resume',
+    '--print_freq',
+    '--tensorboard',
+    '-h',
+    '--help',
+}
 
 
 @pytest.fixture
@@ -68,51 +92,87 @@ def test_help_explains(script, name):
     assert all(net in done.out for net in ('resnet8x4', 'resnet110'))
 
 
-@pytest.mark.parametrize('words,said', [
-    (['--net_nam', 'resnet8'], '--net_nam'),
-    ([], '--net_name'),
-    (['--net_name', 'resnet8', '--nonsense', '3'], '--nonsense'),
-    (['--net_name', 'resnet8', '--epochs', 'many'], ["whole number > 0, got 'many'", '--epochs']),
-    (['--net_name', 'resnet8', '--epochs', '0'], '--epochs'),
-    (['--net_name', 'resnet8', '--lr', '-1'], '--lr'),
-    (['--net_name', 'resnet8', '--milestones', '100'], 'share from 0 to below 1'),
-    (['--net_name', 'resnet8', '--amp', 'fp8'], 'fp8'),
-    (['--net_name', 'resnet8', '--seed', '1.5'], '--seed'),
-    (['--net_name', 'resnet9'], '6n + 2'),
-    (['--net_name', 'resnet8', '--device', 'cuda:77'], '--device cuda:77'),
-    (['--net_name', 'resnet8', '--device', 'toaster'], '--device toaster'),
-    (['--net_name', 'resnet8', '--data_name', 'imagenet'], "no data set is called 'imagenet'"),
-    (['--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', '97'], ['97', '96 images']),
-    (['--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', '32', '--resume', '/no/such'], '--resume /no/such'),
-    (['--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', '32', '--init', 'absent.pt'], 'absent.pt: no such'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'words,said',
+    [
+        (['--net_nam', 'resnet8'], '--net_nam'),
+        ([], '--net_name'),
+        (['--net_name', 'resnet8', '--nonsense', '3'], '--nonsense'),
+        (['--net_name', 'resnet8', '--epochs', 'many'], ["whole number > 0, got 'many'", '--epochs']),
+        (['--net_name', 'resnet8', '--epochs', '0'], '--epochs'),
+        (['--net_name', 'resnet8', '--lr', '-1'], '--lr'),
+        (['--net_name', 'resnet8', '--milestones', '100'], 'share from 0 to below 1'),
+        (['--net_name', 'resnet8', '--amp', 'fp8'], 'fp8'),
+        (['--net_name', 'resnet8', '--seed', '1.5'], '--seed'),
+        (['--net_name', 'resnet9'], '6n + 2'),
+        (['--net_name', 'resnet8', '--device', 'cuda:77'], '--device cuda:77'),
+        (['--net_name', 'resnet8', '--device', 'toaster'], '--device toaster'),
+        (['--net_name', 'resnet8', '--data_name', 'imagenet'], "no data set is called 'imagenet'"),
+        (['--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', '97'], ['97', '96 images']),
+        (
+            [
+                '--net_name',
+                'resnet8',
+                '--data_name',
+                'shapes:96',
+                '--batch_size',
+                '32',
+                '--resume',
+                '/no/such',
+            ],
+            '--resume /no/such',
+        ),
+        (
+            [
+                '--net_name',
+                'resnet8',
+                '--data_name',
+                'shapes:96',
+                '--batch_size',
+                '32',
+                '--init',
+                'absent.pt',
+            ],
+            'absent.pt: no such',
+        ),
+    ],
+)
 def test_base_mistakes(fails, words, said):
     fails('train_base', *words, said=said)
 
 
-@pytest.mark.parametrize('words,said', [
-    (['--kd_mode', 'nonsense'], ["no method is called 'nonsense'", 'rkd']),
-    (['--kd_mode', 'st', 'st'], 'named twice'),
-    (['--kd_mode', 'st+st'], 'named twice'),
-    (['--kd_mode', 'st+'], "''"),
-    (['--kd_mode', 'st', '--kd_args', 'temperature=4'], ["no argument 'temperature'", 'SoftTarget(T: float = 4.0)']),
-    (['--kd_mode', 'st', '--kd_args', 'T'], "key=value, got 'T'"),
-    (['--kd_mode', 'st', '--kd_args', 'T=warm'], ["T='warm'", 'wrong type', 'SoftTarget(T: float = 4.0)']),
-    (['--kd_mode', 'st', '--kd_args', 'T=True'], 'wrong type'),
-    (['--kd_mode', 'st', '--kd_args', 'T=-1'], 'T must be > 0'),
-    (['--kd_mode', 'nst', '--kd_args', 'kernel=cubic'], 'kernel must be one of'),
-    (['--kd_mode', 'nst', '--kd_args', 'd=2.5'], 'wrong type'),
-    (['--kd_mode', 'vid', '--kd_args', 's_channels=3'], 's_channels'),
-    (['--kd_mode', 'st', 'at', '--kd_args', 'T=4'], 'METHOD.T=VALUE'),
-    (['--kd_mode', 'st', 'at', '--kd_args', 'sp.x=4'], "'sp' is not among"),
-    (['--kd_mode', 'st', '--lambda_kd', 'heavy'], '--lambda_kd'),
-    (['--kd_mode', 'st', 'at', '--lambda_kd', '3'], 'METHOD=number'),
-    (['--kd_mode', 'st', 'at', '--lambda_kd', 'sp=3'], "'sp' is not among"),
-    (['--kd_mode', 'st', '--lambda_kd', 'st=heavy'], 'must be a number'),
-    (['--kd_mode', 'st', '--s_name', 'resnet7'], '6n + 2'),
-    (['--kd_mode', 'st', '--t_name', 'resnet20'], ['does not fit', 'looks like resnet8 with 10 classes']),
-    (['--kd_mode', 'st', '--s_init', 'absent.pt'], 'absent.pt: no such'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'words,said',
+    [
+        (['--kd_mode', 'nonsense'], ["no method is called 'nonsense'", 'rkd']),
+        (['--kd_mode', 'st', 'st'], 'named twice'),
+        (['--kd_mode', 'st+st'], 'named twice'),
+        (['--kd_mode', 'st+'], "''"),
+        (
+            ['--kd_mode', 'st', '--kd_args', 'temperature=4'],
+            ["no argument 'temperature'", 'SoftTarget(T: float = 4.0)'],
+        ),
+        (['--kd_mode', 'st', '--kd_args', 'T'], "key=value, got 'T'"),
+        (
+            ['--kd_mode', 'st', '--kd_args', 'T=warm'],
+            ["T='warm'", 'wrong type', 'SoftTarget(T: float = 4.0)'],
+        ),
+        (['--kd_mode', 'st', '--kd_args', 'T=True'], 'wrong type'),
+        (['--kd_mode', 'st', '--kd_args', 'T=-1'], 'T must be > 0'),
+        (['--kd_mode', 'nst', '--kd_args', 'kernel=cubic'], 'kernel must be one of'),
+        (['--kd_mode', 'nst', '--kd_args', 'd=2.5'], 'wrong type'),
+        (['--kd_mode', 'vid', '--kd_args', 's_channels=3'], 's_channels'),
+        (['--kd_mode', 'st', 'at', '--kd_args', 'T=4'], 'METHOD.T=VALUE'),
+        (['--kd_mode', 'st', 'at', '--kd_args', 'sp.x=4'], "'sp' is not among"),
+        (['--kd_mode', 'st', '--lambda_kd', 'heavy'], '--lambda_kd'),
+        (['--kd_mode', 'st', 'at', '--lambda_kd', '3'], 'METHOD=number'),
+        (['--kd_mode', 'st', 'at', '--lambda_kd', 'sp=3'], "'sp' is not among"),
+        (['--kd_mode', 'st', '--lambda_kd', 'st=heavy'], 'must be a number'),
+        (['--kd_mode', 'st', '--s_name', 'resnet7'], '6n + 2'),
+        (['--kd_mode', 'st', '--t_name', 'resnet20'], ['does not fit', 'looks like resnet8 with 10 classes']),
+        (['--kd_mode', 'st', '--s_init', 'absent.pt'], 'absent.pt: no such'),
+    ],
+)
 def test_kd_mistakes(fails, teacher, words, said):
     fails('train_kd', *kd(teacher), *words, said=said)
 
@@ -136,8 +196,15 @@ def test_unlike_maps_are_refused_before_training(fails, script, tmp_path):
             'build',
             lambda name, k: Small(real('resnet8', k)) if name == 'resnet14' else real(name, k),
         )
-        fails('train_kd', *kd(tmp_path / 'b' / 'net.pt'), '--s_name', 'resnet14', '--kd_mode', 'fitnet',
-              said=['FitNet: fm_t must be', '(2, 64, 4, 4)', '(2, 64, 8, 8)'])  # fmt: skip
+        fails(
+            'train_kd',
+            *kd(tmp_path / 'b' / 'net.pt'),
+            '--s_name',
+            'resnet14',
+            '--kd_mode',
+            'fitnet',
+            said=['FitNet: fm_t must be', '(2, 64, 4, 4)', '(2, 64, 8, 8)'],
+        )
 
 
 class Bomb:
@@ -145,11 +212,19 @@ class Bomb:
         return (os.mkdir, ('bomb-went-off',))
 
 
-@pytest.mark.parametrize('kind,said', [
-    ('missing', 'no such checkpoint'), ('truncated', 'truncated'), ('empty', 'truncated'), ('text', 'not a PyTorch'),
-    ('code', 'refused'), ('architecture', 'looks like resnet14 with 10 classes'),
-    ('classes', 'looks like resnet8 with 100 classes'), ('folder', 'no such checkpoint'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'kind,said',
+    [
+        ('missing', 'no such checkpoint'),
+        ('truncated', 'truncated'),
+        ('empty', 'truncated'),
+        ('text', 'not a PyTorch'),
+        ('code', 'refused'),
+        ('architecture', 'looks like resnet14 with 10 classes'),
+        ('classes', 'looks like resnet8 with 100 classes'),
+        ('folder', 'no such checkpoint'),
+    ],
+)
 def test_bad_checkpoints(fails, teacher, tmp_path, monkeypatch, kind, said):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'bad.pt'
@@ -203,8 +278,22 @@ def test_bad_images_in_a_folder(fails, tmp_path, workers):
     from PIL import Image
 
     root = write_folder(tmp_path / 'images')
-    base = ('--net_name', 'resnet8', '--img_root', root, '--data_name', 'folder', '--image_size', '24', '--batch_size', '5',
-            '--epochs', '1', '--workers', workers)  # fmt: skip
+    base = (
+        '--net_name',
+        'resnet8',
+        '--img_root',
+        root,
+        '--data_name',
+        'folder',
+        '--image_size',
+        '24',
+        '--batch_size',
+        '5',
+        '--epochs',
+        '1',
+        '--workers',
+        workers,
+    )
     (root / 'train' / 'bee' / '1.png').write_bytes(b'')
     fails('train_base', *base, '--note', 'a', said=['bee/1.png', 'cannot be read'])
     Image.new('L', (30, 30)).save(root / 'train' / 'bee' / '1.png')
@@ -247,8 +336,11 @@ def commands(tmp_path, *words) -> list[list[str]]:
     """What the example script would run, by a python3 on the PATH that only writes its arguments down."""
     (tmp_path / 'bin').mkdir(exist_ok=True)
     fake = tmp_path / 'bin' / 'python3'
-    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nfor a in "$@"; do printf "%s\\n" "$a"; done >> {tmp_path}/calls\n'
-                    f'echo >> {tmp_path}/calls\n')  # fmt: skip
+    fake.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && exit 0\n'
+        f'for a in "$@"; do printf "%s\\n" "$a"; done >> {tmp_path}/calls\n'
+        f'echo >> {tmp_path}/calls\n'
+    )
     fake.chmod(0o755)
     env = {**os.environ, 'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}', 'IMG_ROOT': './my data'}
     done = subprocess.run(

@@ -48,8 +48,13 @@ def world(n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNamespace
         t = Feats(
             *(x.detach().clone() for x in s[:2]), *([x.detach().clone() for x in maps] for maps in s[2:])
         )
-    b = SimpleNamespace(img=torch.randn(n, 3, 12, 8), target=torch.arange(n) % K, index=torch.arange(n), epoch=0,
-                        generator=torch.Generator().manual_seed(0))  # fmt: skip
+    b = SimpleNamespace(
+        img=torch.randn(n, 3, 12, 8),
+        target=torch.arange(n) % K,
+        index=torch.arange(n),
+        epoch=0,
+        generator=torch.Generator().manual_seed(0),
+    )
     return SimpleNamespace(s=s, t=t, b=b)
 
 
@@ -89,8 +94,25 @@ def healthy(name, w, kd=None, bound=None) -> torch.Tensor:
 
 @pytest.mark.parametrize('name', ROWS)
 def test_arguments_have_the_names_of_the_field(name):
-    known = ['out_s', 'feat_s', 'fm_s', 'fms_s', 'pres_s', 'out_t', 'feat_t', 'fm_t', 'fms_t', 'pres_t', 'target',
-             'index', 'img', 'epoch', 'net_s', 'net_t', 'generator']  # fmt: skip
+    known = [
+        'out_s',
+        'feat_s',
+        'fm_s',
+        'fms_s',
+        'pres_s',
+        'out_t',
+        'feat_t',
+        'fm_t',
+        'fms_t',
+        'pres_t',
+        'target',
+        'index',
+        'img',
+        'epoch',
+        'net_s',
+        'net_t',
+        'generator',
+    ]
     forward = list(inspect.signature(METHODS[name].loss.forward).parameters)[1:]
     assert set(forward) <= set(known)
     assert forward == sorted(forward, key=known.index), 'student first, then teacher, then the rest'
@@ -172,9 +194,15 @@ def test_half_precision_and_autocast(name, dtype):
     """Half inputs inside autocast give the value of the same numbers in float32, to rounding of nothing."""
     w = world(dtype=dtype)
     v = world(dtype=dtype)
-    v.s, v.t = (Feats(f.out.detach().float().requires_grad_(), f.feat.detach().float().requires_grad_(),
-                      [x.detach().float().requires_grad_() for x in f.fms],
-                      [x.detach().float().requires_grad_() for x in f.pres]) for f in (v.s, v.t))  # fmt: skip
+    v.s, v.t = (
+        Feats(
+            f.out.detach().float().requires_grad_(),
+            f.feat.detach().float().requires_grad_(),
+            [x.detach().float().requires_grad_() for x in f.fms],
+            [x.detach().float().requires_grad_() for x in f.pres],
+        )
+        for f in (v.s, v.t)
+    )
     with torch.autocast('cpu', dtype=dtype):
         loss = healthy(name, w)
     assert loss.dtype == torch.float32
@@ -280,7 +308,7 @@ def test_state_survives(name):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_wrong_shapes_are_named(name):
-    """Another batch size and a missing axis: the message says which argument, the shape got and the shape wanted."""
+    """Another batch size, a missing axis: the message says which argument, the shape got, the one wanted."""
     w = world()
     kd = build(name, w)
     calls = []

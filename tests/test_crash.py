@@ -37,13 +37,31 @@ utils.save_checkpoint(path, {'epoch': 2, 'net': torch.ones(1000)})
 
 def test_disk_full(tmp_path, img_root, teacher):
     """A limit on file sizes stands for a full disk: exit code 2, one line, the old checkpoint survives."""
-    command = [sys.executable, str(ROOT / 'train_base.py'), '--net_name', 'resnet8', '--note', 'full', '--save_root',
-               str(tmp_path), '--img_root', str(img_root), '--threads', '1', *TINY, '--epochs', '40', '--resume',
-               'auto']  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / 'train_base.py'),
+        '--net_name',
+        'resnet8',
+        '--note',
+        'full',
+        '--save_root',
+        str(tmp_path),
+        '--img_root',
+        str(img_root),
+        '--threads',
+        '1',
+        *TINY,
+        '--epochs',
+        '40',
+        '--resume',
+        'auto',
+    ]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    stopper = 'import sys, train_base, utils; real = utils.Record.epoch_done\n' \
-              'def two(r, row):\n    real(r, row)\n    if r.epoch == 2: raise utils.UserError("enough")\n' \
-              'utils.Record.epoch_done = two; utils.run(train_base.main)'  # fmt: skip
+    stopper = (
+        'import sys, train_base, utils; real = utils.Record.epoch_done\n'
+        'def two(r, row):\n    real(r, row)\n    if r.epoch == 2: raise utils.UserError("enough")\n'
+        'utils.Record.epoch_done = two; utils.run(train_base.main)'
+    )
     first = subprocess.run(
         [sys.executable, '-c', stopper, *command[2:]], cwd=ROOT, capture_output=True, text=True, env=env
     )
@@ -73,8 +91,20 @@ def spoiled(path, tmp_path, value):
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_a_non_finite_teacher_is_refused(script, teacher, tmp_path, value):
-    done = script('train_kd', '--kd_mode', 'st', '--t_name', 'resnet8', '--t_model', spoiled(teacher, tmp_path, value),
-                  '--s_name', 'resnet8', '--note', 'x', *TINY)  # fmt: skip
+    done = script(
+        'train_kd',
+        '--kd_mode',
+        'st',
+        '--t_name',
+        'resnet8',
+        '--t_model',
+        spoiled(teacher, tmp_path, value),
+        '--s_name',
+        'resnet8',
+        '--note',
+        'x',
+        *TINY,
+    )
     assert done.code == 2 and 'teacher is not finite' in done.err and done.err.count('\n') == 1
     assert not (tmp_path / 'x' / 'st').exists()
 
@@ -123,7 +153,7 @@ def test_a_teacher_that_turns_non_finite_is_named(train_kd, monkeypatch, tmp_pat
 
 
 def test_the_device_side_guard(monkeypatch):
-    """The CUDA form, tried on the CPU: the fused optimiser skips the update and the step is reported later."""
+    """The CUDA form, tried on the CPU: the fused optimiser skips the update, the step is reported later."""
     device = torch.device('cpu')
     weight = torch.nn.Parameter(torch.ones(3))
     opt = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True)

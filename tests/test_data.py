@@ -112,7 +112,7 @@ def test_split_is_disjoint_and_repeatable():
     assert torch.equal(data.split(0.25, seed=3)[1].images, held.images)
 
 
-# ------------------------------------------------------------------------------------------------ embedded set
+# ------------------------------------------------------------------------------------------- embedded set
 
 
 def test_shapes_are_reproducible_and_balanced():
@@ -243,13 +243,17 @@ def test_cifar100_binary(tmp_path, monkeypatch):
 def write_python_layout(
     root: Path, base: str, files: list[str], key: str, classes: int, monkeypatch, cls
 ) -> dict:
-    """What the official Python archives hold: pickled dicts of bytes, and torchvision's MD5 lists to match."""
+    """What the official Python archives hold: pickled dicts, and torchvision's MD5 lists to match."""
     rng, content, folder = np.random.default_rng(1), {}, root / base
     folder.mkdir(parents=True)
     for name in files:
         data = rng.integers(0, 256, (N, 3072), dtype=np.uint8)
-        content[name] = {'data': data, key: rng.integers(0, classes, N).tolist(), 'batch_label': name,
-                         'filenames': [f'{i}.png' for i in range(N)]}  # fmt: skip
+        content[name] = {
+            'data': data,
+            key: rng.integers(0, classes, N).tolist(),
+            'batch_label': name,
+            'filenames': [f'{i}.png' for i in range(N)],
+        }
         (folder / name).write_bytes(pickle.dumps(content[name], protocol=2))
     meta = pickle.dumps({cls.meta['key']: [str(i) for i in range(classes)]}, protocol=2)
     (folder / cls.meta['filename']).write_bytes(meta)
@@ -398,9 +402,15 @@ def transparent(path):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('spoil,said', [(lambda p: p.write_bytes(b''), 'cannot be read'), (grey, 'is a L image, expected RGB'),
-                                        (lambda p: p.write_bytes(p.read_bytes()[:90]), 'cannot be read'),
-                                        (transparent, 'is a RGBA image, expected RGB')])  # fmt: skip
+@pytest.mark.parametrize(
+    'spoil,said',
+    [
+        (lambda p: p.write_bytes(b''), 'cannot be read'),
+        (grey, 'is a L image, expected RGB'),
+        (lambda p: p.write_bytes(p.read_bytes()[:90]), 'cannot be read'),
+        (transparent, 'is a RGBA image, expected RGB'),
+    ],
+)
 def test_folder_names_the_bad_image(tmp_path, spoil, said, workers):
     write_folder(tmp_path)
     victim = tmp_path / 'train' / 'bee' / '3.png'

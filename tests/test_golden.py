@@ -52,8 +52,9 @@ class Vector:
         assert got.dtype == torch.float64, f'{self.name}: {key} came back as {got.dtype}'
         # an entry may be tiny beside its neighbours by cancellation: compare with the array's scale
         scale = max(float(wanted.abs().max()), 1e-3)
-        np.testing.assert_allclose(got.detach().numpy(), wanted.numpy(), rtol=RTOL, atol=RTOL * scale,
-            err_msg=f'{self.name}: {key}')  # fmt: skip
+        np.testing.assert_allclose(
+            got.detach().numpy(), wanted.numpy(), rtol=RTOL, atol=RTOL * scale, err_msg=f'{self.name}: {key}'
+        )
         self.open.discard(key)
 
 

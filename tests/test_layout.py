@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -37,7 +38,12 @@ def test_the_scripts_know_no_method():
 def method_rows() -> dict[str, list[str]]:
     """The README's method table: {name: cells}."""
     rows = [line for line in README.splitlines() if re.match(r'\| `[a-z0-9]+` \|', line)]
-    return {line.split('`')[1]: [cell.strip() for cell in line.strip('|').split('|')] for line in rows}
+    cells = {
+        line.split('`')[1]: [cell.strip() for cell in line.strip('|').split('|')]
+        for line in rows
+        if line.count('|') == 7
+    }
+    return cells
 
 
 def test_the_readme_lists_every_method():
@@ -52,14 +58,14 @@ def test_the_readme_lists_every_method():
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf'```{language}\n(.*?)```', README, re.S)
+    return re.findall(rf'```{language}\n(.*?)^ *```', README, re.S | re.M)
 
 
 @pytest.mark.parametrize('number', range(len(code_blocks('python'))))
 def test_the_readme_code_runs(number, tmp_path):
-    """As pasted, in a folder that holds what the text says: rkd.py copied there, or the checkout on the path."""
+    """As pasted, in a folder that holds what the text says: rkd.py copied, or the checkout on the path."""
     (tmp_path / 'rkd.py').write_bytes((ROOT / 'kd_losses' / 'rkd.py').read_bytes())
-    block = code_blocks('python')[number]
+    block = textwrap.dedent(code_blocks('python')[number])
     env = {'PATH': '/usr/bin:/bin', 'OMP_NUM_THREADS': '1'} | (
         {} if 'from rkd' in block else {'PYTHONPATH': str(ROOT)}
     )

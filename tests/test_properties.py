@@ -15,8 +15,9 @@ def rand(*shape, seed=0):
 
 
 def near(a, b, tol=1e-10):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64),
-                               rtol=tol, atol=tol)  # fmt: skip
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tol, atol=tol
+    )
 
 
 @pytest.mark.parametrize('name', sorted(METHODS))
@@ -89,7 +90,7 @@ def test_soft_target_direction_and_mask():
 
 
 def test_dkd_recombines_to_soft_targets():
-    """Per sample KD = TCKD + (1 - p_t[y]) NCKD; with one sample that is DKD with alpha 1 and beta 1 - p_t[y]."""
+    """Per sample KD = TCKD + (1 - p_t[y]) NCKD: for one sample, DKD with alpha 1 and beta 1 - p_t[y]."""
     for seed in range(5):
         s, t, y = rand(1, 6, seed=seed), rand(1, 6, seed=seed + 10), torch.tensor([seed])
         rest = 1 - F.softmax(t / 4, 1)[0, seed].item()
@@ -272,10 +273,22 @@ def test_sp_gradient_of_the_short_gram():
     near(s.grad, r.grad)
 
 
-@pytest.mark.parametrize('make', [lambda: SoftTarget(T=0), lambda: DKD(T=-1), lambda: AT(p=0), lambda: NST('cubic'),
-                                  lambda: NST(d=1.5), lambda: CC(kernel='x'), lambda: CC(P_order=-1),
-                                  lambda: FitNet(3), lambda: VID(2, 2, init_var=1e-6), lambda: OFD(2, 2, reduction='sum'),
-                                  lambda: OFD(2, 2, margin=torch.zeros(3))])  # fmt: skip
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: SoftTarget(T=0),
+        lambda: DKD(T=-1),
+        lambda: AT(p=0),
+        lambda: NST('cubic'),
+        lambda: NST(d=1.5),
+        lambda: CC(kernel='x'),
+        lambda: CC(P_order=-1),
+        lambda: FitNet(3),
+        lambda: VID(2, 2, init_var=1e-6),
+        lambda: OFD(2, 2, reduction='sum'),
+        lambda: OFD(2, 2, margin=torch.zeros(3)),
+    ],
+)
 def test_wrong_hyperparameters_are_refused(make):
     with pytest.raises(ValueError, match='got'):
         make()

@@ -29,8 +29,10 @@ def check_equal(a, b):
     for part in ('net', 'kd', 'opt', 'scaler'):
         if part in x:
             assert same(x[part], y[part]), f'{part} differs'
-    momentum = [torch.equal(p['momentum_buffer'], q['momentum_buffer'])
-                for p, q in zip(x['opt']['state'].values(), y['opt']['state'].values())]  # fmt: skip
+    momentum = [
+        torch.equal(p['momentum_buffer'], q['momentum_buffer'])
+        for p, q in zip(x['opt']['state'].values(), y['opt']['state'].values())
+    ]
     assert momentum and all(momentum)
     assert rows(a) == rows(b)
     first, second = (json.loads((folder / 'results.json').read_text()) for folder in (a, b))
@@ -128,10 +130,18 @@ def test_origin_is_kept(script, tmp_path, monkeypatch):
     assert result['resumed_with'] == ['b' * 40, 'c' * 40]
 
 
-@pytest.mark.parametrize('flag,value,named', [('--lr', '0.05', 'lr was 0.1'), ('--batch_size', '24', 'batch_size'),
-                                              ('--epochs', '5', 'epochs was 4'), ('--seed', '9', 'seed'),
-                                              ('--lambda_kd', '7', 'methods'), ('--kd_args', 'T=2', 'methods'),
-                                              ('--amp', 'bf16', 'amp was')])  # fmt: skip
+@pytest.mark.parametrize(
+    'flag,value,named',
+    [
+        ('--lr', '0.05', 'lr was 0.1'),
+        ('--batch_size', '24', 'batch_size'),
+        ('--epochs', '5', 'epochs was 4'),
+        ('--seed', '9', 'seed'),
+        ('--lambda_kd', '7', 'methods'),
+        ('--kd_args', 'T=2', 'methods'),
+        ('--amp', 'bf16', 'amp was'),
+    ],
+)
 def test_other_mathematics_are_refused(train_kd, flag, value, named):
     assert train_kd('st', '--note', 'm', *FOUR).code == 0
     words = list(FOUR)
@@ -165,11 +175,39 @@ def test_nothing_is_overwritten_unasked(train_kd, tmp_path):
 
 
 def start(tmp_path, img_root, teacher, *words) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / 'train_kd.py'), '--kd_mode', 'vid', 'pkt+st', '--t_name', 'resnet8', '--t_model',
-               str(teacher), '--s_name', 'resnet8', '--img_root', str(img_root), '--save_root', str(tmp_path),
-               '--threads', '1', '--data_name', 'shapes:400', '--batch_size', '32', '--epochs', '6', *words]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'})  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / 'train_kd.py'),
+        '--kd_mode',
+        'vid',
+        'pkt+st',
+        '--t_name',
+        'resnet8',
+        '--t_model',
+        str(teacher),
+        '--s_name',
+        'resnet8',
+        '--img_root',
+        str(img_root),
+        '--save_root',
+        str(tmp_path),
+        '--threads',
+        '1',
+        '--data_name',
+        'shapes:400',
+        '--batch_size',
+        '32',
+        '--epochs',
+        '6',
+        *words,
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
 
 
 def wait_for_epoch(folder, process, epochs):

@@ -37,8 +37,8 @@ for name in inspect.signature(loss.forward).parameters:
 value = loss(**inputs)
 value.backward()
 assert torch.isfinite(value) and all(torch.isfinite(x.grad).all() for x in inputs.values() if x.requires_grad)
-foreign = [m for m in sys.modules if m.split('.')[0] in ('kd_losses', 'ka_losses', 'models', 'dataset', 'utils')]
-assert not foreign, foreign
+foreign = [m for m in sys.modules if m.split('.')[0] in ('kd_losses', 'ka_losses', 'models', 'dataset',
+'utils')] assert not foreign, foreign
 print('ran', classes[0].__name__)
 """
 

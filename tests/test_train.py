@@ -36,8 +36,16 @@ def test_base_writes_everything(script, tmp_path):
     done = script('train_base', '--net_name', 'resnet8', '--note', 'b', *TINY)
     assert done.code == 0, done.err
     folder = tmp_path / 'b'
-    assert {p.name for p in folder.iterdir()} == {'args.json', 'best.pt', 'initial.pt', 'last.pt', 'log.txt',
-                                                 'metrics.csv', 'net.pt', 'results.json'}  # fmt: skip
+    assert {p.name for p in folder.iterdir()} == {
+        'args.json',
+        'best.pt',
+        'initial.pt',
+        'last.pt',
+        'log.txt',
+        'metrics.csv',
+        'net.pt',
+        'results.json',
+    }
     result = json.loads((folder / 'results.json').read_text())
     assert result['method'] == 'baseline' and len(result['curve']) == 2
     assert result['last']['top1'] == pytest.approx(result['curve'][-1], abs=1e-3)
@@ -154,8 +162,20 @@ def test_folder_data(script, tmp_path):
     from tests.test_data import write_folder
 
     data = ('--data_name', 'folder', '--img_root', write_folder(tmp_path / 'images'), '--image_size', '32')
-    done = script('train_base', '--net_name', 'resnet8', '--note', 'f', *data, '--epochs', '1', '--batch_size', '5',
-                  '--workers', '0')  # fmt: skip
+    done = script(
+        'train_base',
+        '--net_name',
+        'resnet8',
+        '--note',
+        'f',
+        *data,
+        '--epochs',
+        '1',
+        '--batch_size',
+        '5',
+        '--workers',
+        '0',
+    )
     assert done.code == 0, done.err
     assert weights(tmp_path / 'f')['net']['fc.weight'].shape == (3, 64)
 
@@ -208,8 +228,21 @@ def test_table_and_figure(train_kd, script, tmp_path, monkeypatch, capsys):
     assert train_kd('st', 'at', '--note', 'kd').code == 0
     assert script('train_base', '--net_name', 'resnet8', '--note', 'base', *TINY).code == 0
     (tmp_path / 'R.md').write_text('before <!-- demo:begin -->\nold\n<!-- demo:end --> after')
-    monkeypatch.setattr(sys, 'argv', ['table.py', str(tmp_path / 'kd'), str(tmp_path / 'base'), '--out', str(tmp_path / 'o'),
-                                      '--readme', str(tmp_path / 'R.md'), '--name', 'demo'])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [
+            'table.py',
+            str(tmp_path / 'kd'),
+            str(tmp_path / 'base'),
+            '--out',
+            str(tmp_path / 'o'),
+            '--readme',
+            str(tmp_path / 'R.md'),
+            '--name',
+            'demo',
+        ],
+    )
     assert tools.table.main() == 0
     text = (tmp_path / 'o' / 'table.md').read_text()
     result = json.loads((tmp_path / 'kd' / 'st' / 'results.json').read_text())
@@ -245,9 +278,35 @@ def test_table_over_seeds():
             'curve': [1, top1],
         }
 
-    text = tools.table.table([one('baseline', None, 1, 50.0), one('baseline', None, 2, 52.0), one('st', 't', 1, 53.0),
-                              one('st', 't', 2, 55.0), one('at', 't', 1, 60.0)])  # fmt: skip
+    text = tools.table.table(
+        [
+            one('baseline', None, 1, 50.0),
+            one('baseline', None, 2, 52.0),
+            one('st', 't', 1, 53.0),
+            one('st', 't', 2, 55.0),
+            one('at', 't', 1, 60.0),
+        ]
+    )
     lines = text.splitlines()
     assert '| baseline | s | 51.00 +- 1.41 |  | 52.00 +- 1.41 | 2 |' == lines[2]
     assert '| at | t -> s | 60.00 | +9.00 | 61.00 | 1 |' == lines[3]
     assert '| st | t -> s | 54.00 +- 1.41 | +3.00 | 55.00 +- 1.41 | 2 |' == lines[4]
+
+
+def test_a_method_of_the_users_own(train_kd, tmp_path, monkeypatch):
+    """The README's recipe: the class as printed there, one row, and the trainer knows it."""
+    import re
+    import textwrap
+
+    from kd_losses import Method, embed
+    from tests.conftest import ROOT
+
+    blocks = re.findall(r'```python\n(.*?)^ *```', (ROOT / 'README.md').read_text(), re.S | re.M)
+    scope = {}
+    exec(textwrap.dedent(next(block for block in blocks if 'class Mine' in block)), scope)
+    monkeypatch.setitem(METHODS, 'mine', Method(scope['Mine'], embed, 1.0))
+    done = train_kd('mine', 'mine+st', '--note', 'm')
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / 'm' / 'mine' / 'results.json').read_text())['recipe']['methods'] == [
+        ['mine', 1.0, {}]
+    ]

@@ -1,8 +1,9 @@
 """Make the table and the figure from result files: `python tools/table.py FOLDER... --out FOLDER`.
 
-Reads every results.json (or *.json of the same form) below the given folders, groups runs that differ in the seed
-only, and writes table.md and accuracy.png (test accuracy per epoch per method). With --readme FILE the table also
-replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in that file, NAME being --name.
+Reads every results.json (or *.json of the same form) below the given folders, groups runs that differ in the
+seed only, and writes table.md and accuracy.png (test accuracy per epoch per method). With --readme FILE the
+table also replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in that file, NAME being
+--name.
 """
 
 import argparse
