@@ -48,6 +48,11 @@ def baseline_of(groups: dict, key: tuple) -> list[dict] | None:
     return groups.get((data, '', student, 'baseline', epochs)) if teacher else None
 
 
+def students_of(groups: dict) -> set[str]:
+    """The networks that were taught; any other network trained alone is a teacher."""
+    return {key[2] for key in groups if key[1]} or {key[2] for key in groups}
+
+
 def table(results: list[dict]) -> str:
     """Markdown, one row per experiment."""
     lines = [
@@ -60,6 +65,8 @@ def table(results: list[dict]) -> str:
         alone = baseline_of(groups, key)
         gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
         pair = f'{teacher} -> {student}' if teacher else student
+        if not teacher and student not in students_of(groups):
+            method = 'teacher'
         lines.append(
             f'| {method} | {pair} | {spread(runs, "last")} | {gain} | {spread(runs, "best")} | {len(runs)} |'
         )
@@ -80,7 +87,7 @@ def figure(results: list[dict], path: Path) -> None:
             'table.py: no figure, matplotlib is not installed (pip install matplotlib)'
         ) from None
     groups = group(results)
-    students = {key[2] for key in groups if key[1]} or {key[2] for key in groups}
+    students = students_of(groups)
     fig, axes = plt.subplots(figsize=(8, 5), layout='constrained')
     colours, number = plt.get_cmap('tab20').colors, 0
     for key, runs in groups.items():
