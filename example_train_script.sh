@@ -79,8 +79,18 @@ sp()     { kd sp     --lambda_kd 3000; }
 cc()     { kd cc     --lambda_kd 100; }
 vid()    { kd vid    --lambda_kd 1.0; }
 ofd()    { kd ofd    --lambda_kd 0.5; }
+afd()    { kd afd    --lambda_kd 500; }
+irg()    { kd irg    --lambda_kd 1.0; }
+kdsvd()  { kd kdsvd  --lambda_kd 1.0; }
 dkd()    { kd dkd    --lambda_kd 1.0; }
-METHODS='logits st at fitnet nst pkt rkd sp cc vid ofd dkd'
+dist()   { kd dist   --lambda_kd 2.0; }
+nkd()    { kd nkd    --lambda_kd 1.0; }
+wsld()   { kd wsld   --lambda_kd 2.25; }
+ttm()    { kd ttm    --lambda_kd 45; }
+lskd()   { kd lskd   --lambda_kd 9; }
+ickd()   { kd ickd   --lambda_kd 2.5; }
+mgd()    { kd mgd    --lambda_kd 0.0012; }
+METHODS='logits st at fitnet nst pkt rkd sp cc vid ofd afd irg kdsvd dkd dist nkd wsld ttm lskd ickd mgd'
 
 table() {
     "$PYTHON" tools/table.py "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" --out "$SAVE_ROOT/$KD_RUN"

@@ -12,6 +12,7 @@ Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each student a folder with
 
 import copy
 import inspect
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class Run:
 
     name: str
     parts: list[tuple[Method, float, nn.Module]]  # method, weight, loss
+    ce: float  # weight of cross-entropy
     net: nn.Module
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -125,7 +127,7 @@ def main():
                 for method, weight, kd in run.parts:
                     ramp = method.ramp(epoch, args.epochs) if method.ramp else 1
                     loss_kd = loss_kd + weight * ramp * method.feed(kd, s, t, b)
-                loss = loss_ce + loss_kd
+                loss = run.ce * loss_ce + loss_kd
 
                 if not run.meter.guard(loss, run.opt, t.out):
                     continue
@@ -248,18 +250,20 @@ def build_runs(args, wanted, folder, origin, net_s, net_t, train, selected_on, d
             except TypeError as error:  # an argument that the table fills, e.g. s_channels
                 raise utils.UserError(f'--kd_args: {name}: {error}') from None
             built.append((method, weight, kd))
+        ce = math.prod(method.ce for method, _, _ in built)
         net = copy.deepcopy(net_s)
         losses = nn.ModuleList(loss for _, _, loss in built)
         opt = utils.sgd([*net.parameters(), *losses.parameters()], args, device)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         math_args = utils.math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher=args.t_name,
-            teacher_weights=teacher, methods=[[name, weight, options] for name, weight, options in parts],
+            teacher_weights=teacher, ce=ce,
+            methods=[[name, weight, options] for name, weight, options in parts],
         )  # fmt: skip
         state = {'net': net, 'kd': losses, 'opt': opt, 'scaler': scaler}
         record = utils.Record(folder / token, state, math_args, origin, selected_on)
         record.resume(utils.resume_point(args.resume, folder / token))
-        runs.append(Run(token, built, net, opt, scaler, torch.Generator(device), record))
+        runs.append(Run(token, built, ce, net, opt, scaler, torch.Generator(device), record))
     return runs
 
 

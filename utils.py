@@ -219,9 +219,9 @@ def sgd(
 class Meter:
     """Sums of one epoch, kept on the device: reading them is what waits, so it is done rarely.
 
-    Also the guard against a non-finite loss, asked before backward. It looks at once, except on CUDA, where that
-    would drain the queue at every step: there the fused optimiser is told to skip the update, and the step is
-    remembered and shows at the next reading. `failure` is then a sentence that names the run and the step.
+    Also the guard against a non-finite loss, asked before backward. It looks at once, except on CUDA, where
+    that would drain the queue at every step: there the fused optimiser is told to skip the update, and the
+    step is remembered and shows at the next reading. `failure` then is a sentence that names run and step.
     """
 
     def __init__(self, name: str, epoch: int, device: torch.device) -> None:

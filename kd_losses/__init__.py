@@ -11,18 +11,28 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .afd import AFD
 from .at import AT
 from .cc import CC
+from .dist import DIST
 from .dkd import DKD
 from .fitnet import FitNet
+from .ickd import ICKD
+from .irg import IRG
+from .kdsvd import KDSVD
 from .logits import Logits
+from .lskd import LSKD
+from .mgd import MGD
+from .nkd import NKD
 from .nst import NST
 from .ofd import OFD
 from .pkt import PKT
 from .rkd import RKD
 from .sp import SP
 from .st import SoftTarget
+from .ttm import TTM
 from .vid import VID
+from .wsld import WSLD
 
 
 # fmt: off
@@ -32,8 +42,12 @@ def logits(kd, s, t, b):    return kd(s.out, t.out)
 def labelled(kd, s, t, b):  return kd(s.out, t.out, b.target)
 def embed(kd, s, t, b):     return kd(s.feat, t.feat)
 def last_map(kd, s, t, b):  return kd(s.fms[-1], t.fms[-1])
+def all_maps(kd, s, t, b):  return kd(s.fms[1:], t.fms[1:])
 def each_map(kd, s, t, b):  return sum(k(x, y) for k, x, y in zip(kd, s.fms[1:], t.fms[1:])) / len(kd)
 def each_pre(kd, s, t, b):  return sum(k(x, y) for k, x, y in zip(kd, s.pres[1:], t.pres[1:])) / len(kd)
+
+def graph(kd, s, t, b):     return kd(*([f.fms[-2], f.fms[-1], f.feat, f.out] for f in (s, t)))
+def drawn_map(kd, s, t, b): return kd(s.fms[-1], t.fms[-1], generator=b.generator)
 
 
 # build: what the constructor is told.  e: e.s and e.t, Feats of a probe batch; e.net_s, e.net_t, e.train_set
@@ -59,6 +73,7 @@ class Method:
     feed: Callable
     weight: float  # default of --lambda_kd
     build: Callable = plain
+    ce: float = 1.0  # weight of cross-entropy beside it
     ramp: Callable | None = None  # None: the weight is constant
 
 
@@ -66,16 +81,26 @@ class Method:
 # Weights are the seed zoo's (Knowledge-Distillation-Zoo, CIFAR-10, losses averaged over the stages) where it
 # has the method, else the authors'.
 METHODS = {
+    'afd':    Method(AFD, each_map, 500.0, stage_ch),
     'at':     Method(AT, each_map, 1000.0, stages),
     'cc':     Method(CC, embed, 100.0),
+    'dist':   Method(DIST, logits, 2.0),
     'dkd':    Method(DKD, labelled, 1.0, ramp=warm_up),
     'fitnet': Method(FitNet, last_map, 0.1, last_ch),
+    'ickd':   Method(ICKD, last_map, 2.5, last_ch),
+    'irg':    Method(IRG, graph, 1.0),
+    'kdsvd':  Method(KDSVD, all_maps, 1.0),
     'logits': Method(Logits, logits, 0.1),
+    'lskd':   Method(LSKD, logits, 9.0, ce=0.1),
+    'mgd':    Method(MGD, drawn_map, 0.0012, last_ch),
+    'nkd':    Method(NKD, labelled, 1.0),
     'nst':    Method(NST, last_map, 10.0),
     'ofd':    Method(OFD, each_pre, 0.5, stage_bn),
     'pkt':    Method(PKT, embed, 10000.0),
     'rkd':    Method(RKD, embed, 1.0),
     'sp':     Method(SP, each_map, 3000.0, stages),
     'st':     Method(SoftTarget, logits, 0.1),
+    'ttm':    Method(TTM, logits, 45.0),
     'vid':    Method(VID, each_map, 1.0, stage_ch),
+    'wsld':   Method(WSLD, labelled, 2.25),
 }

@@ -5,7 +5,31 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kd_losses import AT, CC, DKD, NST, OFD, PKT, RKD, SP, VID, FitNet, Logits, SoftTarget
+from kd_losses import (
+    AFD,
+    AT,
+    CC,
+    DIST,
+    DKD,
+    ICKD,
+    IRG,
+    KDSVD,
+    LSKD,
+    MGD,
+    NKD,
+    NST,
+    OFD,
+    PKT,
+    RKD,
+    SP,
+    TTM,
+    VID,
+    WSLD,
+    FitNet,
+    Logits,
+    SoftTarget,
+)
+from kd_losses.lskd import standardize
 
 
 @dataclass
@@ -28,7 +52,11 @@ class Case:
             assert tensor.grad is not None, f'{vector.name}: no gradient for {key}'
             vector.compare(key, tensor.grad)
         for name, tensor in self.inputs.items():
-            assert not (name.endswith('_t') and tensor.grad is not None), f'{vector.name}: gradient in {name}'
+            assert not (teacher(name) and tensor.grad is not None), f'{vector.name}: gradient in {name}'
+
+
+def teacher(name: str) -> bool:
+    return name.endswith('_t') or '_t_' in name
 
 
 def case(z, module, *names, suffix='', rename=None, call=None, more=None) -> Case:
@@ -44,6 +72,12 @@ def case(z, module, *names, suffix='', rename=None, call=None, more=None) -> Cas
     return Case(call or module.double().forward, inputs, f'loss{suffix}', grads | (more or {}))
 
 
+def parameters(z, module, roles: dict) -> dict:
+    """Set parameters from param_<role>; returns the expected gradients {gradparam_<role>: parameter}."""
+    filled = fill(module, {path: z.param(role) for role, path in roles.items()})
+    return {f'gradparam_{role}': filled[path] for role, path in roles.items()}
+
+
 def fill(module, values: dict) -> dict:
     """Set parameters by path; returns {path: parameter}, in float64."""
     module.double()
@@ -52,6 +86,20 @@ def fill(module, values: dict) -> dict:
         for path, value in values.items():
             parameters[path].copy_(value)
     return parameters
+
+
+def afd(z):
+    channels = z.shape('in_fm_t')[1]
+    loss = AFD(channels, channels, **z.hp('att_f'))
+    roles = {
+        'conv1_w': 'attention.0.weight',
+        'conv1_b': 'attention.0.bias',
+        'conv2_w': 'attention.2.weight',
+        'conv2_b': 'attention.2.bias',
+    }
+    more = parameters(z, loss, roles)
+    yield case(z, loss, 'fm_s', 'fm_t', more=more)
+    z.compare('out_rho', loss.attention_of(z.input('fm_t')))
 
 
 def at(z) -> Iterator[Case]:
@@ -64,6 +112,13 @@ def cc(z):
     yield case(z, CC(**z.hp('gamma', 'P_order')), 'feat_s', 'feat_t')
     for kernel in ('rbf_taylor', 'rbf', 'bilinear', 'mmd'):
         yield case(z, CC(**z.hp('gamma', 'P_order'), kernel=kernel), 'feat_s', 'feat_t', suffix=f'_{kernel}')
+
+
+def dist(z):
+    loss = DIST(**z.hp('beta', 'gamma', 'tau'))
+    yield case(z, loss, 'out_s', 'out_t')
+    yield case(z, loss, 'out_s', 'out_t', suffix='_inter', call=lambda **x: loss.terms(**x)[0])
+    yield case(z, loss, 'out_s', 'out_t', suffix='_intra', call=lambda **x: loss.terms(**x)[1])
 
 
 def dkd(z):
@@ -82,13 +137,81 @@ def fitnet(z):
         'bn_weight': 'regressor.1.weight',
         'bn_bias': 'regressor.1.bias',
     }
-    parameters = fill(loss, {path: z.param(role) for role, path in roles.items()})
-    more = {f'gradparam_{role}': parameters[path] for role, path in roles.items()}
+    more = parameters(z, loss, roles)
     yield case(z, loss, 'fm_s', 'fm_t', suffix='_reg', rename={'fm_s': 'fm_s_reg'}, more=more)
+
+
+def ickd(z):
+    loss = ICKD(z.shape('in_fm_s')[1], z.shape('in_fm_t')[1])
+    roles = {'conv_w': 'embed_s.0.weight', 'bn_w': 'embed_s.1.weight', 'bn_b': 'embed_s.1.bias'}
+    yield case(z, loss, 'fm_s', 'fm_t', more=parameters(z, loss, roles))
+
+
+def irg(z):
+    loss = IRG(*(z.hp(f'w_{term}')[f'w_{term}'] for term in ('vert', 'edge', 'tran')))
+    names = [f'{x}_{side}' for side in 'st' for x in ('fm1', 'fm2', 'feat', 'out')]
+    yield case(z, loss, *names, call=lambda **x: loss(*graphs(x)))
+    for i, term in enumerate(('vert', 'edge', 'tran')):
+        yield case(z, loss, *names, suffix=f'_{term}', call=lambda i=i, **x: loss.terms(*graphs(x))[i])
+
+
+def graphs(x: dict) -> list[list]:
+    return [[x[f'{name}_{side}'] for name in ('fm1', 'fm2', 'feat', 'out')] for side in 'st']
+
+
+def kdsvd(z):
+    levels = range(z.hp('levels')['levels'])
+    loss = KDSVD(**z.hp('k'))
+    names = [f'fm_{side}_{i}' for side in 'st' for i in levels]
+
+    def lists(x):
+        return [[x[f'fm_{side}_{i}'] for i in levels] for side in 'st']
+
+    z.loosen('grad_', 1e-6)  # its page: the gradients pass through gaps between eigenvalues
+    yield case(z, loss, *names, call=lambda **x: loss(*lists(x)))
+    terms = loss.terms(*lists({name: z.input(name) for name in names}))
+    z.compare('loss_terms', torch.stack(terms))
 
 
 def logits(z):
     yield case(z, Logits(), 'out_s', 'out_t')
+
+
+def lskd(z):
+    yield case(z, LSKD(**z.hp('T')), 'out_s', 'out_t')
+    decoupled = LSKD(DKD(**z.hp('alpha', 'beta', 'T')))
+    yield case(
+        z,
+        decoupled,
+        'out_s',
+        'out_t',
+        'target',
+        suffix='_dkd',
+        call=lambda out_s, out_t, target: decoupled(out_s, out_t, target),
+    )
+    z.compare('out_standardized_s', standardize(z.input('out_s')))
+
+
+def mgd(z):
+    flags = {'channel_mask': bool(z.hp('channel_mask')['channel_mask']), **z.hp('mask_ratio')}
+    loss = MGD(z.shape('in_fm_s')[1], z.shape('in_fm_t')[1], **flags)
+    roles = {
+        'align_weight': 'align.weight',
+        'align_bias': 'align.bias',
+        'gen1_weight': 'generation.0.weight',
+        'gen1_bias': 'generation.0.bias',
+        'gen2_weight': 'generation.2.weight',
+        'gen2_bias': 'generation.2.bias',
+    }
+    roles = {role: path for role, path in roles.items() if f'param_{role}' in z}
+    yield case(z, loss, 'fm_s', 'fm_t', 'mask', more=parameters(z, loss, roles))
+
+
+def nkd(z):
+    loss = NKD(**z.hp('gamma', 'T'))
+    yield case(z, loss, 'out_s', 'out_t', 'target')
+    yield case(z, loss, 'out_s', 'out_t', 'target', suffix='_target', call=lambda **x: loss.terms(**x)[0])
+    yield case(z, loss, 'out_s', 'out_t', 'target', suffix='_nontarget', call=lambda **x: loss.terms(**x)[1])
 
 
 def nst(z):
@@ -138,6 +261,13 @@ def st(z):
     yield case(z, SoftTarget(**z.hp('T')), 'out_s', 'out_t')
 
 
+def ttm(z):
+    yield case(z, TTM(**z.hp('l')), 'out_s', 'out_t')
+    weighted = case(z, TTM(**z.hp('l'), weighted=True), 'out_s', 'out_t', suffix='_wttm')
+    weighted.grads = {'grad_out_s_w': weighted.inputs['out_s']}
+    yield weighted
+
+
 def vid(z):
     loss = VID(z.shape('in_fm_s')[1], z.shape('in_fm_t')[1], **z.hp('mid_channels', 'eps', 'init_var'))
     # the constructor works in float32, the vector in float64
@@ -151,22 +281,35 @@ def vid(z):
         'conv3_w': 'regressor.4.weight',
     }
     roles['alpha'] = 'alpha'
-    parameters = fill(loss, {path: z.param(role) for role, path in roles.items()})
-    more = {f'gradparam_{role}': parameters[path] for role, path in roles.items()}
+    more = parameters(z, loss, roles)
     yield case(z, loss, 'fm_s', 'fm_t', more=more)
 
 
+def wsld(z):
+    yield case(z, WSLD(**z.hp('T')), 'out_s', 'out_t', 'target')
+
+
 ADAPTERS = {
+    'afd': afd,
     'at': at,
     'cc': cc,
+    'dist': dist,
     'dkd': dkd,
     'fitnet': fitnet,
+    'ickd': ickd,
+    'irg': irg,
+    'kdsvd': kdsvd,
     'logits': logits,
+    'lskd': lskd,
+    'mgd': mgd,
+    'nkd': nkd,
     'nst': nst,
     'ofd': ofd,
     'pkt': pkt,
     'rkd': rkd,
     'sp': sp,
     'st': st,
+    'ttm': ttm,
     'vid': vid,
+    'wsld': wsld,
 }

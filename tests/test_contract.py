@@ -16,8 +16,13 @@ from models import Feats
 
 ROWS = sorted(METHODS)
 K = 6
-STUDENT = ((4, 12, 8), (4, 12, 8), (6, 6, 4), (8, 3, 2))  # C, H, W of stem and stages: not square
-TEACHER = ((5, 12, 8), (6, 12, 8), (7, 6, 4), (9, 3, 2))
+STUDENT = ((4, 12, 8), (4, 12, 8), (4, 6, 4), (8, 3, 2))  # C, H, W of stem and stages: not square
+TEACHER = ((5, 12, 8), (6, 12, 8), (3, 6, 4), (9, 3, 2))
+
+# rows that need equal channels on both sides, with the reason
+ALIKE = {'afd': 'channels are matched one to one', 'kdsvd': 'singular vectors live in channel space'}
+# rows whose gradient is, by definition, not that of their value, with the reason
+STOPS = {'wsld': 'the weights of the samples are constants'}
 
 
 def feats(sizes, n: int, dtype, relu=True) -> Feats:
@@ -39,11 +44,11 @@ class Teacher(nn.Module):
         return [nn.BatchNorm2d(width) for width in self.widths]
 
 
-def world(n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNamespace:
+def world(name, n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNamespace:
     """Features of both sides for a batch of n, as the trainer has them."""
     torch.manual_seed(seed)
     s = feats(STUDENT, n, dtype, **kw)
-    t = feats(TEACHER, n, dtype, **kw)
+    t = feats(STUDENT if name in ALIKE else TEACHER, n, dtype, **kw)
     if same:  # the student's own values on the teacher's side
         t = Feats(
             *(x.detach().clone() for x in s[:2]), *([x.detach().clone() for x in maps] for maps in s[2:])
@@ -68,6 +73,7 @@ def build(name: str, w: SimpleNamespace) -> nn.Module:
 
 
 def call(name, kd, w) -> torch.Tensor:
+    (w.b.generator.manual_seed if w.b.generator else torch.manual_seed)(0)
     return METHODS[name].feed(kd, w.s, w.t, w.b)
 
 
@@ -94,26 +100,11 @@ def healthy(name, w, kd=None, bound=None) -> torch.Tensor:
 
 @pytest.mark.parametrize('name', ROWS)
 def test_arguments_have_the_names_of_the_field(name):
-    known = [
-        'out_s',
-        'feat_s',
-        'fm_s',
-        'fms_s',
-        'pres_s',
-        'out_t',
-        'feat_t',
-        'fm_t',
-        'fms_t',
-        'pres_t',
-        'target',
-        'index',
-        'img',
-        'epoch',
-        'net_s',
-        'net_t',
-        'generator',
-    ]
-    forward = list(inspect.signature(METHODS[name].loss.forward).parameters)[1:]
+    sides = ['out', 'feat', 'fm', 'fms', 'pres', 'irg']
+    rest = ['target', 'index', 'img', 'epoch', 'net_s', 'net_t', 'mask', 'generator']
+    known = [f'{x}_s' for x in sides] + [f'{x}_t' for x in sides] + rest
+    signature = inspect.signature(METHODS[name].loss.forward)
+    forward = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL][1:]
     assert set(forward) <= set(known)
     assert forward == sorted(forward, key=known.index), 'student first, then teacher, then the rest'
     constructor = list(inspect.signature(METHODS[name].loss.__init__).parameters)[1:]
@@ -125,7 +116,7 @@ def test_arguments_have_the_names_of_the_field(name):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('name', ROWS)
 def test_value_and_gradients(name, dtype):
-    w = world(dtype=dtype)
+    w = world(name, dtype=dtype)
     before = [x.detach().clone() for x in tensors(w.s) + tensors(w.t)]
     kd = build(name, w)
     loss = healthy(name, w, kd)
@@ -138,7 +129,7 @@ def test_value_and_gradients(name, dtype):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_teacher_under_no_grad_gives_the_same(name):
-    w, v = world(), world()
+    w, v = world(name), world(name)
     v.t = Feats(
         v.t.out.detach(), v.t.feat.detach(), [x.detach() for x in v.t.fms], [x.detach() for x in v.t.pres]
     )
@@ -147,13 +138,13 @@ def test_teacher_under_no_grad_gives_the_same(name):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_batch_of_one(name):
-    healthy(name, world(n=1))
+    healthy(name, world(name, n=1))
 
 
 @pytest.mark.parametrize('side', ['student', 'teacher', 'both', 'one sample'])
 @pytest.mark.parametrize('name', ROWS)
 def test_zero_features(name, side):
-    w = world()
+    w = world(name)
     with torch.no_grad():
         for f, sides in ((w.s, ('student', 'both')), (w.t, ('teacher', 'both'))):
             for x in tensors(f):
@@ -166,12 +157,12 @@ def test_zero_features(name, side):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_equal_inputs(name):
-    healthy(name, world(same=True), bound=1e4)
+    healthy(name, world(name, same=True), bound=1e4)
 
 
 @pytest.mark.parametrize('name', ROWS)
 def test_all_samples_coincide(name):
-    w = world()
+    w = world(name)
     with torch.no_grad():
         for x in tensors(w.s) + tensors(w.t):
             x[:] = x[:1].clone()
@@ -181,7 +172,7 @@ def test_all_samples_coincide(name):
 @pytest.mark.parametrize('scale', [1e4, -1e4])
 @pytest.mark.parametrize('name', ROWS)
 def test_huge_logits(name, scale):
-    w = world()
+    w = world(name)
     with torch.no_grad():
         w.s.out.copy_(scale * torch.eye(K)[:5])
         w.t.out.copy_(-scale * torch.eye(K)[:5].flip(1))
@@ -192,8 +183,8 @@ def test_huge_logits(name, scale):
 @pytest.mark.parametrize('name', ROWS)
 def test_half_precision_and_autocast(name, dtype):
     """Half inputs inside autocast give the value of the same numbers in float32, to rounding of nothing."""
-    w = world(dtype=dtype)
-    v = world(dtype=dtype)
+    w = world(name, dtype=dtype)
+    v = world(name, dtype=dtype)
     v.s, v.t = (
         Feats(
             f.out.detach().float().requires_grad_(),
@@ -211,7 +202,7 @@ def test_half_precision_and_autocast(name, dtype):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_memory_layout_does_not_matter(name):
-    w, v = world(), world()
+    w, v = world(name), world(name)
     expected = healthy(name, w)
     for f in (v.s, v.t):
         for maps in (f.fms, f.pres):
@@ -219,7 +210,7 @@ def test_memory_layout_does_not_matter(name):
                 x = x.detach().contiguous(memory_format=torch.channels_last)
                 maps[i] = x.requires_grad_()
     torch.testing.assert_close(healthy(name, v), expected, rtol=1e-5, atol=1e-7)
-    u = world()
+    u = world(name)
     strided = [
         torch.stack([x.detach(), x.detach()], dim=-1)[..., 0] for x in (u.s.out, u.s.feat, u.t.out, u.t.feat)
     ]
@@ -229,9 +220,9 @@ def test_memory_layout_does_not_matter(name):
     torch.testing.assert_close(healthy(name, u), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('name', ROWS)
+@pytest.mark.parametrize('name', [name for name in ROWS if name not in STOPS])
 def test_gradcheck(name):
-    w = world(n=3, dtype=torch.float64, seed=3, relu=False)  # a pixel of zeros is a kink of an adapter
+    w = world(name, n=3, dtype=torch.float64, seed=3, relu=False)  # a pixel of zeros is a kink of an adapter
     kd = build(name, w)
     used = [x for x in tensors(w.s) if x.grad is None]
     call(name, kd, w).backward()
@@ -245,14 +236,16 @@ def test_gradcheck(name):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_compiles_without_a_graph_break(name):
-    w, v = world(), world()
+    w, v = world(name), world(name)
     kd = build(name, w)
+    w.b.generator = None  # a generator object cannot be traced: draw from the global one, seeded by call
     expected = healthy(name, w, copy.deepcopy(kd))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda s, t, b: METHODS[name].feed(kd, s, t, b), fullgraph=True, backend='aot_eager'
     )
-    b = SimpleNamespace(target=v.b.target, index=v.b.index, img=v.b.img, epoch=0)
+    b = SimpleNamespace(target=v.b.target, index=v.b.index, img=v.b.img, epoch=0, generator=None)
+    torch.manual_seed(0)
     loss = compiled(v.s, v.t, b)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
@@ -275,7 +268,7 @@ class NoReadBack(TorchDispatchMode):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_no_read_back(name):
-    w = world()
+    w = world(name)
     kd = build(name, w)
     with NoReadBack():
         call(name, kd, w).backward()
@@ -288,7 +281,7 @@ def test_the_read_back_guard_can_fail():
 
 @pytest.mark.parametrize('name', ROWS)
 def test_state_survives(name):
-    w = world()
+    w = world(name)
     kd = build(name, w)
     healthy(name, w, kd)
     with torch.no_grad():
@@ -297,9 +290,9 @@ def test_state_survives(name):
     buffer = io.BytesIO()
     torch.save(kd.state_dict(), buffer)
     buffer.seek(0)
-    reloaded = build(name, world(seed=9))
+    reloaded = build(name, world(name, seed=9))
     reloaded.load_state_dict(torch.load(buffer, weights_only=True))
-    w = world(seed=4)
+    w = world(name, seed=4)
     expected = call(name, kd, w)
     assert torch.equal(call(name, reloaded, w), expected)
     assert torch.equal(call(name, copy.deepcopy(kd), w), expected)
@@ -309,7 +302,7 @@ def test_state_survives(name):
 @pytest.mark.parametrize('name', ROWS)
 def test_wrong_shapes_are_named(name):
     """Another batch size, a missing axis: the message says which argument, the shape got, the one wanted."""
-    w = world()
+    w = world(name)
     kd = build(name, w)
     calls = []
     losses = kd if isinstance(kd, nn.ModuleList) else [kd]
@@ -319,19 +312,26 @@ def test_wrong_shapes_are_named(name):
     module, args = calls[0]
     names = list(inspect.signature(module.forward).parameters)
     for i in range(len(args)):
-        for wrong in (args[i][:-1], args[i][0, 0] if args[i].dim() > 1 else args[i][None]):
+        for wrong in spoiled(args[i]):
             changed = [wrong if j == i else a for j, a in enumerate(args)]
             with pytest.raises(ValueError) as caught:
                 module.forward(*changed)
             said = str(caught.value)
             assert METHODS[name].loss.__name__ in said and any(n in said for n in names)
-            shapes = [str(tuple(a.shape)) for a in changed]
+            shapes = [str(tuple(x.shape)) for a in changed for x in (a if isinstance(a, list) else [a])]
             assert any(shape in said for shape in shapes), said
+
+
+def spoiled(arg) -> list:
+    """The argument with a sample or an axis missing; of a list, its first tensor, and its last left out."""
+    if isinstance(arg, list):
+        return [arg[:-1], [arg[0][:-1], *arg[1:]], [arg[0][0, 0], *arg[1:]]]
+    return [arg[:-1], arg[0, 0] if arg.dim() > 1 else arg[None]]
 
 
 @pytest.mark.parametrize('name', ROWS)
 def test_repr_and_modes(name):
-    kd = build(name, world())
+    kd = build(name, world(name))
     assert repr(kd)
     kd.eval()
-    healthy(name, world(), kd)
+    healthy(name, world(name), kd)

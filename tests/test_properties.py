@@ -20,9 +20,9 @@ def near(a, b, tol=1e-10):
     )
 
 
-@pytest.mark.parametrize('name', sorted(METHODS))
+@pytest.mark.parametrize('name', sorted(METHODS.keys() - {'mgd'}))  # mgd draws a mask per sample
 def test_order_of_the_batch_does_not_matter(name):
-    w, v = world(dtype=torch.float64), world(dtype=torch.float64)
+    w, v = world(name, dtype=torch.float64), world(name, dtype=torch.float64)
     order = torch.tensor([3, 1, 4, 0, 2])
     expected = call(name, build(name, w), w)
     kd = build(name, v)

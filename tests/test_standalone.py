@@ -25,20 +25,32 @@ module = importlib.import_module(sys.argv[1])
 classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, torch.nn.Module)
            and c.__module__ == module.__name__ and not c.__name__.startswith('_')]
 assert len(classes) == 1, classes
-loss = classes[0](**{k: v for k, v in {'s_channels': 4, 't_channels': 6}.items()
-                     if k in inspect.signature(classes[0]).parameters})
-shapes = {'out': (5, 7), 'feat_s': (5, 4), 'feat_t': (5, 6), 'fm_s': (5, 4, 6, 3), 'fm_t': (5, 6, 6, 3)}
+
+def make(t_channels):
+    values = {'s_channels': 4, 't_channels': t_channels}
+    return classes[0](**{k: v for k, v in values.items() if k in inspect.signature(classes[0]).parameters})
+
+try:
+    loss, c = make(6), 6
+except ValueError:  # a method for equal channels
+    loss, c = make(4), 4
+shapes = {'out': (5, 7), 'feat_s': (5, 4), 'feat_t': (5, 6), 'fm_s': (5, 4, 6, 3), 'fm_t': (5, c, 6, 3)}
+lists = {'irg': [(5, 4, 6, 6), (5, 8, 3, 3), (5, 8), (5, 7)], 'fms': [(5, 4, 6, 6), (5, 8, 3, 3)]}
 inputs = {}
 for name in inspect.signature(loss.forward).parameters:
     if name == 'target':
         inputs[name] = torch.arange(5)
-    else:
+    elif name[:-2] in lists:
+        inputs[name] = [torch.randn(s).requires_grad_(name.endswith('_s')) for s in lists[name[:-2]]]
+    elif name not in ('mask', 'generator', 'args'):
         inputs[name] = torch.randn(shapes.get(name) or shapes[name[:-2]]).requires_grad_(name.endswith('_s'))
 value = loss(**inputs)
 value.backward()
-assert torch.isfinite(value) and all(torch.isfinite(x.grad).all() for x in inputs.values() if x.requires_grad)
-foreign = [m for m in sys.modules if m.split('.')[0] in ('kd_losses', 'ka_losses', 'models', 'dataset',
-'utils')] assert not foreign, foreign
+leaves = [x for v in inputs.values() for x in (v if isinstance(v, list) else [v])]
+assert torch.isfinite(value) and all(torch.isfinite(x.grad).all() for x in leaves if x.requires_grad)
+ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'utils')
+foreign = [m for m in sys.modules if m.split('.')[0] in ours]
+assert not foreign, foreign
 print('ran', classes[0].__name__)
 """
 

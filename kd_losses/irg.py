@@ -1,0 +1,98 @@
+"""IRG, instance relationship graph: match logits, distances within the batch, and how they change between
+layers.
+
+Y. Liu, J. Cao, B. Li, C. Yuan, W. Hu, Y. Li, Y. Duan, "Knowledge Distillation via Instance Relationship
+Graph", CVPR 2019.
+
+    vertex          V = mean over n, k of (out_s - out_t)^2
+    edge            A_ij = ||x_i - x_j||^2 / max of them;  mean over i, j of (A_s - A_t)^2
+                    E = mean of the edge terms of feat, fm1 and fm2
+    transformation  b_n = ||fm1_n - fm2_n||^2 / max over n, fm1 pooled to fm2's size, fm2's channels averaged
+                    in groups to fm1's count;  F = mean over n of (b_s - b_t)^2
+    loss = w_irg_vert V + w_irg_edge E + w_irg_tran F
+
+Tap: [map of the last but one stage, map of the last stage, pooled embedding, logits] of each network.
+Channels, sizes and widths may differ between the networks, the class count may not.
+
+Differences: the three terms are Knowledge-Distillation-Zoo's; the authors' Caffe files have edge and
+transformation losses on pooled features with other factors. Gradients flow through the maxima (the authors'
+do not). A batch of one leaves only the vertex term; elsewhere it is NaN.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class IRG(nn.Module):
+    """Squared errors of logits, of relative distances in the batch and of relative changes between two
+    layers.
+
+    Args:
+        w_irg_vert, w_irg_edge, w_irg_tran: weights of the three terms; 0.1, 5 and 5.
+
+    Shape:
+        irg_s, irg_t: lists [fm1 (N, C1, H1, W1), fm2 (N, C2, H2, W2), feat (N, D), out (N, K)], fm1 the
+        earlier map. Returns a scalar. No gradient reaches irg_t. `terms` returns the three terms, unweighted.
+
+    Raises:
+        ValueError: a list has not four tensors of one batch; out differs in shape; within a network C2 is not
+            a multiple of C1 or fm1 is smaller than fm2.
+    """
+
+    def __init__(self, w_irg_vert: float = 0.1, w_irg_edge: float = 5.0, w_irg_tran: float = 5.0) -> None:
+        super().__init__()
+        self.w_irg_vert, self.w_irg_edge, self.w_irg_tran = w_irg_vert, w_irg_edge, w_irg_tran
+
+    def forward(self, irg_s: list[Tensor], irg_t: list[Tensor]) -> Tensor:
+        vertex, edge, transformation = self.terms(irg_s, irg_t)
+        return self.w_irg_vert * vertex + self.w_irg_edge * edge + self.w_irg_tran * transformation
+
+    def terms(self, irg_s: list[Tensor], irg_t: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        for name, graph in (('irg_s', irg_s), ('irg_t', irg_t)):
+            _check(name, graph, len(irg_s[0]))
+        if irg_s[3].shape != irg_t[3].shape:
+            raise ValueError(
+                f'IRG: out in irg_t must be {tuple(irg_s[3].shape)} as in irg_s, got {tuple(irg_t[3].shape)}'
+            )
+        s, t = [_full(x) for x in irg_s], [_full(x.detach()) for x in irg_t]
+        with torch.autocast(s[0].device.type, enabled=False):
+            edge = sum(F.mse_loss(_edges(s[i]), _edges(t[i])) for i in range(3)) / 3
+            transformation = F.mse_loss(_changes(s[0], s[1]), _changes(t[0], t[1]))
+            return F.mse_loss(s[3], t[3]), edge, transformation
+
+
+def _check(name: str, graph: list[Tensor], n: int) -> None:
+    wanted = f'[({n}, C1, H1, W1), ({n}, C2, H2, W2), ({n}, D), ({n}, K)]'
+    shapes = [tuple(x.shape) for x in graph]
+    if [x.dim() for x in graph] != [4, 4, 2, 2] or any(len(x) != n for x in graph):
+        raise ValueError(f'IRG: {name} must be {wanted}, got {shapes}')
+    fm1, fm2 = graph[0], graph[1]
+    if fm2.shape[1] % fm1.shape[1] or fm1.shape[2] < fm2.shape[2] or fm1.shape[3] < fm2.shape[3]:
+        raise ValueError(
+            f'IRG: in {name}, C2 must be a multiple of C1 and fm1 at least as large as fm2, got {shapes[:2]}'
+        )
+
+
+def _edges(x: Tensor) -> Tensor:
+    """(N, N) squared distances over the largest of them."""
+    x = x.flatten(1)
+    x = x - x.mean(dim=0)  # |a|^2 + |b|^2 - 2ab loses fewer digits around the centre
+    square = x.square().sum(dim=1)
+    a = torch.addmm(square[:, None] + square[None, :], x, x.T, alpha=-2).clamp(min=1e-12)
+    a = a.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
+    return a / a.amax().clamp(min=1e-12)
+
+
+def _changes(fm1: Tensor, fm2: Tensor) -> Tensor:
+    """(N,) squared distances between two layers over the largest of them."""
+    if fm1.shape[2:] != fm2.shape[2:]:
+        fm1 = F.adaptive_avg_pool2d(fm1, fm2.shape[2:])
+    fm2 = fm2.unflatten(1, (fm1.shape[1], -1)).mean(dim=2)
+    b = (fm1 - fm2).square().flatten(1).sum(dim=1).clamp(min=1e-12)
+    return b / b.amax()
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,123 @@
+"""KDSVD: match how the leading channel patterns of consecutive stages relate to each other.
+
+S. H. Lee, D. H. Kim, B. C. Song, "Self-supervised Knowledge Distillation using Singular Value Decomposition",
+ECCV 2018, arXiv:1807.06819.
+
+    per sample and stage, X = map as (H W, C);  v_j = its j-th right singular vector (C numbers), j = 1..k
+    teacher: v_j with its entry of largest size made positive, times w_j = sigma_j / ||sigma_1..k||
+    student: of its k + 3 leading vectors the one nearest to v_j up to sign, with that sign, times w_j: a_j
+    R[c, c', j] = exp(-(a_j[c] of stage l - a_j[c'] of stage l - 1)^2 / 8), the teacher's with v_j
+    loss = sum over l = 2..L of mean over n of sum over c, c', j of (R_s - R_t)^2
+
+Tap: the maps of all stages, after their ReLU. Channels must agree at each stage, sizes may differ.
+
+Differences: RepDistiller's formula with a sign rule, without which the value depends on the SVD routine's
+signs. The vectors come from X^T X (a C x C matrix) with their own gradient, finite for equal and vanishing
+singular values, where the ports' is NaN. The authors clip this loss's gradient by that of cross-entropy; we
+do not.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class KDSVD(nn.Module):
+    """Squared difference of radial-basis relations between singular vectors of consecutive stages.
+
+    Args:
+        k: singular vectors per stage; 1.
+
+    Shape:
+        fms_s, fms_t: lists of L >= 2 maps, shallow to deep, (N, C_l, H, W) and (N, C_l, H', W') at stage l.
+        Returns a scalar. No gradient reaches fms_t. `terms` returns the L - 1 summands.
+
+    Raises:
+        ValueError: k < 1 or more than a stage has; fewer than two stages; unequal lengths, batches or
+        channels.
+    """
+
+    def __init__(self, k: int = 1) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f'KDSVD: k must be at least 1, got {k}')
+        self.k = k
+
+    def forward(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
+        return sum(self.terms(fms_s, fms_t))
+
+    def terms(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> list[Tensor]:
+        self._check(fms_s, fms_t)
+        with torch.autocast(fms_s[0].device.type, enabled=False):
+            pairs = [self._vectors(_full(s), _full(t.detach())) for s, t in zip(fms_s, fms_t)]
+            relations = [
+                [torch.exp(-((deep[i][:, :, None] - shallow[i][:, None]).square()) / 8) for i in (0, 1)]
+                for shallow, deep in zip(pairs, pairs[1:])
+            ]
+            return [(r_s - r_t).square().sum(dim=(1, 2, 3)).mean() for r_s, r_t in relations]
+
+    def _vectors(self, fm_s: Tensor, fm_t: Tensor) -> tuple[Tensor, Tensor]:
+        """The k weighted vectors of student and teacher, (N, C, k) each, the student's aligned."""
+        x_s, x_t = fm_s.flatten(2).mT, fm_t.flatten(2).mT
+        with torch.no_grad():
+            values, v_t = _leading(x_t, self.k)
+            largest = v_t.abs().argmax(dim=1, keepdim=True)
+            v_t = v_t * torch.where(v_t.gather(1, largest) < 0, -1.0, 1.0)
+            norm = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+            weight = torch.where(norm > 1e-12, values / norm.clamp(min=1e-12), float(self.k == 1))[:, None]
+        a = _RightVectors.apply(x_s, min(self.k + 3, *x_s.shape[1:]))
+        with torch.no_grad():
+            match = a.mT @ v_t  # (N, candidates, k)
+            chosen = match.abs().argmax(dim=1, keepdim=True)
+            sign = torch.where(match.gather(1, chosen) < 0, -1.0, 1.0)
+        a = a.gather(2, chosen.expand(-1, a.shape[1], -1)) * sign
+        return a * weight, v_t * weight
+
+    def _check(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> None:
+        shapes = [tuple(x.shape) for x in fms_s], [tuple(x.shape) for x in fms_t]
+        if len(fms_s) < 2 or len(fms_s) != len(fms_t):
+            raise ValueError(f'KDSVD: fms_s and fms_t must be lists of at least two maps each, got {shapes}')
+        for s, t in zip(fms_s, fms_t):
+            if s.dim() != 4 or len(s) != len(fms_s[0]):
+                raise ValueError(f'KDSVD: fms_s must hold ({len(fms_s[0])}, C, H, W) maps, got {shapes[0]}')
+            if t.dim() != 4 or t.shape[:2] != s.shape[:2]:
+                raise ValueError(
+                    f'KDSVD: fms_t must have batch and channels of {shapes[0]} (fms_s), got {shapes[1]}'
+                )
+            if self.k > min(t.shape[1], t.shape[2] * t.shape[3], s.shape[2] * s.shape[3]):
+                raise ValueError(f'KDSVD: a stage must have at least k = {self.k} vectors, got {shapes}')
+
+
+def _leading(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The r largest singular values (N, r) of x (N, M, C) and their right singular vectors (N, C, r)."""
+    squares, vectors = torch.linalg.eigh((x.mT @ x).double())
+    values = squares.clamp(min=0).sqrt().flip(1)[:, :r]
+    return values.to(x.dtype), vectors.flip(2)[:, :, :r].to(x.dtype)
+
+
+class _RightVectors(torch.autograd.Function):
+    """The r leading right singular vectors, from X^T X, with a gradient that survives equal singular values."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, r: int) -> Tensor:
+        squares, vectors = torch.linalg.eigh((x.mT @ x).double())
+        squares, vectors = squares.flip(1), vectors.flip(2)
+        ctx.save_for_backward(x, squares, vectors)
+        ctx.r = r
+        return vectors[:, :, :r].to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, squares, vectors = ctx.saved_tensors
+        lead = squares[:, None, : ctx.r]
+        gap = lead - squares[:, :, None]  # (N, C, r): lam_i - lam_j
+        alive = gap.abs() > 1e-10 * squares[:, :1, None].clamp(min=1e-30)
+        b = torch.where(alive, (vectors.mT @ grad.double()) / torch.where(alive, gap, 1.0), 0.0)
+        k = vectors @ b @ vectors[:, :, : ctx.r].mT
+        return x @ (k + k.mT).to(x.dtype), None
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
