@@ -80,6 +80,7 @@ cc()     { kd cc     --lambda_kd 100; }
 vid()    { kd vid    --lambda_kd 1.0; }
 ofd()    { kd ofd    --lambda_kd 0.5; }
 afd()    { kd afd    --lambda_kd 500; }
+crd()    { kd crd    --lambda_kd 0.2; }
 irg()    { kd irg    --lambda_kd 1.0; }
 kdsvd()  { kd kdsvd  --lambda_kd 1.0; }
 dkd()    { kd dkd    --lambda_kd 1.0; }
@@ -90,7 +91,12 @@ ttm()    { kd ttm    --lambda_kd 45; }
 lskd()   { kd lskd   --lambda_kd 9; }
 ickd()   { kd ickd   --lambda_kd 2.5; }
 mgd()    { kd mgd    --lambda_kd 0.0012; }
-METHODS='logits st at fitnet nst pkt rkd sp cc vid ofd afd irg kdsvd dkd dist nkd wsld ttm lskd ickd mgd'
+mlkd()   { kd mlkd   --lambda_kd 0.9; }
+srrl()   { kd srrl   --lambda_kd 1.0; }
+ofakd()  { kd ofakd  --lambda_kd 1.0; }
+reviewkd() { kd reviewkd --lambda_kd 0.6; }
+METHODS='logits st at fitnet nst pkt rkd sp cc vid ofd afd crd irg kdsvd dkd dist nkd wsld ttm lskd ickd mgd'
+METHODS="$METHODS mlkd srrl ofakd reviewkd"
 
 table() {
     "$PYTHON" tools/table.py "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" --out "$SAVE_ROOT/$KD_RUN"

@@ -96,7 +96,7 @@ def _leading(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 class _RightVectors(torch.autograd.Function):
-    """The r leading right singular vectors, from X^T X, with a gradient that survives equal singular values."""
+    """The r leading right singular vectors, from X^T X, with a gradient that survives equal values."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: int) -> Tensor:

@@ -1,5 +1,6 @@
 """How a golden file feeds a loss: one small generator of cases per method, driven by the file's keys."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from kd_losses import (
     AFD,
     AT,
     CC,
+    CRD,
     DIST,
     DKD,
     ICKD,
@@ -16,20 +18,25 @@ from kd_losses import (
     KDSVD,
     LSKD,
     MGD,
+    MLKD,
     NKD,
     NST,
+    OFAKD,
     OFD,
     PKT,
     RKD,
     SP,
+    SRRL,
     TTM,
     VID,
     WSLD,
     FitNet,
     Logits,
+    ReviewKD,
     SoftTarget,
 )
 from kd_losses.lskd import standardize
+from kd_losses.reviewkd import HCL
 
 
 @dataclass
@@ -112,6 +119,46 @@ def cc(z):
     yield case(z, CC(**z.hp('gamma', 'P_order')), 'feat_s', 'feat_t')
     for kernel in ('rbf_taylor', 'rbf', 'bilinear', 'mmd'):
         yield case(z, CC(**z.hp('gamma', 'P_order'), kernel=kernel), 'feat_s', 'feat_t', suffix=f'_{kernel}')
+
+
+def crd(z):
+    hp = z.hp('n_data', 'feat_dim', 'nce_n', 'nce_t', 'nce_mom')
+    loss = CRD(z.shape('in_feat_s_1')[1], z.shape('in_feat_t_1')[1], **hp)
+    roles = {f'embed_{side}_{x[0]}': f'embed_{side}.{x}' for side in 'st' for x in ('weight', 'bias')}
+    embeds = parameters(z, loss, roles)
+    for side in 'st':
+        loss.get_buffer(f'memory_{side}').copy_(z.param(f'memory_{side}'))
+    untouched = copy.deepcopy(loss)  # two consecutive calls, by value and then by term, from the same memory
+    for k in (1, 2):
+        names = ('feat_s', 'feat_t', 'idx', 'sample_idx')
+        inputs = {name: z.input(f'{name}_{k}') for name in names}
+        grads = {f'grad_feat_s_{k}': inputs['feat_s']} | {f'{key}_{k}': p for key, p in embeds.items()}
+        for p in loss.parameters():
+            p.grad = None
+        yield Case(
+            lambda feat_s, feat_t, idx, sample_idx: loss(feat_s, feat_t, idx, sample_idx),
+            inputs,
+            f'loss_{k}',
+            grads,
+        )
+        for side in 'st':
+            z.compare(f'out_memory_{side}_{k}', loss.get_buffer(f'memory_{side}'))
+            if k == 1:
+                z.compare(f'out_z_{side}', loss.get_buffer(f'z_{side}'))
+        with torch.enable_grad():
+            for side, term in zip('st', untouched.terms(*inputs.values())):
+                z.compare(f'loss_{side}_{k}', term)
+        if k == 1:
+            z.compare('loss', CRD.forward(copy_with_memory(z, loss), *inputs.values()))
+
+
+def copy_with_memory(z, loss) -> CRD:
+    """The module as it was before the first call."""
+    fresh = copy.deepcopy(loss)
+    for side in 'st':
+        fresh.get_buffer(f'memory_{side}').copy_(z.param(f'memory_{side}'))
+        fresh.get_buffer(f'z_{side}').fill_(-1)
+    return fresh
 
 
 def dist(z):
@@ -207,6 +254,21 @@ def mgd(z):
     yield case(z, loss, 'fm_s', 'fm_t', 'mask', more=parameters(z, loss, roles))
 
 
+def mlkd(z):
+    temps = tuple(z.arrays['hp_temps'].tolist())
+    names = ('out_s', 'out_t', 'out_s_strong', 'out_t_strong')
+    two = MLKD(temps, two_view=True)
+    both = case(z, two, *names)
+    both.grads['grad_out_s_strong'] = both.inputs['out_s_strong']
+    yield both
+    for i, term in enumerate(('kd', 'bc', 'cc')):
+        yield case(z, two, *names, suffix=f'_{term}', call=lambda i=i, **x: two.terms(**x)[i])
+    one = MLKD(temps)
+    yield case(z, one, 'out_s', 'out_t', suffix='_paper')
+    for i, term in enumerate(('instance', 'batch', 'class')):
+        yield case(z, one, 'out_s', 'out_t', suffix=f'_paper_{term}', call=lambda i=i, **x: one.terms(**x)[i])
+
+
 def nkd(z):
     loss = NKD(**z.hp('gamma', 'T'))
     yield case(z, loss, 'out_s', 'out_t', 'target')
@@ -219,6 +281,10 @@ def nst(z):
     yield case(z, NST('linear'), 'fm_s', 'fm_t', suffix='_linear')
     yield case(z, NST('gaussian'), 'fm_s', 'fm_t', suffix='_gaussian')
     yield case(z, NST('poly', d=2, c=0.5), 'fm_s', 'fm_t', suffix='_poly_c05')
+
+
+def ofakd(z):
+    yield case(z, OFAKD(**z.hp('eps', 'T')), 'out_s', 'out_t', 'target')
 
 
 def ofd(z):
@@ -246,6 +312,41 @@ def pkt(z):
     yield case(z, PKT(eps=1e-6), 'feat_s', 'feat_t', suffix='_eps1em6')
 
 
+def reviewkd(z):
+    levels = range(z.hp('levels')['levels'])
+    channels = [[z.shape(f'in_fm_{side}_{i}')[1] for i in levels] for side in 'st']
+    loss = ReviewKD(*channels, **z.hp('mid_channels'))
+    paths = {
+        'conv1_w': 'conv1.0.weight',
+        'bn1_w': 'conv1.1.weight',
+        'bn1_b': 'conv1.1.bias',
+        'conv2_w': 'conv2.0.weight',
+        'bn2_w': 'conv2.1.weight',
+        'bn2_b': 'conv2.1.bias',
+        'att_w': 'att_conv.0.weight',
+        'att_b': 'att_conv.0.bias',
+    }
+    roles = {
+        f'{i}_{role}': f'abfs.{i}.{path}'
+        for i in levels
+        for role, path in paths.items()
+        if f'param_{i}_{role}' in z
+    }
+    names = [f'fm_{side}_{i}' for side in 'st' for i in levels]
+
+    def lists(x):
+        return [[x[f'fm_{side}_{i}'] for i in levels] for side in 'st']
+
+    yield case(z, loss, *names, more=parameters(z, loss, roles), call=lambda **x: loss(*lists(x)))
+    x = lists({name: z.input(name) for name in names})
+    z.compare('loss_terms', torch.stack(loss.terms(*x)))
+    for i, out in enumerate(loss.fuse(*x)):
+        z.compare(f'out_abf_{i}', out)
+    alone = case(z, HCL(), 'fm_s', 'fm_t', suffix='_hcl', rename={'fm_s': 'hcl_fm_s', 'fm_t': 'hcl_fm_t'})
+    alone.grads = {'grad_hcl_fm_s': alone.inputs['fm_s']}
+    yield alone
+
+
 def rkd(z):
     loss = RKD(**z.hp('w_dist', 'w_angle'))
     yield case(z, loss, 'feat_s', 'feat_t')
@@ -255,6 +356,29 @@ def rkd(z):
 
 def sp(z):
     yield case(z, SP(), 'fm_s', 'fm_t')
+
+
+def srrl(z):
+    loss = SRRL(z.shape('in_fm_s')[1], z.shape('in_fm_t')[1], **z.hp('sr_weight'))
+    roles = {
+        'conv_weight': 'connector.0.weight',
+        'bn_weight': 'connector.1.weight',
+        'bn_bias': 'connector.1.bias',
+    }
+    classifier = z.input('cls_weight'), z.input('cls_bias')
+    names = ('fm_s', 'fm_t', 'out_t')
+    yield case(
+        z, loss, *names, more=parameters(z, loss, roles), call=lambda **x: loss(**x, classifier=classifier)
+    )
+    for i, term in enumerate(('fm', 'sr')):
+        yield case(
+            z,
+            loss,
+            *names,
+            suffix=f'_{term}',
+            call=lambda i=i, **x: loss.terms(**x, classifier=classifier)[i],
+        )
+    assert all(x.grad is None for x in classifier), 'the classifier must not be trained'
 
 
 def st(z):
@@ -293,6 +417,7 @@ ADAPTERS = {
     'afd': afd,
     'at': at,
     'cc': cc,
+    'crd': crd,
     'dist': dist,
     'dkd': dkd,
     'fitnet': fitnet,
@@ -302,12 +427,16 @@ ADAPTERS = {
     'logits': logits,
     'lskd': lskd,
     'mgd': mgd,
+    'mlkd': mlkd,
     'nkd': nkd,
     'nst': nst,
+    'ofakd': ofakd,
     'ofd': ofd,
     'pkt': pkt,
+    'reviewkd': reviewkd,
     'rkd': rkd,
     'sp': sp,
+    'srrl': srrl,
     'st': st,
     'ttm': ttm,
     'vid': vid,

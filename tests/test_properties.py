@@ -6,7 +6,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_losses import AT, CC, DKD, METHODS, NST, OFD, PKT, RKD, SP, VID, FitNet, Logits, SoftTarget
+from kd_losses import (
+    AT,
+    CC,
+    CRD,
+    DIST,
+    DKD,
+    KDSVD,
+    LSKD,
+    METHODS,
+    NST,
+    OFAKD,
+    OFD,
+    PKT,
+    RKD,
+    SP,
+    TTM,
+    VID,
+    FitNet,
+    Logits,
+    SoftTarget,
+)
+from kd_losses.ofakd import OFAExit
 from tests.test_contract import build, call, world
 
 
@@ -20,7 +41,7 @@ def near(a, b, tol=1e-10):
     )
 
 
-@pytest.mark.parametrize('name', sorted(METHODS.keys() - {'mgd'}))  # mgd draws a mask per sample
+@pytest.mark.parametrize('name', sorted(METHODS.keys() - {'crd', 'mgd'}))  # they draw per sample
 def test_order_of_the_batch_does_not_matter(name):
     w, v = world(name, dtype=torch.float64), world(name, dtype=torch.float64)
     order = torch.tensor([3, 1, 4, 0, 2])
@@ -299,3 +320,87 @@ def test_fitnet_refuses_other_sizes():
         FitNet()(rand(2, 3, 4, 4), rand(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r'\(2, 6, 4, 4\).*\(2, 5, 4, 4\)'):
         FitNet(3, 6)(rand(2, 3, 4, 4), rand(2, 5, 4, 4))
+
+
+def test_crd_against_the_definition():
+    """Values and gradients by gathered rows and plain autograd; both ways of scoring; the memory update."""
+    for n_data, negatives in ((20, 6), (500, 3)):  # scores of the whole memory, and row by row
+        torch.manual_seed(0)
+        crd = CRD(4, 5, n_data, feat_dim=8).double()
+        s, t = rand(3, 4).requires_grad_(), rand(3, 5, seed=1)
+        index = torch.tensor([2, 7, 1])
+        sample = torch.cat([index[:, None], torch.randint(n_data, (3, negatives))], dim=1)
+        e_s, e_t = F.normalize(crd.embed_s(s), dim=1), F.normalize(crd.embed_t(t), dim=1)
+        total = 0
+        for e, memory in ((e_s, crd.memory_t), (e_t, crd.memory_s)):
+            x = torch.exp((memory[sample] @ e[:, :, None])[..., 0] / 0.07)
+            x = x / (x.mean() * n_data).detach()
+            c = negatives / n_data
+            total -= (x[:, 0] / (x[:, 0] + c + 1e-7)).log().sum() / 3
+            total -= (c / (x[:, 1:] + c + 1e-7)).log().sum() / 3
+        (wanted,) = torch.autograd.grad(total, s)
+        updated = F.normalize(0.5 * crd.memory_s[index] + 0.5 * e_s.detach(), dim=1)
+        loss = crd(s, t, index, sample)
+        loss.backward()
+        near(loss, total)
+        near(s.grad, wanted)
+        near(crd.memory_s[index], updated)
+        crd.eval()
+        before = crd.memory_s.clone()
+        crd(s, t, index, sample)
+        assert torch.equal(crd.memory_s, before), 'nothing is remembered in eval mode'
+
+
+def test_crd_draws_negatives_of_other_classes():
+    targets = torch.arange(60) % 3
+    for negatives in (30, 100):  # enough images of other classes, and not
+        crd = CRD(4, 4, 60, targets, nce_n=negatives)
+        index = torch.arange(9)
+        drawn = crd._draw(index, torch.Generator().manual_seed(0))
+        assert drawn.shape == (9, 1 + negatives) and torch.equal(drawn[:, 0], index)
+        assert (targets[drawn[:, 1:]] != targets[index][:, None]).all()
+        if negatives == 30:
+            assert all(len(set(row.tolist())) == 30 for row in drawn[:, 1:]), 'without replacement'
+    crd, generator = CRD(4, 4, 60, targets, nce_n=30), torch.Generator().manual_seed(1)
+    many = torch.cat([crd._draw(index, generator)[:, 1:].flatten() for _ in range(200)])
+    counts = torch.bincount(many, minlength=60)
+    assert counts.min() > 0.9 * counts.float().mean(), 'every image is drawn about equally often'
+
+
+def test_lskd_ignores_shift_and_scale():
+    s, t = rand(6, 5), rand(6, 5, seed=1)
+    near(LSKD()(3 * s + 7, 0.2 * t - 1), LSKD()(s, t), 1e-5)
+
+
+def test_dist_ignores_affine_changes_of_probabilities():
+    """Pearson distance: any teacher row a p + b is as good as p."""
+    p = F.softmax(rand(6, 5), dim=1)
+    inter, _ = DIST(tau=1.0).terms(p.log(), (0.5 * p + 0.1).log())
+    near(inter, 0.0, 1e-6)
+    assert DIST(tau=1.0)(p.log(), (0.5 * p.flip(1) + 0.1).log()) > 0.1
+
+
+def test_ttm_with_l_1_is_soft_targets_at_1():
+    s, t = rand(6, 5), rand(6, 5, seed=1)
+    near(TTM(l=1.0)(s, t), SoftTarget(T=1.0)(s, t))
+    near(TTM(l=1.0, weighted=True)(s, t), SoftTarget(T=1.0)(s, t))
+
+
+def test_ofakd_with_eps_1_is_cross_entropy_with_the_teacher():
+    s, t = rand(6, 5), rand(6, 5, seed=1)
+    wanted = -(F.softmax(t, 1) * F.log_softmax(s, 1)).sum(1).mean()
+    near(OFAKD()(s, t, torch.arange(6) % 5), wanted)
+
+
+def test_ofa_exits_give_logits():
+    for stage, size in ((1, 32), (2, 32), (3, 16), (4, 8)):
+        assert OFAExit(6, stage, 24, 10)(torch.randn(2, 6, size, size)).shape == (2, 10)
+
+
+def test_kdsvd_does_not_depend_on_scale_or_degenerate_maps():
+    s = [rand(3, 4, 5, 5, seed=i).relu() for i in range(3)]
+    t = [rand(3, 4, 6, 6, seed=i + 9).relu() for i in range(3)]
+    near(KDSVD()([5 * x for x in s], [0.1 * x for x in t]), KDSVD()(s, t), 1e-8)
+    constant = [torch.ones_like(x).requires_grad_() for x in s]  # all singular values but one vanish
+    KDSVD(k=2)(constant, t).backward()
+    assert all(torch.isfinite(x.grad).all() for x in constant)

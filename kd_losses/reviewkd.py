@@ -1,0 +1,134 @@
+"""ReviewKD, knowledge review: fuse the student's stages from deep to shallow, compare each fusion with the
+teacher.
+
+P. Chen, S. Liu, H. Zhao, J. Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv:2104.09044.
+
+    from the deepest level i = L to 1, with the fused map y of the level below:
+      x = batch norm of a 1x1 convolution of fms_s[i];  a = sigmoid(1x1 conv of [x, y]), two channels
+      y = x a_1 + y a_2 (y resized to x; the deepest level has y = x), resized to the teacher's map
+      out_i = batch norm of a 3x3 convolution of y
+    HCL(a, b) = weighted mean of the squared error of the maps and of their averages on grids of 4, 2 and 1
+    per side
+                (only grids smaller than the map), with weights 1, 1/2, 1/4, 1/8
+    loss = sum over levels of HCL(out_i, fms_t[i])
+
+Tap: the maps of all stages and the pooled embedding as (N, D, 1, 1); student after its ReLUs, teacher before.
+The modules are trained with the student. The authors raise the weight over the first 20 epochs.
+
+Differences: the authors' CIFAR code; sizes come from the tensors, so maps need not be square.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ReviewKD(nn.Module):
+    """Hierarchical context loss between fused student maps and teacher maps.
+
+    Args:
+        s_channels, t_channels: channels of every level, shallow to deep, equally many.
+        mid_channels: width of the fusion; None means min(512, s_channels[-1]).
+
+    Shape:
+        fms_s, fms_t: lists of L maps, shallow to deep, (N, s_channels[i], H, W) and (N, t_channels[i], H',
+        W'). Returns a scalar. No gradient reaches fms_t. `fuse` returns the L outputs, `terms` their losses.
+
+    Raises:
+        ValueError: the numbers of levels differ; a map is not 4-D or has other channels than announced; the
+            batch sizes differ.
+    """
+
+    def __init__(self, s_channels: list, t_channels: list, mid_channels: int | None = None) -> None:
+        super().__init__()
+        if len(s_channels) != len(t_channels):
+            raise ValueError(
+                f'ReviewKD: t_channels must have {len(s_channels)} levels, got {len(t_channels)}'
+            )
+        mid = min(512, s_channels[-1]) if mid_channels is None else mid_channels
+        self.s_channels, self.t_channels = list(s_channels), list(t_channels)
+        self.hcl = HCL()
+        last = len(s_channels) - 1
+        self.abfs = nn.ModuleList(
+            ABF(c_s, mid, c_t, fuse=i < last) for i, (c_s, c_t) in enumerate(zip(s_channels, t_channels))
+        )
+
+    def forward(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
+        return sum(self.terms(fms_s, fms_t))
+
+    def terms(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> list[Tensor]:
+        outs = self.fuse(fms_s, fms_t)
+        return [self.hcl(out, t) for out, t in zip(outs, fms_t)]
+
+    def fuse(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> list[Tensor]:
+        self._check('fms_s', fms_s, self.s_channels, len(fms_s[0]))
+        self._check('fms_t', fms_t, self.t_channels, len(fms_s[0]))
+        outs, y = [], None
+        with torch.autocast(fms_s[0].device.type, enabled=False):
+            for abf, s, t in zip(reversed(self.abfs), reversed(fms_s), reversed(fms_t)):
+                out, y = abf(_full(s), y, t.shape[2:])
+                outs.append(out)
+        return outs[::-1]
+
+    @staticmethod
+    def _check(name: str, fms: list[Tensor], channels: list[int], n: int) -> None:
+        shapes = [tuple(x.shape) for x in fms]
+        if len(fms) != len(channels) or any(
+            x.dim() != 4 or x.shape[:2] != (n, c) for x, c in zip(fms, channels)
+        ):
+            wanted = ', '.join(f'({n}, {c}, H, W)' for c in channels)
+            raise ValueError(f'ReviewKD: {name} must be [{wanted}], got {shapes}')
+
+
+class HCL(nn.Module):
+    """Squared error of two (N, C, H, W) maps and, with halved weights, of their averages on coarser grids."""
+
+    def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        if fm_s.dim() != 4 or fm_t.shape != fm_s.shape:
+            raise ValueError(f'HCL: fm_t must be {tuple(fm_s.shape)} as fm_s, got {tuple(fm_t.shape)}')
+        fm_s, fm_t = _full(fm_s), _full(fm_t.detach())
+        loss, weight, total = F.mse_loss(fm_s, fm_t), 1.0, 1.0
+        for side in (4, 2, 1):
+            if side < fm_s.shape[2]:
+                weight /= 2
+                total += weight
+                pooled = F.adaptive_avg_pool2d(fm_s, side), F.adaptive_avg_pool2d(fm_t, side)
+                loss = loss + weight * F.mse_loss(*pooled)
+        return loss / total
+
+
+class ABF(nn.Module):
+    """Attention-based fusion of one level, fm_s, with the fused map y of the level below (None without fuse).
+
+    Returns the output of the teacher's width and size (H, W), and the fused map for the next level up.
+    """
+
+    def __init__(self, s_channels: int, mid_channels: int, t_channels: int, fuse: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(s_channels, mid_channels, kernel_size=1, bias=False), nn.BatchNorm2d(mid_channels)
+        )
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(mid_channels, t_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(t_channels),
+        )
+        self.att_conv = None
+        if fuse:
+            self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, kernel_size=1), nn.Sigmoid())
+        for conv in (self.conv1[0], self.conv2[0]):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, fm_s: Tensor, y: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
+        x = self.conv1(fm_s)
+        if self.att_conv is not None:
+            y = F.interpolate(y, x.shape[2:])
+            a = self.att_conv(torch.cat([x, y], dim=1))
+            x = x * a[:, :1] + y * a[:, 1:]
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size)
+        return self.conv2(x), x
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
