@@ -108,6 +108,20 @@ def test_resume_from_a_path_and_with_other_company(train_kd, tmp_path, monkeypat
         check_equal(tmp_path / 'whole' / 'vid', tmp_path / f'moved{i}' / 'vid')
 
 
+def test_memory_and_random_draws_survive(train_kd, tmp_path, monkeypatch):
+    """CRD's bank and constants come back, and each run draws the numbers it would have drawn."""
+    words = ('crd', 'mgd', *FOUR, '--kd_args', 'crd.nce_n=16')
+    assert train_kd(*words, '--note', 'whole').code == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(2, patch)
+        train_kd(*words, '--note', 'cut')
+    assert train_kd(*words, '--note', 'cut', '--resume', 'auto').code == 0
+    for token in ('crd', 'mgd'):
+        check_equal(tmp_path / 'whole' / token, tmp_path / 'cut' / token)
+    assert train_kd('mgd', *FOUR, '--note', 'alone').code == 0
+    check_equal(tmp_path / 'whole' / 'mgd', tmp_path / 'alone' / 'mgd')
+
+
 def test_a_finished_run_is_left_alone(train_kd, tmp_path):
     assert train_kd('st', '--note', 'x', *FOUR).code == 0
     before = (tmp_path / 'x' / 'st' / 'last.pt').read_bytes()
