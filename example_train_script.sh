@@ -94,9 +94,14 @@ mgd()    { kd mgd    --lambda_kd 0.0012; }
 mlkd()   { kd mlkd   --lambda_kd 0.9; }
 srrl()   { kd srrl   --lambda_kd 1.0; }
 ofakd()  { kd ofakd  --lambda_kd 1.0; }
+sdd()    { kd sdd    --lambda_kd 0.9; }
+cd_()    { kd cd     --lambda_kd 18; }
+pad()    { kd pad    --lambda_kd 1.0; }
+ikd()    { kd ikd    --lambda_kd 0.2; }
+eel()    { kd eel    --lambda_kd 1.0; }
 reviewkd() { kd reviewkd --lambda_kd 0.6; }
 METHODS='logits st at fitnet nst pkt rkd sp cc vid ofd afd crd irg kdsvd dkd dist nkd wsld ttm lskd ickd mgd'
-METHODS="$METHODS mlkd srrl ofakd reviewkd"
+METHODS="$METHODS mlkd srrl ofakd reviewkd sdd cd pad ikd eel"
 
 table() {
     "$PYTHON" tools/table.py "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" --out "$SAVE_ROOT/$KD_RUN"
@@ -140,5 +145,6 @@ base)
 kd)
     kd "$@"
     table ;;
+cd) cd_ ;;    # cd is the shell's own word
 *) "$command" ;;
 esac

@@ -121,8 +121,8 @@ def main():
                 with amp:
                     s = run.net(img, True)
                 s = utils.as_float(s)
-                b = SimpleNamespace(img=img, target=target, index=index, epoch=epoch, net_t=net_t,
-                                    generator=run.generator)  # fmt: skip
+                b = SimpleNamespace(img=img, target=target, index=index, epoch=epoch, net_s=run.net,
+                                    net_t=net_t, generator=run.generator)  # fmt: skip
                 loss_ce = F.cross_entropy(s.out, target)
                 loss_kd = 0.0
                 for method, weight, kd in run.parts:
@@ -237,7 +237,7 @@ def build_runs(args, wanted, folder, origin, net_s, net_t, train, selected_on, d
         img, target, index = next(train.test_batches(2))
         probe = SimpleNamespace(s=net_s.eval()(img, True), t=net_t.eval()(img, True),
                                 net_s=net_s, net_t=net_t, train_set=train)  # fmt: skip
-    b = SimpleNamespace(img=img, target=target, index=index, epoch=0, net_t=net_t,
+    b = SimpleNamespace(img=img, target=target, index=index, epoch=0, net_s=net_s, net_t=net_t,
                         generator=torch.Generator(device))  # fmt: skip
     runs = []
     for token, parts in wanted.items():

@@ -10,10 +10,13 @@ from kd_losses import (
     AFD,
     AT,
     CC,
+    CD,
     CRD,
     DIST,
     DKD,
+    EEL,
     ICKD,
+    IKD,
     IRG,
     KDSVD,
     LSKD,
@@ -23,8 +26,10 @@ from kd_losses import (
     NST,
     OFAKD,
     OFD,
+    PAD,
     PKT,
     RKD,
+    SDD,
     SP,
     SRRL,
     TTM,
@@ -35,8 +40,10 @@ from kd_losses import (
     ReviewKD,
     SoftTarget,
 )
+from kd_losses.cd import GKD
 from kd_losses.lskd import standardize
 from kd_losses.reviewkd import HCL
+from kd_losses.sdd import local_logits
 
 
 @dataclass
@@ -121,6 +128,19 @@ def cc(z):
         yield case(z, CC(**z.hp('gamma', 'P_order'), kernel=kernel), 'feat_s', 'feat_t', suffix=f'_{kernel}')
 
 
+def cd(z):
+    loss = CD(z.shape('in_fm_s')[1], z.shape('in_fm_t')[1])
+    roles = {
+        'conv_weight': 'connector.0.weight',
+        'bn_weight': 'connector.1.weight',
+        'bn_bias': 'connector.1.bias',
+    }
+    yield case(z, loss, 'fm_s', 'fm_t', more=parameters(z, loss, roles))
+    guided = case(z, GKD(**z.hp('T')), 'out_s', 'out_t', 'target', suffix='_gkd')
+    guided.grads = {'grad_out_s': guided.inputs['out_s']}
+    yield guided
+
+
 def crd(z):
     hp = z.hp('n_data', 'feat_dim', 'nce_n', 'nce_t', 'nce_mom')
     loss = CRD(z.shape('in_feat_s_1')[1], z.shape('in_feat_t_1')[1], **hp)
@@ -175,6 +195,11 @@ def dkd(z):
     yield case(z, loss, 'out_s', 'out_t', 'target', suffix='_nckd', call=lambda **x: loss.terms(**x)[1])
 
 
+def eel(z):
+    widths = z.shape('in_feat_s')[1], z.shape('in_feat_t')[1]
+    yield case(z, EEL(*widths, **z.hp('angle')), 'feat_s', 'feat_t', 'target')
+
+
 def fitnet(z):
     yield case(z, FitNet(), 'fm_s', 'fm_t')
     loss = FitNet(z.shape('in_fm_s_reg')[1], z.shape('in_fm_t')[1])
@@ -192,6 +217,13 @@ def ickd(z):
     loss = ICKD(z.shape('in_fm_s')[1], z.shape('in_fm_t')[1])
     roles = {'conv_w': 'embed_s.0.weight', 'bn_w': 'embed_s.1.weight', 'bn_b': 'embed_s.1.bias'}
     yield case(z, loss, 'fm_s', 'fm_t', more=parameters(z, loss, roles))
+
+
+def ikd(z):
+    loss = IKD(z.shape('in_fm_s')[1], z.shape('in_fm_t')[1])
+    fill(loss, {'projection.weight': z.param('proj_weight')[:, :, None, None]})
+    yield case(z, loss, 'fm_s', 'fm_t')
+    z.compare('gradparam_proj_weight', loss.projection.weight.grad[:, :, 0, 0])
 
 
 def irg(z):
@@ -307,6 +339,17 @@ def ofd(z):
     z.compare('out_margin_batch', OFD.margin_from_batch(z.input('fm_t')).flatten())
 
 
+def pad(z):
+    loss = PAD(z.shape('in_feat_s')[1], z.shape('in_feat_t')[1], **z.hp('eps'))
+    roles = {
+        'var_weight': 'variance.weight',
+        'var_bias': 'variance.bias',
+        'var_bn_weight': 'norm.weight',
+        'var_bn_bias': 'norm.bias',
+    }
+    yield case(z, loss, 'feat_s', 'feat_t', more=parameters(z, loss, roles))
+
+
 def pkt(z):
     yield case(z, PKT(**z.hp('eps')), 'feat_s', 'feat_t')
     yield case(z, PKT(eps=1e-6), 'feat_s', 'feat_t', suffix='_eps1em6')
@@ -352,6 +395,14 @@ def rkd(z):
     yield case(z, loss, 'feat_s', 'feat_t')
     yield case(z, loss, 'feat_s', 'feat_t', suffix='_dist', call=loss.distance)
     yield case(z, loss, 'feat_s', 'feat_t', suffix='_angle', call=loss.angle)
+
+
+def sdd(z):
+    names = ('patch_s', 'patch_t', 'target')
+    yield case(z, SDD(**z.hp('T')), *names)
+    yield case(z, SDD('dkd', **z.hp('T', 'alpha', 'beta')), *names, suffix='_dkd')
+    fc = z.param('fc_weight'), z.param('fc_bias')
+    z.compare('out_patch', local_logits(z.input('fm'), fc, tuple(z.arrays['hp_M'].tolist())))
 
 
 def sp(z):
@@ -417,11 +468,14 @@ ADAPTERS = {
     'afd': afd,
     'at': at,
     'cc': cc,
+    'cd': cd,
     'crd': crd,
     'dist': dist,
     'dkd': dkd,
+    'eel': eel,
     'fitnet': fitnet,
     'ickd': ickd,
+    'ikd': ikd,
     'irg': irg,
     'kdsvd': kdsvd,
     'logits': logits,
@@ -432,9 +486,11 @@ ADAPTERS = {
     'nst': nst,
     'ofakd': ofakd,
     'ofd': ofd,
+    'pad': pad,
     'pkt': pkt,
     'reviewkd': reviewkd,
     'rkd': rkd,
+    'sdd': sdd,
     'sp': sp,
     'srrl': srrl,
     'st': st,

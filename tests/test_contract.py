@@ -77,6 +77,7 @@ def world(name, n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNam
         target=torch.arange(n) % K,
         index=torch.arange(n),
         epoch=0,
+        net_s=Teacher(s),
         net_t=Teacher(t),
         generator=torch.Generator().manual_seed(0),
     )
@@ -120,7 +121,7 @@ def healthy(name, w, kd=None, bound=None) -> torch.Tensor:
 
 @pytest.mark.parametrize('name', ROWS)
 def test_arguments_have_the_names_of_the_field(name):
-    sides = ['out', 'feat', 'fm', 'fms', 'pres', 'irg']
+    sides = ['out', 'feat', 'fm', 'fms', 'pres', 'irg', 'patch']
     rest = [
         'target',
         'index',
@@ -138,10 +139,13 @@ def test_arguments_have_the_names_of_the_field(name):
     signature = inspect.signature(METHODS[name].loss.forward)
     forward = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL][1:]
     assert set(forward) <= set(known)
-    order = [0 if x in known[:6] else 1 if x in known[6:12] else known.index(x) for x in forward]
+    order = [0 if x.endswith('_s') else 1 if x.endswith('_t') else known.index(x) for x in forward]
     assert order == sorted(order), 'student first, then teacher, then the rest'
     constructor = list(inspect.signature(METHODS[name].loss.__init__).parameters)[1:]
-    assert constructor[:2] == ['s_channels', 't_channels'] or 's_channels' not in constructor
+    assert constructor[:2] in (['s_channels', 't_channels'], ['s_dim', 't_dim']) or not {
+        's_channels',
+        's_dim',
+    } & set(constructor)
     for parameter in inspect.signature(METHODS[name].loss.__init__).parameters.values():
         assert parameter.name == 'self' or parameter.annotation is not inspect.Parameter.empty
 

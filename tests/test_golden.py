@@ -85,7 +85,7 @@ def test_vectors_without_a_row_are_listed():
 def test_the_comparison_can_fail(name):
     """The same case with every student input scaled by 1 + 1e-6 must not pass."""
     vector = Vector(GOLDEN / f'{name}.npz')
-    for key in [k for k in vector.arrays if k.startswith(('in_out_s', 'in_fm_s', 'in_feat_s'))]:
+    for key in [k for k in vector.arrays if k.startswith(('in_out_s', 'in_fm_s', 'in_feat_s', 'in_patch_s'))]:
         noise = np.random.default_rng(0).standard_normal(vector.arrays[key].shape)
         vector.arrays[key] = vector.arrays[key] * (1 + 1e-5 * noise)
     with pytest.raises(AssertionError):

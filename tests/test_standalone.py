@@ -36,7 +36,8 @@ try:
     loss, c = make(6), 6
 except ValueError:  # a method for equal channels
     loss, c = make(4), 4
-shapes = {'out': (5, 7), 'feat_s': (5, 4), 'feat_t': (5, 6), 'fm_s': (5, 4, 6, 3), 'fm_t': (5, c, 6, 3)}
+shapes = {'out': (5, 7), 'patch': (5, 7, 21), 'feat_s': (5, 4), 'feat_t': (5, c)}
+shapes |= {'fm_s': (5, 4, 6, 3), 'fm_t': (5, c, 6, 3)}
 lists = {'irg': [(5, 4, 6, 6), (5, 8, 3, 3), (5, 8), (5, 7)], 'fms': [(5, 4, 6, 6), (5, 8, 3, 3)]}
 inputs = {}
 for name in inspect.signature(loss.forward).parameters:

@@ -1,0 +1,112 @@
+"""SDD, scale decoupled distillation: distil the logits of regions, most where they disagree with the whole.
+
+S. Wei, C. Luo, Y. Luo, "Scale Decoupled Distillation", CVPR 2024, arXiv:2403.13512.
+
+    regions: the last map averaged on grids of 1, 2 and 4 per side, 21 regions, region 0 the whole image; each
+    region's vector through the network's own classifier gives patch logits (N, K, R) (`local_logits`)
+    l_nr = soft-target KL at T, times T^2 (base 'kd'), or DKD with alpha and beta (base 'dkd'), of region r
+    w_nr = consistent where the teacher is right on the region as on the whole, or wrong on both; else
+    complementary loss = mean over n and r of w_nr l_nr
+
+Tap: the last stage's map and the classifier of both networks, and the labels. Cross-entropy uses the usual
+logits.
+
+Differences: the authors' code; where it replaces NaN by 0, ours has no NaN. As there, on maps whose side is
+not a multiple of 4 region 0 is not exactly the global average.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SDD(nn.Module):
+    """Weighted distillation of region logits.
+
+    Args:
+        base: 'kd' or 'dkd'.
+        T: temperature, > 0; 4.
+        alpha, beta: weights of the two parts of base 'dkd'; 1 and 2.
+        consistent, complementary: weights of regions that agree with the whole, and that do not; 1 and 2.
+
+    Shape:
+        patch_s, patch_t: (N, K, R), equal, region 0 the whole; target: (N,) int64. Returns a scalar.
+        No gradient reaches patch_t.
+
+    Raises:
+        ValueError: unknown base; T is not positive; the shapes differ or are not (N, K, R); target is not
+        (N,).
+    """
+
+    def __init__(
+        self,
+        base: str = 'kd',
+        T: float = 4.0,
+        alpha: float = 1.0,
+        beta: float = 2.0,
+        consistent: float = 1.0,
+        complementary: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if base not in ('kd', 'dkd'):
+            raise ValueError(f"SDD: base must be 'kd' or 'dkd', got {base!r}")
+        if not T > 0:
+            raise ValueError(f'SDD: T must be > 0, got {T}')
+        self.base, self.T, self.alpha, self.beta = base, T, alpha, beta
+        self.consistent, self.complementary = consistent, complementary
+
+    def forward(self, patch_s: Tensor, patch_t: Tensor, target: Tensor) -> Tensor:
+        if patch_s.dim() != 3:
+            raise ValueError(f'SDD: patch_s must be (N, K, R), got {tuple(patch_s.shape)}')
+        if patch_t.shape != patch_s.shape:
+            raise ValueError(
+                f'SDD: patch_t must be {tuple(patch_s.shape)} as patch_s, got {tuple(patch_t.shape)}'
+            )
+        if target.shape != patch_s.shape[:1]:
+            raise ValueError(f'SDD: target must be ({len(patch_s)},) as patch_s, got {tuple(target.shape)}')
+        s, t = _full(patch_s), _full(patch_t.detach())
+        right = t.argmax(dim=1) == target[:, None]  # (N, R)
+        weight = torch.where(right == right[:, :1], self.consistent, self.complementary)
+        z_s, z_t = s / self.T, t / self.T
+        if self.base == 'kd':
+            loss = _kl(F.log_softmax(z_t, dim=1), F.log_softmax(z_s, dim=1)).sum(dim=1)
+        else:
+            is_y = torch.arange(s.shape[1], device=s.device)[:, None] == target[:, None, None]  # (N, K, 1)
+            (y_s, rest_s, other_s), (y_t, rest_t, other_t) = (_log_probabilities(z, is_y) for z in (z_s, z_t))
+            binary = _kl(y_t, y_s) + _kl(rest_t, rest_s)
+            loss = self.alpha * binary + self.beta * _kl(other_t, other_s).sum(dim=1)
+        return (weight * loss).mean() * self.T**2
+
+
+def local_logits(fm: Tensor, fc, scales: tuple = (1, 2, 4)) -> Tensor:
+    """(N, C, H, W) map and classifier (a module, or (weight, bias)) to (N, K, R) logits of the regions of the
+    asked scales, whole image first, then the 2x2 and the 4x4 grid row by row."""
+    weight, bias = fc if isinstance(fc, (tuple, list)) else (fc.weight, fc.bias)
+    grids = {4: F.adaptive_avg_pool2d(_full(fm), 4)}
+    for side in (2, 1):
+        grids[side] = F.adaptive_avg_pool2d(grids[2 * side], side)
+    regions = torch.cat([grids[side].flatten(2) for side in (1, 2, 4) if side in scales], dim=2)
+    with torch.autocast(fm.device.type, enabled=False):
+        return F.linear(regions.mT, _full(weight), None if bias is None else _full(bias)).mT
+
+
+def _log_probabilities(z: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p_y, log(1 - p_y), both (N, R), and the log-softmax over the other classes (N, K, R), -inf at y."""
+    others = z.masked_fill(is_y, -torch.inf)
+    total = z.logsumexp(dim=1)
+    return (
+        z.masked_fill(~is_y, 0.0).sum(dim=1) - total,
+        others.logsumexp(dim=1) - total,
+        F.log_softmax(others, dim=1),
+    )
+
+
+def _kl(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
+    """p_t (log p_t - log p_s), and 0 where p_t is 0 whatever the logarithms are."""
+    p_t = log_p_t.exp()
+    return torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0.0)
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
