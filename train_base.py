@@ -82,7 +82,7 @@ def main():
             if not bar.disable and meter.steps % args.print_freq == 0:
                 bar.set_postfix_str(f'epoch {epoch + 1}, loss {meter.read().get("ce", 0):.3f}')
 
-        row = {'epoch': epoch + 1, 'lr': lr, **meter.read()}
+        row = {'epoch': epoch + 1, 'lr': lr, **meter.read(net)}
         if meter.failure:
             log(f'stopped: {meter.failure}')
             raise utils.NonFinite(meter.failure)

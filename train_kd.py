@@ -149,7 +149,7 @@ def main():
                 bar.set_postfix_str(f'epoch {epoch + 1}, ce: {losses}')
 
         for run in [run for run in runs if run.record.epoch == epoch]:
-            row = {'epoch': epoch + 1, 'lr': lr, **run.meter.read()}
+            row = {'epoch': epoch + 1, 'lr': lr, **run.meter.read(run.net)}
             if run.meter.failure:
                 log(f'stopped: {run.meter.failure}')
                 failures.append(run.meter.failure)

@@ -254,10 +254,22 @@ class Meter:
             self.sums[key] = self.sums.get(key, 0) + value
         self.steps += 1
 
-    def read(self) -> dict[str, float]:
-        """Means over the epoch so far, top-1 in percent; empty after a failure."""
+    def read(self, net: nn.Module | None = None) -> dict[str, float]:
+        """Means over the epoch so far, top-1 in percent; empty after a failure.
+
+        With `net`, at the end of an epoch, its weights are looked at too: a finite loss may have had a
+        gradient that was not, and such weights must not reach the disk.
+        """
         if not self.failure and (bad := int(self.bad_step)) >= 0:
             self._fail(bad, 'found at the next reading')
+        if (
+            not self.failure
+            and net is not None
+            and not all(torch.isfinite(p).all() for p in net.parameters())
+        ):
+            self.failure = (
+                f'{self.name}: a weight is not finite after epoch {self.epoch + 1}, step {self.steps}'
+            )
         if self.failure:
             return {}
         n = self.sums['n']

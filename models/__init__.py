@@ -11,25 +11,42 @@ from torch import nn
 
 from .checkpoint import load_weights
 from .feats import Feats
+from .mobilenetv2 import MobileNetV2
 from .resnet import resnet
+from .resnetv2 import ResNetV2
+from .shufflenetv1 import ShuffleV1
+from .shufflenetv2 import ShuffleV2
+from .vgg import VGG
+from .wrn import wrn
 
 __all__ = ['MODELS', 'Feats', 'build', 'load_weights']
 
 MODELS = {f'resnet{depth}': partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)}
 MODELS |= {f'resnet{depth}x4': partial(resnet, depth, wide=True) for depth in (8, 32)}
 
+MODELS |= {
+    'ResNet18': partial(ResNetV2, (2, 2, 2, 2), False),
+    'ResNet34': partial(ResNetV2, (3, 4, 6, 3), False),
+    'ResNet50': partial(ResNetV2, (3, 4, 6, 3), True),
+}
+MODELS |= {f'wrn_{depth}_{widen}': partial(wrn, depth, widen) for depth in (16, 40) for widen in (1, 2)}
+MODELS |= {f'vgg{depth}': partial(VGG, depth) for depth in (8, 11, 13, 16, 19)}
+MODELS |= {'MobileNetV2': MobileNetV2, 'ShuffleV1': ShuffleV1, 'ShuffleV2': ShuffleV2}
+
 
 def build(name: str, num_classes: int = 100) -> nn.Module:
-    """The network called `name` with fresh weights. Any other legal depth, e.g. resnet26, works too.
+    """The network called `name` with fresh weights. Other legal depths, e.g. resnet26 or wrn_28_4, work too.
 
     Raises:
-        ValueError: no network has this name, or its depth is not 6n + 2.
+        ValueError: no network has this name, or its depth is not legal (resnet 6n + 2, wrn 6n + 4).
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes)
     if m := re.fullmatch(r'resnet(\d+)(x4)?', name):
         return resnet(int(m[1]), wide=bool(m[2]), num_classes=num_classes)
+    if m := re.fullmatch(r'wrn_(\d+)_(\d+)', name):
+        return wrn(int(m[1]), int(m[2]), num_classes=num_classes)
     raise ValueError(
-        f'no network is called {name!r}; there are {", ".join(MODELS)} and any resnetN or resnetNx4 '
-        f'with N = 6n + 2'
+        f'no network is called {name!r}; there are {", ".join(MODELS)}, and any resnetN or resnetNx4 with '
+        f'N = 6n + 2 and wrn_N_K with N = 6n + 4'
     )

@@ -125,6 +125,21 @@ def test_divergence_after_a_checkpoint_leaves_it_finite(script, tmp_path, monkey
     assert state['epoch'] == 1 and all(torch.isfinite(v).all() for v in state['net'].values())
 
 
+def test_a_bad_gradient_of_a_good_loss_never_reaches_the_disk(train_kd, tmp_path, monkeypatch):
+    """One step per epoch: the loss of that step is finite, the weights after it are not."""
+    from kd_losses import METHODS, Method, embed
+
+    class Steep(torch.nn.Module):
+        def forward(self, feat_s, feat_t):
+            return (0 * feat_s).sum().sqrt()  # 0, with slope 0 * inf
+
+    monkeypatch.setitem(METHODS, 'steep', Method(Steep, embed, 1.0))
+    one_step = ('--data_name', 'shapes:32', '--batch_size', '32', '--epochs', '2')
+    done = train_kd('steep', '--note', 's', *one_step)
+    assert done.code == 1 and 'steep: a weight is not finite after epoch 1, step 1' in done.err
+    assert not (tmp_path / 's' / 'steep' / 'last.pt').exists()
+
+
 def test_one_bad_student_does_not_stop_the_others(train_kd, tmp_path):
     """The bad one is named with its step; the good ones equal themselves trained without it."""
     done = train_kd('st', 'at', 'sp', '--note', 'g', '--lambda_kd', 'at=1e39')
