@@ -1,12 +1,11 @@
-"""CRD, contrastive representation distillation: tell the teacher's embedding of this image from those of
-others.
+"""CRD, contrastive representation distillation: tell the teacher's embedding of an image from all others.
 
 Y. Tian, D. Krishnan, P. Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699.
 
     e = linear map of feat to 128 numbers, length 1 (embed_s and embed_t are trained with the student)
     memory_s, memory_t: one such vector per training image;  S[n] = the image's own index, then n_neg others
     x[n, j] = exp(memory_t[S[n, j]].e_s[n] / nce_t) / Z_s,   c = n_neg / n_data
-    NCE(x) = - mean over n of log(x_0 / (x_0 + c + 1e-7)) + sum over j >= 1 of log(c / (x_j + c + 1e-7))
+    NCE(x) = - mean over n of [log(x_0 / (x_0 + c + 1e-7)) + sum over j > 0 of log(c / (x_j + c + 1e-7))]
     loss = NCE(student against memory_t) + NCE(teacher against memory_s)
     Z is n_data times the mean of the exponentials of the first training batch, kept for ever
     afterwards  memory[index] = normalised nce_mom memory[index] + (1 - nce_mom) e
@@ -16,7 +15,8 @@ batch).
 
 Differences: the authors' computation; Z and the memory are buffers, so a resumed run goes on exactly.
 Negatives come from other classes when `targets` is given, drawn here, on the device, without replacement if
-there are enough. Cost: all scores by one matrix product, and the gradient with them, since the memory changes
+there are enough.
+Cost: all scores by one matrix product, and the gradient with them, since the memory changes
 right afterwards; the (N, n_neg, 128) gathered vectors are never stored.
 """
 

@@ -1,5 +1,4 @@
-"""EEL, evolutionary embedding learning: an angular constraint between the student's and the teacher's
-embeddings.
+"""EEL, evolutionary embedding learning: an angular constraint between student and teacher embeddings.
 
 X. Wu, R. He, Y. Hu, Z. Sun, "Learning an Evolutionary Embedding via Massive Knowledge Distillation", IJCV
 2020.

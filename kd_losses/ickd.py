@@ -3,8 +3,8 @@
 L. Liu, Q. Huang, S. Lin, H. Xie, B. Wang, X. Chang, X. Liang, "Exploring Inter-Channel Correlation for
 Diversity-preserved Knowledge Distillation", ICCV 2021, arXiv:2202.03680.
 
-    x = batch norm of a 1x1 convolution of fm_s (trained with the student), t = fm_t, flattened to (N, C_t, H
-    W) G[n] = x[n] x[n]^T, every row divided by its length
+    x = batch norm of a 1x1 convolution of fm_s (trained with the student), as (N, C_t, H W); t = fm_t likewise
+    G[n] = x[n] x[n]^T, every row divided by its length
     loss = mean over n and rows of the squared distance between the rows of G_s and G_t
 
 Tap: the last stage's map, after its ReLU. Channels differ through the convolution; sizes may differ, they are

@@ -1,5 +1,4 @@
-"""IRG, instance relationship graph: match logits, distances within the batch, and how they change between
-layers.
+"""IRG, instance relationship graph: match logits, distances in the batch, and their change between layers.
 
 Y. Liu, J. Cao, B. Li, C. Yuan, W. Hu, Y. Li, Y. Duan, "Knowledge Distillation via Instance Relationship
 Graph", CVPR 2019.

@@ -1,5 +1,4 @@
-"""NKD, normalised knowledge distillation: the target class by its confidence, the others by their
-distribution.
+"""NKD, normalised distillation: the target class by its confidence, the others by their distribution.
 
 Z. Yang, A. Zeng, Z. Li, T. Zhang, C. Yuan, Y. Li, "From Knowledge Distillation to Self-Knowledge
 Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", ICCV 2023,

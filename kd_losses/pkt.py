@@ -7,8 +7,7 @@ arXiv:1803.10837.
     loss = mean over i and j of p_t[i, j] * log((p_t[i, j] + eps) / (p_s[i, j] + eps))
 
 Tap: the pooled embedding before the classifier; widths may differ, maps are flattened. The mean runs over N^2
-entries of size 1/N, so the value shrinks with the batch and useful weights are huge (10000 at 128, 30000 at
-64).
+entries of size 1/N: the value shrinks with the batch and useful weights are huge (10000 at 128, 30000 at 64).
 
 Differences: the authors' code, diagonal included (the paper leaves it out). Their gradient is NaN as soon as
 one student embedding is all zero; here such a row is the zero vector with zero gradient.

@@ -1,5 +1,4 @@
-"""ReviewKD, knowledge review: fuse the student's stages from deep to shallow, compare each fusion with the
-teacher.
+"""ReviewKD, knowledge review: fuse the student's stages from deep to shallow, compare each with the teacher.
 
 P. Chen, S. Liu, H. Zhao, J. Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv:2104.09044.
 
@@ -7,9 +6,8 @@ P. Chen, S. Liu, H. Zhao, J. Jia, "Distilling Knowledge via Knowledge Review", C
       x = batch norm of a 1x1 convolution of fms_s[i];  a = sigmoid(1x1 conv of [x, y]), two channels
       y = x a_1 + y a_2 (y resized to x; the deepest level has y = x), resized to the teacher's map
       out_i = batch norm of a 3x3 convolution of y
-    HCL(a, b) = weighted mean of the squared error of the maps and of their averages on grids of 4, 2 and 1
-    per side
-                (only grids smaller than the map), with weights 1, 1/2, 1/4, 1/8
+    HCL(a, b) = weighted mean of the squared errors of the maps and of their averages on grids of 4, 2 and 1
+                per side (only grids smaller than the map), with weights 1, 1/2, 1/4, 1/8
     loss = sum over levels of HCL(out_i, fms_t[i])
 
 Tap: the maps of all stages and the pooled embedding as (N, D, 1, 1); student after its ReLUs, teacher before.

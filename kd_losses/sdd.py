@@ -5,8 +5,8 @@ S. Wei, C. Luo, Y. Luo, "Scale Decoupled Distillation", CVPR 2024, arXiv:2403.13
     regions: the last map averaged on grids of 1, 2 and 4 per side, 21 regions, region 0 the whole image; each
     region's vector through the network's own classifier gives patch logits (N, K, R) (`local_logits`)
     l_nr = soft-target KL at T, times T^2 (base 'kd'), or DKD with alpha and beta (base 'dkd'), of region r
-    w_nr = consistent where the teacher is right on the region as on the whole, or wrong on both; else
-    complementary loss = mean over n and r of w_nr l_nr
+    w_nr = consistent where the teacher is right on region and whole, or wrong on both; else complementary
+    loss = mean over n and r of w_nr l_nr
 
 Tap: the last stage's map and the classifier of both networks, and the labels. Cross-entropy uses the usual
 logits.

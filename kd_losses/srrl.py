@@ -1,5 +1,4 @@
-"""SRRL, softmax regression representation learning: features that the teacher's own classifier reads
-correctly.
+"""SRRL, softmax regression representation learning: features that the teacher's own classifier can read.
 
 J. Yang, B. Martinez, A. Bulat, G. Tzimiropoulos, "Knowledge Distillation via Softmax Regression
 Representation Learning", ICLR 2021.
