@@ -3,7 +3,7 @@
 L. Liu, Q. Huang, S. Lin, H. Xie, B. Wang, X. Chang, X. Liang, "Exploring Inter-Channel Correlation for
 Diversity-preserved Knowledge Distillation", ICCV 2021, arXiv:2202.03680.
 
-    x = batch norm of a 1x1 convolution of fm_s (trained with the student), as (N, C_t, H W); t = fm_t likewise
+    x = batch norm of a 1x1 convolution of fm_s (trained with the student), as (N, C_t, H W); t = fm_t, too
     G[n] = x[n] x[n]^T, every row divided by its length
     loss = mean over n and rows of the squared distance between the rows of G_s and G_t
 

@@ -6,7 +6,7 @@ arXiv:2402.11148.
     q = softmax(out_t), p = softmax(out_s), both at temperature 1
     U = sum over k of q_k^l;  q' = q^l / U = softmax(l out_t)
     loss = mean over n of KL(q' || p)                                     (TTM)
-    loss = mean over n of U_n KL(q' || p)                                 (WTTM: a flatter teacher counts more)
+    loss = mean over n of U_n KL(q' || p)                                (WTTM: a flatter teacher counts more)
 
 Tap: the logits. l is 1 / T of ordinary soft targets; without a student temperature the loss also penalises
 over-confident students. No T^2. The authors tune l and the weight per pair (TTM l 0.1 weight 45 for vgg13 to
