@@ -101,7 +101,8 @@ def test_the_readme_tables_are_those_of_the_results():
 
 def test_paths_named_in_the_readme_exist():
     for path in re.findall(r'`((?:[\w.]+/)*[\w.]+\.(?:py|sh|txt|toml))`', README):
-        assert (ROOT / path).exists() or (ROOT / 'kd_losses' / path).exists(), path
+        if path != 'kd_losses/mine.py':  # the one the reader is told to write
+            assert (ROOT / path).exists() or (ROOT / 'kd_losses' / path).exists(), path
 
 
 def test_the_package_is_the_losses_only():
