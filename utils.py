@@ -541,6 +541,9 @@ class Record:
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         self.history = content['history']
+        best = path.with_name('best.pt')
+        if best.exists() and not (self.folder / 'best.pt').exists():  # the run moves to another folder
+            write_atomic(self.folder / 'best.pt', best.read_bytes())
         commit, self.origin = self.origin['commit'], content['origin']
         commits = [self.origin['commit'], *self.origin.get('resumed_with', [])]
         if commit not in commits:
