@@ -232,7 +232,7 @@ class Meter:
     def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> bool:
         """Whether to go on with this step."""
         finite = torch.isfinite(loss.detach())
-        if loss.device.type not in ('cuda', 'meta'):
+        if loss.device.type != 'cuda':
             if not finite:
                 bad_teacher = teacher is not None and not torch.isfinite(teacher).all()
                 self._fail(

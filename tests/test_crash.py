@@ -177,7 +177,7 @@ def test_the_device_side_guard(monkeypatch):
 
     class OnDevice:  # a loss that says it is not on the CPU
         def __init__(self, value):
-            self.value, self.device = value, torch.device('meta')
+            self.value, self.device = value, torch.device('cuda')
 
         def detach(self):
             return self.value
