@@ -90,9 +90,14 @@ class KDSVD(nn.Module):
 
 def _leading(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The r largest singular values (N, r) of x (N, M, C) and their right singular vectors (N, C, r)."""
+    squares, vectors = _eigen(x)
+    return squares[:, :r].clamp(min=0).sqrt().to(x.dtype), vectors[:, :, :r].to(x.dtype)
+
+
+def _eigen(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (N, C) and vectors (N, C, C) of X^T X, largest first, in float64: squaring costs digits."""
     squares, vectors = torch.linalg.eigh((x.mT @ x).double())
-    values = squares.clamp(min=0).sqrt().flip(1)[:, :r]
-    return values.to(x.dtype), vectors.flip(2)[:, :, :r].to(x.dtype)
+    return squares.flip(1), vectors.flip(2)
 
 
 class _RightVectors(torch.autograd.Function):
@@ -100,8 +105,7 @@ class _RightVectors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, r: int) -> Tensor:
-        squares, vectors = torch.linalg.eigh((x.mT @ x).double())
-        squares, vectors = squares.flip(1), vectors.flip(2)
+        squares, vectors = _eigen(x)
         ctx.save_for_backward(x, squares, vectors)
         ctx.r = r
         return vectors[:, :, :r].to(x.dtype)
