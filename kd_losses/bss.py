@@ -1,0 +1,178 @@
+"""BSS, boundary supporting samples: soft targets on images pushed onto the teacher's decision boundary.
+
+B. Heo, M. Lee, S. Yun, J. Y. Choi, "Knowledge Distillation with Adversarial Samples Supporting Decision
+Boundary", AAAI 2019, arXiv:1805.05532.
+
+    base samples: both networks are right; at most attack_size, those where their probabilities of the other
+        classes differ most;  attack class: another class, drawn by the teacher's probability
+    attack, num_steps times, as long as the teacher still says target (z = teacher's logits of x):
+        d = z[target] - z[attack class],  g = gradient of -d with respect to x
+        x <- clip(x + step_alpha (d + eps) g / ||g||)
+    p = softmax(attacked out / T)
+    loss = mean over attacked n of sum over k of p_t (log p_t - log p_s)                        (no T^2)
+
+Tap: the logits of both networks on the attacked images: a second forward pass of each. The weight falls to 0
+in the course of training. The paper combines it with soft targets on the clean images.
+
+Differences: the authors' code: logits, not probabilities, guide the attack (score='prob' is
+Knowledge-Distillation-Zoo's; for a confident teacher its gradient vanishes and the zoo's images become NaN),
+and the step is divided by the norm, not its square as in the paper. A vanishing gradient makes no step.
+Cost: no loop over samples or classes, no host synchronisation: a fixed number of slots with a validity mask.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BSS(nn.Module):
+    """KL divergence of softened probabilities on attacked images; `attack` makes them.
+
+    Args:
+        T: temperature, > 0; 3.
+        attack_size: at most so many images of a batch are attacked; 32 of 128.
+        step_alpha, num_steps, eps, clip, score: see BSSAttacker.
+
+    Shape:
+        attacked_out_s, attacked_out_t: (M, K), equal. valid: (M,) bool, samples that count; default all.
+        Returns a scalar, 0 if none counts. No gradient reaches attacked_out_t.
+
+    Raises:
+        ValueError: T or attack_size is not positive; the shapes differ.
+    """
+
+    def __init__(
+        self,
+        T: float = 3.0,
+        attack_size: int = 32,
+        step_alpha: float = 0.3,
+        num_steps: int = 10,
+        eps: float = 1e-4,
+        clip: tuple = (-2.5, 2.5),
+        score: str = 'logit',
+    ) -> None:
+        super().__init__()
+        if not T > 0 or attack_size < 1:
+            raise ValueError(f'BSS: T and attack_size must be > 0, got {T} and {attack_size}')
+        self.T, self.attack_size = T, attack_size
+        self.attacker = BSSAttacker(step_alpha, num_steps, eps, clip, score)
+
+    def forward(self, attacked_out_s: Tensor, attacked_out_t: Tensor, valid: Tensor | None = None) -> Tensor:
+        if attacked_out_s.dim() != 2:
+            raise ValueError(f'BSS: attacked_out_s must be (M, K), got {tuple(attacked_out_s.shape)}')
+        if attacked_out_t.shape != attacked_out_s.shape:
+            raise ValueError(
+                f'BSS: attacked_out_t must be {tuple(attacked_out_s.shape)} as attacked_out_s, '
+                f'got {tuple(attacked_out_t.shape)}'
+            )
+        if valid is not None and valid.shape != attacked_out_s.shape[:1]:
+            raise ValueError(f'BSS: valid must be ({len(attacked_out_s)},), got {tuple(valid.shape)}')
+        log_p_s = F.log_softmax(_full(attacked_out_s) / self.T, dim=1)
+        log_p_t = F.log_softmax(_full(attacked_out_t.detach()) / self.T, dim=1)
+        p_t = log_p_t.exp()
+        kl = torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0.0).sum(dim=1)
+        if valid is None:
+            return kl.sum() / max(len(kl), 1)
+        return torch.where(valid, kl, 0.0).sum() / valid.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def attack(
+        self, teacher, img: Tensor, out_s: Tensor, out_t: Tensor, target: Tensor, generator=None
+    ) -> tuple[Tensor, Tensor]:
+        """Attacked images (M, C, H, W), M = min(attack_size, N), and which of them count (M,).
+
+        teacher: callable from images to logits. Spare slots repeat chosen samples, so that the student's
+        batch norm sees nothing else; if nothing could be chosen, no slot counts.
+        """
+        index, valid = choose(out_s, out_t, target, self.attack_size)
+        slots = torch.arange(len(index), device=index.device)
+        index = index[slots % valid.sum().clamp(min=1)]
+        u = torch.rand(len(index), generator=generator, device=index.device)
+        attack_class = sample_attack_class(out_t, index, u.to(_full(out_t).dtype))
+        return self.attacker.attack(teacher, img[index], target[index], attack_class), valid
+
+
+class BSSAttacker:
+    """Moves images towards, and just over, the teacher's boundary between two classes.
+
+    Args:
+        step_alpha: share of the gap closed by a step, 0.3.
+        num_steps: 10.
+        eps: added to the gap so that the boundary is crossed, 1e-4.
+        clip: smallest and largest pixel of a normalised image, (-2.5, 2.5).
+        score: 'logit', or 'prob' for the softmax of the logits.
+    """
+
+    def __init__(
+        self,
+        step_alpha: float = 0.3,
+        num_steps: int = 10,
+        eps: float = 1e-4,
+        clip: tuple = (-2.5, 2.5),
+        score: str = 'logit',
+    ) -> None:
+        if score not in ('logit', 'prob'):
+            raise ValueError(f'BSSAttacker: score must be "logit" or "prob", got {score!r}')
+        self.step_alpha, self.num_steps, self.eps = step_alpha, num_steps, eps
+        self.clip, self.score = clip, score
+
+    def attack(self, model, img: Tensor, target: Tensor, attack_class: Tensor) -> Tensor:
+        """img (M, C, H, W), target and attack_class (M,) int64 -> attacked images, detached.
+
+        model(img) gives logits, or a tuple whose last element is the logits. Its parameters get no gradient.
+        """
+        x = img.detach()
+        for _ in range(self.num_steps if len(x) else 0):
+            with torch.enable_grad():
+                x = x.requires_grad_()
+                out = model(x)
+                out = _full(out[-1] if isinstance(out, (tuple, list)) else out)
+                z = out if self.score == 'logit' else out.softmax(dim=1)
+                gap = (z.gather(1, target[:, None]) - z.gather(1, attack_class[:, None]))[:, 0]
+                (g,) = torch.autograd.grad(-gap.sum(), x)
+            with torch.no_grad():
+                norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
+                moves = (out.argmax(dim=1) == target) & (norm > 0)
+                size = self.step_alpha * (gap + self.eps) / torch.where(moves, norm, 1.0)
+                size = torch.where(moves, size, 0.0).reshape(-1, *[1] * (x.dim() - 1))
+                x = (x + size * g).clamp(*self.clip)
+        return x.detach()
+
+
+def choose(out_s: Tensor, out_t: Tensor, target: Tensor, attack_size: int) -> tuple[Tensor, Tensor]:
+    """(M,) indices of base samples, M = min(attack_size, N), and a mask of those that are some, in front.
+
+    More candidates than attack_size: those of the largest score, in descending order; else by index.
+    """
+    out_s, out_t = _full(out_s.detach()), _full(out_t.detach())
+    right = (out_s.argmax(dim=1) == target) & (out_t.argmax(dim=1) == target)
+    other = torch.arange(out_s.shape[1], device=out_s.device) != target[:, None]
+    score = ((out_t.softmax(dim=1) - out_s.softmax(dim=1)).square() * other).sum(dim=1)
+    index = torch.arange(len(target), device=target.device)
+    key = torch.where(right.sum() > attack_size, score, -index.to(score.dtype))
+    key = torch.where(right, key, -torch.inf)
+    chosen = key.topk(min(attack_size, len(key))).indices
+    return chosen, right[chosen]
+
+
+def select_base_samples(out_s: Tensor, out_t: Tensor, target: Tensor, attack_size: int) -> Tensor:
+    """Indices of the base samples only, as many as there are; reads the count back from the device."""
+    chosen, valid = choose(out_s, out_t, target, attack_size)
+    return chosen[valid]
+
+
+def sample_attack_class(out_t: Tensor, idx: Tensor, u: Tensor | None = None) -> Tensor:
+    """(M,) classes other than the predicted one, by the teacher's probability; u: uniforms in [0, 1)."""
+    p = _full(out_t.detach())[idx].softmax(dim=1)
+    u = torch.rand(len(idx), dtype=p.dtype, device=p.device) if u is None else u
+    p, classes = p.sort(dim=1, descending=True)
+    cumulated = p[:, 1:].cumsum(dim=1)
+    r = u[:, None] * p[:, 1:].sum(dim=1, keepdim=True)
+    reached = cumulated >= r
+    first = torch.where(reached.any(dim=1), reached.to(torch.int64).argmax(dim=1), 0)
+    return classes[:, 1:].gather(1, first[:, None])[:, 0]
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,142 @@
+"""FCFD, function-consistent feature distillation: a good imitation must work inside the other network.
+
+D. Liu, M. Kan, S. Shan, X. Chen, "Function-Consistent Feature Distillation", ICLR 2023, arXiv:2304.11832.
+
+    bridge_k: convolution, batch norm: the student's map of stage k to the teacher's space, and one back
+    A_k = sum over bridged maps b of mean over elements of (b - fm_t)^2;  at the last stage plus, for each,
+          mean over n, c of (average over positions of ReLU(b) - that of ReLU(fm_t))^2
+    mixed paths: the first stages of one network, a bridge, the later stages and classifier of the other
+    KL(o) = T^2 mean over n of KL(softmax(out_t / T) || softmax(o / T))
+    loss = l2_weight ramp sum over k of A_k + KL(out_s) + sum over this step's mixed paths of KL(out_mix)
+
+Tap: the maps between all stages; networks that can be run from the middle. Each step draws two of the paths
+(student first or teacher first, switching after any inner stage). Gradients pass through the teacher's later
+stages to the student. ramp rises over the first 20 of 240 epochs.
+
+Differences: the authors' formula; their loop is welded to their networks, so the vector was computed from the
+formula on given maps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FCFD(nn.Module):
+    """Appearance and function errors; `to_teacher` and `to_student` are the bridges.
+
+    Args:
+        s_channels, t_channels: lists, channels of stages 1, 2, ... of the two networks.
+        strides: student's size over teacher's per stage, each 1, 2 or 0.5; None: all 1.
+        T: temperature, > 0; 4.
+        l2_weight: weight of the appearance terms; 5 (0.02 for resnet56 to resnet20).
+        s_post_relu, t_post_relu: whether that network's stages take maps after a ReLU; True.
+
+    Shape:
+        maps: list over stages of lists of maps in the teacher's space, each of the teacher map's shape;
+        fms_t: list of the teacher's maps (N, C, H, W); out_s, out_t: (N, K); outs_mix: list of (N, K), may be
+        empty. ramp: factor of the epoch. Returns a scalar. No gradient reaches fms_t and out_t. `appearance`
+        gives one stage's A_k.
+
+    Raises:
+        ValueError: T is not positive; lists of unequal length; a stride is none of the three; shapes differ.
+    """
+
+    def __init__(
+        self,
+        s_channels: list,
+        t_channels: list,
+        strides: list | None = None,
+        T: float = 4.0,
+        l2_weight: float = 5.0,
+        s_post_relu: bool = True,
+        t_post_relu: bool = True,
+    ) -> None:
+        super().__init__()
+        if not T > 0:
+            raise ValueError(f'FCFD: T must be > 0, got {T}')
+        strides = [1] * len(s_channels) if strides is None else strides
+        if not len(s_channels) == len(t_channels) == len(strides):
+            raise ValueError(
+                f'FCFD: s_channels, t_channels and strides must have one length, '
+                f'got {s_channels}, {t_channels} and {strides}'
+            )
+        self.T, self.l2_weight = T, l2_weight
+        self.bridges_t = nn.ModuleList(
+            _bridge(s, t, r, t_post_relu) for s, t, r in zip(s_channels, t_channels, strides)
+        )
+        self.bridges_s = nn.ModuleList(
+            _bridge(t, s, 1 / r, s_post_relu) for s, t, r in zip(s_channels, t_channels, strides)
+        )
+
+    def to_teacher(self, fm_s: Tensor, k: int) -> Tensor:
+        """The student's map of stage k = 1, 2, ... in the teacher's space."""
+        with torch.autocast(fm_s.device.type, enabled=False):
+            return self.bridges_t[k - 1](_full(fm_s))
+
+    def to_student(self, fm_t: Tensor, k: int) -> Tensor:
+        """The teacher's map of stage k = 1, 2, ... in the student's space."""
+        with torch.autocast(fm_t.device.type, enabled=False):
+            return self.bridges_s[k - 1](_full(fm_t))
+
+    def forward(
+        self,
+        maps: list[list[Tensor]],
+        fms_t: list[Tensor],
+        out_s: Tensor,
+        out_t: Tensor,
+        outs_mix: list[Tensor],
+        ramp: float = 1.0,
+    ) -> Tensor:
+        if len(maps) != len(fms_t) or not maps:
+            raise ValueError(
+                f'FCFD: maps and fms_t must be lists of one length, got {len(maps)} and {len(fms_t)}'
+            )
+        last = len(maps) - 1
+        appearance = sum(self.appearance(b, fm_t, k == last) for k, (b, fm_t) in enumerate(zip(maps, fms_t)))
+        divergence = sum(self.divergence(out, out_t) for out in (out_s, *outs_mix))
+        return self.l2_weight * ramp * appearance + divergence
+
+    def appearance(self, maps: list[Tensor], fm_t: Tensor, last: bool = False) -> Tensor:
+        """A_k of one stage."""
+        fm_t, total = _full(fm_t.detach()), 0.0
+        for b in maps:
+            if b.dim() != 4 or b.shape != fm_t.shape:
+                raise ValueError(
+                    f'FCFD: maps must have the shape of fms_t, {tuple(fm_t.shape)}, got {tuple(b.shape)}'
+                )
+            total = total + F.mse_loss(_full(b), fm_t)
+            if last:
+                pooled = (x.relu().mean(dim=(2, 3)) for x in (_full(b), fm_t))
+                total = total + F.mse_loss(*pooled)
+        return total
+
+    def divergence(self, out: Tensor, out_t: Tensor) -> Tensor:
+        """T^2 KL of softened probabilities, teacher's to the other's."""
+        if out.dim() != 2 or out_t.shape != out.shape:
+            shapes = f'{tuple(out.shape)} and {tuple(out_t.shape)}'
+            raise ValueError(f'FCFD: out_s, outs_mix and out_t must be (N, K), equal, got {shapes}')
+        log_p = F.log_softmax(_full(out) / self.T, dim=1)
+        log_q = F.log_softmax(_full(out_t.detach()) / self.T, dim=1)
+        q = log_q.exp()
+        return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
+
+
+def _bridge(c_in: int, c_out: int, ratio: float, post_relu: bool) -> nn.Sequential:
+    """From one network's map to the other's place; ratio: size of the input over size of the output."""
+    if ratio == 1:
+        conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+    elif ratio == 2:
+        conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+    elif ratio == 0.5:
+        conv = nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)
+    else:
+        raise ValueError(f'FCFD: strides must be 1, 2 or 0.5, got {ratio}')
+    if ratio >= 1:
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([nn.LeakyReLU(0.1)] if post_relu else []))
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,146 @@
+"""FT, factor transfer: an auto-encoder paraphrases the teacher's map, the student translates into it.
+
+J. Kim, S. Park, N. Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS
+2018, arXiv:1802.04977.
+
+    paraphraser: fm_t -> factor_t (k times its channels) -> recon;    translator: fm_s -> factor_s
+    first, alone:  mean over elements of (recon - fm_t)^2                        trains the paraphraser
+    z(x) = x flattened per sample / its length
+    loss = mean over n and elements of |z(factor_s) - z(factor_t)|               trains student and translator
+
+Tap: the last stage's maps, after their ReLU; channels may differ, sizes must agree.
+
+Differences: the authors' networks and loss. The paraphraser learns by squared error, as in
+Knowledge-Distillation-Zoo and the paper; the authors' code uses the absolute one (recon_loss='l1'). The zoo
+turns batch norm on for CIFAR-10 (use_bn=True). An all-zero factor is 0 with zero gradient. RepDistiller's FT
+squares the factor and averages its channels, another loss.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FactorTransfer(nn.Module):
+    """The whole method for a trainer: paraphraser, translator, and the loss between their factors.
+
+    Args:
+        s_channels, t_channels: channels of the two maps.
+        k: factor channels as a share of the teacher's, > 0; 0.5.
+        use_bn: batch norm in both; False.
+        recon_loss: 'mse' or 'l1', what `pretrain_loss` computes.
+
+    Shape:
+        fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H, W). Returns a scalar. No gradient reaches fm_t
+        or the paraphraser; that one learns by `pretrain_loss(fm_t)`, before, and is in eval mode here.
+
+    Raises:
+        ValueError: recon_loss is not known; a map is not 4-D or has other channels than announced; batch or
+            size differ.
+    """
+
+    def __init__(
+        self,
+        s_channels: int,
+        t_channels: int,
+        k: float = 0.5,
+        use_bn: bool = False,
+        recon_loss: str = 'mse',
+    ) -> None:
+        super().__init__()
+        if recon_loss not in ('mse', 'l1'):
+            raise ValueError(f'FactorTransfer: recon_loss must be "mse" or "l1", got {recon_loss!r}')
+        self.s_channels, self.t_channels, self.recon_loss = s_channels, t_channels, recon_loss
+        self.paraphraser = Paraphraser(t_channels, k, use_bn)
+        self.translator = Translator(s_channels, t_channels, k, use_bn)
+        self.factor_loss = FT()
+
+    def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        if fm_s.dim() != 4 or fm_s.shape[1] != self.s_channels:
+            raise ValueError(
+                f'FactorTransfer: fm_s must be (N, {self.s_channels}, H, W), got {tuple(fm_s.shape)}'
+            )
+        wanted = (len(fm_s), self.t_channels, *fm_s.shape[2:])
+        if fm_t.shape != wanted:
+            raise ValueError(f'FactorTransfer: fm_t must be {wanted} as fm_s, got {tuple(fm_t.shape)}')
+        self.paraphraser.eval()
+        with torch.autocast(fm_s.device.type, enabled=False):
+            with torch.no_grad():
+                factor_t = self.paraphraser.encoder(_full(fm_t))
+            return self.factor_loss(self.translator(_full(fm_s)), factor_t)
+
+    def pretrain_loss(self, fm_t: Tensor) -> Tensor:
+        """The reconstruction error that trains the paraphraser, before anything else."""
+        self.paraphraser.train(self.training)
+        with torch.autocast(fm_t.device.type, enabled=False):
+            fm_t = _full(fm_t.detach())
+            _, recon = self.paraphraser(fm_t)
+            return F.mse_loss(recon, fm_t) if self.recon_loss == 'mse' else F.l1_loss(recon, fm_t)
+
+
+class Paraphraser(nn.Module):
+    """Auto-encoder of the teacher's map: (N, t_channels, H, W) -> factor (N, m, H, W) and reconstruction,
+    m = round(k t_channels)."""
+
+    def __init__(self, t_channels: int, k: float = 0.5, use_bn: bool = False) -> None:
+        super().__init__()
+        m = _factor_channels('Paraphraser', t_channels, k)
+        widths = [(t_channels, t_channels), (t_channels, m), (m, m)]
+        self.encoder = _layers(nn.Conv2d, widths, use_bn)
+        self.decoder = _layers(nn.ConvTranspose2d, [(b, a) for a, b in reversed(widths)], use_bn)
+
+    def forward(self, fm_t: Tensor) -> tuple[Tensor, Tensor]:
+        factor = self.encoder(fm_t)
+        return factor, self.decoder(factor)
+
+
+class Translator(nn.Module):
+    """From the student's map (N, s_channels, H, W) to a factor (N, m, H, W), m = round(k t_channels)."""
+
+    def __init__(self, s_channels: int, t_channels: int, k: float = 0.5, use_bn: bool = False) -> None:
+        super().__init__()
+        m = _factor_channels('Translator', t_channels, k)
+        self.encoder = _layers(nn.Conv2d, [(s_channels, s_channels), (s_channels, m), (m, m)], use_bn)
+
+    def forward(self, fm_s: Tensor) -> Tensor:
+        return self.encoder(fm_s)
+
+
+class FT(nn.Module):
+    """The loss alone: mean absolute difference of normalised factors, (N, m, H, W) each, equal shapes."""
+
+    def forward(self, factor_s: Tensor, factor_t: Tensor) -> Tensor:
+        if factor_s.dim() < 2 or factor_t.shape != factor_s.shape:
+            shapes = f'{tuple(factor_s.shape)} and {tuple(factor_t.shape)}'
+            raise ValueError(f'FT: factor_s and factor_t must have one shape (N, ...), got {shapes}')
+        z_s, z_t = _unit(_full(factor_s).flatten(1)), _unit(_full(factor_t.detach()).flatten(1))
+        return F.l1_loss(z_s, z_t)
+
+
+def _factor_channels(who: str, t_channels: int, k: float) -> int:
+    m = round(t_channels * k)
+    if m < 1:
+        raise ValueError(f'{who}: k must leave at least one of {t_channels} channels, got {k}')
+    return m
+
+
+def _layers(conv: type, widths: list[tuple[int, int]], use_bn: bool) -> nn.Sequential:
+    """3x3 convolutions that keep the size, each with its optional batch norm and a leaky ReLU."""
+    layers = []
+    for c_in, c_out in widths:
+        layers.append(conv(c_in, c_out, 3, stride=1, padding=1, bias=not use_bn))
+        layers += [nn.BatchNorm2d(c_out)] if use_bn else []
+        layers.append(nn.LeakyReLU(0.1))
+    return nn.Sequential(*layers)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows divided by their length; a zero row stays zero and gets no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    alive = norm > 1e-12
+    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

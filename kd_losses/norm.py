@@ -1,0 +1,92 @@
+"""NORM, N-to-one representation matching: many linear views of the student's map each imitate the teacher's.
+
+X. Liu, L. Li, C. Li, A. Yao, "NORM: Knowledge Distillation via N-to-One Representation Matching", ICLR 2023.
+
+    the student gains a linear block after its last stage (FeatureTransform), for training and for use:
+        wide = batch norm of a 1x1 convolution of x to R C_t channels
+        y = x + batch norm of a 1x1 convolution of wide back;  classifier on the average of y
+    S_1 .. S_R = wide cut into R groups of C_t channels
+    loss = sum over r of mean over n, c, h, w of (S_r - fm_t)^2
+
+Tap: `wide`, and the teacher's last map after its ReLU, max-pooled if it is larger in a whole ratio.
+
+Differences: the authors' loss. Their code also layer-normalises both networks' logits and multiplies them by
+2.5 before cross-entropy; that is left out. Without an activation the block folds into one C x C affine map in
+eval mode.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NORM(nn.Module):
+    """R squared errors against one teacher map.
+
+    Args:
+        num_repeats: R, groups of channels in the student's wide map; 8.
+
+    Shape:
+        fm_s: (N, R C_t, h, w), fm_t: (N, C_t, H, W), H = k h and W = k w. Returns a scalar. No gradient
+        reaches fm_t.
+
+    Raises:
+        ValueError: num_repeats < 1; channels, batch or sizes do not fit.
+    """
+
+    def __init__(self, num_repeats: int = 8) -> None:
+        super().__init__()
+        if num_repeats < 1:
+            raise ValueError(f'NORM: num_repeats must be at least 1, got {num_repeats}')
+        self.num_repeats = num_repeats
+
+    def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        R = self.num_repeats
+        if fm_s.dim() != 4 or fm_s.shape[1] % R:
+            raise ValueError(f'NORM: fm_s must be (N, {R} C, h, w), got {tuple(fm_s.shape)}')
+        if fm_t.dim() != 4 or fm_t.shape[:2] != (len(fm_s), fm_s.shape[1] // R):
+            raise ValueError(
+                f'NORM: fm_t must be ({len(fm_s)}, {fm_s.shape[1] // R}, H, W) as fm_s {tuple(fm_s.shape)}, '
+                f'got {tuple(fm_t.shape)}'
+            )
+        k = max(fm_t.shape[2] // fm_s.shape[2], 1)
+        fm_s, fm_t = _full(fm_s), _full(fm_t.detach())
+        fm_t = F.max_pool2d(fm_t, k) if k > 1 else fm_t
+        if fm_t.shape[2:] != fm_s.shape[2:]:
+            raise ValueError(
+                f'NORM: fm_t must have the size of fm_s {tuple(fm_s.shape)} or a multiple, '
+                f'got {tuple(fm_t.shape)} after pooling by {k}'
+            )
+        return R * F.mse_loss(fm_s, fm_t.repeat(1, R, 1, 1))
+
+
+class FeatureTransform(nn.Module):
+    """The linear block of a NORM student: map (N, s_channels, H, W) -> (wide, map of the same shape).
+
+    With num_repeats = 1 it is the identity without parameters, and s_channels must equal t_channels.
+    """
+
+    def __init__(self, s_channels: int, t_channels: int, num_repeats: int = 8) -> None:
+        super().__init__()
+        self.expand = self.reduce = None
+        if num_repeats > 1:
+            wide = num_repeats * t_channels
+            self.expand = nn.Sequential(nn.Conv2d(s_channels, wide, 1, bias=False), nn.BatchNorm2d(wide))
+            self.reduce = nn.Sequential(
+                nn.Conv2d(wide, s_channels, 1, bias=False), nn.BatchNorm2d(s_channels)
+            )
+        elif s_channels != t_channels:
+            raise ValueError(
+                f'FeatureTransform: with num_repeats = 1, t_channels must be {s_channels}, got {t_channels}'
+            )
+
+    def forward(self, fm: Tensor) -> tuple[Tensor, Tensor]:
+        if self.expand is None:
+            return fm, fm
+        wide = self.expand(fm)
+        return wide, self.reduce(wide) + fm
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

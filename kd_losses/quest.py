@@ -1,0 +1,138 @@
+"""QuEST: say of every position which word of a learned teacher vocabulary the teacher sees there.
+
+H. Jain, S. Gidaris, N. Komodakis, P. Perez, M. Cord, "QuEST: Quantized Embedding Space for Transferring
+Knowledge", ECCV 2020, arXiv:1912.01540.
+
+    c_m: num_words centroids of k-means over the teacher's vectors at all positions (made before training)
+    p[i, m] = softmax over m of -tau ||t_i - c_m||^2            i: every position of every sample
+    q[i, m] = softmax over m of scale cos(s_i, w_m)             w, scale: trained with the student
+    loss = mean over i of sum over m of p (log p - log q)
+
+Tap: the last stage's maps, before the final ReLU; equal sizes, any channels. A teacher map that is larger in
+a whole ratio is average-pooled (the authors: 2x2).
+
+Differences: the authors' formula at one level. Their code book comes from all vectors of the training set,
+`fit_centroids` takes as many as it is given. |t|^2 is left out of the distance: the softmax does not see it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class QuEST(nn.Module):
+    """KL divergence from the teacher's to the student's distribution over visual words.
+
+    Args:
+        s_channels, t_channels: channels of the two maps.
+        num_words: size of the vocabulary; 4096.
+        tau: sharpness of the teacher's assignment (called temperature in the authors' settings); 5.
+        scale: initial factor on the cosines, learned; 3.
+        centroids: (num_words, t_channels), the vocabulary; None: zeros, to be filled by `fit`.
+
+    Shape:
+        fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H', W'), H' and W' the same multiple of H and W or
+        equal. Returns a scalar. No gradient reaches fm_t.
+
+    Raises:
+        ValueError: centroids has another shape; a map has other channels or sizes than allowed.
+    """
+
+    def __init__(
+        self,
+        s_channels: int,
+        t_channels: int,
+        num_words: int = 4096,
+        tau: float = 5.0,
+        scale: float = 3.0,
+        centroids: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if centroids is None:
+            centroids = torch.zeros(num_words, t_channels)
+        if centroids.shape != (num_words, t_channels):
+            raise ValueError(
+                f'QuEST: centroids must be {(num_words, t_channels)}, got {tuple(centroids.shape)}'
+            )
+        self.s_channels, self.t_channels, self.tau = s_channels, t_channels, tau
+        self.register_buffer('centroids', centroids.detach().clone())
+        self.weight = nn.Parameter(torch.randn(num_words, s_channels) * (2 / s_channels) ** 0.5)
+        self.scale = nn.Parameter(torch.full((1,), float(scale)))
+
+    def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        if fm_s.dim() != 4 or fm_s.shape[1] != self.s_channels:
+            raise ValueError(f'QuEST: fm_s must be (N, {self.s_channels}, H, W), got {tuple(fm_s.shape)}')
+        fm_t = self._teacher_map(fm_t, fm_s.shape)
+        with torch.autocast(fm_s.device.type, enabled=False):
+            s, t = _positions(_full(fm_s)), _positions(_full(fm_t.detach()))
+            c = self.centroids.to(t.dtype)
+            nearness = 2 * t @ c.T - c.square().sum(dim=1)  # -||t - c||^2 + |t|^2
+            log_p = F.log_softmax(self.tau * nearness, dim=1)
+            p = log_p.exp()
+            log_q = F.log_softmax(self.scale * (_unit(s) @ _unit(self.weight.to(s.dtype)).T), dim=1)
+            return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1).mean()
+
+    def _teacher_map(self, fm_t: Tensor, shape_s) -> Tensor:
+        n, _, h, w = shape_s
+        fits = fm_t.dim() == 4 and fm_t.shape[:2] == (n, self.t_channels)
+        if not fits or fm_t.shape[2] % h or fm_t.shape[3] % w or fm_t.shape[2] // h != fm_t.shape[3] // w:
+            raise ValueError(
+                f'QuEST: fm_t must be {(n, self.t_channels, h, w)} as fm_s, or a multiple of its size, '
+                f'got {tuple(fm_t.shape)}'
+            )
+        factor = fm_t.shape[2] // h
+        return fm_t if factor == 1 else F.avg_pool2d(fm_t, factor)
+
+    @torch.no_grad()
+    def fit(self, maps: Tensor, iters: int = 20, generator: torch.Generator | None = None) -> None:
+        """Make the vocabulary from teacher maps (N, t_channels, H, W) of the size that training will see."""
+        words = fit_centroids(_positions(_full(maps)), len(self.centroids), iters, generator)
+        self.centroids.copy_(words)
+
+
+@torch.no_grad()
+def fit_centroids(
+    features: Tensor, num_words: int, iters: int = 20, generator: torch.Generator | None = None
+) -> Tensor:
+    """(num_words, D) centroids of features (N, D): Lloyd's k-means from random samples.
+
+    An empty cluster starts again from a random sample. Works in chunks of 65536 vectors.
+
+    Raises:
+        ValueError: there are fewer features than words.
+    """
+    n, d = features.shape
+    if n < num_words:
+        raise ValueError(f'fit_centroids: {num_words} words need as many features, got {n}')
+
+    def some(count):
+        return torch.randperm(n, generator=generator, device=generator.device if generator else 'cpu')[:count]
+
+    c = features[some(num_words).to(features.device)]
+    for _ in range(iters):
+        total = torch.zeros(num_words, d, dtype=features.dtype, device=features.device)
+        count = torch.zeros(num_words, dtype=features.dtype, device=features.device)
+        for x in features.split(65536):
+            nearest = torch.addmm(c.square().sum(dim=1), x, c.T, alpha=-2).argmin(dim=1)
+            total.index_add_(0, nearest, x)
+            count.index_add_(0, nearest, torch.ones(len(x), dtype=x.dtype, device=x.device))
+        fresh = features[some(num_words).to(features.device)]
+        c = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], fresh)
+    return c
+
+
+def _positions(fm: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N H W, C)."""
+    return fm.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows divided by their length; a zero row stays zero and gets no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    alive = norm > 1e-12
+    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
