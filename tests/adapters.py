@@ -683,7 +683,7 @@ def onadvfd(z):
     one.grads = {'grad_out_1': one.inputs['out_1'], 'grad_score_g': one.inputs['score_g']}
     yield one
     yield case(z, loss, *names[:3], suffix='_logit')
-    yield case(z, loss, 'score_g', suffix='_g', call=g_loss)
+    yield case(z, loss, 'score_g', suffix='_g', call=lambda score_g: g_loss(score_g))
     scores = case(z, loss, 'score_d_real', 'score_d_fake', suffix='_d', call=lambda **x: d_loss(*x.values()))
     scores.grads = {f'grad_{name}': x for name, x in scores.inputs.items()}
     yield scores
