@@ -41,7 +41,7 @@ def main():
     initial = {key: value.clone() for key, value in net.state_dict().items()}
     math_args = utils.math_args(args, script='train_base', net=args.net_name, initial=utils.fingerprint(net))
     net.to(device, memory_format=torch.channels_last)
-    opt = utils.sgd(net.parameters(), args, device)
+    opt = utils.sgd(net.parameters(), args)
     amp = utils.autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
 
@@ -58,7 +58,7 @@ def main():
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
-    steps = -(-len(train) // args.batch_size)
+    steps, step = train.steps(args.batch_size), utils.distributed(net, device)
     bar = utils.progress_bar(steps * args.epochs, steps * record.epoch, log)
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
@@ -67,9 +67,9 @@ def main():
             group['lr'] = lr
         meter = utils.Meter(args.net_name, epoch, device)
         net.train()
-        for img, target, _ in train.train_batches(args.batch_size, args.seed, epoch):
+        for img, target, *_ in train.train_batches(args.batch_size, args.seed, epoch):
             with amp:
-                out = net(img)
+                out = step(img)
             loss = F.cross_entropy(out.float(), target)
             if not meter.guard(loss, opt):
                 break
@@ -95,10 +95,10 @@ def main():
         if board:
             for key, value in row.items():
                 board.add_scalar(key, value, epoch + 1)
-        if stop.signal and epoch + 1 < args.epochs:
+        if (signal := stop.agreed()) and epoch + 1 < args.epochs:
             bar.close()
             log(f'stopped after epoch {epoch + 1}; --resume auto continues')
-            return 128 + stop.signal
+            return 128 + signal
     bar.close()
 
     facts = {'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,

@@ -5,6 +5,7 @@ import ast
 import contextlib
 import csv
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -18,8 +19,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import dataset
 from models import Feats, load_weights
@@ -98,7 +101,7 @@ def add_common_flags(parser: Parser) -> None:
 
     flag = parser.add_argument_group("recipe (the defaults are the seed zoo's)").add_argument
     flag('--epochs', type=positive_int, default=200, help='default 200')
-    flag('--batch_size', type=positive_int, default=128, help='default 128')
+    flag('--batch_size', type=positive_int, default=128, help='of each process, default 128')
     flag('--lr', type=positive_float, default=0.1, help='SGD learning rate, default 0.1')
     flag('--milestones', type=fraction, nargs='*', default=[0.5, 0.75], metavar='F',
          help='shares of the run after which the learning rate drops, default 0.5 0.75')
@@ -114,6 +117,9 @@ def add_common_flags(parser: Parser) -> None:
     flag('--threads', type=positive_int, help='CPU threads, default all cores')
     flag('--deterministic', action='store_true',
          help='slower, reproducible kernels on CUDA; the CPU is reproducible anyway')
+    flag('--global_relations', action='store_true',
+         help='under torchrun: losses that relate the samples of a batch (rkd, sp, ...) see the batches of '
+              'all processes, not only their own')
 
     flag = parser.add_argument_group('output').add_argument
     flag('--save_root', default='./save', help='where output folders go, default ./save')
@@ -129,6 +135,10 @@ def add_common_flags(parser: Parser) -> None:
 
 def positive_int(text: str) -> int:
     return _number(int, text, lambda x: x > 0, 'a whole number > 0')
+
+
+def whole_number(text: str) -> int:
+    return _number(int, text, lambda x: x >= 0, 'a whole number >= 0')
 
 
 def positive_float(text: str) -> float:
@@ -162,6 +172,134 @@ def key_values(items: Iterable[str], flag: str) -> dict:
     return result
 
 
+def weights_and_options(args: argparse.Namespace, names: list[str], methods: dict) -> tuple[dict, dict]:
+    """{name: weight} and {name: constructor arguments} from --lambda_kd and --kd_args."""
+    weights = {name: methods[name].weight for name in names}
+    if len(args.lambda_kd) == 1 and '=' not in args.lambda_kd[0]:
+        if len(names) > 1:
+            raise UserError(f'--lambda_kd {args.lambda_kd[0]}: with several methods say METHOD=number')
+        args.lambda_kd = [f'{names[0]}={args.lambda_kd[0]}']
+    for name, weight in key_values(args.lambda_kd, '--lambda_kd').items():
+        if name not in names:
+            raise UserError(f'--lambda_kd: {name!r} is not among --kd_mode {" ".join(args.kd_mode)}')
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+            raise UserError(f'--lambda_kd: the weight of {name} must be a number, got {weight!r}')
+        weights[name] = float(weight)
+
+    options = {name: {} for name in names}
+    for key, value in key_values(args.kd_args, '--kd_args').items():
+        name, _, key = key.rpartition('.')
+        if not name and len(names) > 1:
+            raise UserError(f'--kd_args {key}: with several methods say METHOD.{key}=VALUE')
+        name = name or names[0]
+        if name not in names:
+            raise UserError(f'--kd_args: {name!r} is not among --kd_mode {" ".join(args.kd_mode)}')
+        check_option(name, methods[name].loss, key, value)
+        options[name][key] = value
+    return weights, options
+
+
+def check_option(name: str, loss: type, key: str, value) -> None:
+    """A key and its type against the constructor's signature, before anything else happens."""
+    signature = inspect.signature(loss)
+    shown = f'the signature is {loss.__name__}{str(signature).replace(" -> None", "")}'
+    if key not in signature.parameters:
+        raise UserError(f'--kd_args: {name} has no argument {key!r}; {shown}')
+    kind = signature.parameters[key].annotation
+    legal = isinstance(value, int | float if kind is float else kind)
+    if not legal or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f'--kd_args: {key}={value!r} of {name} has the wrong type; {shown}')
+
+
+# --------------------------------------------------------------------------------------- several processes
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many torchrun started, 1 without it; known before anything is initialised."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Under torchrun: meet the other processes; returns this one's device."""
+    if processes() == 1:
+        return device
+    if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return device
+
+
+def distributed(module: nn.Module, device: torch.device) -> nn.Module:
+    """DistributedDataParallel around a training step; the module itself without torchrun.
+
+    All processes get rank 0's weights here. Buffers are not sent at every step: batch norm statistics belong
+    to their process (evaluation uses rank 0's).
+    """
+    if processes() == 1:
+        return module
+    ids = [device] if device.type == 'cuda' else None
+    return DistributedDataParallel(module, ids, broadcast_buffers=False, find_unused_parameters=True)
+
+
+@torch.no_grad()
+def same_buffers(net: nn.Module) -> None:
+    """Give all processes rank 0's batch norm statistics."""
+    if processes() > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if processes() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+class _Gather(torch.autograd.Function):
+    """(N, ...) -> (processes x N, ...); backward sums the gradients of all processes' losses."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(processes())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(processes())[rank()]
+
+
+class Gathered:
+    """Feats of all processes, gathered when they are asked for."""
+
+    def __init__(self, f: Feats) -> None:
+        self._f = f
+
+    def __getattr__(self, name: str):
+        value = getattr(self._f, name)
+        gathered = [_Gather.apply(x) for x in value] if isinstance(value, list) else _Gather.apply(value)
+        setattr(self, name, gathered)
+        return gathered
+
+
+def gather_batches(s: Feats, t: Feats, b):
+    """Student, teacher and batch of all processes, for losses that relate samples to each other."""
+    if processes() == 1:
+        return s, t, b
+    everything = argparse.Namespace(**vars(b))
+    everything.target = _Gather.apply(b.target)
+    return Gathered(s), Gathered(t), everything
+
+
 # --------------------------------------------------------------------------------- device, seeds, precision
 
 
@@ -176,6 +314,7 @@ def setup(args: argparse.Namespace) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from None
+    device = join_processes(device)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -194,9 +333,13 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=amp != 'off')
 
 
-def as_float(f: Feats) -> Feats:
-    """Losses see float32, whatever precision the network ran in."""
-    return Feats(f.out.float(), f.feat.float(), [x.float() for x in f.fms], [x.float() for x in f.pres])
+def as_float(f):
+    """Losses see float32, whatever precision the network ran in: Feats, lists and tensors."""
+    if isinstance(f, Feats):
+        return Feats(*map(as_float, f))
+    if isinstance(f, (list, tuple)):
+        return type(f)(map(as_float, f))
+    return f.float() if isinstance(f, Tensor) else f
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -204,12 +347,18 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     return args.lr * args.lr_decay ** sum(epoch >= share * args.epochs for share in args.milestones)
 
 
-def sgd(
-    parameters: Iterable[nn.Parameter], args: argparse.Namespace, device: torch.device
-) -> torch.optim.SGD:
+def scaled(epochs_of_200: int, epochs: int, chosen: int | None = None) -> int:
+    """Epochs of a phase: what the flag says, else the method's share of a run of 200, at least one."""
+    if not epochs_of_200 or chosen is not None:
+        return chosen if epochs_of_200 else 0
+    return max(round(epochs_of_200 * epochs / 200), 1)
+
+
+def sgd(parameters: Iterable[nn.Parameter], args: argparse.Namespace) -> torch.optim.SGD:
+    parameters = list(parameters)
     return torch.optim.SGD(
-        list(parameters), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0,
-        fused=device.type == 'cuda',
+        parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0,
+        fused=parameters[0].is_cuda,
     )  # fmt: skip
 
 
@@ -232,6 +381,8 @@ class Meter:
     def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> bool:
         """Whether to go on with this step."""
         finite = torch.isfinite(loss.detach())
+        if processes() > 1:  # all go on, or none
+            finite = summed((~finite).float()) == 0
         if loss.device.type != 'cuda':
             if not finite:
                 bad_teacher = teacher is not None and not torch.isfinite(teacher).all()
@@ -247,10 +398,15 @@ class Meter:
         where = f'epoch {self.epoch + 1}, step {step + 1}'
         self.failure = f'{self.name}: the loss is not finite at {where} ({reason})'
 
-    def add(self, out: Tensor, target: Tensor, **losses: Tensor) -> None:
+    def add(self, out: Tensor | None, target: Tensor, **losses: Tensor | float) -> None:
+        """out: logits for the training accuracy; None in phases without a student."""
         n = len(target)
-        hits = (out.detach().argmax(dim=1) == target).sum()
-        for key, value in {**{k: v.detach() * n for k, v in losses.items()}, 'hits': hits, 'n': n}.items():
+        values = {
+            key: torch.as_tensor(loss, device=target.device).detach() * n for key, loss in losses.items()
+        }
+        if out is not None:
+            values['hits'] = (out.detach().argmax(dim=1) == target).sum()
+        for key, value in {**values, 'n': n}.items():
             self.sums[key] = self.sums.get(key, 0) + value
         self.steps += 1
 
@@ -272,26 +428,31 @@ class Meter:
             )
         if self.failure:
             return {}
-        n = self.sums['n']
-        means = {key: float(value) / n for key, value in self.sums.items() if key not in ('n', 'hits')}
-        return means | {'train_top1': 100 * float(self.sums['hits']) / n}
+        sums = {key: float(value) for key, value in self.sums.items()}
+        if net is not None and processes() > 1:
+            total = summed(
+                torch.tensor(list(sums.values()), device=self.bad_step.device, dtype=torch.float64)
+            )
+            sums = dict(zip(sums, total.tolist()))
+        means = {key: value / sums['n'] for key, value in sums.items() if key not in ('n', 'hits')}
+        return means | ({'train_top1': 100 * sums['hits'] / sums['n']} if 'hits' in sums else {})
 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, data, amp: torch.autocast) -> dict[str, float]:
     """Top-1, top-5 (percent), cross-entropy over every image once, and the number of non-finite logits."""
     net.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device='cpu' if data.device.type == 'mps' else data.device)
+    same_buffers(net)
+    sums = torch.zeros(5, dtype=torch.float64, device='cpu' if data.device.type == 'mps' else data.device)
     for img, target, _ in data.test_batches(128 if data.device.type == 'cpu' else 1000):
         with amp:
             out = net(img)
         out = out.float()
         ranked = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]
         loss = F.cross_entropy(out, target, reduction='sum')
-        batch = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, (~torch.isfinite(out)).sum()])
-        sums += batch.to(sums)
-    top1, top5, loss, bad = sums.tolist()
-    n = len(data)
+        bad = (~torch.isfinite(out)).sum()
+        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, bad, bad * 0 + len(out)]).to(sums)
+    top1, top5, loss, bad, n = summed(sums).tolist()
     return {'top1': 100 * top1 / n, 'top5': 100 * top5 / n, 'loss': loss / n, 'bad': int(bad)}
 
 
@@ -330,7 +491,20 @@ class StopAfterEpoch:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        print('\nstopping after this epoch and its checkpoint; once more to stop at once', file=sys.stderr)
+        if rank() == 0:
+            print(
+                '\nstopping after this epoch and its checkpoint; once more to stop at once', file=sys.stderr
+            )
+
+    def agreed(self) -> int:
+        """The signal that any process has received, or 0: all stop together."""
+        if processes() == 1:
+            return self.signal or 0
+        flag = torch.tensor(float(self.signal or 0))
+        if dist.get_backend() == 'nccl':
+            flag = flag.cuda()
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -349,7 +523,12 @@ def output_folder(path: Path) -> Path:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """All or nothing: a reader sees the old file or the new one, also after a crash or on a full disk."""
+    """All or nothing: a reader sees the old file or the new one, also after a crash or on a full disk.
+
+    Under torchrun only the first process writes.
+    """
+    if rank() > 0:
+        return
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as file:
@@ -365,6 +544,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
+    if rank() > 0:
+        return
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomic(path, buffer.getvalue())
@@ -385,7 +566,8 @@ def load_checkpoint(path: Path, math_args: dict) -> dict:
 
 def write_metrics(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
+    columns = list(dict.fromkeys(key for row in rows[::-1] for key in row))  # phases have fewer columns
+    writer = csv.DictWriter(text, columns, restval='')
     writer.writeheader()
     writer.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_atomic(path, text.getvalue().encode())
@@ -433,6 +615,8 @@ class Log:
         self.path, self.bar = folder / 'log.txt', None
 
     def __call__(self, line: str) -> None:
+        if rank() > 0:
+            return
         if self.bar is not None and not self.bar.disable:
             self.bar.write(line)
         else:
@@ -448,7 +632,8 @@ def progress_bar(total: int, done: int, log: Log):
     except ImportError:
         log('no progress bar: tqdm is not installed (pip install tqdm)')
         return _NoBar()
-    log.bar = tqdm(total=total, initial=done, disable=None, unit='step', dynamic_ncols=True, smoothing=0.05)
+    quiet = True if rank() > 0 else None  # None: silent where there is no terminal
+    log.bar = tqdm(total=total, initial=done, disable=quiet, unit='step', dynamic_ncols=True, smoothing=0.05)
     return log.bar
 
 
@@ -467,7 +652,7 @@ class _NoBar:
 
 def tensorboard(folder: Path, wanted: bool):
     """A SummaryWriter, or None. Imported only when asked for."""
-    if not wanted:
+    if not wanted or rank() > 0:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -486,7 +671,8 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
         return last if last.exists() else None
     if choice == 'never':
         for name in ('last.pt', 'best.pt', 'results.json', 'metrics.csv'):
-            (folder / name).unlink(missing_ok=True)
+            if rank() == 0:
+                (folder / name).unlink(missing_ok=True)
         return None
     if choice is not None:  # a file, a run's folder, or the folder of a group of runs
         candidates = [Path(choice), Path(choice) / 'last.pt', Path(choice) / folder.name / 'last.pt']
@@ -522,8 +708,9 @@ class Record:
         self.folder, self.parts, self.math_args = output_folder(folder), parts, math_args
         self.origin, self.key = origin, f'{selected_on}_top1'
         self.history: list[dict] = []
-        for leftover in self.folder.glob('.*.tmp'):  # of a kill in the middle of a write
-            leftover.unlink(missing_ok=True)
+        if rank() == 0:
+            for leftover in self.folder.glob('.*.tmp'):  # of a kill in the middle of a write
+                leftover.unlink(missing_ok=True)
 
     @property
     def epoch(self) -> int:
@@ -532,7 +719,8 @@ class Record:
 
     @property
     def best(self) -> dict:
-        return max(self.history, key=lambda row: row[self.key])  # the first of equals
+        """The row of the best epoch, the first of equals; phases before the training do not count."""
+        return max((row for row in self.history if self.key in row), key=lambda row: row[self.key])
 
     def resume(self, path: Path | None) -> None:
         if path is None:
@@ -551,9 +739,9 @@ class Record:
 
     def epoch_done(self, row: dict) -> None:
         self.history.append(row)
-        if self.best is row:
-            weights = self.parts['net'].state_dict()
-            save_checkpoint(self.folder / 'best.pt', {'net': weights, 'epoch': self.epoch})
+        if self.key in row and self.best is row:
+            weights = deployed(self.parts['net']).state_dict()
+            save_checkpoint(self.folder / 'best.pt', {'net': weights, 'epoch': row['epoch']})
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args, 'origin': self.origin}
         write_metrics(self.folder / 'metrics.csv', self.history)
@@ -561,14 +749,14 @@ class Record:
 
     def finish(self, weights: str, facts: dict) -> str:
         """Write the plain weights and results.json; return the headline, which is the last epoch's."""
-        save_checkpoint(self.folder / weights, self.parts['net'].state_dict())
+        save_checkpoint(self.folder / weights, deployed(self.parts['net']).state_dict())
         last, best = self.history[-1], self.best
         selected_on = {'val_top1': 'validation split', 'test_top1': 'test data'}[self.key]
         write_json(self.folder / 'results.json', facts | {
-            'last': {'top1': last['test_top1'], 'top5': last['test_top5'], 'epoch': self.epoch},
+            'last': {'top1': last['test_top1'], 'top5': last['test_top5'], 'epoch': last['epoch']},
             'best': {'top1': best['test_top1'], 'top5': best['test_top5'], 'epoch': best['epoch'],
                      'selected_on': selected_on},
-            'curve': [round(row['test_top1'], 4) for row in self.history],
+            'curve': [round(row['test_top1'], 4) for row in self.history if 'test_top1' in row],
             'seconds': round(sum(row['seconds'] for row in self.history), 1),
             'recipe': self.math_args,
             **self.origin,
@@ -579,11 +767,16 @@ class Record:
         )
 
 
+def deployed(net: nn.Module) -> nn.Module:
+    """What is kept of a network after training: some methods add exits or heads that are not."""
+    return net.deployed() if hasattr(net, 'deployed') else net
+
+
 def math_args(args: argparse.Namespace, **more) -> dict:
     """The flags that change the numbers of a run, as plain values."""
     names = ('data_name', 'image_size', 'val_split', 'epochs', 'batch_size', 'lr', 'milestones', 'lr_decay',
              'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
-    return {name: getattr(args, name) for name in names} | more
+    return {name: getattr(args, name) for name in names} | {'processes': processes()} | more
 
 
 def fingerprint(net: nn.Module) -> str:
@@ -605,4 +798,7 @@ def load_data(args: argparse.Namespace, device: torch.device):
         train, val = train.split(args.val_split, args.seed)
     if args.batch_size > len(train):
         raise UserError(f'--batch_size {args.batch_size}: the training set has {len(train)} images only')
+    for data in (train, val, test):
+        if data:
+            data.shard = (rank(), processes())
     return train, val, test

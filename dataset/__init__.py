@@ -1,7 +1,7 @@
 """The data sets by name: `train, test = load('cifar10', './data', device)`.
 
 Both halves yield `(img, target, index)` batches on the device: `train.train_batches(batch_size, seed, epoch)`
-augmented and shuffled, `test.test_batches(batch_size)` plain and in order.
+augmented and shuffled, with a fourth part, further views; `test.test_batches(batch_size)` plain and in order.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Large data: a folder of images per class, decoded by worker processes (torchvision ImageFolder)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
+
+from .views import count_steps, distort, view_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,25 +45,40 @@ class Folder:
         self.device, self.workers = torch.device(device), workers
         self._options = image_size, convert_rgb
         self._subset = range(len(self._files))
+        self.shard = (0, 1)  # this process, number of processes
         self.targets = torch.tensor(self._files.targets, device=self.device)
 
     def __len__(self) -> int:
         return len(self._subset)
 
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+        """As Resident's. Every image and view has a seed of its own, whatever the number of workers."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        torch.manual_seed(seed * 1_000_003 + epoch)  # workers=0 draws its crops from the global generator
         images = self._images(
             transforms.RandomResizedCrop(self._options[0]), transforms.RandomHorizontalFlip()
         )
-        yield from self._batches(images, batch_size, shuffle=True, generator=generator)
+        several = _Views(images, self.targets.cpu(), views, seed, epoch)
+        rank, processes = self.shard
+        order = torch.randperm(len(self), generator=generator)
+        order = order[: batch_size * processes * self.steps(batch_size)]
+        batches = []
+        for whole in order.split(batch_size * processes):
+            size = len(whole) // processes
+            batches.append(whole[rank * size : (rank + 1) * size].tolist())
+        for img, *more, target, index in self._batches(several, batches):
+            yield img, target, index, dict(zip(views, more))
+
+    def steps(self, batch_size: int) -> int:
+        return count_steps(len(self), batch_size * self.shard[1], self.shard[1])
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         size = self._options[0]
         images = self._images(transforms.Resize(math.ceil(size * 256 / 224)), transforms.CenterCrop(size))
-        yield from self._batches(images, batch_size)
+        rank, processes = self.shard
+        order = torch.arange(rank, len(self), processes)
+        yield from self._batches(images, [part.tolist() for part in order.split(batch_size)])
 
     def split(self, fraction: float, seed: int) -> tuple['Folder', 'Folder']:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -86,17 +103,19 @@ class Folder:
         )
         return Subset(_Images(self._files.samples, to_tensor, self._options[1]), self._subset)
 
-    def _batches(self, images: Dataset, batch_size: int, shuffle: bool = False, generator=None):
+    def _batches(self, images: Dataset, batches: list[list[int]]):
         loader = DataLoader(
-            _Numbered(images), batch_size, shuffle=shuffle, generator=generator, num_workers=self.workers,
+            _Numbered(images), batch_sampler=batches, num_workers=self.workers,
             pin_memory=self.device.type == 'cuda',
         )  # fmt: skip
         try:
-            for img, target, index in loader:
-                if shuffle and len(index) == 1:  # batch norm and relations need two
-                    continue
-                img = img.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-                yield img, target.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
+            for *images, target, index in loader:
+                images = [
+                    img.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+                    for img in images
+                ]
+                target, index = (x.to(self.device, non_blocking=True) for x in (target, index))
+                yield *images, target, index
         except BadImage as error:  # a worker's exception arrives with its traceback as text in front
             message = str(error).strip().splitlines()[-1].split('BadImage: ')[-1]
             error.__traceback__ = None  # its frames hold the loader, whose processes should end now
@@ -128,6 +147,35 @@ class _Images(Dataset):
                 f'{path}: is a {image.mode} image, expected RGB; --convert_rgb converts such images'
             )
         return self.transform(image.convert('RGB')), target
+
+
+class _Views(Dataset):
+    """(image, its further views ..., label), each drawn from a seed of its own."""
+
+    def __init__(self, images: Dataset, targets: Tensor, views: Sequence[str], seed: int, epoch: int) -> None:
+        self.images, self.targets, self.views, self.seed, self.epoch = images, targets, views, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(view_seed('first', self.seed, self.epoch, i))
+            image, target = self.images[i]
+            return image, *(self._view(view, i) for view in self.views), target
+
+    def _view(self, view: str, i: int) -> Tensor:
+        seed = view_seed(view, self.seed, self.epoch, i)
+        torch.manual_seed(seed)
+        if view == 'pair':
+            same = (self.targets == self.targets[i]).nonzero()[:, 0]
+            i = int(same[torch.randint(len(same), ())])
+        image = self.images[i][0]
+        if view == 'strong':
+            mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
+            pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+            image = (distort(pixels, seed).float() / 255 - mean) / std
+        return image
 
 
 class _Numbered(Dataset):

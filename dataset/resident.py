@@ -1,9 +1,11 @@
 """A data set that lives as bytes in device memory, and its augmentation in one gather per batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from .views import count_steps, distort, view_seed
 
 PAD = 4  # reflected pixels on each side before the random crop
 
@@ -18,11 +20,12 @@ class Resident:
         device: where everything is kept, and where batches appear.
 
     Batches are (img, target, index): img (B, 3, H, W) float32, normalised, channels_last; target (B,) int64;
-    index (B,) int64, the images' positions in this set.
+    index (B,) int64, the images' positions in this set. Training batches have a fourth part, {view: images}.
     """
 
     def __init__(self, images: Tensor, targets: Tensor, num_classes: int, mean, std, device) -> None:
         self.images, self.targets = images.to(device).contiguous(), targets.to(device)
+        self.shard = (0, 1)  # this process, number of processes
         self.num_classes, self.mean, self.std, self.device = num_classes, mean, std, torch.device(device)
         # one multiply-add takes a byte to its normalised value
         self._scale = 1 / (255 * torch.tensor(std, device=device))
@@ -32,26 +35,67 @@ class Resident:
         return len(self.images)
 
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
         """One shuffled epoch: reflect-pad by 4, random crop, random flip. The last batch may be smaller, but
         a batch of one is left out: batch norm and relations need two.
 
         All randomness is a function of (seed, epoch), drawn on the CPU: the same on every device, and a
-        resumed run needs no generator state.
+        resumed run needs no generator state. Each view has random numbers of its own, so asking for one
+        changes nothing else.
+
+        Args:
+            views: further images of every batch: 'pair', another image of the same class; 'strong', the same
+                image with RandAugment and a cut-out; any other name, another crop and flip of it.
         """
-        n = len(self)
+        n, (rank, processes) = len(self), self.shard
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(n, generator=generator).to(self.device)
-        shift = torch.randint(2 * PAD + 1, (n, 2), generator=generator).to(self.device)
-        flip = torch.randint(2, (n,), generator=generator).to(self.device)
-        for start in range(0, n if n % batch_size != 1 else n - 1, batch_size):
-            index = order[start : start + batch_size]
-            yield self.crops(index, shift[index], flip[index]), self.targets[index], index
+        shift, flip = self._draw(generator)
+        others = {view: self._view(view, seed, epoch) for view in views}
+        for start in range(0, batch_size * processes * self.steps(batch_size), batch_size * processes):
+            index = order[start : start + batch_size * processes]
+            size = len(index) // processes  # equal: up to processes - 1 images of the last are left out
+            index = index[rank * size : (rank + 1) * size]
+            more = {view: images(index) for view, images in others.items()}
+            yield self.crops(index, shift[index], flip[index]), self.targets[index], index, more
+
+    def steps(self, batch_size: int) -> int:
+        """Batches of an epoch."""
+        return count_steps(len(self), batch_size * self.shard[1], self.shard[1])
+
+    def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A crop and a flip for every image."""
+        shift = torch.randint(2 * PAD + 1, (len(self), 2), generator=generator).to(self.device)
+        return shift, torch.randint(2, (len(self),), generator=generator).to(self.device)
+
+    def _view(self, view: str, seed: int, epoch: int) -> Callable[[Tensor], Tensor]:
+        """From indices to the images of a further view in this epoch."""
+        generator = torch.Generator().manual_seed(view_seed(view, seed, epoch))
+        shift, flip = self._draw(generator)
+        if view == 'pair':
+            by_class = self.targets.argsort(stable=True)
+            count = torch.bincount(self.targets, minlength=self.num_classes)
+            share = torch.rand(len(self), generator=generator, dtype=torch.float64).to(self.device)
+            rank = (share * count[self.targets]).long()
+            partner = by_class[(count.cumsum(0) - count)[self.targets] + rank]
+            return lambda index: self.crops(partner[index], shift[index], flip[index])
+        if view == 'strong':
+            seeds = torch.randint(2**31, (len(self),), generator=generator)
+            return lambda index: self._strong(index, shift[index], flip[index], seeds[index.cpu()])
+        return lambda index: self.crops(index, shift[index], flip[index])
+
+    def _strong(self, index: Tensor, shift: Tensor, flip: Tensor, seeds: Tensor) -> Tensor:
+        """Crop and flip, then image by image RandAugment and a cut-out: slow, on the CPU."""
+        pixels = self._pixels(index, shift, flip).permute(0, 3, 1, 2).cpu()
+        with torch.random.fork_rng(devices=[]):
+            strong = [distort(image, int(seed)) for image, seed in zip(pixels, seeds)]
+        return self._normalise(torch.stack(strong).permute(0, 2, 3, 1).to(self.device))
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every image once, in order, as it is."""
-        for index in torch.arange(len(self), device=self.device).split(batch_size):
+        """Every image once, in order, as it is; under torchrun every process its share."""
+        rank, processes = self.shard
+        for index in torch.arange(rank, len(self), processes, device=self.device).split(batch_size):
             centre = torch.full((len(index), 2), PAD, device=self.device)
             yield self.crops(index, centre, torch.zeros_like(index)), self.targets[index], index
 
@@ -63,6 +107,10 @@ class Resident:
             shift: (B, 2) top and left corner of the crop in the padded image, 0..8; 4 is the centre.
             flip: (B,) 1 mirrors left and right.
         """
+        return self._normalise(self._pixels(index, shift, flip))
+
+    def _pixels(self, index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+        """(B, H, W, 3) bytes."""
         height, width = self.images.shape[1:3]
         row = self._reflect(height)[shift[:, :1] + torch.arange(height, device=self.device)]  # (B, H)
         across = torch.arange(width, device=self.device)
@@ -70,7 +118,10 @@ class Resident:
         column = self._reflect(width)[shift[:, 1:] + across]  # (B, W)
         # every wanted pixel by its number in the whole set: one gather does pad, crop and flip
         pixel = (index[:, None] * height + row)[:, :, None] * width + column[:, None, :]
-        rgb = self.images.reshape(-1, 3)[pixel]  # (B, H, W, 3)
+        return self.images.reshape(-1, 3)[pixel]
+
+    def _normalise(self, rgb: Tensor) -> Tensor:
+        """(B, H, W, 3) bytes -> (B, 3, H, W) float32."""
         return torch.addcmul(self._shift, rgb.float(), self._scale).permute(0, 3, 1, 2)
 
     def _reflect(self, size: int) -> Tensor:

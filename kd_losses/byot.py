@@ -85,6 +85,53 @@ class BYOT(nn.Module):
             raise ValueError(f'BYOT: target must be ({shapes[0][0]},) of integers, got {tuple(target.shape)}')
 
 
+class BYOTStudent(nn.Module):
+    """A network with an exit after every stage but the last; in use without them.
+
+    An exit is a depthwise-separable convolution per remaining stage, with its stride and channels, an average
+    over positions, and a linear classifier.
+
+    Args:
+        net: `net(x, True)` gives (out, feat, fms, pres, extra).
+        shapes: (C, H, W) of the maps of all stages, shallow to deep.
+        num_classes: K.
+
+    Shape:
+        x: (N, 3, H, W). Returns logits; with True the network's tuple, its `extra` (outs, feats), the deepest
+        classifier first, as BYOT wants them.
+    """
+
+    def __init__(self, net: nn.Module, shapes: list, num_classes: int) -> None:
+        super().__init__()
+        self.net, self.exits, self.heads = net, nn.ModuleList(), nn.ModuleList()
+        for k in range(len(shapes) - 1):
+            steps = [_separable(a, b) for a, b in zip(shapes[k:], shapes[k + 1 :])]
+            self.exits.append(nn.Sequential(*steps))
+            self.heads.append(nn.Linear(shapes[-1][0], num_classes))
+
+    def deployed(self) -> nn.Module:
+        """What is kept after training."""
+        return self.net
+
+    def forward(self, x: Tensor, feats: bool = False):
+        f = self.net(x, True)
+        if not feats:
+            return f.out
+        stages = f.fms[-1 - len(self.exits) : -1]
+        ends = [exit(fm).mean(dim=(2, 3)) for exit, fm in zip(self.exits, stages)]
+        outs = [head(end) for head, end in zip(self.heads, ends)]
+        return f._replace(extra=([f.out, *outs[::-1]], [f.feat, *ends[::-1]]))
+
+
+def _separable(a: tuple, b: tuple) -> nn.Sequential:
+    """From a map (C, H, W) to one of the next stage's channels and size."""
+    stride = max(round(a[1] / b[1]), 1)
+    return nn.Sequential(
+        *(nn.Conv2d(a[0], a[0], 3, stride, 1, groups=a[0], bias=False), nn.BatchNorm2d(a[0]), nn.ReLU()),
+        *(nn.Conv2d(a[0], b[0], 1, bias=False), nn.BatchNorm2d(b[0]), nn.ReLU()),
+    )
+
+
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

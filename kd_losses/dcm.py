@@ -71,6 +71,42 @@ class DCM(nn.Module):
         return (entropy - (a.sum(dim=0) * log_b.sum(dim=0)).sum()) / log_a.shape[1]
 
 
+class DCMStudent(nn.Module):
+    """A network with an auxiliary classifier after every stage but the last; in use without them.
+
+    An auxiliary classifier is a fresh copy of everything that follows in the network. (The authors double the
+    width of the last one.)
+
+    Args:
+        nets: fresh networks of one architecture, one per stage; the first is the network that is kept.
+            `net(x, True)` gives (out, feat, fms, pres, extra), `net.after(k, fm)` goes on from its k-th map.
+
+    Shape:
+        x: (N, 3, H, W). Returns logits; with True the network's tuple, the auxiliary logits as its `extra`.
+    """
+
+    def __init__(self, nets: list) -> None:
+        super().__init__()
+        self.net, *others = nets
+        self.others = nn.ModuleList(others)
+        for k, other in enumerate(others, 1):  # what comes before its first stage is never used
+            parts = other.feat_modules()
+            unused = parts[: max(len(parts) - (len(nets) - k), 0)]
+            for name, part in list(other.named_children()):
+                if any(part is m for m in unused):
+                    setattr(other, name, nn.Identity())
+
+    def deployed(self) -> nn.Module:
+        """What is kept after training."""
+        return self.net
+
+    def forward(self, x: Tensor, feats: bool = False):
+        f = self.net(x, True)
+        if not feats:
+            return f.out
+        return f._replace(extra=[net.after(k, f.fms[k]).out for k, net in enumerate(self.others, 1)])
+
+
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

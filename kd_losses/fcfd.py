@@ -17,6 +17,8 @@ Differences: the authors' formula; their loop is welded to their networks, so th
 formula on given maps.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,6 +122,19 @@ class FCFD(nn.Module):
         log_q = F.log_softmax(_full(out_t.detach()) / self.T, dim=1)
         q = log_q.exp()
         return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
+
+
+@contextlib.contextmanager
+def ghost_statistics(net: nn.Module):
+    """Inside, the batch norms of a network in training leave their running statistics alone."""
+    norms = [(m, m.momentum) for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m, _ in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in norms:
+            m.momentum = momentum
 
 
 def _bridge(c_in: int, c_out: int, ratio: float, post_relu: bool) -> nn.Sequential:

@@ -87,6 +87,28 @@ class FeatureTransform(nn.Module):
         return wide, self.reduce(wide) + fm
 
 
+class NORMStudent(nn.Module):
+    """A network with the transform between its last stage and its classifier, in training and in use.
+
+    Args:
+        net: `net(x, True)` gives (out, feat, fms, pres, extra), `net.after(k, fm)` goes on from its k-th map.
+        s_channels, t_channels, num_repeats: of the transform.
+
+    Shape:
+        x: (N, 3, H, W). Returns logits; with True the network's tuple, `wide` as its `extra`.
+    """
+
+    def __init__(self, net: nn.Module, s_channels: int, t_channels: int, num_repeats: int = 8) -> None:
+        super().__init__()
+        self.net, self.transform = net, FeatureTransform(s_channels, t_channels, num_repeats)
+
+    def forward(self, x: Tensor, feats: bool = False):
+        f = self.net(x, True)
+        wide, y = self.transform(f.fms[-1])
+        end = self.net.after(len(f.fms) - 1, y)
+        return f._replace(out=end.out, feat=end.feat, extra=wide) if feats else end.out
+
+
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

@@ -28,6 +28,7 @@ class OnAdvFD(nn.Module):
 
     Args:
         T: temperature, > 0; 3.
+        channels: list, channels of the networks' last maps, to own their `adversaries`; None: logits only.
 
     Shape:
         out_1, out_2: (N, K), equal; target: (N,) int64. Returns a scalar. No gradient reaches out_2.
@@ -36,11 +37,12 @@ class OnAdvFD(nn.Module):
         ValueError: T is not positive; shapes do not fit.
     """
 
-    def __init__(self, T: float = 3.0) -> None:
+    def __init__(self, T: float = 3.0, channels: list | None = None) -> None:
         super().__init__()
         if not T > 0:
             raise ValueError(f'OnAdvFD: T must be > 0, got {T}')
         self.T = T
+        self.adversaries = None if channels is None else Adversaries(channels)
 
     def forward(self, out_1: Tensor, out_2: Tensor, target: Tensor) -> Tensor:
         if out_1.dim() != 2 or out_2.shape != out_1.shape:

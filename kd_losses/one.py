@@ -83,6 +83,34 @@ class ONE(nn.Module):
             return torch.einsum('nm,mnk->nk', F.softmax(x.relu(), dim=1), outs)
 
 
+class Branches(nn.Module):
+    """One trunk, several last stages and classifiers.
+
+    Args:
+        nets: fresh networks of one architecture; the first gives the trunk and a branch, the others a branch.
+            `net(x, True)` gives (out, feat, fms, pres, extra), `net.after(k, fm)` goes on from its k-th map,
+            `net.feat_modules()` lists its parts in order.
+
+    Shape:
+        x: (N, 3, H, W). Returns a list of the networks' tuples, one per branch.
+    """
+
+    def __init__(self, nets: list) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+        for net in nets[1:]:  # what comes before the last stage is never used
+            for name, part in list(net.named_children()):
+                if any(part is m for m in net.feat_modules()[:-1]):
+                    setattr(net, name, nn.Identity())
+
+    def forward(self, x: Tensor) -> list:
+        first, *others = self.nets
+        f = first(x, True)
+        k = len(f.fms) - 2
+        ends = [net.after(k, f.fms[k]) for net in others]
+        return [f, *(e._replace(fms=f.fms[:-1] + e.fms, pres=f.pres[:-1] + e.pres) for e in ends)]
+
+
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

@@ -86,6 +86,41 @@ class SimKD(nn.Module):
         return F.linear(pooled, weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
 
 
+class SimKDStudent(nn.Module):
+    """The student in use: its network up to the last map, the projector, the teacher's classifier.
+
+    Args:
+        net: `net(x, True)` gives (out, feat, fms, pres, extra).
+        loss: the SimKD whose projector it shares.
+        classifier: the teacher's last layer; its weights are kept here, frozen.
+        size: (height, width) of the teacher's map.
+
+    Shape:
+        x: (N, 3, H, W). Returns logits; with True the network's tuple, the projected map as its `extra`.
+    """
+
+    def __init__(self, net: nn.Module, loss: SimKD, classifier: nn.Linear, size: tuple[int, int]) -> None:
+        super().__init__()
+        if classifier.in_features != loss.t_channels:
+            raise ValueError(
+                f"SimKD: the teacher's classifier must take the {loss.t_channels} channels of its last map, "
+                f'got {classifier.in_features}'
+            )
+        self.net, self.loss = net, loss
+        loss.size.copy_(torch.tensor(size))
+        self.size = tuple(size)
+        self.classifier = nn.Linear(classifier.in_features, classifier.out_features)
+        self.classifier.load_state_dict(classifier.state_dict())
+        self.classifier.requires_grad_(False)
+
+    def forward(self, x: Tensor, feats: bool = False):
+        f = self.net(x, True)
+        projected = self.loss.project(f.pres[-1].relu(), self.size)
+        feat = projected.mean(dim=(2, 3))
+        out = self.classifier(feat)
+        return f._replace(out=out, feat=feat, extra=projected) if feats else out
+
+
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

@@ -78,6 +78,36 @@ def rotations(images: Tensor) -> Tensor:
     return torch.stack([images.rot90(k, (2, 3)) for k in range(4)], dim=1).flatten(0, 1)
 
 
+class SLAStudent(nn.Module):
+    """A network with a joint head; in training it sees all rotations, in use only the image.
+
+    Args:
+        net: `net(x, True)` gives (out, feat, fms, pres, extra).
+        feat_dim, num_classes: of the network.
+
+    Shape:
+        x: (N, 3, H, H). Returns logits; with True the network's tuple for the untransformed images, the joint
+        logits (4 N, 4 K) as its `extra`.
+    """
+
+    def __init__(self, net: nn.Module, feat_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.net, self.joint = net, nn.Linear(feat_dim, 4 * num_classes)
+
+    def deployed(self) -> nn.Module:
+        """What is kept after training."""
+        return self.net
+
+    def forward(self, x: Tensor, feats: bool = False):
+        if not feats:
+            return self.net(x)
+        f = self.net(rotations(x), True)
+        first = [[m[::4] for m in maps] for maps in (f.fms, f.pres)]
+        return f._replace(
+            out=f.out[::4], feat=f.feat[::4], fms=first[0], pres=first[1], extra=self.joint(f.feat)
+        )
+
+
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

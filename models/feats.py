@@ -1,6 +1,6 @@
 """What a network hands out: `net(x)` gives logits, `net(x, True)` gives Feats."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,9 +11,11 @@ class Feats(NamedTuple):
     out: (N, K) logits.  feat: (N, D), the vector that enters the classifier.
     fms: the maps [stem, stage 1, stage 2, ...], each (N, C, H, W), after their activation.
     pres: the same maps before that activation.
+    extra: what a student that some method changes hands out besides, e.g. the logits of its exits.
     """
 
     out: Tensor
     feat: Tensor
     fms: list[Tensor]
     pres: list[Tensor]
+    extra: Any = None

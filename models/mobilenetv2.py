@@ -56,16 +56,19 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor, feats: bool = False) -> Tensor | Feats:
         pre = self.conv1[1](self.conv1[0](x))
-        x = F.relu(pre)
-        fms, pres = [x], [pre]
-        for i, group in enumerate(self.blocks):
-            x = group(x)
+        fm = F.relu(pre)
+        f = self.after(0, fm)
+        return Feats(f.out, f.feat, [fm, *f.fms], [pre, *f.pres]) if feats else f.out
+
+    def after(self, k: int, fm: Tensor) -> Feats:
+        """The rest of the network from fms[k]: its later maps, embedding and logits."""
+        fms = []
+        for i in range(_TAPS[k - 1] + 1 if k else 0, len(self.blocks)):
+            fm = self.blocks[i](fm)
             if i in _TAPS:
-                fms.append(x)
-                pres.append(x)
-        feat = self.conv2(x).mean(dim=(2, 3))
-        out = self.classifier(feat)
-        return Feats(out, feat, fms, pres) if feats else out
+                fms.append(fm)
+        feat = self.conv2(fm).mean(dim=(2, 3))
+        return Feats(self.classifier(feat), feat, fms, list(fms))
 
     def bn_before_relu(self) -> list[nn.BatchNorm2d]:
         """The last batch norm of each tapped group, aligned with fms[1:]; no ReLU follows it."""

@@ -32,17 +32,21 @@ class ShuffleV1(nn.Module):
 
     def forward(self, x: Tensor, feats: bool = False) -> Tensor | Feats:
         pre = self.bn1(self.conv1(x))
-        pres, fms = [pre], [F.relu(pre)]
-        for stage in (self.layer1, self.layer2, self.layer3):
-            fm = fms[-1]
+        fm = F.relu(pre)
+        f = self.after(0, fm)
+        return Feats(f.out, f.feat, [fm, *f.fms], [pre, *f.pres]) if feats else f.out
+
+    def after(self, k: int, fm: Tensor) -> Feats:
+        """The rest of the network from fms[k]: its later maps, embedding and logits."""
+        fms, pres = [], []
+        for stage in (self.layer1, self.layer2, self.layer3)[k:]:
             for block in stage:
                 pre = block(fm)
                 fm = F.relu(pre)
             pres.append(pre)
             fms.append(fm)
-        feat = fms[-1].mean(dim=(2, 3))
-        out = self.linear(feat)
-        return Feats(out, feat, fms, pres) if feats else out
+        feat = fm.mean(dim=(2, 3))
+        return Feats(self.linear(feat), feat, fms, pres)
 
     def bn_before_relu(self) -> list[nn.BatchNorm2d]:
         raise ValueError('ShuffleV1 has no batch norm right before the ReLU that ends a stage')

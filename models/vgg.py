@@ -46,15 +46,22 @@ class VGG(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor, feats: bool = False) -> Tensor | Feats:
-        pooled_after = 4 if x.shape[2] == 64 else 3
+        pre = self.block0(x)
+        fm = F.relu(pre)
+        f = self.after(0, fm)
+        return Feats(f.out, f.feat, [fm, *f.fms], [pre, *f.pres]) if feats else f.out
+
+    def after(self, k: int, fm: Tensor) -> Feats:
+        """The rest of the network from fms[k]: its later maps, embedding and logits."""
         fms, pres = [], []
-        for i, block in enumerate(self.feat_modules()):
-            pres.append(block(x))
-            fms.append(F.relu(pres[-1]))
-            x = F.max_pool2d(fms[-1], 2) if i < pooled_after else fms[-1]
-        feat = x.mean(dim=(2, 3))
-        out = self.classifier(feat)
-        return Feats(out, feat, fms, pres) if feats else out
+        pooled_after = 4 if fm.shape[2] << k == 64 else 3  # images of 64 pixels are pooled once more
+        for i, block in enumerate(self.feat_modules()[k + 1 :], k):
+            pre = block(F.max_pool2d(fm, 2) if i < pooled_after else fm)
+            fm = F.relu(pre)
+            pres.append(pre)
+            fms.append(fm)
+        feat = fm.mean(dim=(2, 3))
+        return Feats(self.classifier(feat), feat, fms, pres)
 
     def bn_before_relu(self) -> list[nn.BatchNorm2d]:
         """The last batch norm of each block but the first, aligned with fms[1:]."""

@@ -39,16 +39,20 @@ class WRN(nn.Module):
 
     def forward(self, x: Tensor, feats: bool = False) -> Tensor | Feats:
         fm = self.conv1(x)
-        fms, pres = [fm], [fm]
-        for i, stage in enumerate((self.block1, self.block2, self.block3)):
+        f = self.after(0, fm)
+        return Feats(f.out, f.feat, [fm, *f.fms], [fm, *f.pres]) if feats else f.out
+
+    def after(self, k: int, fm: Tensor) -> Feats:
+        """The rest of the network from fms[k]: its later maps, embedding and logits."""
+        fms, pres = [], []
+        for i, stage in enumerate((self.block1, self.block2, self.block3)[k:]):
             fm, first = stage(fm)
             fms.append(fm)
             if i > 0:  # the first batch norm of this stage is what follows the stage before
                 pres.append(first)
-        pres.append(self.bn1(fm))
-        feat = F.relu(pres[-1]).mean(dim=(2, 3))
-        out = self.fc(feat)
-        return Feats(out, feat, fms, pres) if feats else out
+        last = self.bn1(fm)
+        feat = F.relu(last).mean(dim=(2, 3))
+        return Feats(self.fc(feat), feat, fms, [*pres, last] if fms else [])
 
     def bn_before_relu(self) -> list[nn.BatchNorm2d]:
         """The batch norm that follows each stage, aligned with fms[1:]."""

@@ -261,3 +261,20 @@ def test_loader_refuses(tmp_path, monkeypatch):
     refused('x_last.pth', 'argparse.Namespace.*weights only')
     assert not Path('bomb-went-off').exists()
     assert read_checkpoint('good.pth').keys() == state.keys()
+
+
+@pytest.mark.parametrize('size', [32, 64])
+@pytest.mark.parametrize(
+    'name', ['resnet8', 'ResNet18', 'wrn_16_1', 'vgg8', 'MobileNetV2', 'ShuffleV1', 'ShuffleV2']
+)
+def test_the_rest_of_a_network_goes_on_from_any_map(name, size):
+    """after(k, fms[k]) gives the later maps and the logits of the whole network."""
+    torch.manual_seed(0)
+    net = models.build(name, 5).eval()
+    with torch.no_grad():
+        f = net(torch.randn(2, 3, size, size), True)
+        for k, fm in enumerate(f.fms):
+            rest = net.after(k, fm)
+            assert len(rest.fms) == len(rest.pres) == len(f.fms) - 1 - k
+            for a, b in zip((rest.out, rest.feat, *rest.fms), (f.out, f.feat, *f.fms[k + 1 :])):
+                assert torch.equal(a, b)
