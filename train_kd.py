@@ -13,7 +13,6 @@ Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each student a folder with
 """
 
 import copy
-import inspect
 import math
 import random
 import time

@@ -456,6 +456,23 @@ def evaluate(net: nn.Module, data, amp: torch.autocast) -> dict[str, float]:
     return {'top1': 100 * top1 / n, 'top5': 100 * top5 / n, 'loss': loss / n, 'bad': int(bad)}
 
 
+@torch.no_grad()
+def outputs(net: nn.Module, data) -> tuple[Tensor, Tensor]:
+    """What a network that stacks several logits (M, N, K) says of every image, and the labels."""
+    net.eval()
+    same_buffers(net)
+    parts = [
+        (net(img), target) for img, target, _ in data.test_batches(128 if data.device.type == 'cpu' else 1000)
+    ]
+    outs, target = torch.cat([out for out, _ in parts], dim=1), torch.cat([target for _, target in parts])
+    if processes() == 1:
+        return outs, target
+    shares = [None] * processes()  # of unequal size
+    dist.all_gather_object(shares, (outs.cpu(), target.cpu()))
+    joined = torch.cat([out for out, _ in shares], dim=1), torch.cat([target for _, target in shares])
+    return tuple(x.to(outs.device) for x in joined)
+
+
 def measure(net: nn.Module, val, test, amp: torch.autocast) -> dict[str, float]:
     """test_top1, test_top5, and val_top1, val_top5 if there is a validation set."""
     row = {}

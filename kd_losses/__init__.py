@@ -129,13 +129,18 @@ def deeper(kd, s, t, b):    return sum(kd(x, y) for x, y in zip(s.fms[1:], s.fms
 # peers
 def mutual(kd, s, t, b):    return sum(kd(x.out, [y.out for y in s if y is not x]) for x in s)
 def cyclic(kd, s, t, b):    return sum(kd(x.out, y.out, b.target) for x, y in zip(s, [s[-1], *s[:-1]]))
-def dense(kd, s, t, b):     return kd(*([*x.extra, x.out] for x in s), b.target)
 def pooled(kd, s, t, b):    return kd([x.out for x in s], b.target, getattr(kd, 'weights', None))
 def gated(kd, s, t, b):     return kd([x.out for x in s], trunk(s[0]), b.target,
                                       slow_start(b.epoch, b.epochs))
 def led(kd, s, t, b):       return kd([x.out for x in s[:-1]], [x.feat for x in s[:-1]], s[-1].out, b.target,
                                       slow_start(b.epoch, b.epochs))
 # fmt: on
+
+
+def dense(kd, s, t, b):
+    if len(s) != 2:
+        raise ValueError(f'DCM: is for two networks, got {len(s)}')
+    return kd(*([*x.extra, x.out] for x in s), b.target)
 
 
 def two_views(kd, out_s, out_t, strong_s, b):
@@ -280,6 +285,11 @@ class Separate(nn.Module):
     def __init__(self, nets):
         super().__init__()
         self.nets = nn.ModuleList(nets)
+
+    def network(self, k):
+        """What is kept of the k-th after training."""
+        net = self.nets[k]
+        return net.deployed() if hasattr(net, 'deployed') else net
 
     def forward(self, x: Tensor | list[Tensor]) -> list:
         views = [x] * len(self.nets) if isinstance(x, Tensor) else x

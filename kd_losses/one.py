@@ -17,6 +17,8 @@ Differences: the authors' code (the ReLU keeps gate logits at or above 0). In tr
 normalised with the running statistics.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,6 +104,14 @@ class Branches(nn.Module):
             for name, part in list(net.named_children()):
                 if any(part is m for m in net.feat_modules()[:-1]):
                     setattr(net, name, nn.Identity())
+
+    def network(self, k: int) -> nn.Module:
+        """The k-th branch with the trunk, as a network of its own."""
+        net = copy.deepcopy(self.nets[0])
+        for name, part in self.nets[k].named_children():
+            if not isinstance(part, nn.Identity):
+                setattr(net, name, copy.deepcopy(part))
+        return net
 
     def forward(self, x: Tensor) -> list:
         first, *others = self.nets

@@ -1,0 +1,273 @@
+"""Train two or more networks together that learn from each other: no teacher, any architectures.
+
+    python train_dml.py --kd_mode dml --net_names resnet20 resnet20
+    python train_dml.py --kd_mode kdcl --net_names resnet32 resnet20 resnet8
+    torchrun --nproc_per_node=2 train_dml.py ...       several processes, --batch_size images each
+
+The networks start from different seeds (--seed, --seed + 1, ...) and step together, from one forward pass of
+each. Every network is reported, and the ensemble of all.
+
+Writes to SAVE_ROOT/NOTE: log.txt, args.json, last.pt, best.pt (best mean accuracy of the networks), peers.pt and
+net1.pt, net2.pt, ... (plain weights of the last epoch), metrics.csv, results.json.
+"""
+
+import copy
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+import utils
+from kd_losses import METHODS
+
+
+def parse_args():
+    parser = utils.Parser(__doc__)
+    # fmt: off
+    names = [name for name, m in METHODS.items() if m.peers]
+    flag = parser.add_argument_group('mutual learning').add_argument
+    flag('--kd_mode', nargs=1, required=True, metavar='METHOD', help=', '.join(names))
+    flag('--lambda_kd', nargs='+', default=[], metavar='W',
+         help='weight of the loss; defaults: ' + ', '.join(f'{name} {METHODS[name].weight:g}' for name in names))
+    flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the loss, e.g. T=2')
+    flag('--net_names', nargs='+', required=True, metavar='NAME',
+         help=f'two or more of {", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2')
+    flag('--net_inits', nargs='+', default=[], metavar='FILE',
+         help='initial weights, one file per network; default: drawn from --seed, --seed + 1, ...')
+    # fmt: on
+    utils.add_common_flags(parser)
+    return parser.parse_args()
+
+
+class Step(nn.Module):
+    """The networks with their loss: one training step is one forward pass of this module."""
+
+    def __init__(self, peers: nn.Module, kd: nn.Module, method, weight: float, amp: torch.autocast) -> None:
+        super().__init__()
+        self.peers, self.kd, self.method, self.weight, self.amp = peers, kd, method, weight, amp
+
+    def look(self, x) -> list:
+        with self.amp:
+            fs = self.peers(x)
+        return [utils.as_float(f) for f in fs]
+
+    def forward(self, b: SimpleNamespace):
+        """Logits of all, sum of their cross-entropies, and the weighted loss; b: the batch, see kd_losses."""
+        b.peers = self.look
+        fs = self.look(b.own_views or b.img)
+        loss_ce = sum(F.cross_entropy(f.out, b.target) for f in fs)
+        return [f.out for f in fs], loss_ce, self.weight * self.method.feed(self.kd, fs, None, b)
+
+
+class Reading(nn.Module):
+    """The networks for evaluation: logits of each, then of the ensemble, stacked."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, img):
+        fs = self.step.look(img)
+        ensemble = self.step.method.ensemble or mean_logits
+        return torch.stack([*(f.out for f in fs), ensemble(self.step.kd, fs)])
+
+
+def mean_logits(kd, fs):
+    return torch.stack([f.out for f in fs]).mean(dim=0)
+
+
+def main():
+    args = parse_args()
+    method, weight, options = read_method(args)
+    device = utils.setup(args)
+    amp = utils.autocast(device, args.amp)
+    name = f'{args.kd_mode[0]}-{args.data_name.replace(":", "")}-{"-".join(args.net_names)}-s{args.seed}'
+    folder = utils.output_folder(Path(args.save_root) / (args.note or name))
+    log = utils.Log(folder)
+
+    train, val, test = utils.load_data(args, device)
+    nets = build_networks(args, train.num_classes, device)
+    initial = [utils.fingerprint(net) for net in nets]
+    step = build_step(args, method, weight, options, nets, train, amp, device)
+    opt = utils.sgd(step.parameters(), args)
+    opts = method.optimisers(step.kd, step.peers) if method.optimisers else {}
+    rates = {key: other.param_groups[0]['lr'] for key, other in opts.items()}
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    generator = torch.Generator(device)
+
+    origin = utils.provenance(device)
+    math_args = utils.math_args(args, script='train_dml', nets=args.net_names, initial=initial,
+                                method=[args.kd_mode[0], weight, options])  # fmt: skip
+    state = {'net': step.peers, 'kd': step.kd, 'opt': opt, 'scaler': scaler, **opts}
+    record = utils.Record(folder, state, math_args, origin, 'val' if val else 'test')
+    record.resume(utils.resume_point(args.resume, folder))
+    utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
+    board = utils.tensorboard(folder, args.tensorboard)
+    stop = utils.StopAfterEpoch()
+    views = [f'view {k}' for k in range(1, len(nets))] if 'each' in method.views else []
+    log(f'{args.kd_mode[0]}: {", ".join(args.net_names)} on {args.data_name}: {len(train)} + {len(test)} '
+        f'images, {device}')  # fmt: skip
+    log(f'{record.epoch} of {args.epochs} epochs done, output in {folder}')
+    if not val:
+        log('best.pt is selected on test data (--val_split holds out training images for that)')
+
+    reading, whole = Reading(step), utils.distributed(step, device)
+    steps = train.steps(args.batch_size)
+    bar = utils.progress_bar(steps * args.epochs, steps * record.epoch, log)
+    for epoch in range(record.epoch, args.epochs):
+        started = time.time()
+        lr = utils.learning_rate(args, epoch)
+        for group in opt.param_groups:
+            group['lr'] = lr
+        for key, other in opts.items():
+            for group in other.param_groups:
+                group['lr'] = rates[key] * lr / args.lr
+        if method.refresh and val:
+            method.refresh(step.kd, *utils.outputs(reading, val))
+        generator.manual_seed(args.seed * 1_000_003 + epoch + 7919 * utils.rank())
+        meters = [utils.Meter(f'net{k}', epoch, device) for k in range(1, len(nets) + 1)]
+        step.train()
+
+        for img, target, index, more in train.train_batches(args.batch_size, args.seed, epoch, views):
+            own_views = [img, *(more[view] for view in views)] if views else None
+            b = SimpleNamespace(img=img, target=target, index=index, views=more, own_views=own_views,
+                                epoch=epoch, epochs=args.epochs, generator=generator)  # fmt: skip
+            outs, loss_ce, loss_kd = whole(b)
+            loss = loss_kd if method.ce == 0 else method.ce * loss_ce + loss_kd
+            if not meters[0].guard(loss, opt):
+                break
+            opt.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            if method.after:
+                method.after(step.kd, step.peers, b, opts)
+            for meter, out in zip(meters, outs):
+                meter.add(out, target, ce=F.cross_entropy(out.detach(), target), kd=loss_kd)
+            bar.update()
+            if not bar.disable and meters[0].steps % args.print_freq == 0:
+                bar.set_postfix_str(f'epoch {epoch + 1}, ce of net1: {meters[0].read().get("ce", 0):.3f}')
+
+        means = [meter.read(step) for meter in meters]
+        if meters[0].failure:
+            failure = meters[0].failure.replace('net1', args.kd_mode[0], 1)
+            log(f'stopped: {failure}')
+            raise utils.NonFinite(failure)
+        row = {'epoch': epoch + 1, 'lr': lr, 'kd': means[0]['kd']}
+        for k, mean in enumerate(means, 1):
+            row |= {f'net{k}_ce': mean['ce'], f'net{k}_train_top1': mean['train_top1']}
+        row |= measure(reading, val, test)
+        row['seconds'] = time.time() - started
+        record.epoch_done(row)
+        each = '  '.join(f'{row[f"net{k}_test_top1"]:.2f}' for k in range(1, len(nets) + 1))
+        log(f'epoch {epoch + 1}/{args.epochs}  kd {row["kd"]:.4f}  test {each}  '
+            f'ensemble {row["ensemble_test_top1"]:.2f}  {row["seconds"]:.0f} s')  # fmt: skip
+        if board:
+            for key, value in row.items():
+                board.add_scalar(key, value, epoch + 1)
+        if (signal := stop.agreed()) and epoch + 1 < args.epochs:
+            bar.close()
+            log(f'stopped after epoch {epoch + 1}; --resume auto continues')
+            return 128 + signal
+    bar.close()
+
+    last = record.history[-1]
+    for k in range(len(nets)):
+        utils.save_checkpoint(folder / f'net{k + 1}.pt', step.peers.network(k).state_dict())
+    each = {f'net{k}': {'name': net, 'top1': last[f'net{k}_test_top1'], 'top5': last[f'net{k}_test_top5']}
+            for k, net in enumerate(args.net_names, 1)}  # fmt: skip
+    facts = {'script': 'train_dml', 'method': args.kd_mode[0], 'student': '+'.join(args.net_names),
+             'teacher': None, 'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs, **each,
+             'ensemble': {'top1': last['ensemble_test_top1'], 'top5': last['ensemble_test_top5']},
+             'processes': utils.processes()}  # fmt: skip
+    log(f'mean of the networks: {record.finish("peers.pt", facts)}')
+    for key, value in each.items():
+        log(f'{key} {value["name"]}: top-1 {value["top1"]:.2f}')
+    log(f'ensemble: top-1 {last["ensemble_test_top1"]:.2f}')
+
+
+def measure(reading: Reading, val, test) -> dict[str, float]:
+    """Accuracies of each network and the ensemble; test_top1 (and val_top1) is the networks' mean."""
+    row = {}
+    for half, data in (('val', val), ('test', test)):
+        if not data:
+            continue
+        outs, target = utils.outputs(reading, data)
+        ranked = outs.topk(min(5, outs.shape[2]), dim=2).indices == target[None, :, None]
+        top1, top5 = (100 * ranked[:, :, :k].any(dim=2).double().mean(dim=1) for k in (1, 5))
+        row |= {f'{half}_top1': float(top1[:-1].mean()), f'{half}_top5': float(top5[:-1].mean())}
+        for k in range(len(outs)):
+            name = 'ensemble' if k == len(outs) - 1 else f'net{k + 1}'
+            row |= {f'{name}_{half}_top1': float(top1[k]), f'{name}_{half}_top5': float(top5[k])}
+    return row
+
+
+def read_method(args):
+    """The row, its weight and its arguments."""
+    (name,) = args.kd_mode
+    if name not in METHODS or not METHODS[name].peers:
+        peers = ', '.join(key for key, m in METHODS.items() if m.peers)
+        hint = ', use train_kd.py' if name in METHODS else ''
+        raise utils.UserError(f'--kd_mode {name}: is not a method for peers{hint}; there are {peers}')
+    if len(args.net_names) < 2:
+        raise utils.UserError(f'--net_names {" ".join(args.net_names)}: needs two networks or more')
+    if args.net_inits and len(args.net_inits) != len(args.net_names):
+        raise utils.UserError(f'--net_inits: {len(args.net_inits)} files for {len(args.net_names)} networks')
+    if utils.processes() > 1 and METHODS[name].one_process:
+        raise utils.UserError(f'{name} runs in one process only: {METHODS[name].one_process}')
+    weights, options = utils.weights_and_options(args, [name], METHODS)
+    return METHODS[name], weights[name], options[name]
+
+
+def build_networks(args, num_classes: int, device) -> list[nn.Module]:
+    """Different initial weights, or a refusal: networks that start equal stay equal."""
+    nets = []
+    for k, name in enumerate(args.net_names):
+        torch.manual_seed(args.seed + k)
+        with utils.user_errors():
+            net = models.build(name, num_classes)
+            if args.net_inits:
+                models.load_weights(net, args.net_inits[k])
+        nets.append(net.to(device, memory_format=torch.channels_last))
+    prints = [utils.fingerprint(net) for net in nets]
+    for k, text in enumerate(prints):
+        if text in prints[:k]:
+            raise utils.UserError(
+                f'--net_inits: networks {prints.index(text) + 1} and {k + 1} start from equal weights and would '
+                f'stay equal'
+            )
+    return nets
+
+
+def build_step(args, method, weight: float, options: dict, nets, train, amp, device) -> Step:
+    img, target, index, _ = next(train.train_batches(args.batch_size, args.seed, 0))
+    img, target, index = img[:2], target[:2], index[:2]
+    with torch.no_grad():
+        probe = [net.eval()(img, True) for net in nets]
+
+    def fresh(net):
+        with utils.user_errors():
+            name = args.net_names[next(k for k, other in enumerate(nets) if other is net)]
+            return models.build(name, train.num_classes).to(device, memory_format=torch.channels_last)
+
+    e = SimpleNamespace(s=probe, t=None, net_s=nets, net_t=None, train_set=train, batch_size=args.batch_size,
+                        epochs=args.epochs, num_classes=train.num_classes, fresh=fresh)  # fmt: skip
+    torch.manual_seed(args.seed)
+    try:
+        with utils.user_errors():
+            kd = method.build(method.loss, e, **options).to(device)
+            step = Step(method.peers(nets, e), kd, method, weight, amp).to(device)
+            b = SimpleNamespace(img=img, target=target, index=index, views={}, own_views=None, epoch=0,
+                                epochs=args.epochs, generator=torch.Generator(device))  # fmt: skip
+            copy.deepcopy(step).train()(b)  # shapes that do not meet show here
+    except TypeError as error:
+        raise utils.UserError(f'--kd_args: {args.kd_mode[0]}: {error}') from None
+    return step
+
+
+if __name__ == '__main__':
+    utils.run(main)
