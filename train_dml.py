@@ -7,8 +7,8 @@
 The networks start from different seeds (--seed, --seed + 1, ...) and step together, from one forward pass of
 each. Every network is reported, and the ensemble of all.
 
-Writes to SAVE_ROOT/NOTE: log.txt, args.json, last.pt, best.pt (best mean accuracy of the networks), peers.pt and
-net1.pt, net2.pt, ... (plain weights of the last epoch), metrics.csv, results.json.
+Writes to SAVE_ROOT/NOTE: log.txt, args.json, last.pt, best.pt (all, at the epoch of the best mean accuracy),
+net1.pt, net2.pt, ... (plain weights of the last epoch), peers.pt (all of them), metrics.csv, results.json.
 """
 
 import copy
@@ -32,7 +32,7 @@ def parse_args():
     flag = parser.add_argument_group('mutual learning').add_argument
     flag('--kd_mode', nargs=1, required=True, metavar='METHOD', help=', '.join(names))
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
-         help='weight of the loss; defaults: ' + ', '.join(f'{name} {METHODS[name].weight:g}' for name in names))
+         help='weight of the loss; default: ' + ', '.join(f'{name} {METHODS[name].weight:g}' for name in names))
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the loss, e.g. T=2')
     flag('--net_names', nargs='+', required=True, metavar='NAME',
          help=f'two or more of {", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2')
@@ -237,8 +237,8 @@ def build_networks(args, num_classes: int, device) -> list[nn.Module]:
     for k, text in enumerate(prints):
         if text in prints[:k]:
             raise utils.UserError(
-                f'--net_inits: networks {prints.index(text) + 1} and {k + 1} start from equal weights and would '
-                f'stay equal'
+                f'--net_inits: networks {prints.index(text) + 1} and {k + 1} start from equal weights '
+                f'and would stay equal'
             )
     return nets
 

@@ -461,9 +461,8 @@ def outputs(net: nn.Module, data) -> tuple[Tensor, Tensor]:
     """What a network that stacks several logits (M, N, K) says of every image, and the labels."""
     net.eval()
     same_buffers(net)
-    parts = [
-        (net(img), target) for img, target, _ in data.test_batches(128 if data.device.type == 'cpu' else 1000)
-    ]
+    batches = data.test_batches(128 if data.device.type == 'cpu' else 1000)
+    parts = [(net(img), target) for img, target, _ in batches]
     outs, target = torch.cat([out for out, _ in parts], dim=1), torch.cat([target for _, target in parts])
     if processes() == 1:
         return outs, target

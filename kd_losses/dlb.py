@@ -78,7 +78,7 @@ class DLB(nn.Module):
 
     def remember(self, img: Tensor, target: Tensor, out: Tensor) -> None:
         """Keep this batch for the next step: its second view, labels, and logits of the first view."""
-        self.last = (img.detach(), target, _full(out.detach()))
+        self.last = (img.detach(), target, _full(out.detach()).clone())
 
     def get_extra_state(self):
         return self.last

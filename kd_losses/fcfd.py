@@ -79,7 +79,7 @@ class FCFD(nn.Module):
     def to_student(self, fm_t: Tensor, k: int) -> Tensor:
         """The teacher's map of stage k = 1, 2, ... in the student's space."""
         with torch.autocast(fm_t.device.type, enabled=False):
-            return self.bridges_s[k - 1](_full(fm_t))
+            return self.bridges_s[k - 1](_full(fm_t.detach()))
 
     def forward(
         self,

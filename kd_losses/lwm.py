@@ -53,6 +53,8 @@ class LwM(nn.Module):
         target: Tensor,
         cam_t: Tensor | None = None,
     ) -> Tensor:
+        if out_s.dim() != 2:
+            raise ValueError(f'LwM: out_s must be (N, K), got {tuple(out_s.shape)}')
         n = len(out_s)
         if target.shape != (n,) or target.is_floating_point():
             raise ValueError(

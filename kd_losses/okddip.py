@@ -62,14 +62,13 @@ class OKDDip(nn.Module):
         return hard + kd_weight * (peers + leader)
 
     def terms(self, outs, feats, out_leader, target) -> tuple[Tensor, Tensor, Tensor]:
-        n = len(out_leader)
         shapes = [tuple(z.shape) for z in outs]
         if out_leader.dim() != 2 or not shapes or any(s != tuple(out_leader.shape) for s in shapes):
             raise ValueError(
                 f'OKDDip: outs and out_leader must be (N, K), equal, '
                 f'got {shapes} and {tuple(out_leader.shape)}'
             )
-        got = [tuple(f.shape) for f in feats]
+        n, got = len(out_leader), [tuple(f.shape) for f in feats]
         if got != [(n, self.feat_dim)] * len(shapes):
             raise ValueError(f'OKDDip: feats must be {len(shapes)} of {(n, self.feat_dim)}, got {got}')
         if target.shape != (n,) or target.is_floating_point():

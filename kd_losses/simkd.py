@@ -71,6 +71,11 @@ class SimKD(nn.Module):
 
     def distance(self, projected: Tensor, fm_t: Tensor) -> Tensor:
         """Mean squared difference; the teacher's map is pooled to the projected one's size."""
+        if fm_t.dim() != 4 or fm_t.shape[:2] != projected.shape[:2]:
+            raise ValueError(
+                f'SimKD: fm_t must be {tuple(projected.shape[:2])} and a size, as the projected map, '
+                f'got {tuple(fm_t.shape)}'
+            )
         fm_t, size = _full(fm_t.detach()), projected.shape[2:]
         return F.mse_loss(projected, fm_t if fm_t.shape[2:] == size else F.adaptive_avg_pool2d(fm_t, size))
 

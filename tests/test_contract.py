@@ -4,10 +4,13 @@ import copy
 import inspect
 import io
 import pickle
+import random
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,38 +23,116 @@ STUDENT = ((4, 12, 8), (4, 12, 8), (4, 6, 4), (8, 3, 2))  # C, H, W of stem and 
 TEACHER = ((5, 12, 8), (6, 12, 8), (3, 6, 4), (9, 3, 2))
 
 # rows that need equal channels on both sides, with the reason
-ALIKE = {'afd': 'channels are matched one to one', 'kdsvd': 'singular vectors live in channel space'}
-# rows whose gradient is, by definition, not that of their value, with the reason
+ALIKE = {
+    'afd': 'channels are matched one to one',
+    'fsp': 'its matrices are of channels by channels',
+    'kdsvd': 'singular vectors live in channel space',
+    'mhgd': 'singular vectors live in channel space',
+}
 # rows whose random numbers differ once compiled, with the reason
 REDRAWS = {'crd': 'multinomial draws other negatives'}
-# rows that cannot take a batch of one, with the reason
-PAIRS = {'reviewkd': 'batch norm of the pooled level needs two samples'}
-STOPS = {'wsld': 'the weights of the samples are constants'}
+# rows that cannot take a batch of one, with the reason and the message
+PAIRS = {
+    'reviewkd': ('batch norm of the pooled level needs two samples', 'more than 1 value'),
+    'semckd': ('its attention is over the samples, factor of them at least', 'at least factor'),
+}
+# rows whose gradient is, by definition, not that of their value, with the reason
+STOPS = {
+    'byot': 'the deepest classifier is a target for the exits',
+    'ctkd': 'the gradient of the temperature is reversed',
+    'dcm': 'each network is a constant for the other',
+    'ddgsd': 'each view is a constant for the other',
+    'dml': 'each network is a constant for the others',
+    'kdcl': 'the combined logits are constants',
+    'one': 'the ensemble is a constant for the branches',
+    'onadvfd': 'each network is a constant for the next',
+    'sad': 'the deeper map is a constant for the earlier one',
+    'sla': 'the aggregate is a constant for the plain head',
+    'uskd': 'the labels made of the predictions are constants',
+    'wsld': 'the weights of the samples are constants',
+}
+# rows that torch.compile(fullgraph=True) cannot take, with the reason
+EAGER = {
+    'bss': 'the attack differentiates inside the forward pass',
+    'fcfd': 'the paths are drawn by the host',
+    'lwm': 'it differentiates inside the forward pass',
+    'sobolev': 'it differentiates inside the forward pass',
+}
+# rows that cannot be pickled whole, with the reason
+NO_PICKLE = {'vkd': 'torch does not pickle parametrised modules; copies and state_dict work'}
+# parameters that learn elsewhere or not at every step, with the reason
+RESTING = {
+    'fcfd': ('bridges_s', 'only the bridges of the paths drawn in a step learn'),
+    'ft': ('paraphraser', 'it learned before'),
+    'mhgd': ('', 'the heads learned before'),
+    'onadvfd': ('adversaries', 'they have a step of their own'),
+    'simkd': ('projector', 'it learns through the student that contains it'),
+}
+# losses for which a list with an entry less is as good
+ANY_LENGTH = {'dgkd': 'any number of teachers', 'dml': 'peers', 'fcfd': 'paths', 'kdcl': 'networks'}
+# rows that run networks, or parts of them, which autocast makes less precise
+COARSE = {
+    'bss': 'the attack',
+    'fcfd': 'mixed paths',
+    'lwm': 'the last layer',
+    'mlkd_strong': 'the teacher on the strong view',
+    'one': "the trunk's mean",
+    'sobolev': 'the network',
+}
+# arguments of forward, where the trainer calls a part of the loss only
+DIRECT = {'simkd': lambda w: (w.s.fms[-1], w.t.fms[-1])}
+
+
+def leaf(*shape, dtype) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 def feats(sizes, n: int, dtype, relu=True) -> Feats:
-    pres = [torch.randn(n, *size, dtype=torch.float64).to(dtype).requires_grad_() for size in sizes]
+    pres = [leaf(n, *size, dtype=dtype) for size in sizes]
     fms = [(p.detach().relu() if relu else p.detach().clone()).requires_grad_() for p in pres]
-    feat = torch.randn(n, sizes[-1][0], dtype=torch.float64).to(dtype).requires_grad_()
+    feat = leaf(n, sizes[-1][0], dtype=dtype)
     out = (3 * torch.randn(n, K, dtype=torch.float64)).to(dtype).requires_grad_()
     return Feats(out, feat, fms, pres)
 
 
-class Teacher(nn.Module):
-    """What builders may ask of the teacher network."""
+# what a changed student hands out besides
+EXTRA = {
+    'byot': lambda n, d: [[leaf(n, K, dtype=d) for _ in range(3)], [leaf(n, 8, dtype=d) for _ in range(3)]],
+    'dcm': lambda n, d: [leaf(n, K, dtype=d) for _ in range(2)],
+    'norm': lambda n, d: leaf(n, 8 * TEACHER[-1][0], 3, 2, dtype=d),
+    'simkd': lambda n, d: leaf(n, TEACHER[-1][0], 3, 2, dtype=d),
+    'sla': lambda n, d: leaf(4 * n, 4 * K, dtype=d),
+}
 
-    def __init__(self, t: Feats) -> None:
+
+class Net(nn.Module):
+    """What rows may ask of a network: its parts, the way from a map to the logits, from images to Feats."""
+
+    def __init__(self, f: Feats) -> None:
         super().__init__()
-        self.widths = [x.shape[1] for x in t.fms[1:]]
-        self.fc = nn.Linear(t.fms[-1].shape[1], K).to(
-            t.out.dtype if t.out.dtype == torch.float64 else torch.float32
-        )
+        self.sizes = [x.shape[1:] for x in f.fms]
+        channels = [size[0] for size in self.sizes]
+        self.steps = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(channels, channels[1:]))
+        self.stem = nn.Conv2d(3, channels[0], 1)
+        self.fc = nn.Linear(channels[-1], K)
+        self.to(f.out.dtype if f.out.dtype == torch.float64 else torch.float32).requires_grad_(False)
 
     def classifier_layer(self):
         return self.fc
 
     def bn_before_relu(self):
-        return [nn.BatchNorm2d(width) for width in self.widths]
+        return [nn.BatchNorm2d(size[0]) for size in self.sizes[1:]]
+
+    def after(self, k, fm):
+        pres = []
+        for step, size in zip(self.steps[k:], self.sizes[k + 1 :]):
+            pres.append(step(F.adaptive_avg_pool2d(fm, size[1:])))
+            fm = pres[-1].tanh()  # smooth, for gradcheck
+        feat = fm.tanh().mean(dim=(2, 3))
+        return Feats(self.fc(feat), feat, [x.tanh() for x in pres], pres)
+
+    def forward(self, img):
+        return self.after(0, self.stem(img).tanh())
 
 
 class TrainSet:
@@ -66,44 +147,96 @@ class TrainSet:
 def world(name, n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNamespace:
     """Features of both sides for a batch of n, as the trainer has them."""
     torch.manual_seed(seed)
+    method = METHODS[name]
     s = feats(STUDENT, n, dtype, **kw)
     t = feats(STUDENT if name in ALIKE else TEACHER, n, dtype, **kw)
     if same:  # the student's own values on the teacher's side
         t = Feats(
-            *(x.detach().clone() for x in s[:2]), *([x.detach().clone() for x in maps] for maps in s[2:])
+            *(x.detach().clone() for x in s[:2]), *([x.detach().clone() for x in maps] for maps in s[2:4])
         )
-    b = SimpleNamespace(
-        img=torch.randn(n, 3, 12, 8),
-        target=torch.arange(n) % K,
-        index=torch.arange(n),
-        epoch=0,
-        net_s=Teacher(s),
-        net_t=Teacher(t),
-        generator=torch.Generator().manual_seed(0),
-    )
-    return SimpleNamespace(s=s, t=t, b=b)
+    other = feats(STUDENT, n, dtype, **kw)  # what the student says of other images
+    third = feats(STUDENT, n, dtype, **kw)
+    if name in EXTRA:
+        s, other, third = (f._replace(extra=EXTRA[name](n, dtype)) for f in (s, other, third))
+    if same and name in ('norm', 'simkd'):  # the map of the changed student is the teacher's
+        wide = t.fms[-1].repeat(1, 8 if name == 'norm' else 1, 1, 1)
+        s = s._replace(extra=wide.clone().requires_grad_())
+    if name == 'bss':  # some images must be right, or there is nothing to attack
+        with torch.no_grad():
+            for f in (s, t):
+                f.out[: n - 1] += 20 * torch.eye(K)[: n - 1].to(f.out)
+    net_s, net_t = Net(s), Net(t)
+    img = torch.randn(n, 3, 12, 8, dtype=net_s.fc.weight.dtype).requires_grad_(method.input_grad)
+    views = {view: torch.randn_like(img) for view in method.views}
+    w = SimpleNamespace(s=s, t=t, other=other)
+    w.b = SimpleNamespace(img=img, target=torch.arange(n) % K, index=torch.arange(n), views=views, epoch=50,
+                          epochs=100, net_s=net_s, net_t=net_t, student=lambda img: w.other, teacher=net_t,
+                          ts=[t, t], generator=torch.Generator())  # fmt: skip
+    if method.prepare:
+        connect(name, w)
+        w.b.prepared = method.prepare(net_t, Feats(t.out, t.feat, [x.to(img) for x in t.fms], t.pres), w.b)
+    if method.peers:
+        w.s, w.t = [s, other, third][: 2 if name == 'dcm' else 3], None
+        if same:
+            w.s[1] = Feats(*t[:4], s.extra)
+    return w
+
+
+def connect(name, w) -> None:
+    """A graph from the image, or from the student's last map, to its logits."""
+    if METHODS[name].input_grad:
+        w.b.raw = w.b.net_s(w.b.img)
+    else:
+        fm = w.s.fms[-1]
+        w.b.raw = w.s._replace(out=w.b.net_s.after(3, fm.to(w.b.img.dtype)).out)
 
 
 def build(name: str, w: SimpleNamespace) -> nn.Module:
     torch.manual_seed(1)
     method = METHODS[name]
-    env = SimpleNamespace(s=w.s, t=w.t, net_s=None, net_t=w.b.net_t, train_set=TrainSet())
-    return method.build(method.loss, env).to(
-        w.s.out.dtype if w.s.out.dtype == torch.float64 else torch.float32
-    )
+    student = w.s[0] if isinstance(w.s, list) else w.s
+    env = SimpleNamespace(s=w.s, t=w.t, net_s=w.b.net_s, net_t=w.b.net_t, train_set=TrainSet(),
+                          batch_size=len(student.out), epochs=100, num_classes=K)  # fmt: skip
+    dtype = torch.float64 if student.out.dtype == torch.float64 else torch.float32
+    if not method.start:
+        return method.build(method.loss, env).to(dtype)
+    kd = method.build(method.loss, env, num_words=5).to(dtype)  # a vocabulary
+    kd.fit(torch.randn(5, *w.t.pres[-1].shape[1:], dtype=dtype), generator=torch.Generator().manual_seed(0))
+    return kd
 
 
 def call(name, kd, w) -> torch.Tensor:
     (w.b.generator.manual_seed if w.b.generator else torch.manual_seed)(0)
+    w.b.rng = random.Random(0)
     return METHODS[name].feed(kd, w.s, w.t, w.b)
 
 
-def tensors(f: Feats) -> list[torch.Tensor]:
-    return [f.out, f.feat, *f.fms, *f.pres]
+def tensors(f) -> list[torch.Tensor]:
+    """All tensors of Feats, lists of them, and what they hold."""
+    if f is None:
+        return []
+    return [f] if isinstance(f, torch.Tensor) else [x for part in f for x in tensors(part)]
 
 
-def grads(f: Feats) -> list[torch.Tensor]:
-    return [x.grad for x in tensors(f) if x.grad is not None]
+def relay(w, change) -> None:
+    """Put changed copies, new leaves, in the place of all features."""
+
+    def again(f):
+        if f is None or isinstance(f, torch.Tensor):
+            return None if f is None else change(f.detach()).requires_grad_()
+        return Feats(*map(again, f)) if isinstance(f, Feats) else [again(x) for x in f]
+
+    w.s, w.t, w.other = again(w.s), again(w.t), again(w.other)
+    w.b.ts = [w.t, w.t]
+
+
+def grads(f) -> list[torch.Tensor]:
+    return [x.grad for x in tensors(f) if x.is_leaf and x.grad is not None]
+
+
+def learning(w) -> list[torch.Tensor]:
+    """Gradients on the student's side: its features, those of other images, the image itself."""
+    return grads([w.s, w.other, w.b.img])
 
 
 def healthy(name, w, kd=None, bound=None) -> torch.Tensor:
@@ -112,8 +245,8 @@ def healthy(name, w, kd=None, bound=None) -> torch.Tensor:
     loss = call(name, kd, w)
     assert loss.shape == () and torch.isfinite(loss), f'loss {loss}'
     loss.backward()
-    assert grads(w.s), 'no gradient reached the student'
-    for g in [*grads(w.s), *(p.grad for p in kd.parameters() if p.grad is not None)]:
+    assert learning(w), 'no gradient reached the student'
+    for g in [*learning(w), *(p.grad for p in kd.parameters() if p.grad is not None)]:
         assert torch.isfinite(g).all(), 'a gradient is not finite'
         assert bound is None or g.abs().max() <= bound, f'gradient of {g.abs().max():.3g}'
     return loss
@@ -121,33 +254,31 @@ def healthy(name, w, kd=None, bound=None) -> torch.Tensor:
 
 @pytest.mark.parametrize('name', ROWS)
 def test_arguments_have_the_names_of_the_field(name):
-    sides = ['out', 'feat', 'fm', 'fms', 'pres', 'irg', 'patch']
-    rest = [
-        'target',
-        'index',
-        'img',
-        'epoch',
-        'net_s',
-        'net_t',
-        'classifier',
-        'sample_idx',
-        'mask',
-        'generator',
-    ]
-    rest += ['out_s_strong', 'out_t_strong']
-    known = [f'{x}_s' for x in sides] + [f'{x}_t' for x in sides] + rest
+    sides = ['out', 'outs', 'feat', 'fm', 'fms', 'pres', 'irg', 'patch', 'cam', 'attacked_out', 'jac']
+    rest = 'target index img epoch net_s net_t classifier teacher_tail sample_idx mask keep valid lam ramp'
+    rest += ' generator out_s_strong out_t_strong kd_weight weights'
+    # of one network, or of several that are equals
+    equals = 'out out_pair out_a out_b feat_a feat_b out_1 out_2 outs_1 outs_2 outs peers feat feats feat_mid'
+    equals += ' out_leader joint_out fm fm_next out_prev_now out_prev_then target_prev maps outs_mix'
+    equals += ' fm_s1 fm_s2 fm_t1 fm_t2'
+    rest, equals = rest.split(), equals.split()
+    known = [f'{x}_s' for x in sides] + [f'{x}_t' for x in sides] + rest + equals
     signature = inspect.signature(METHODS[name].loss.forward)
     forward = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL][1:]
-    assert set(forward) <= set(known)
-    order = [0 if x.endswith('_s') else 1 if x.endswith('_t') else known.index(x) for x in forward]
-    assert order == sorted(order), 'student first, then teacher, then the rest'
+    assert set(forward) <= set(known), set(forward) - set(known)
+    forward = [x for x in forward if x not in equals]
+    if METHODS[name].teacher and name not in ('lwm', 'fcfd', 'sobolev'):  # the order that their pages fix
+        check_order(forward, known)
     constructor = list(inspect.signature(METHODS[name].loss.__init__).parameters)[1:]
-    assert constructor[:2] in (['s_channels', 't_channels'], ['s_dim', 't_dim']) or not {
-        's_channels',
-        's_dim',
-    } & set(constructor)
+    pairs = (['s_channels', 't_channels'], ['s_dim', 't_dim'])
+    assert constructor[:2] in pairs or not {'s_channels', 's_dim'} & set(constructor)
     for parameter in inspect.signature(METHODS[name].loss.__init__).parameters.values():
         assert parameter.name == 'self' or parameter.annotation is not inspect.Parameter.empty
+
+
+def check_order(forward, known):
+    order = [0 if x.endswith('_s') else 1 if x.endswith('_t') else known.index(x) for x in forward]
+    assert order == sorted(order), 'student first, then teacher, then the rest'
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -159,24 +290,25 @@ def test_value_and_gradients(name, dtype):
     loss = healthy(name, w, kd)
     assert loss.dtype == dtype
     assert not grads(w.t), 'a gradient reached the teacher'
-    assert all(p.grad is not None for p in kd.parameters()), 'an adapter got no gradient'
-    assert any(g.abs().max() > 0 for g in grads(w.s))
+    resting = RESTING.get(name, ('nothing', ''))[0]
+    for path, p in kd.named_parameters():
+        assert p.grad is not None or path.startswith(resting), f'{path} got no gradient'
+    assert any(g.abs().max() > 0 for g in learning(w))
     assert all(torch.equal(x, y) for x, y in zip(tensors(w.s) + tensors(w.t), before)), 'an input was changed'
 
 
 @pytest.mark.parametrize('name', ROWS)
 def test_teacher_under_no_grad_gives_the_same(name):
     w, v = world(name), world(name)
-    v.t = Feats(
-        v.t.out.detach(), v.t.feat.detach(), [x.detach() for x in v.t.fms], [x.detach() for x in v.t.pres]
-    )
+    for x in tensors(v.t):
+        x.requires_grad_(False)
     assert torch.equal(healthy(name, w), healthy(name, v))
 
 
 @pytest.mark.parametrize('name', ROWS)
 def test_batch_of_one(name):
     if name in PAIRS:
-        with pytest.raises(ValueError, match='more than 1 value'):
+        with pytest.raises(ValueError, match=PAIRS[name][1]):
             healthy(name, world(name, n=1))
         return
     healthy(name, world(name, n=1))
@@ -187,7 +319,7 @@ def test_batch_of_one(name):
 def test_zero_features(name, side):
     w = world(name)
     with torch.no_grad():
-        for f, sides in ((w.s, ('student', 'both')), (w.t, ('teacher', 'both'))):
+        for f, sides in (([w.s, w.other], ('student', 'both')), (w.t, ('teacher', 'both'))):
             for x in tensors(f):
                 if side in sides:
                     x.zero_()
@@ -206,7 +338,7 @@ def test_all_samples_coincide(name):
     w = world(name)
     with torch.no_grad():
         for x in tensors(w.s) + tensors(w.t):
-            x[:] = x[:1].clone()
+            x.copy_(x[:1].clone().expand_as(x))
     healthy(name, w, bound=1e6)
 
 
@@ -215,8 +347,14 @@ def test_all_samples_coincide(name):
 def test_huge_logits(name, scale):
     w = world(name)
     with torch.no_grad():
-        w.s.out.copy_(scale * torch.eye(K)[:5])
-        w.t.out.copy_(-scale * torch.eye(K)[:5].flip(1))
+        w.other.out.copy_(scale * torch.eye(K)[1:6])
+        for k, f in enumerate(w.s if isinstance(w.s, list) else [w.s]):
+            f.out.copy_(scale * torch.eye(K)[:5].roll(k, 0))
+            for x in tensors(f.extra):
+                if x.shape == f.out.shape:
+                    x.copy_(-scale * torch.eye(K)[:5])
+        if w.t:
+            w.t.out.copy_(-scale * torch.eye(K)[:5].flip(1))
     healthy(name, w)
 
 
@@ -224,58 +362,50 @@ def test_huge_logits(name, scale):
 @pytest.mark.parametrize('name', ROWS)
 def test_half_precision_and_autocast(name, dtype):
     """Half inputs inside autocast give the value of the same numbers in float32, to rounding of nothing."""
-    w = world(name, dtype=dtype)
-    v = world(name, dtype=dtype)
-    v.s, v.t = (
-        Feats(
-            f.out.detach().float().requires_grad_(),
-            f.feat.detach().float().requires_grad_(),
-            [x.detach().float().requires_grad_() for x in f.fms],
-            [x.detach().float().requires_grad_() for x in f.pres],
-        )
-        for f in (v.s, v.t)
-    )
+    w, v = world(name, dtype=dtype), world(name, dtype=dtype)
+    if not METHODS[name].prepare:  # there the graph from image to logits must stay
+        relay(v, lambda x: x.float())
     with torch.autocast('cpu', dtype=dtype):
         loss = healthy(name, w)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, healthy(name, v), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss, healthy(name, v), rtol=1e-2 if name in COARSE else 1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('name', ROWS)
+@pytest.mark.parametrize('name', [name for name in ROWS if not METHODS[name].prepare])
 def test_memory_layout_does_not_matter(name):
-    w, v = world(name), world(name)
-    expected = healthy(name, w)
-    for f in (v.s, v.t):
-        for maps in (f.fms, f.pres):
-            for i, x in enumerate(maps):
-                x = x.detach().contiguous(memory_format=torch.channels_last)
-                maps[i] = x.requires_grad_()
-    torch.testing.assert_close(healthy(name, v), expected, rtol=1e-5, atol=1e-7)
-    u = world(name)
-    strided = [
-        torch.stack([x.detach(), x.detach()], dim=-1)[..., 0] for x in (u.s.out, u.s.feat, u.t.out, u.t.feat)
-    ]
-    assert not strided[0].is_contiguous()
-    u.s = Feats(strided[0].requires_grad_(), strided[1].requires_grad_(), u.s.fms, u.s.pres)
-    u.t = Feats(strided[2], strided[3], u.t.fms, u.t.pres)
-    torch.testing.assert_close(healthy(name, u), expected, rtol=1e-5, atol=1e-7)
+    expected = healthy(name, world(name))
+    assert not strided(torch.zeros(2, 2)).is_contiguous()
+    for change in (channels_last, strided):
+        w = world(name)
+        relay(w, change)
+        torch.testing.assert_close(healthy(name, w), expected, rtol=1e-5, atol=1e-7)
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def strided(x):
+    return torch.stack([x, x], dim=-1)[..., 0]
 
 
 @pytest.mark.parametrize('name', [name for name in ROWS if name not in STOPS])
 def test_gradcheck(name):
-    w = world(name, n=3, dtype=torch.float64, seed=3, relu=False)  # a pixel of zeros is a kink of an adapter
+    w = world(name, n=4, dtype=torch.float64, seed=3, relu=False)  # a pixel of zeros is a kink of an adapter
     kd = build(name, w)
-    used = [x for x in tensors(w.s) if x.grad is None]
     call(name, kd, w).backward()
-    used = [x for x in used if x.grad is not None]
+    used = [x for x in tensors([w.s, w.other, w.b.img]) if x.is_leaf and x.grad is not None]
+    assert used
 
     def f(*_):  # the tensors are perturbed in place by gradcheck
+        if METHODS[name].prepare:
+            connect(name, w)
         return call(name, copy.deepcopy(kd), w)
 
     assert torch.autograd.gradcheck(f, used, eps=1e-6, atol=1e-6, rtol=1e-4, nondet_tol=0, fast_mode=True)
 
 
-@pytest.mark.parametrize('name', ROWS)
+@pytest.mark.parametrize('name', [name for name in ROWS if name not in EAGER])
 def test_compiles_without_a_graph_break(name):
     w, v = world(name), world(name)
     kd = build(name, w)
@@ -290,10 +420,10 @@ def test_compiles_without_a_graph_break(name):
     loss = compiled(v.s, v.t, b)
     loss.backward()
     if name in REDRAWS:
-        assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in grads(v.s))
+        assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in learning(v))
         return
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
-    for g, h in zip(grads(v.s), grads(w.s)):
+    for g, h in zip(learning(v), learning(w), strict=True):
         torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-6)
 
 
@@ -330,13 +460,14 @@ def test_state_survives(name):
     healthy(name, w, kd)
     with torch.no_grad():
         for p in kd.parameters():
-            p += 0.1 * p.grad
+            if p.grad is not None:
+                p += 0.1 * p.grad
     buffer = io.BytesIO()
     torch.save(kd.state_dict(), buffer)
     buffer.seek(0)
     reloaded = build(name, world(name, seed=9))
     reloaded.load_state_dict(torch.load(buffer, weights_only=True))
-    copies = [reloaded, copy.deepcopy(kd), pickle.loads(pickle.dumps(kd))]
+    copies = [reloaded, copy.deepcopy(kd)] + ([] if name in NO_PICKLE else [pickle.loads(pickle.dumps(kd))])
     w = world(name, seed=4)
     expected = call(name, kd, w)
     for other in copies:
@@ -353,23 +484,27 @@ def test_wrong_shapes_are_named(name):
     for loss in losses:
         loss.register_forward_pre_hook(lambda module, args: calls.append((module, args)))
     call(name, kd, w)
+    if not calls:  # the feed calls a part of the loss only
+        calls = [(kd, DIRECT[name](w))]
     module, args = calls[0]
     names = list(inspect.signature(module.forward).parameters)
     for i in [i for i, arg in enumerate(args) if isinstance(arg, (list, torch.Tensor))]:
-        for wrong in spoiled(args[i]):
+        for wrong in spoiled(args[i])[name in ANY_LENGTH and isinstance(args[i], list) :]:
             changed = [wrong if j == i else a for j, a in enumerate(args)]
             with pytest.raises(ValueError) as caught:
                 module.forward(*changed)
             said = str(caught.value)
             assert METHODS[name].loss.__name__ in said and any(n in said for n in names)
-            flat = [x for a in changed for x in (a if isinstance(a, list) else [a])]
-            shapes = [str(tuple(x.shape)) for x in flat if isinstance(x, torch.Tensor)]
-            assert any(shape in said for shape in shapes), said
+            given = [x for a in changed if isinstance(a, (list, torch.Tensor)) for x in tensors(a)]
+            shapes = [str(tuple(x.shape)) for x in given]
+            assert any(shape in said for shape in shapes) or re.search(r'got (\d|\[)', said), said
 
 
 def spoiled(arg) -> list:
     """The argument with a sample or an axis missing; of a list, its first tensor, and its last left out."""
     if isinstance(arg, list):
+        if isinstance(arg[0], list):
+            return [arg[:-1], *([wrong, *arg[1:]] for wrong in spoiled(arg[0])[1:])]
         return [arg[:-1], [arg[0][:-1], *arg[1:]], [arg[0][0, 0], *arg[1:]]]
     return [arg[:-1], arg[0, 0] if arg.dim() > 1 else arg[None]]
 

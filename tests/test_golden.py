@@ -64,11 +64,17 @@ class Vector:
         self.open.discard(key)
 
 
-@pytest.mark.parametrize('name', sorted(METHODS))
+# files without a vector, with the reason and what is tested instead
+WITHOUT = {'mhgd': 'TensorFlow 1 only; test_properties.py has a slow second form of it'}
+# several rows may share a file; dot.py is an optimiser
+FILES = sorted({m.loss.__module__.split('.')[-1] for m in METHODS.values()} - WITHOUT.keys() | {'dot'})
+
+
+@pytest.mark.parametrize('name', FILES)
 def test_golden(name):
     path = GOLDEN / f'{name}.npz'
-    assert path.is_file(), f'{name} is in METHODS but {path} is missing'
-    assert name in ADAPTERS, f'{name} is in METHODS but has no adapter in tests/adapters.py'
+    assert path.is_file(), f'{name} has a row in METHODS but {path} is missing'
+    assert name in ADAPTERS, f'{name} has a row in METHODS but no adapter in tests/adapters.py'
     vector = Vector(path)
     for case in ADAPTERS[name](vector):
         case.check(vector)
@@ -76,16 +82,16 @@ def test_golden(name):
 
 
 def test_vectors_without_a_row_are_listed():
-    spare = sorted(p.stem for p in GOLDEN.glob('*.npz') if p.stem not in METHODS)
+    spare = sorted(p.stem for p in GOLDEN.glob('*.npz') if p.stem not in FILES)
     if spare:
         warnings.warn(f'golden vectors without a row in METHODS: {", ".join(spare)}', stacklevel=1)
 
 
-@pytest.mark.parametrize('name', sorted(METHODS))
+@pytest.mark.parametrize('name', FILES)
 def test_the_comparison_can_fail(name):
-    """The same case with every student input scaled by 1 + 1e-6 must not pass."""
+    """The same case with every input changed by a hundred-thousandth must not pass."""
     vector = Vector(GOLDEN / f'{name}.npz')
-    for key in [k for k in vector.arrays if k.startswith(('in_out_s', 'in_fm_s', 'in_feat_s', 'in_patch_s'))]:
+    for key in [k for k, x in vector.arrays.items() if k.startswith('in_') and x.dtype.kind == 'f']:
         noise = np.random.default_rng(0).standard_normal(vector.arrays[key].shape)
         vector.arrays[key] = vector.arrays[key] * (1 + 1e-5 * noise)
     with pytest.raises(AssertionError):
