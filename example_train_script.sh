@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # The recipe book: every command that trains something, runnable as a whole or by block.
 #
-#   bash example_train_script.sh quick      embedded data, CPU, a few minutes: teacher, baseline, students, table, figure
-#   bash example_train_script.sh cifar10    CIFAR-10: get the data, base networks, every method, table, figure
-#   bash example_train_script.sh base       ... only the teacher and the baseline
-#   bash example_train_script.sh kd AT ...  ... only these methods, e.g. kd at rkd st+pkt
+#   bash example_train_script.sh quick        embedded data, CPU, a few minutes: teacher, students, table, figure
+#   bash example_train_script.sh cifar10      CIFAR-10: get the data, base networks, every method, table, figure
+#   bash example_train_script.sh cifar100     the same on CIFAR-100
+#   bash example_train_script.sh base         ... only the teacher and the baseline
+#   bash example_train_script.sh kd AT ...    ... only these methods, e.g. kd at rkd st+pkt
+#   bash example_train_script.sh dml [NAME..] ... only these methods for networks that learn from each other
+#   bash example_train_script.sh METHOD       ... the block of one method
+#   bash example_train_script.sh --dry-run quick      print the commands instead of running them
 #   bash example_train_script.sh --help
 #
 # Interrupted, it continues where it stopped. Settings are the variables below, overridden from outside:
@@ -19,6 +23,7 @@ T_NAME=${T_NAME:-resnet110}       # teacher
 S_NAME=${S_NAME:-resnet20}        # student
 EPOCHS=${EPOCHS:-200}
 SEED=${SEED:-2}
+GROUP=${GROUP:-8}                 # students per process: they share batches and the teacher's forward
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -42,17 +47,22 @@ names() {
     T_RUN=base-$DATA-$T_NAME-s$SEED
     S_RUN=base-$DATA-$S_NAME-s$SEED
     KD_RUN=kd-$DATA-$T_NAME-$S_NAME-s$SEED
+    DML_RUN=$DATA-$S_NAME-s$SEED
 }
 names
 
+py() {    # or, with --dry-run, only what would be run
+    if [ -n "${DRY_RUN:-}" ]; then echo "python$(printf ' %q' "$@")"; else "$PYTHON" "$@"; fi
+}
+
 run() {    # a training script with the common flags
     # shellcheck disable=SC2086  # FLAGS is several words on purpose
-    "$PYTHON" "$@" --data_name "$DATA" --img_root "$IMG_ROOT" --save_root "$SAVE_ROOT" --epochs "$EPOCHS" \
+    py "$@" --data_name "$DATA" --img_root "$IMG_ROOT" --save_root "$SAVE_ROOT" --epochs "$EPOCHS" \
         --seed "$SEED" --resume auto $FLAGS
 }
 
 data() {
-    case $DATA in cifar10 | cifar100) "$PYTHON" -m dataset.download "$DATA" --img_root "$IMG_ROOT" ;; esac
+    case $DATA in cifar10 | cifar100) py -m dataset.download "$DATA" --img_root "$IMG_ROOT" ;; esac
 }
 
 # The teacher, and the student without a teacher.
@@ -68,43 +78,103 @@ kd() {
 }
 
 # One block per method, the weight spelled out: the seed zoo's, in its order, then later methods.
-logits() { kd logits --lambda_kd 0.1; }
-st()     { kd st     --lambda_kd 0.1; }
-at()     { kd at     --lambda_kd 1000; }
-fitnet() { kd fitnet --lambda_kd 0.1; }
-nst()    { kd nst    --lambda_kd 10; }
-pkt()    { kd pkt    --lambda_kd 10000; }
-rkd()    { kd rkd    --lambda_kd 1.0; }
-sp()     { kd sp     --lambda_kd 3000; }
-cc()     { kd cc     --lambda_kd 100; }
-vid()    { kd vid    --lambda_kd 1.0; }
-ofd()    { kd ofd    --lambda_kd 0.5; }
-afd()    { kd afd    --lambda_kd 500; }
-crd()    { kd crd    --lambda_kd 0.2; }
-irg()    { kd irg    --lambda_kd 1.0; }
-kdsvd()  { kd kdsvd  --lambda_kd 1.0; }
-dkd()    { kd dkd    --lambda_kd 1.0; }
-dist()   { kd dist   --lambda_kd 2.0; }
-nkd()    { kd nkd    --lambda_kd 1.0; }
-wsld()   { kd wsld   --lambda_kd 2.25; }
-ttm()    { kd ttm    --lambda_kd 45; }
-lskd()   { kd lskd   --lambda_kd 9; }
-ickd()   { kd ickd   --lambda_kd 2.5; }
-mgd()    { kd mgd    --lambda_kd 0.0012; }
-mlkd()   { kd mlkd   --lambda_kd 0.9; }
-srrl()   { kd srrl   --lambda_kd 1.0; }
-ofakd()  { kd ofakd  --lambda_kd 1.0; }
-sdd()    { kd sdd    --lambda_kd 0.9; }
-cd_()    { kd cd     --lambda_kd 18; }
-pad()    { kd pad    --lambda_kd 1.0; }
-ikd()    { kd ikd    --lambda_kd 0.2; }
-eel()    { kd eel    --lambda_kd 1.0; }
+logits()   { kd logits   --lambda_kd 0.1; }
+st()       { kd st       --lambda_kd 0.1; }
+at()       { kd at       --lambda_kd 1000; }
+fitnet()   { kd fitnet   --lambda_kd 0.1; }
+nst()      { kd nst      --lambda_kd 10; }
+pkt()      { kd pkt      --lambda_kd 10000; }
+fsp()      { kd fsp      --lambda_kd 1; }
+ft()       { kd ft       --lambda_kd 200; }
+rkd()      { kd rkd      --lambda_kd 1; }
+ab()       { kd ab       --lambda_kd 10; }
+sp()       { kd sp       --lambda_kd 3000; }
+sobolev()  { kd sobolev  --lambda_kd 20; }
+bss()      { kd bss      --lambda_kd 2; }
+cc()       { kd cc       --lambda_kd 100; }
+lwm()      { kd lwm      --lambda_kd 0.4; }
+irg()      { kd irg      --lambda_kd 1; }
+vid()      { kd vid      --lambda_kd 1; }
+ofd()      { kd ofd      --lambda_kd 0.5; }
+afd()      { kd afd      --lambda_kd 500; }
+crd()      { kd crd      --lambda_kd 0.2; }
+kdsvd()    { kd kdsvd    --lambda_kd 1; }
+quest()    { kd quest    --lambda_kd 1; }
+eel()      { kd eel      --lambda_kd 1; }
+pad()      { kd pad      --lambda_kd 1; }
+cd_()      { kd cd       --lambda_kd 18; }
 reviewkd() { kd reviewkd --lambda_kd 0.6; }
-METHODS='logits st at fitnet nst pkt rkd sp cc vid ofd afd crd irg kdsvd dkd dist nkd wsld ttm lskd ickd mgd'
-METHODS="$METHODS mlkd srrl ofakd reviewkd sdd cd pad ikd eel"
+dkd()      { kd dkd      --lambda_kd 1; }
+dot()      { kd dot      --lambda_kd 0.9; }
+dist()     { kd dist     --lambda_kd 2; }
+nkd()      { kd nkd      --lambda_kd 1; }
+lskd()     { kd lskd     --lambda_kd 9; }
+mlkd()     { kd mlkd     --lambda_kd 0.9; }
+mlkd_strong() { kd mlkd_strong --lambda_kd 0.9; }
+ctkd()     { kd ctkd     --lambda_kd 0.9; }
+simkd()    { kd simkd    --lambda_kd 1; }
+srrl()     { kd srrl     --lambda_kd 1; }
+wsld()     { kd wsld     --lambda_kd 2.25; }
+catkd()    { kd catkd    --lambda_kd 0.7; }
+ttm()      { kd ttm      --lambda_kd 45; }
+mgd()      { kd mgd      --lambda_kd 0.0012; }
+norm()     { kd norm     --lambda_kd 1; }
+sdd()      { kd sdd      --lambda_kd 0.9; }
+fcfd()     { kd fcfd     --lambda_kd 1; }
+vkd()      { kd vkd      --lambda_kd 1; }
+ofakd()    { kd ofakd    --lambda_kd 1; }
+ickd()     { kd ickd     --lambda_kd 2.5; }
+semckd()   { kd semckd   --lambda_kd 400; }
+ikd()      { kd ikd      --lambda_kd 0.2; }
+dgkd()     { kd dgkd     --lambda_kd 1; }
+tfkd_self() { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
+adain()    { kd adain    --lambda_kd 1; }
+mhgd()     { kd mhgd     --lambda_kd 1; }
+
+# The student teaches itself: these need no teacher.
+cskd()     { kd cskd     --lambda_kd 1; }
+uskd()     { kd uskd     --lambda_kd 1; }
+byot()     { kd byot     --lambda_kd 1; }
+ddgsd()    { kd ddgsd    --lambda_kd 1; }
+pskd()     { kd pskd     --lambda_kd 1; }
+tfkd()     { kd tfkd     --lambda_kd 1; }
+sla()      { kd sla      --lambda_kd 1; }
+sad()      { kd sad      --lambda_kd 0.1; }
+dlb()      { kd dlb      --lambda_kd 1; }
+
+# Networks that learn from each other: two, a network with three branches, three peers and their leader.
+peers() {
+    local method=$1 weight=$2
+    shift 2
+    run train_dml.py --kd_mode "$method" --lambda_kd "$weight" --net_names "$@" --note "$method-$DML_RUN"
+}
+dml()      { peers dml      1 "$S_NAME" "$S_NAME"; }
+dcm()      { peers dcm      1 "$S_NAME" "$S_NAME"; }
+onadvfd()  { peers onadvfd  1 "$S_NAME" "$S_NAME"; }
+kdcl()     { peers kdcl     1 "$S_NAME" "$S_NAME"; }
+one()      { peers one      1 "$S_NAME" "$S_NAME" "$S_NAME"; }
+okddip()   { peers okddip   1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
+
+METHODS='logits st at fitnet nst pkt fsp ft rkd ab sp sobolev bss cc lwm irg vid ofd afd crd kdsvd quest eel'
+METHODS="$METHODS pad cd reviewkd dkd dot dist nkd lskd mlkd mlkd_strong ctkd simkd srrl wsld catkd ttm mgd norm sdd"
+METHODS="$METHODS fcfd vkd ofakd ickd semckd ikd dgkd tfkd_self adain mhgd cskd uskd byot ddgsd pskd tfkd sla sad dlb"
+PEERS='dml dcm onadvfd kdcl one okddip'
+
+# All methods, in processes of GROUP students.
+every_method() {
+    local group=()
+    for method in $METHODS; do
+        if [ "$method" = tfkd_self ]; then continue; fi    # has another teacher, below
+        group+=("$method")
+        if [ ${#group[@]} = "$GROUP" ]; then kd "${group[@]}"; group=(); fi
+    done
+    if [ ${#group[@]} -gt 0 ]; then kd "${group[@]}"; fi
+    tfkd_self
+    for method in $PEERS; do "$method"; done
+}
 
 table() {
-    "$PYTHON" tools/table.py "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" --out "$SAVE_ROOT/$KD_RUN"
+    py tools/table.py "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" --out "$SAVE_ROOT/$KD_RUN"
 }
 
 # Everything on the embedded data set with a short schedule, sized for two CPU cores.
@@ -119,9 +189,10 @@ quick() {
 
 # ----------------------------------------------------------------------------------------------------- main
 
-usage="say quick, cifar10, cifar100, base, kd METHOD..., or one of: $METHODS"
+if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd $METHODS " in
+case " quick cifar10 cifar100 base kd $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in
@@ -130,14 +201,14 @@ case " quick cifar10 cifar100 base kd $METHODS " in
     esac ;;
 esac
 shift
-choose_python
+if [ -z "${DRY_RUN:-}" ]; then choose_python; fi
 case $command in
 cifar10 | cifar100)
     DATA=$command
     names
     data
     base
-    kd $METHODS
+    every_method
     table ;;
 base)
     data
@@ -145,6 +216,13 @@ base)
 kd)
     kd "$@"
     table ;;
+dml)
+    for method in ${@:-dml}; do
+        case " $PEERS " in
+        *" $method "*) "$method" ;;
+        *) echo "example_train_script.sh: error: dml $method: say one of $PEERS" >&2; exit 2 ;;
+        esac
+    done ;;
 cd) cd_ ;;    # cd is the shell's own word
 *) "$command" ;;
 esac

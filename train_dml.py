@@ -32,7 +32,7 @@ def parse_args():
     flag = parser.add_argument_group('mutual learning').add_argument
     flag('--kd_mode', nargs=1, required=True, metavar='METHOD', help=', '.join(names))
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
-         help='weight of the loss; default: ' + ', '.join(f'{name} {METHODS[name].weight:g}' for name in names))
+         help='weight of the loss: ' + ', '.join(f'{name} {METHODS[name].weight:g}' for name in names))
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the loss, e.g. T=2')
     flag('--net_names', nargs='+', required=True, metavar='NAME',
          help=f'two or more of {", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2')
@@ -126,8 +126,9 @@ def main():
         for key, other in opts.items():
             for group in other.param_groups:
                 group['lr'] = rates[key] * lr / args.lr
-        if method.refresh and val:
-            method.refresh(step.kd, *utils.outputs(reading, val))
+        if method.refresh:
+            with utils.user_errors():
+                method.refresh(step.kd, lambda: held_out(reading, val))
         generator.manual_seed(args.seed * 1_000_003 + epoch + 7919 * utils.rank())
         meters = [utils.Meter(f'net{k}', epoch, device) for k in range(1, len(nets) + 1)]
         step.train()
@@ -188,6 +189,14 @@ def main():
     for key, value in each.items():
         log(f'{key} {value["name"]}: top-1 {value["top1"]:.2f}')
     log(f'ensemble: top-1 {last["ensemble_test_top1"]:.2f}')
+
+
+def held_out(reading: Reading, val):
+    """Logits of each network and labels on the validation split, if there is one."""
+    if not val:
+        return None
+    outs, target = utils.outputs(reading, val)
+    return outs[:-1], target  # without the ensemble
 
 
 def measure(reading: Reading, val, test) -> dict[str, float]:

@@ -129,7 +129,7 @@ def deeper(kd, s, t, b):    return sum(kd(x, y) for x, y in zip(s.fms[1:], s.fms
 # peers
 def mutual(kd, s, t, b):    return sum(kd(x.out, [y.out for y in s if y is not x]) for x in s)
 def cyclic(kd, s, t, b):    return sum(kd(x.out, y.out, b.target) for x, y in zip(s, [s[-1], *s[:-1]]))
-def pooled(kd, s, t, b):    return kd([x.out for x in s], b.target, getattr(kd, 'weights', None))
+def pooled(kd, s, t, b):    return kd([x.out for x in s], b.target, kd.weights)
 def gated(kd, s, t, b):     return kd([x.out for x in s], trunk(s[0]), b.target,
                                       slow_start(b.epoch, b.epochs))
 def led(kd, s, t, b):       return kd([x.out for x in s[:-1]], [x.feat for x in s[:-1]], s[-1].out, b.target,
@@ -251,6 +251,10 @@ def exit_dims(C, e, **hp):  return C(
     [e.s.feat.shape[1]] + [e.s.fms[-1].shape[1]] * (len(e.s.fms) - 2), **hp)
 def gate(C, e, **hp):       return C(e.s[0].fms[-2].shape[1], len(e.s), **hp)
 def attention(C, e, **hp):  return C(e.s[0].feat.shape[1], **hp)
+def equal_say(C, e, **hp):
+    kd = C(**hp)
+    kd.weights = torch.full((len(e.s),), 1 / len(e.s))  # until there are better ones
+    return kd
 def rivals(C, e, **hp):     return C(**hp, channels=[x.fms[-1].shape[1] for x in e.s])
 
 
@@ -412,11 +416,15 @@ def adversarial(kd, peers, b, opts):
 
 
 @torch.no_grad()
-def on_held_out(kd, outs, target):
+def on_held_out(kd, look):
     """KDCL's general mode: weights of the networks from held-out data."""
-    if kd.mode == 'general':
-        onehot = F.one_hot(target, outs.shape[2])
-        kd.weights = general_weights(outs.softmax(dim=2), onehot)
+    if kd.mode != 'general':
+        return
+    held_out = look()
+    if held_out is None:
+        raise ValueError('KDCL: mode general weighs the networks on held-out data, --val_split gives some')
+    outs, target = held_out
+    kd.weights = general_weights(outs.softmax(dim=2), F.one_hot(target, outs.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -430,9 +438,7 @@ class Method:
     init: int = 0  # of 200: epochs of this loss alone, before cross-entropy alone
     pretrain: int = 0  # of 200: epochs in which the loss's own modules learn, before anything else
     pretrain_feed: Callable | None = None  # (kd, t, b) -> what they minimise
-    start: Callable | None = (
-        None  # (kd, look, e), once before the first epoch; look: images -> teacher's Feats
-    )
+    start: Callable | None = None  # (kd, look, e), once at first; look: images -> the teacher's Feats
     teacher: bool = True  # False: a student of this method alone needs none
     student: Callable | None = None  # (net, kd, e) -> the network that is trained and used instead of net
     views: tuple = ()  # further images of each batch: 'second' view, 'strong' view, 'pair' of the same class
@@ -445,11 +451,9 @@ class Method:
     ensemble: Callable | None = None  # (kd, list of Feats) -> logits; None: the mean of all
     after: Callable | None = None  # (kd, peers, b, opts), a second step after the usual one
     optimisers: Callable | None = None  # (kd, peers) -> {name: optimiser} for it
-    refresh: Callable | None = None  # (kd, outputs on held-out data, labels), at the start of each epoch
+    refresh: Callable | None = None  # (kd, look), each epoch; look() -> outputs and labels of held-out data
     team: bool = False  # uses all teachers, not only the first
-    relational: bool = (
-        False  # relates the samples of a batch: --global_relations gathers those of all processes
-    )
+    relational: bool = False  # relates samples: --global_relations gathers those of all processes
     one_process: str = ''  # why it cannot run on several processes; empty: it can
 
 
@@ -488,7 +492,7 @@ METHODS = {
     'ickd':     Method(ICKD, last_map, 2.5, last_ch),
     'ikd':      Method(IKD, each_map, 0.2, stage_ch),
     'irg':      Method(IRG, graph, 1.0, relational=True),
-    'kdcl':     Method(KDCL, pooled, 1.0, ce=0, teacher=False, peers=separate, views=('each',),
+    'kdcl':     Method(KDCL, pooled, 1.0, equal_say, ce=0, teacher=False, peers=separate, views=('each',),
                        refresh=on_held_out),
     'kdsvd':    Method(KDSVD, all_maps, 1.0),
     'logits':   Method(Logits, logits, 0.1),

@@ -52,6 +52,8 @@ class KDCL(nn.Module):
             raise ValueError(f'KDCL: outs must hold tensors of one shape (N, K), got {shapes}')
         if target.shape != shapes[0][:1] or target.is_floating_point():
             raise ValueError(f'KDCL: target must be ({shapes[0][0]},) of integers, got {tuple(target.shape)}')
+        if weights is not None and weights.shape != (len(shapes),):
+            raise ValueError(f'KDCL: weights must be ({len(shapes)},), got {tuple(weights.shape)}')
         z = torch.stack([_full(x) for x in outs])
         hard = sum(F.cross_entropy(x, target) for x in z)
         log_q = F.log_softmax(self.combine(z, target, weights) / self.T, dim=1)

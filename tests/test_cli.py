@@ -1,7 +1,10 @@
 """The command line: every mistake gets one clear line and exit code 2; flags, help and the example script."""
 
 import argparse
+import importlib
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ import torch
 
 import models
 import train_base
+import train_dml
 import train_kd as train_kd_module
 import utils
 from kd_losses import METHODS
@@ -35,6 +39,7 @@ COMMON = {
     '--amp',
     '--threads',
     '--deterministic',
+    '--global_relations',
     '--save_root',
     '--note',
     '--resume',
@@ -80,15 +85,19 @@ def flags_of(module, monkeypatch) -> set[str]:
 def test_the_flags_are_frozen(monkeypatch):
     """A new flag is a decision: it must serve several methods. Then change this list."""
     assert flags_of(train_base, monkeypatch) == COMMON | {'--net_name', '--init'}
-    own = {'--kd_mode', '--lambda_kd', '--kd_args', '--t_name', '--t_model', '--s_name', '--s_init'}
-    assert flags_of(train_kd_module, monkeypatch) == COMMON | own
+    loss = {'--kd_mode', '--lambda_kd', '--kd_args'}
+    own = {'--t_name', '--t_model', '--s_name', '--s_init', '--init_epochs', '--pretrain_epochs'}
+    assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
+    assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits'}
 
 
-@pytest.mark.parametrize('name', ['train_base', 'train_kd'])
+@pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_dml'])
 def test_help_explains(script, name):
     done = script(name, '--help')
     assert done.code == 0 and 'default' in done.out and name in done.out
-    assert all(method in done.out for method in METHODS) or name == 'train_base'
+    for method, row in METHODS.items():
+        trains_it = name == ('train_dml' if row.peers else 'train_kd')
+        assert trains_it <= (re.search(rf'\b{method}\b', done.out) is not None), method
     assert all(net in done.out for net in ('resnet8x4', 'resnet110'))
 
 
@@ -353,11 +362,17 @@ def commands(tmp_path, *words) -> list[list[str]]:
 
 
 def parsed(call: list[str], monkeypatch) -> argparse.Namespace:
-    module = {'train_base.py': train_base, 'train_kd.py': train_kd_module}[call[0]]
+    module = importlib.import_module(call[0].removesuffix('.py'))
     monkeypatch.setattr(sys, 'argv', call)
     args = module.parse_args()
     if call[0] == 'train_kd.py':
-        args.methods = train_kd_module.read_methods(args)
+        args.methods = {
+            token: [(part.name, part.weight, part.options) for part in parts]
+            for token, parts in module.read_methods(args).items()
+        }
+    if call[0] == 'train_dml.py':
+        _, weight, options = module.read_method(args)
+        args.methods = {args.kd_mode[0]: [(args.kd_mode[0], weight, options)]}
     return args
 
 
@@ -365,12 +380,25 @@ def test_the_example_commands_parse(tmp_path, monkeypatch):
     calls = commands(tmp_path, 'cifar10')
     assert calls[0][:3] == ['-m', 'dataset.download', 'cifar10'] and calls[-1][0] == 'tools/table.py'
     scripts = [parsed(call, monkeypatch) for call in calls[1:-1]]
-    assert [call[0] for call in calls[1:-1]] == ['train_base.py', 'train_base.py', 'train_kd.py']
     assert all(a.data_name == 'cifar10' and a.img_root == './my data' and a.resume == 'auto' for a in scripts)
-    teacher, student, kd = scripts
-    assert (teacher.net_name, student.net_name) == (kd.t_name, kd.s_name)
-    assert kd.t_model == f'./save/{teacher.note}/net.pt' and kd.s_init == f'./save/{student.note}/initial.pt'
-    assert set(kd.methods) == set(METHODS), 'the script trains every method of the table'
+    teacher, student, kd, *others = scripts
+    assert (teacher.net_name, student.net_name) == (kd.t_name[0], kd.s_name)
+    for run in [a for a in (kd, *others) if hasattr(a, 's_init')]:
+        assert run.s_init == f'./save/{student.note}/initial.pt' and len(run.methods) <= 8
+        own = list(run.methods) == ['tfkd_self']  # its teacher is the student alone
+        assert run.t_model == [f'./save/{student.note if own else teacher.note}/net.pt']
+    trained = [name for run in (kd, *others) for name in run.methods]
+    assert sorted(trained) == sorted(METHODS), 'the script trains every method of the table, once'
+
+
+def test_dry_run_prints_and_does_nothing(tmp_path, monkeypatch):
+    done = subprocess.run(
+        ['bash', str(ROOT / 'example_train_script.sh'), '--dry-run', 'quick'], capture_output=True, text=True,
+        env={**os.environ, 'IMG_ROOT': './my data'},
+    )  # fmt: skip
+    printed = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and [words[0] for words in printed] == ['python'] * len(printed)
+    assert [words[1:] for words in printed] == commands(tmp_path, 'quick')
 
 
 @pytest.mark.parametrize('name', sorted(METHODS))

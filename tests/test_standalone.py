@@ -49,15 +49,14 @@ try:
     loss, c = make(6), 6
 except ValueError:  # a method for equal channels
     loss, c = make(4), 4
-maps, c_t = [(5, 4, 6, 6), (5, 8, 3, 3)], c
-shapes = {
-    (5, 7): 'out_s out_t out out_pair out_a out_b out_1 out_2 out_leader attacked_out_s attacked_out_t',
-    (5, 4): 'feat_s feat_a feat_b feat feat_mid', (5, c_t): 'feat_t', (20, 28): 'joint_out',
-    (5, 4, 6, 3): 'fm_s', (5, c_t, 6, 3): 'fm_t', (5, 7, 4, 4): 'cam_s', (5, 7, 8, 8): 'cam_t',
-    (5, 7, 21): 'patch_s patch_t', maps[0]: 'fm fm_s1 fm_t1', maps[1]: 'fm_next fm_s2 fm_t2',
-}
-shapes = {name: shape for shape, names in shapes.items() for name in names.split()} | (
-    {'feat_t': (5, c_t), 'fm_t': (5, c_t, 6, 3)})
+maps = [(5, 4, 6, 6), (5, 8, 3, 3)]
+pairs = [
+    ((5, 7), 'out_s out_t out out_pair out_a out_b out_1 out_2 out_leader attacked_out_s attacked_out_t'),
+    ((5, 4), 'feat_s feat_a feat_b feat feat_mid'), ((5, c), 'feat_t'), ((20, 28), 'joint_out'),
+    ((5, 4, 6, 3), 'fm_s'), ((5, c, 6, 3), 'fm_t'), ((5, 7, 4, 4), 'cam_s'), ((5, 7, 8, 8), 'cam_t'),
+    ((5, 7, 21), 'patch_s patch_t'), (maps[0], 'fm fm_s1 fm_t1'), (maps[1], 'fm_next fm_s2 fm_t2'),
+]
+shapes = {name: shape for shape, names in pairs for name in names.split()}
 shapes |= {name: [(5, 7), (5, 7)] for name in 'outs outs_1 outs_2 outs_t peers outs_mix'.split()}
 shapes |= {'feats': [(5, 4), (5, 4)], 'fms_s': maps, 'fms_t': maps}
 shapes |= {name: [*maps, (5, 8), (5, 7)] for name in ('irg_s', 'irg_t')}

@@ -70,10 +70,23 @@ def test_base_writes_everything(script, tmp_path):
     assert measured['top1'] == pytest.approx(result['last']['top1'])
 
 
+STUDENTS = [name for name, m in METHODS.items() if not m.peers]
+PEERS = [name for name, m in METHODS.items() if m.peers]
+# one of each kind of need: plain, adapters, maps before the ReLU, a sum, memory, a phase first, modules that
+# learn first, a vocabulary, image gradients, map gradients, attacked images, a partner, two views, a strong view,
+# a changed student, two backward passes, mixed paths, whole batches, past epochs, past batches, random masks
+KINDS = (
+    'st vid ofd fitnet pkt+st rkd crd ab ft quest sobolev lwm bss cskd ddgsd mlkd_strong sla simkd norm dot'
+)
+KINDS = f'{KINDS} mhgd fcfd semckd pskd dlb mgd dgkd'.split()
+SMALL = ('--kd_args', 'quest.num_words=50')
+GENTLE = ('--lambda_kd', 'semckd=1')  # 400 is for a tenth of this learning rate
+
+
 def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
-    """All methods and a sum in one process, then some of them alone: equal bit for bit, adapters included."""
-    tokens = [*METHODS, 'pkt+st']
-    together = train_kd(*tokens, '--note', 'all')
+    """All methods and a sum in one process, then one of each kind alone: equal bit for bit, losses included."""
+    tokens = [*STUDENTS, 'pkt+st']
+    together = train_kd(*tokens, '--note', 'all', *SMALL, *GENTLE)
     assert together.code == 0, together.err
     assert 'teacher resnet8: top-1' in together.out
     for token in tokens:
@@ -81,17 +94,126 @@ def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
         result = json.loads((folder / 'results.json').read_text())
         assert result['method'] == token and result['trained_with'] == tokens and len(result['curve']) == 2
         assert {p.name for p in folder.iterdir()} >= {'best.pt', 'last.pt', 'student.pt', 'metrics.csv'}
-        load_weights(build('resnet8', 10), folder / 'student.pt')
-        assert any(float(r['kd']) != 0 for r in rows(folder))  # a ramp may begin at 0
-    states = {token: weights(tmp_path / 'all' / token)['net']['conv1.weight'] for token in tokens}
-    assert len({tuple(w.flatten().tolist()) for w in states.values()}) == len(tokens), (
-        'two methods gave one student'
-    )
-    for token in ('st', 'vid', 'ofd', 'fitnet', 'pkt+st', 'rkd'):
-        assert train_kd(token, '--note', 'alone').code == 0
+        if token not in ('norm', 'simkd'):  # their students are other networks
+            load_weights(build('resnet8', 10), folder / 'student.pt')
+        assert any(float(r['kd'] or 0) != 0 for r in rows(folder)) or token in ('sad', 'bss')  # ramps
+    states = {token: weights(tmp_path / 'all' / token)['net'] for token in tokens}
+    firsts = [next(w for k, w in net.items() if k.endswith('conv1.weight')) for net in states.values()]
+    distinct = len({tuple(w.flatten().tolist()) for w in firsts})
+    assert distinct == len(tokens), 'two methods gave one student'
+    assert all(torch.isfinite(x).all() for net in states.values() for x in net.values())
+    for token in KINDS:
+        extra = [*(SMALL if token == 'quest' else ()), *(GENTLE if token == 'semckd' else ())]
+        assert train_kd(token, '--note', 'alone', *extra).code == 0
         a, b = weights(tmp_path / 'all' / token), weights(tmp_path / 'alone' / token)
-        assert same(a['net'], b['net']) and same(a['kd'], b['kd']) and same(a['opt'], b['opt'])
+        for part in ('net', 'opt'):
+            assert same(a[part], b[part]), f'{token}: {part}'
+        assert {k for k in a['kd']} == {k for k in b['kd']} and same(tensors(a['kd']), tensors(b['kd'])), (
+            token
+        )
         assert rows(tmp_path / 'all' / token) == rows(tmp_path / 'alone' / token)
+
+
+def tensors(state: dict) -> dict:
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def test_phases(train_kd, tmp_path):
+    """The loss alone, or its own modules, before the training; scaled to the length of the run."""
+    done = train_kd('ab', 'ft', 'st', '--note', 'p', '--init_epochs', '2', '--pretrain_epochs', '1')
+    assert done.code == 0, done.err
+    runs = {token: rows(tmp_path / 'p' / token) for token in ('ab', 'ft', 'st')}
+    phases = {token: [(r['epoch'], r['phase']) for r in run] for token, run in runs.items()}
+    train = [('1', 'train'), ('2', 'train')]
+    assert phases['ab'] == [('-1', 'init'), ('0', 'init'), *train] and phases['st'] == train
+    assert phases['ft'] == [('0', 'pretrain'), *train]
+    first = rows(tmp_path / 'p' / 'ab')[0]
+    assert first['ce'] == first['test_top1'] == '' and float(first['kd']) > 0 and float(first['lr']) == 0.01
+    assert [float(r['kd']) for r in rows(tmp_path / 'p' / 'ab')[2:]] == [0, 0], 'afterwards the loss rests'
+    result = json.loads((tmp_path / 'p' / 'ab' / 'results.json').read_text())
+    assert len(result['curve']) == 2 and result['last']['epoch'] == 2
+    assert result['recipe']['before'] == [0, 2]
+    eight = ('--epochs', '8', '--data_name', 'shapes:96', '--batch_size', '32')
+    assert train_kd('ab', '--note', 'q', *eight).code == 0
+    phases = [r['phase'] for r in rows(tmp_path / 'q' / 'ab')]
+    assert phases == ['init'] * 2 + ['train'] * 8, '50 of 200 epochs'
+
+
+def test_initialisation_leaves_the_classifier_alone(train_kd, tmp_path, monkeypatch):
+    import train_kd as module
+
+    seen = {}
+    real = module.begin_epoch
+
+    def spy(run, epoch, args, device):
+        lr = real(run, epoch, args, device)
+        seen[epoch] = [x.clone() for x in (run.net.fc.weight, run.net.conv1.weight)]
+        seen[f'momentum {epoch}'] = len(run.opt.state)
+        return lr
+
+    monkeypatch.setattr(module, 'begin_epoch', spy)
+    assert train_kd('fsp', '--note', 'p', '--init_epochs', '2').code == 0
+    assert torch.equal(seen[-2][0], seen[0][0]) and not torch.equal(seen[-2][1], seen[0][1])
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert seen['momentum -1'] > 0 and seen['momentum 0'] == 0 and seen['momentum 1'] > 0
+
+
+def test_several_teachers(train_kd, teacher, script, tmp_path):
+    two = ('--t_name', 'resnet8', 'resnet8', '--t_model', teacher, teacher)
+    words = ('train_kd', '--s_name', 'resnet8', *TINY, '--kd_args', 'drop=0', *two)
+    assert script(*words, '--kd_mode', 'dgkd', '--note', 'two').code == 0
+    assert train_kd('dgkd', '--note', 'one').code == 0
+    a, b = rows(tmp_path / 'two' / 'dgkd')[0], rows(tmp_path / 'one' / 'dgkd')[0]
+    assert float(a['kd']) > float(b['kd'])
+    assert (
+        json.loads((tmp_path / 'two' / 'dgkd' / 'results.json').read_text())['teacher'] == 'resnet8+resnet8'
+    )
+
+
+def test_no_teacher_is_needed_where_none_is_used(script, tmp_path):
+    done = script(
+        'train_kd', '--s_name', 'resnet8', *TINY, '--kd_mode', 'cskd', 'tfkd', 'sla', '--note', 'self'
+    )
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / 'self' / 'sla' / 'results.json').read_text())['teacher'] is None
+
+
+@pytest.mark.parametrize('method', PEERS)
+def test_peers(script, tmp_path, method):
+    nets = ('--net_names', 'resnet8', 'resnet8')
+    done = script('train_dml', '--kd_mode', method, *nets, '--note', 'm', *TINY)
+    assert done.code == 0, done.err
+    folder = tmp_path / 'm'
+    result = json.loads((folder / 'results.json').read_text())
+    assert result['method'] == method and result['net1']['name'] == 'resnet8'
+    last = rows(folder)[-1]
+    assert result['last']['top1'] == pytest.approx((result['net1']['top1'] + result['net2']['top1']) / 2)
+    measured = []
+    for k in (1, 2):  # the saved networks are the measured ones, by themselves
+        net = build('resnet8', 10)
+        load_weights(net, folder / f'net{k}.pt')
+        test = utils.dataset.load('shapes:96', folder)[1]
+        measured.append(utils.evaluate(net, test, utils.autocast(torch.device('cpu'), 'off'))['top1'])
+        assert measured[-1] == pytest.approx(result[f'net{k}']['top1'])
+        assert float(last[f'net{k}_test_top1']) == pytest.approx(measured[-1], abs=1e-3)
+    assert 'ensemble' in done.out and 0 <= result['ensemble']['top1'] <= 100
+    state = weights(folder)['net']
+    firsts = [x for key, x in state.items() if key.endswith(('fc.weight', 'linear.weight'))]
+    assert not torch.equal(firsts[0], firsts[1]), 'the networks must differ'
+
+
+def test_peers_of_other_kinds(script, tmp_path):
+    three = ('--net_names', 'resnet8', 'wrn_16_1', 'resnet14')
+    for method, words in (('dml', ()), ('kdcl', ('--kd_args', 'mode=general', '--val_split', '0.2')),
+                          ('onadvfd', ()), ('okddip', ())):  # fmt: skip
+        done = script('train_dml', '--kd_mode', method, *three, '--note', method, *TINY, *words)
+        assert done.code == 0, done.err
+    result = json.loads((tmp_path / 'kdcl' / 'results.json').read_text())
+    assert result['net3']['name'] == 'resnet14' and result['best']['selected_on'] == 'validation split'
+    mistake = script(
+        'train_dml', '--kd_mode', 'kdcl', *three, '--note', 'x', *TINY, '--kd_args', 'mode=general'
+    )
+    assert mistake.code == 2 and '--val_split' in mistake.err
 
 
 def test_weight_zero_is_the_baseline(script, train_kd, tmp_path):
