@@ -17,7 +17,6 @@ confident student; here every logarithm is a logsumexp, equal to theirs to round
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -70,9 +69,10 @@ class DKD(nn.Module):
 def _log_probabilities(z: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p_y (N,), log(1 - p_y) (N,), and the log-softmax over the other classes (N, K), -inf at y."""
     others = z.masked_fill(is_y, -torch.inf)
-    total, rest = z.logsumexp(dim=1), others.logsumexp(dim=1)
-    z_y = z.masked_fill(~is_y, 0.0).sum(dim=1)
-    return z_y - total, rest - total, F.log_softmax(others, dim=1)
+    rest = others.logsumexp(dim=1)
+    z_y = torch.where(is_y, z, 0.0).sum(dim=1)
+    total = torch.logaddexp(z_y, rest)
+    return z_y - total, rest - total, others - rest[:, None]
 
 
 def _kl(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:

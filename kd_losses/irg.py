@@ -78,9 +78,22 @@ def _edges(x: Tensor) -> Tensor:
     x = x.flatten(1)
     x = x - x.mean(dim=0)  # |a|^2 + |b|^2 - 2ab loses fewer digits around the centre
     square = x.square().sum(dim=1)
-    a = torch.addmm(square[:, None] + square[None, :], x, x.T, alpha=-2).clamp(min=1e-12)
+    a = (square[:, None] + square[None, :] - 2 * _Gram.apply(x)).clamp(min=1e-12)
     a = a.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
     return a / a.amax().clamp(min=1e-12)
+
+
+class _Gram(torch.autograd.Function):
+    """X X^T, with the one matrix product its gradient needs: (G + G^T) X. Autograd would run two."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ x.T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return (grad + grad.T) @ ctx.saved_tensors[0]
 
 
 def _changes(fm1: Tensor, fm2: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class TfKDReg(nn.Module):
         out_s = _full(out_s)
         classes = torch.arange(out_s.shape[1], device=out_s.device)
         wrong = (1 - self.correct_prob) / (out_s.shape[1] - 1)
-        p = torch.where(target[:, None] == classes, self.correct_prob, wrong).to(out_s.dtype)
+        p = torch.full_like(out_s, wrong).masked_fill(target[:, None] == classes, self.correct_prob)
         log_q = F.log_softmax((p if self.variant == 'code' else p.log()) / self.T, dim=1)
         kl = (log_q.exp() * (log_q - F.log_softmax(out_s, dim=1))).sum(dim=1).mean()
         factor = self.multiplier / out_s.shape[1] if self.variant == 'code' else 1

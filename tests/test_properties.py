@@ -1,7 +1,9 @@
 """What the papers promise, and independent slow forms of what the files compute cleverly."""
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,8 +28,41 @@ from kd_losses import (
     FitNet,
     Logits,
     SoftTarget,
+    apart,
 )
+from kd_losses.ab import AB
+from kd_losses.adain import AdaINKD
+from kd_losses.bss import BSS, BSSAttacker, sample_attack_class, select_base_samples
+from kd_losses.catkd import CATKD, to_cam
+from kd_losses.cskd import CSKD
+from kd_losses.ctkd import CTKD, cosine_lambda
+from kd_losses.dcm import DCM
+from kd_losses.ddgsd import DDGSD
+from kd_losses.dgkd import DGKD
+from kd_losses.dlb import DLB
+from kd_losses.dml import DML
+from kd_losses.dot import DOT
+from kd_losses.fcfd import FCFD, ghost_statistics
+from kd_losses.fsp import FSP
+from kd_losses.ft import FT
+from kd_losses.kdcl import KDCL, general_weights
+from kd_losses.lwm import LwM, grad_cam
+from kd_losses.mhgd import MHGD, clipped
+from kd_losses.norm import NORM, FeatureTransform
 from kd_losses.ofakd import OFAExit
+from kd_losses.okddip import OKDDip
+from kd_losses.onadvfd import Adversaries
+from kd_losses.one import ONE
+from kd_losses.pskd import PSKD, pskd_loss
+from kd_losses.quest import QuEST, fit_centroids
+from kd_losses.sad import SAD
+from kd_losses.semckd import SemCKD
+from kd_losses.simkd import SimKD
+from kd_losses.sla import SLA, rotations
+from kd_losses.sobolev import Sobolev
+from kd_losses.tfkd import TfKDReg, TfKDSelf
+from kd_losses.uskd import USKD
+from kd_losses.vkd import VkD
 from tests.test_contract import build, call, relay, world
 
 
@@ -417,3 +452,425 @@ def test_kdsvd_does_not_depend_on_scale_or_degenerate_maps():
     constant = [torch.ones_like(x).requires_grad_() for x in s]  # all singular values but one vanish
     KDSVD(k=2)(constant, t).backward()
     assert all(torch.isfinite(x.grad).all() for x in constant)
+
+
+# ------------------------------------------------------- two phases, gradients, attacks, changed students
+
+
+def test_fsp_and_ft_are_zero_for_equal_maps_and_ft_ignores_scale():
+    a, b = rand(4, 3, 6, 6), rand(4, 5, 3, 3, seed=1)
+    for pool in ('avg', 'max'):
+        near(FSP(pool)(a, b, a, b), 0)
+        assert FSP(pool)(a, b, a, 2 * b) > 1e-3
+    near(FT()(a, 7 * a), 0)
+    near(FT()(a, -a), 2 * F.normalize(a.flatten(1), dim=1).abs().mean())
+    near(FSP()(a, b, a.flip(0), b.flip(0)), FSP()(a.flip(0), b.flip(0), a, b))
+
+
+def test_ab_only_cares_for_the_side():
+    t = rand(4, 3, 5, 5)
+    loss = AB(margin=0.5)
+    near(loss(t.sign() * 0.5001, t), 0)  # beyond the margin on the right side
+    near(loss(torch.zeros_like(t), t), 0.25)
+    near(loss(-t.sign(), t), 1.5**2)
+    s = rand(4, 3, 5, 5, seed=1)
+    near(loss(s, t), loss(s, 100 * t))
+
+
+def test_lwm_sees_the_last_stage_and_ignores_scale():
+    """Grad-CAM before average pooling and a linear layer: the seed zoo's wrong map gives exactly 0 there."""
+    W, y = rand(5, 3), torch.arange(4)
+    maps = [rand(4, 3, 6, 6, seed=k).requires_grad_() for k in (1, 2)]
+    outs = [fm.mean(dim=(2, 3)) @ W.T for fm in maps]
+    assert LwM()(outs[0], maps[0], outs[1], maps[1], y) > 1e-3
+    near(LwM()(outs[0], maps[0], outs[0], maps[0], y), 0)
+    near(grad_cam(outs[0], maps[0], y), (W[y][:, :, None, None] * maps[0]).sum(dim=1).relu() / 36)
+    with pytest.raises(ValueError, match='require grad'):
+        LwM()(outs[0], maps[0], outs[1].detach(), maps[1], y)
+    fine, coarse = maps[0], F.avg_pool2d(maps[1], 2)
+    assert LwM()(outs[0], fine, coarse.mean(dim=(2, 3)) @ W.T, coarse, y).isfinite()
+
+
+def test_sobolev_ignores_the_size_of_the_gradient():
+    img, y = rand(4, 6).requires_grad_(), torch.arange(4)
+    out = (img @ rand(6, 5, seed=1)).tanh()
+    near(Sobolev()(out, 3 * out, img, y), 0)
+    near(Sobolev()(out, -out, img, y), 4 / 6)  # opposite unit vectors, mean over six pixels
+    with pytest.raises(ValueError, match='requires_grad_'):
+        Sobolev()(out.detach(), out, img, y)
+    dead = out * 0
+    loss = Sobolev()(dead, out, img, y)
+    assert loss.isfinite() and torch.autograd.grad(loss, img)[0].isfinite().all()
+
+
+@pytest.mark.parametrize('score', ['logit', 'prob'])
+def test_bss_attacks_reach_the_boundary(score):
+    W = rand(2, 12)
+
+    def model(x):
+        return x @ W.T
+
+    img = rand(64, 12, seed=1)
+    target = model(img).argmax(dim=1)
+    attacker = BSSAttacker(num_steps=300, clip=(-50, 50), score=score)
+    attacked = attacker.attack(model, img, target, 1 - target)
+    gaps = [(z[:, 0] - z[:, 1]).abs() for z in (model(img), model(attacked))]
+    assert gaps[1].mean() < gaps[0].mean() / 4 and not attacked.requires_grad
+    untouched = attacker.attack(model, img, 1 - target, target)  # not seen as its class: nothing to do
+    near(untouched, img)
+
+
+def test_bss_survives_everything():
+    out = 60 * torch.eye(5, dtype=torch.float64)  # saturated: the probability's gradient underflows
+    W = (300 * torch.eye(5)).requires_grad_()
+    img = torch.eye(5)
+    classes = torch.arange(5)
+    attacked = BSSAttacker(score='prob').attack(lambda x: x @ W, img, classes, classes.roll(1))
+    assert attacked.isfinite().all() and W.grad is None
+    wrong = torch.arange(5).roll(1)
+    assert len(select_base_samples(out, out, wrong, 3)) == 0
+    empty = BSS()(out[:0].requires_grad_(), out[:0])
+    assert empty == 0 and empty.requires_grad
+    one = select_base_samples(out[:1], out[:1], torch.tensor([0]), 3)
+    assert one.tolist() == [0]
+    few = select_base_samples(out, out, torch.tensor([0, 1, 9, 9, 4]), 5)
+    assert few.tolist() == [0, 1, 4], 'fewer candidates than slots: by index'
+    images, valid = BSS(attack_size=4).attack(lambda x: x @ W, img, out, out, wrong)
+    assert images.shape == (4, 5) and not valid.any()
+    assert BSS()(rand(4, 5).requires_grad_(), rand(4, 5), valid) == 0
+
+
+def test_bss_draws_classes_by_probability():
+    out = torch.tensor([[5.0, 1.0, 2.0, 0.0]], dtype=torch.float64)
+    p = out.softmax(dim=1)[0]
+    u = torch.linspace(0, 1 - 1e-9, 20001, dtype=torch.float64)
+    classes = sample_attack_class(out.expand(20001, -1), torch.arange(20001), u)
+    share = torch.bincount(classes, minlength=4) / 20001
+    near(share[1:], p[1:] / p[1:].sum(), 1e-3)
+    assert share[0] == 0
+
+
+def test_quest_k_means_finds_clusters():
+    centres = 10 * rand(4, 3)
+    x = (centres[:, None] + 0.1 * rand(4, 50, 3, seed=1)).flatten(0, 1)
+    best = None
+    for seed in range(5):
+        c = fit_centroids(x, 4, generator=torch.Generator().manual_seed(seed))
+        error = torch.cdist(x, c).min(dim=1).values.square().mean()
+        best = error if best is None else min(best, error)
+    near(best, 0.03, 0.01)
+    with pytest.raises(ValueError, match='need as many features'):
+        fit_centroids(x[:3], 4)
+    loss = QuEST(2, 3, 4, centroids=centres.float()).double()
+    s, t = rand(2, 2, 3, 3), rand(2, 3, 3, 3, seed=2)
+    p = (-5 * torch.cdist(t.permute(0, 2, 3, 1).reshape(-1, 3), loss.centroids).square()).softmax(dim=1)
+    w = F.normalize(loss.weight, dim=1)
+    q = (loss.scale * F.normalize(s.permute(0, 2, 3, 1).reshape(-1, 2), dim=1) @ w.T).log_softmax(dim=1)
+    near(loss(s, t), F.kl_div(q, p, reduction='batchmean'), 1e-6)
+    near(loss(s, F.interpolate(t, scale_factor=2)), loss(s, t), 1e-6)
+
+
+def test_vkd_stays_orthonormal_while_it_learns():
+    for s_dim, t_dim in ((4, 7), (7, 4), (5, 5)):
+        loss = VkD(s_dim, t_dim)
+        opt = torch.optim.SGD(loss.parameters(), 0.5)
+        s, t = torch.randn(9, s_dim), torch.randn(9, t_dim)
+        first = float(loss(s, t))
+        for _ in range(20):
+            opt.zero_grad()
+            loss(s, t).backward()
+            opt.step()
+        W = loss.projection.weight
+        gram = W.T @ W if t_dim >= s_dim else W @ W.T
+        torch.testing.assert_close(gram, torch.eye(min(s_dim, t_dim)), atol=1e-5, rtol=0)
+        assert float(loss(s, t)) < first
+
+
+def test_norm_and_catkd_and_simkd():
+    t = rand(3, 4, 6, 6)
+    near(NORM(1)(t, t), 0)
+    s = rand(3, 8, 3, 3, seed=1)
+    near(NORM(2)(s, t), sum(F.mse_loss(s[:, 4 * r : 4 * r + 4], F.max_pool2d(t, 2)) for r in (0, 1)))
+    transform = FeatureTransform(4, 4, 1)
+    assert all(torch.equal(a, t) for a in transform(t)) and not list(transform.parameters())
+    block = FeatureTransform(4, 5, 3).double().eval()
+    x = rand(2, 4, 3, 3, seed=2)
+    flat = block(x)[1].permute(0, 2, 3, 1).reshape(-1, 4)
+    inputs = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, 4), torch.ones(18, 1, dtype=x.dtype)], dim=1)
+    near(inputs @ torch.linalg.lstsq(inputs, flat).solution, flat, 1e-8)  # one affine map in use
+
+    cam = rand(3, 5, 4, 4)
+    near(CATKD()(cam, 9 * cam), 0)
+    near(CATKD(normalize=False)(cam, 2 * cam), F.adaptive_avg_pool2d(cam, 2).square().mean())
+    fm, W = rand(2, 3, 4, 4), rand(5, 3, seed=1)
+    near(to_cam(fm, W).mean(dim=(2, 3)), fm.mean(dim=(2, 3)) @ W.T)
+
+    loss = SimKD(3, 4).double().eval()
+    fm_s, fm_t = rand(2, 3, 8, 8), rand(2, 4, 4, 4, seed=1)
+    loss(fm_s, fm_t)
+    layer = torch.nn.Linear(4, 6).double()
+    near(loss.predict(fm_s, layer), layer(loss.project(fm_s, (4, 4)).mean(dim=(2, 3))))
+    fresh = SimKD(3, 4).double().eval()
+    fresh.load_state_dict(loss.state_dict())  # the size of the teacher's map survives
+    near(fresh.predict(fm_s, layer), loss.predict(fm_s, layer))
+
+
+def test_semckd_attends_to_all_teacher_layers():
+    loss = SemCKD([3, 4], [5, 6, 7], 6, factor=4).double()  # 6 // 4: a width of one
+    s = [rand(6, 3, 8, 8), rand(6, 4, 4, 4)]
+    t = [rand(6, 5, 8, 8, seed=1), rand(6, 6, 6, 6, seed=1), rand(6, 7, 2, 2, seed=1)]
+    w, m = loss.terms(s, t)
+    assert w.shape == m.shape == (6, 2, 3)
+    near(w.sum(dim=2), torch.ones(6, 2))
+    with torch.no_grad():
+        for net in [*loss.query, *loss.key]:
+            for p in net.parameters():
+                p.zero_()
+    near(loss.terms(s, t)[0], torch.full((6, 2, 3), 1 / 3, dtype=torch.float64))
+
+
+def test_fcfd_leaves_the_running_statistics_alone():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    before = copy.deepcopy(net.state_dict())
+    with ghost_statistics(net):
+        net(torch.randn(5, 3, 6, 6))
+    assert torch.equal(net[1].running_mean, before['1.running_mean'])
+    assert torch.equal(net[1].running_var, before['1.running_var'])
+    net(torch.randn(5, 3, 6, 6))
+    assert not torch.equal(net[1].running_mean, before['1.running_mean'])
+    for ratio, size in ((1, 8), (2, 4), (0.5, 16)):
+        loss = FCFD([3], [5], [ratio])
+        assert loss.to_teacher(torch.randn(2, 3, 8, 8), 1).shape == (2, 5, size, size)
+        assert loss.to_student(torch.randn(2, 5, size, size), 1).shape == (2, 3, 8, 8)
+
+
+def test_adain_is_zero_for_equal_statistics():
+    fm = rand(3, 4, 5, 5)
+    shuffled = fm.flatten(2)[:, :, torch.randperm(25)].unflatten(2, (5, 5))  # other pixels, same statistics
+    W = rand(6, 4)
+
+    def tail(x):
+        return x.relu().mean(dim=(2, 3)) @ W.T
+
+    near(AdaINKD()(shuffled, fm, tail(fm), tail), 0)
+    assert AdaINKD()(2 * shuffled, fm, tail(fm), tail) > 1e-3
+
+
+# ------------------------------------------------------------------------------- temperatures and optimisers
+
+
+def test_ctkd_climbs_where_the_student_descends():
+    s, t = rand(6, 5), rand(6, 5, seed=1)
+    loss = CTKD().double()
+    assert [round(cosine_lambda(e), 6) for e in (0, 5, 10, 50)] == [0, 0.5, 1, 1]
+    loss(s, t, 0.0).backward()
+    near(loss.theta.grad, torch.zeros(1))
+    plain = loss.theta.detach().clone().requires_grad_()
+    T = 1 + 20 * torch.sigmoid(plain)
+    value = F.kl_div((s / T).log_softmax(dim=1), (t / T).softmax(dim=1), reduction='batchmean') * T.square()
+    value.sum().backward()
+    loss.theta.grad = None
+    loss(s, t, 0.7).backward()
+    near(loss.theta.grad, -0.7 * plain.grad)
+    near(loss(s, t, 0.3), SoftTarget(T=float(loss.temperature))(s, t), 1e-6)
+
+
+def test_dot_without_delta_is_sgd():
+    def train(step):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+        for k in range(4):
+            x = rand(7, 4, seed=k)
+            out = net(x)
+            step(net, F.cross_entropy(out, torch.arange(7) % 3), out.square().mean())
+        return torch.cat([p.flatten() for p in net.parameters()])
+
+    made = {}
+
+    def dot(net, task, kd):
+        opt = made.setdefault('dot', DOT(net.parameters(), 0.1, delta=0.0, weight_decay=0.01))
+        apart(opt, task, kd, 0)
+
+    def sgd(net, task, kd):
+        opt = made.setdefault('sgd', torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.01))
+        opt.zero_grad()
+        (task + kd).backward()
+        opt.step()
+
+    near(train(dot), train(sgd))
+    for wrong in ({'delta': 0.2}, {'delta': -0.1}, {'momentum': 0.05, 'delta': 0.1}):
+        with pytest.raises(ValueError, match='delta'):
+            DOT([torch.zeros(2, requires_grad=True)], 0.1, **wrong)
+
+
+# ------------------------------------------------------------------------- peers and self-distillation
+
+
+def test_equal_peers_learn_nothing_from_each_other():
+    out = rand(6, 5)
+    near(DML()(out, [out, out.clone()]), 0)
+    a, b = rand(6, 5, seed=1), rand(6, 5, seed=2)
+    near(DML('sum')(out, [a, b]), 2 * DML()(out, [a, b]))
+    near(DML()(out, a), SoftTarget(T=1.0)(out, a))
+    target = torch.arange(6) % 5
+    hard, soft = DCM().terms([out, a], [out, a], target)
+    near(soft, 2 * (SoftTarget(T=1.0)(out, a) + SoftTarget(T=1.0)(a, out)), 1e-6)
+    near(hard, 2 * (F.cross_entropy(out, target) + F.cross_entropy(a, target)))
+
+
+def test_kdcl_combinations():
+    outs, y = rand(3, 8, 5), torch.arange(8) % 5
+    low = KDCL().combine(outs, y)
+    near(low.gather(1, y[:, None]), torch.zeros(8, 1))
+    assert all((low <= z - z.gather(1, y[:, None]) + 1e-12).all() for z in outs)
+    ce = torch.stack([F.cross_entropy(z, y, reduction='none') for z in outs])
+    near(F.cross_entropy(KDCL('naive').combine(outs, y), y, reduction='none'), ce.min(dim=0).values)
+    two = outs[:2]
+    mixed = F.cross_entropy(KDCL('linear').combine(two, y), y, reduction='none')
+    grid = torch.stack([F.cross_entropy(a * two[0] + (1 - a) * two[1], y, reduction='none')
+                        for a in torch.linspace(0, 1, 1001, dtype=torch.float64)])  # fmt: skip
+    near(mixed, grid.min(dim=0).values, 1e-2)
+    weights = general_weights(outs.softmax(dim=2), F.one_hot(y, 5))
+    near(weights.sum(), 1)
+    assert general_weights(torch.stack([outs[0]] * 2).softmax(dim=2), F.one_hot(y, 5)).isfinite().all()
+
+
+def test_one_and_okddip_ensembles():
+    outs, feat, y = rand(3, 6, 5), rand(6, 4, seed=1), torch.arange(6) % 5
+    loss = ONE(4).double()
+    loss(outs, feat, y)
+    assert ((loss.ensemble <= outs.amax(dim=0) + 1e-9) & (loss.ensemble >= outs.amin(dim=0) - 1e-9)).all()
+    assert loss(outs[:, :1], feat[:1], y[:1]).isfinite(), 'a batch of one'
+    peers = OKDDip(4).double()
+    feats = rand(3, 6, 4, seed=2)
+    near(peers.attention(feats).sum(dim=2), torch.ones(6, 3))
+    same = torch.stack([outs[0]] * 3)
+    near(peers.targets(same, feats)[:, :, 1], outs[0])
+    leaf = outs.clone().requires_grad_()
+    OKDDip(4, detach=True).double()(leaf, feats, rand(6, 5, seed=3), y).backward()
+    assert leaf.grad is not None
+
+
+def test_self_distillation_at_its_limits():
+    out, y, index = rand(6, 5), torch.arange(6) % 5, torch.arange(6)
+    ce = F.cross_entropy(out, y)
+    near(CSKD()(out, out), 0)
+    near(DLB()(out, y), ce)  # the first step
+    now, then = rand(4, 5, seed=1), rand(4, 5, seed=2)
+    both = F.cross_entropy(torch.cat([now, out]), torch.cat([y[:4], y]))
+    near(DLB(T=2.0)(out, y, now, then, y[:4]), both + SoftTarget(T=2.0)(now, then))
+    near(pskd_loss(out, rand(6, 5), y, 0.0), ce)
+    memory = PSKD(6, 5, alpha_T=0.8, total_epochs=10).double()
+    near(memory(out, y, index, 0), ce)  # nothing is remembered yet
+    near(memory.memory, out.softmax(dim=1), 1e-6)
+    other = rand(6, 5, seed=3)
+    expected = pskd_loss(other, out.softmax(dim=1), y, 0.8 * 6 / 10)
+    near(memory.eval()(other, y, index, 5), expected, 1e-6)
+    near(memory.memory, out.softmax(dim=1), 1e-6)  # nothing is remembered in eval mode
+    smooth = TfKDReg(alpha=1.0, variant='paper', T=1.0, correct_prob=0.7)(out, y)
+    p = torch.full((6, 5), 0.3 / 4, dtype=torch.float64).scatter(1, y[:, None], 0.7)
+    near(smooth, F.kl_div(out.log_softmax(dim=1), p, reduction='batchmean'))
+    own = TfKDSelf(T=2.0, alpha=0.5, multiplier=5.0)(out, other, y)
+    near(own, 0.5 * ce + 0.5 * SoftTarget(T=2.0)(out, other))
+    feats = rand(6, 3)
+    near(DDGSD()(out, out, feats, feats, y), 2 * ce)
+    near(DGKD(drop=0)(out, [other], y), 0.4 * ce + 0.6 * SoftTarget(T=5.0)(out, other))
+    kept = [int(DGKD(drop=2)._draw(4, 'cpu', None).sum()) for _ in range(20)]
+    assert kept == [2] * 20 and DGKD(drop=9)._draw(3, 'cpu', None).sum() == 1
+
+
+def test_sad_enlarges_the_deeper_attention():
+    fm, deep = rand(2, 3, 8, 8), rand(2, 5, 4, 4, seed=1)
+    near(SAD()(fm, fm), 0)
+    energy = deep.square().sum(dim=1, keepdim=True)
+    energy = F.interpolate(energy, size=(8, 8), mode='bilinear', align_corners=False)
+    expected = F.mse_loss(fm.square().sum(dim=1).flatten(1).softmax(dim=1), energy.flatten(1).softmax(dim=1))
+    near(SAD()(fm, deep), expected)
+    near(SAD()(1e3 * fm, 1e3 * fm), 0)
+
+
+def test_sla_aggregates_rotations():
+    img = rand(2, 3, 4, 4)
+    turned = rotations(img)
+    assert torch.equal(turned[0], img[0]) and torch.equal(turned[4], img[1])
+    assert torch.equal(turned[1], img[0].rot90(1, (1, 2))) and torch.equal(turned[3].rot90(1, (1, 2)), img[0])
+    joint = rand(8, 20)
+    agg = SLA().aggregate(joint)
+    for n in range(2):
+        for k in range(5):
+            near(agg[n, k], sum(joint[4 * n + j, 4 * k + j] for j in range(4)) / 4)
+
+
+def test_uskd_ranks_all_classes():
+    loss = USKD(3, 4).double()
+    out = torch.tensor([[4.0, 3.0, 2.0, 1.0]], dtype=torch.float64)
+    with torch.no_grad():
+        for p in loss.parameters():
+            p.zero_()
+    z = loss._ranks(out.log_softmax(dim=1), torch.zeros(1, 4, dtype=torch.float64), torch.tensor([1]),
+                    torch.tensor([[False, True, False, False]]))  # fmt: skip
+    expected = torch.tensor([[1, 0, 1 / 3, 1 / 4]], dtype=torch.float64)
+    near(z, expected / expected.sum())
+
+
+def test_onadvfd_adversaries_tell_maps_apart():
+    torch.manual_seed(0)
+    rivals = Adversaries([4, 6])
+    fms = [torch.randn(16, 4, 8, 8).requires_grad_(), (3 + torch.randn(16, 6, 8, 8)).requires_grad_()]
+    opt = torch.optim.Adam(rivals.parameters(), 1e-2)
+    first = float(rivals.d_loss(fms))
+    for _ in range(30):
+        opt.zero_grad()
+        rivals.d_loss(fms).backward()
+        opt.step()
+    assert all(fm.grad is None for fm in fms) and float(rivals.d_loss(fms)) < first / 3
+    rivals.g_loss(fms).backward()
+    assert all(fm.grad.abs().max() > 0 for fm in fms)
+
+
+def test_mhgd_against_a_slow_second_form():
+    """Singular vectors by numpy, one sample, one head, one row at a time."""
+    dims, N, heads = [3, 5], 4, 2
+    s, t = ([rand(N, c, 6, 5, seed=k + c) for c in dims] for k in (0, 10))
+    torch.manual_seed(0)
+    loss = MHGD(dims, heads).double()
+    loss.pretrain_loss(t)  # moves the batch norms' statistics
+    vectors = {}
+    for side, maps in (('t', t), ('s', s)):
+        for level, fm in enumerate(maps):
+            rows = []
+            for n in range(N):
+                right = np.linalg.svd(fm[n].flatten(1).T.numpy())[2]
+                if side == 't':
+                    v = right[0] * np.sign(right[0][np.abs(right[0]).argmax()])
+                else:
+                    cosine = right[:4] @ vectors['t', level][n]
+                    best = np.abs(cosine).argmax()
+                    v = right[best] * np.sign(cosine[best])
+                rows.append(v)
+            vectors[side, level] = np.stack(rows)
+
+    def layer(module, x):
+        linear, norm = module
+        y = x @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+        mean, var = norm.running_mean.numpy(), norm.running_var.numpy()
+        return (y - mean) / np.sqrt(var + norm.eps)
+
+    expected = 0.0
+    graphs = {}
+    for side in 'st':
+        q, k = layer(loss.query[0], vectors[side, 1]), layer(loss.key[0], vectors[side, 0])
+        width = q.shape[1] // heads
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            graphs[side, h] = np.tanh(q[:, part] @ k[:, part].T)
+    for h in range(heads):
+        for n in range(N):
+            p, g = (np.exp(graphs[side, h][n]) / np.exp(graphs[side, h][n]).sum() for side in 'st')
+            expected += (p * (np.log(p) - np.log(g))).sum()
+    near(loss(s, t), expected, 1e-8)
+    near(loss(t, t), 0)
+    assert loss.training and loss.query[0][1].training, 'the modes are put back'
+    long, short = [torch.full((3,), 10.0)], [torch.full((3,), 1.0)]
+    near(clipped(long, short, 0)[0].norm(), 0.5 * short[0].norm(), 1e-5)
+    near(clipped(short, long, 100)[0], short[0])
