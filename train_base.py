@@ -21,6 +21,8 @@ def parse_args():
     parser.add_argument('--net_name', required=True, metavar='NAME',
         help=f'{", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2')  # fmt: skip
     parser.add_argument('--init', metavar='FILE', help='start from these weights instead of random ones')
+    parser.add_argument('--keep', type=utils.positive_int, metavar='N',
+        help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip
     utils.add_common_flags(parser)
     return parser.parse_args()
 
@@ -88,6 +90,8 @@ def main():
             raise utils.NonFinite(meter.failure)
         row |= utils.measure(net, val, test, amp)
         row['seconds'] = time.time() - started
+        if args.keep and (epoch + 1) % args.keep == 0:
+            utils.save_checkpoint(folder / f'epoch{epoch + 1}.pt', net.state_dict())
         record.epoch_done(row)
         log(f'epoch {epoch + 1}/{args.epochs}  ce {row["ce"]:.4f}  train {row["train_top1"]:.2f}  '
             f'test {row["test_top1"]:.2f}  best {record.best["test_top1"]:.2f}  '

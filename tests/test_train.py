@@ -73,8 +73,8 @@ def test_base_writes_everything(script, tmp_path):
 STUDENTS = [name for name, m in METHODS.items() if not m.peers]
 PEERS = [name for name, m in METHODS.items() if m.peers]
 # one of each kind of need: plain, adapters, maps before the ReLU, a sum, memory, a phase first, modules that
-# learn first, a vocabulary, image gradients, map gradients, attacked images, a partner, two views, a strong view,
-# a changed student, two backward passes, mixed paths, whole batches, past epochs, past batches, random masks
+# learn first, a vocabulary, image gradients, map gradients, attacked images, a partner, two views, a strong
+# view, a changed student, two backward passes, mixed paths, whole batches, past epochs, past batches, masks
 KINDS = (
     'st vid ofd fitnet pkt+st rkd crd ab ft quest sobolev lwm bss cskd ddgsd mlkd_strong sla simkd norm dot'
 )
@@ -84,7 +84,7 @@ GENTLE = ('--lambda_kd', 'semckd=1')  # 400 is for a tenth of this learning rate
 
 
 def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
-    """All methods and a sum in one process, then one of each kind alone: equal bit for bit, losses included."""
+    """All methods and a sum in one process, then one of each kind alone: equal bit for bit."""
     tokens = [*STUDENTS, 'pkt+st']
     together = train_kd(*tokens, '--note', 'all', *SMALL, *GENTLE)
     assert together.code == 0, together.err

@@ -1,0 +1,182 @@
+"""Several processes: gradients, evaluation, files, restarts, with two gloo processes on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TINY
+from tests.test_train import rows, same, weights
+
+PAIR = ('--t_name', 'resnet8', '--s_name', 'resnet8')
+
+
+def torchrun(*words, processes=2, program=None, restarts=0, timeout=300):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    start = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--standalone']
+    start += [f'--max-restarts={restarts}'] if restarts else []
+    start += [str(program)] if program else []
+    command = [*start, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+GRADIENTS = """
+import sys, torch
+import utils
+from types import SimpleNamespace
+from kd_losses import METHODS
+from models import Feats
+
+names, path = sys.argv[1].split(','), sys.argv[2]
+if utils.processes() > 1:
+    utils.join_processes(torch.device('cpu'))
+n, rank, many = 12, utils.rank(), utils.processes()
+
+class Net(torch.nn.Module):  # no batch norm: that sees its own process only
+    def __init__(self, seed, width):
+        super().__init__()
+        torch.manual_seed(seed)
+        channels = [3, 4, 4, 4, width]
+        self.convs = torch.nn.ModuleList(
+            torch.nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(channels, channels[1:]))
+        self.fc = torch.nn.Linear(width, 5)
+        self.double()
+
+    def forward(self, x):
+        fms, pres = [], []
+        for conv in self.convs:
+            pres.append(conv(x))
+            x = pres[-1].relu()
+            fms.append(x)
+        feat = x.mean(dim=(2, 3))
+        return Feats(self.fc(feat), feat, fms, pres)
+
+class Step(torch.nn.Module):
+    def __init__(self, net, kd, feed):
+        super().__init__()
+        self.net, self.kd, self.feed = net, kd, feed
+
+    def forward(self, img, t, b):
+        s, t, b = utils.gather_batches(self.net(img), t, b)
+        return self.feed(self.kd, s, t, b)
+
+torch.manual_seed(1)
+img, target = torch.randn(n, 3, 32, 32, dtype=torch.float64), torch.arange(n) % 5
+mine = slice(rank * n // many, (rank + 1) * n // many)
+net_t, found = Net(7, 6), {}
+for name in names:
+    method = METHODS[name]
+    torch.manual_seed(3)
+    net = Net(5, 4)
+    e = SimpleNamespace(s=net(img[:2]), t=net_t(img[:2]))
+    kd = method.build(method.loss, e).double()
+    step = utils.distributed(Step(net, kd, method.feed), torch.device('cpu'))
+    b = SimpleNamespace(target=target[mine], epoch=5, epochs=10)
+    with torch.no_grad():
+        t = net_t(img[mine])
+    step(img[mine], t, b).backward()
+    found[name] = [p.grad for p in [*net.parameters(), *kd.parameters()] if p.grad is not None]
+if rank == 0:
+    torch.save(found, path)
+"""
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    """2 x 6 samples with global relations = 1 x 12, for every relational loss and a plain one."""
+    from kd_losses import METHODS
+
+    names = ','.join(['st', *(name for name, m in METHODS.items() if m.relational)])
+    program = tmp_path / 'gradients.py'
+    program.write_text(GRADIENTS)
+    for many in (1, 2):
+        done = torchrun(names, tmp_path / f'{many}.pt', processes=many, program=program)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f'{many}.pt', weights_only=True) for many in (1, 2))
+    for name in one:
+        assert len(one[name]) == len(two[name]) > 4
+        scale = max(float(g.abs().max()) for g in one[name])
+        for a, b in zip(one[name], two[name]):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * scale), name
+
+
+def test_relations_of_one_process_are_not_those_of_all(tmp_path):
+    """The test above can fail: without gathering, a relational loss has another gradient."""
+    program = tmp_path / 'gradients.py'
+    program.write_text(
+        GRADIENTS.replace('utils.gather_batches(self.net(img), t, b)', '(self.net(img), t, b)')
+    )
+    for many in (1, 2):
+        assert torchrun('rkd,st', tmp_path / f'{many}.pt', processes=many, program=program).returncode == 0
+    one, two = (torch.load(tmp_path / f'{many}.pt', weights_only=True) for many in (1, 2))
+    torch.testing.assert_close(one['st'][0], two['st'][0])
+    assert (one['rkd'][0] - two['rkd'][0]).norm() > 0.1 * one['rkd'][0].norm()
+
+
+@pytest.fixture
+def root(img_root, tmp_path):
+    return ('--img_root', img_root, '--save_root', tmp_path, '--threads', 1)
+
+
+def test_training_on_two_processes(script, teacher, root, tmp_path):
+    """Every script runs; the first process writes; accuracies are those of the weights in one process."""
+    words = ('--batch_size', 16, '--data_name', 'shapes:96', '--epochs', 2)
+    model = ('--t_model', teacher)
+    kinds = ('st', 'vid', 'rkd', 'ab', 'simkd', 'sla')
+    flags = (*PAIR, *model, *words, *root, '--note', 'two', '--global_relations')
+    done = torchrun('train_kd.py', '--kd_mode', *kinds, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('teacher resnet8: top-1') == 1 and '2 processes x 16 images' in done.stdout
+    for token in kinds:
+        result = json.loads((tmp_path / 'two' / token / 'results.json').read_text())
+        assert result['processes'] == 2 and result['global_relations'] is True
+    import utils
+    from models import build, load_weights
+
+    net = build('resnet8', 10)
+    load_weights(net, tmp_path / 'two' / 'st' / 'student.pt')
+    test = utils.dataset.load('shapes:96', tmp_path)[1]
+    alone = utils.evaluate(net, test, utils.autocast(torch.device('cpu'), 'off'))
+    assert alone['top1'] == pytest.approx(float(rows(tmp_path / 'two' / 'st')[-1]['test_top1']), abs=1e-3)
+    done = torchrun('train_base.py', '--net_name', 'resnet8', *words, *root, '--note', 'base')
+    assert done.returncode == 0, done.stderr
+    done = torchrun('train_dml.py', '--kd_mode', 'dml', '--net_names', 'resnet8', 'resnet8', *words, *root,
+                    '--note', 'dml')  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory_banks_refuse(teacher, root):
+    done = torchrun('train_kd.py', '--kd_mode', 'crd', *PAIR, '--t_model', teacher, *TINY, *root)
+    assert done.returncode != 0 and 'crd runs in one process only' in done.stderr
+
+
+def test_a_killed_process_is_restarted(teacher, root, tmp_path):
+    """A process dies in the third epoch, all begin again at the last checkpoint."""
+    words = ('--kd_mode', 'st', 'vid', *PAIR, '--t_model', teacher, '--data_name', 'shapes:96')
+    words += ('--batch_size', 16, '--epochs', 4, *root, '--resume', 'auto')
+    assert torchrun('train_kd.py', *words, '--note', 'whole').returncode == 0
+    program = tmp_path / 'dies.py'
+    program.write_text(
+        'import os, signal, sys\n'
+        f'sys.path.insert(0, {str(ROOT)!r})\n'
+        'import train_kd, utils\n'
+        'real = train_kd.begin_epoch\n'
+        'def begin(run, epoch, args, device):\n'
+        f'    once = {str(tmp_path / "died")!r}\n'
+        '    if epoch == 2 and utils.rank() == 1 and not os.path.exists(once):\n'
+        '        open(once, "w").close()\n'
+        '        os.kill(os.getpid(), signal.SIGKILL)\n'
+        '    return real(run, epoch, args, device)\n'
+        'train_kd.begin_epoch = begin\n'
+        'sys.argv[0] = "train_kd.py"\n'
+        'utils.run(train_kd.main)\n'
+    )
+    done = torchrun(*words, '--note', 'cut', program=program, restarts=2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'died').exists() and '2 of 4 epochs done' in done.stdout
+    for token in ('st', 'vid'):
+        a, b = weights(tmp_path / 'whole' / token), weights(tmp_path / 'cut' / token)
+        assert same(a['net'], b['net']) and same(a['opt'], b['opt'])
+        assert rows(tmp_path / 'whole' / token) == rows(tmp_path / 'cut' / token)
