@@ -66,7 +66,7 @@ class Step(torch.nn.Module):
 torch.manual_seed(1)
 img, target = torch.randn(n, 3, 32, 32, dtype=torch.float64), torch.arange(n) % 5
 mine = slice(rank * n // many, (rank + 1) * n // many)
-net_t, found = Net(7, 6), {}
+net_t, found = Net(7, 8), {}
 for name in names:
     method = METHODS[name]
     torch.manual_seed(3)
