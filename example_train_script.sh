@@ -24,6 +24,7 @@ S_NAME=${S_NAME:-resnet20}        # student
 EPOCHS=${EPOCHS:-200}
 SEED=${SEED:-2}
 GROUP=${GROUP:-8}                 # students per process: they share batches and the teacher's forward
+RETRAIN=${RETRAIN:-}              # 1: train also what results/ holds already
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -71,10 +72,24 @@ base() {
     run train_base.py --net_name "$S_NAME" --note "$S_RUN"
 }
 
-# Students in one process: same batches, one teacher forward, same initial weights as the baseline.
+# Students in one process: same batches, one teacher forward, same initial weights as the baseline. What lies in
+# results/ with the same recipe is not trained again, unless RETRAIN=1.
 kd() {
-    run train_kd.py --kd_mode "$@" --t_name "$T_NAME" --t_model "$SAVE_ROOT/$T_RUN/net.pt" \
-        --s_name "$S_NAME" --s_init "$SAVE_ROOT/$S_RUN/initial.pt" --note "$KD_RUN"
+    local methods=() flags=()
+    while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do methods+=("$1"); shift; done
+    flags=(--t_name "$T_NAME" --t_model "$SAVE_ROOT/$T_RUN/net.pt" --s_name "$S_NAME"
+        --s_init "$SAVE_ROOT/$S_RUN/initial.pt" --note "$KD_RUN" "$@")
+    # shellcheck disable=SC2207  # method names hold no spaces
+    methods=($(missing train_kd.py "${methods[*]}" "${flags[@]}"))
+    if [ ${#methods[@]} -gt 0 ]; then run train_kd.py --kd_mode "${methods[@]}" "${flags[@]}"; fi
+}
+
+missing() {    # of these methods, those without a result
+    local script=$1 methods=$2
+    shift 2
+    if [ -n "${DRY_RUN:-}${RETRAIN:-}" ] || [ ! -d results ]; then echo "$methods"; return; fi
+    # shellcheck disable=SC2086
+    "$PYTHON" tools/missing.py $methods -- "$script" "$@" --data_name "$DATA" --epochs "$EPOCHS" --seed "$SEED" $FLAGS
 }
 
 # One block per method, the weight spelled out: the seed zoo's, in its order, then later methods.
@@ -103,6 +118,7 @@ quest()    { kd quest    --lambda_kd 1; }
 eel()      { kd eel      --lambda_kd 1; }
 pad()      { kd pad      --lambda_kd 1; }
 cd_()      { kd cd       --lambda_kd 18; }
+cd_edt()   { kd cd_edt   --lambda_kd 18; }
 reviewkd() { kd reviewkd --lambda_kd 0.6; }
 dkd()      { kd dkd      --lambda_kd 1; }
 dot()      { kd dot      --lambda_kd 0.9; }
@@ -146,7 +162,10 @@ dlb()      { kd dlb      --lambda_kd 1; }
 peers() {
     local method=$1 weight=$2
     shift 2
-    run train_dml.py --kd_mode "$method" --lambda_kd "$weight" --net_names "$@" --note "$method-$DML_RUN"
+    local flags=(--lambda_kd "$weight" --net_names "$@" --note "$method-$DML_RUN")
+    if [ -n "$(missing train_dml.py "$method" "${flags[@]}")" ]; then
+        run train_dml.py --kd_mode "$method" "${flags[@]}"
+    fi
 }
 dml()      { peers dml      1 "$S_NAME" "$S_NAME"; }
 dcm()      { peers dcm      1 "$S_NAME" "$S_NAME"; }
@@ -156,7 +175,7 @@ one()      { peers one      1 "$S_NAME" "$S_NAME" "$S_NAME"; }
 okddip()   { peers okddip   1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
 
 METHODS='logits st at fitnet nst pkt fsp ft rkd ab sp sobolev bss cc lwm irg vid ofd afd crd kdsvd quest eel'
-METHODS="$METHODS pad cd reviewkd dkd dot dist nkd lskd mlkd mlkd_strong ctkd simkd srrl wsld catkd ttm mgd norm sdd"
+METHODS="$METHODS pad cd cd_edt reviewkd dkd dot dist nkd lskd mlkd mlkd_strong ctkd simkd srrl wsld catkd ttm mgd norm sdd"
 METHODS="$METHODS fcfd vkd ofakd ickd semckd ikd dgkd tfkd_self adain mhgd cskd uskd byot ddgsd pskd tfkd sla sad dlb"
 PEERS='dml dcm onadvfd kdcl one okddip'
 

@@ -112,6 +112,11 @@ class Step(nn.Module):
             loss_kd = loss_kd + part.weight * factor * method.feed(part.loss, s_all, t_all, b_all)
         return s.out, None if phase == 'init' else F.cross_entropy(s.out, b.target), loss_kd
 
+    def ce_weight(self, epoch: int, epochs: int) -> float:
+        """Weight of cross-entropy in this epoch."""
+        ramps = [part.method.ce_ramp for part in self.parts if part.method.ce_ramp]
+        return self.ce * math.prod(ramp(epoch, epochs) for ramp in ramps)
+
 
 @dataclass
 class Run:
@@ -120,7 +125,7 @@ class Run:
     name: str
     step: nn.Module  # a Step, or DistributedDataParallel around it
     parts: list[Part]
-    ce: float  # weight of cross-entropy
+    ce: float  # weight of cross-entropy in this epoch
     net: nn.Module
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -195,6 +200,7 @@ def main():
                 own = SimpleNamespace(**vars(b), generator=run.generator, rng=run.rng)
                 out, loss_ce, loss_kd = run.step(own, ts, run.phase(epoch))
                 losses = {'kd': loss_kd} if loss_ce is None else {'ce': loss_ce, 'kd': loss_kd}
+                # without a weight, cross-entropy stays out: 0 times it would still move the classifier
                 loss = loss_kd if loss_ce is None or run.ce == 0 else run.ce * loss_ce + loss_kd
 
                 if not run.meter.guard(loss, run.opt, ts[0].out if ts else None):
@@ -258,7 +264,8 @@ def begin_epoch(run: Run, epoch: int, args, device) -> float:
     pretrain, init = run.before
     if epoch in (-pretrain - init, -init, 0):
         run.opt.state.clear()  # every phase starts with a fresh optimiser
-    phase = run.phase(epoch)
+    phase, whole = run.phase(epoch), getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
+    run.ce = whole.ce_weight(epoch, args.epochs)
     if phase == 'train':
         lr = utils.learning_rate(args, epoch)
     elif phase == 'init':  # the seed zoo: a tenth, falling after 60 % and 80 %

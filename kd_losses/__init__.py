@@ -319,6 +319,15 @@ def hill(epoch, epochs):
     return (0.1, 0.5, 1, 0.5, 0.1)[sum(epoch >= x * epochs / 24 for x in (1, 2, 18, 21))]
 
 
+def decay(epoch, epochs):
+    """CD's early decay: 0.9 of the weight from 30 % of the run, 0.81 from 80 %."""
+    return 0.9 ** sum(epoch >= share * epochs for share in (0.3, 0.8))
+
+
+def afterwards(epoch, epochs):
+    return float(epoch >= 0.3 * epochs)  # CD's early decay: the feature loss alone for 60 of 200 epochs
+
+
 def late(epoch, epochs):
     return float(epoch >= epochs * 2 / 3)  # SAD: after 40 of 60 thousand steps
 
@@ -435,6 +444,7 @@ class Method:
     build: Callable = plain
     ce: float = 1.0  # weight of cross-entropy, 0 where the loss contains it; of several rows the product
     ramp: Callable | None = None  # (epoch, epochs) -> factor on the weight; None: constant
+    ce_ramp: Callable | None = None  # the same for cross-entropy
     init: int = 0  # of 200: epochs of this loss alone, before cross-entropy alone
     pretrain: int = 0  # of 200: epochs in which the loss's own modules learn, before anything else
     pretrain_feed: Callable | None = None  # (kd, t, b) -> what they minimise
@@ -473,6 +483,7 @@ METHODS = {
     'catkd':    Method(CATKD, cams, 0.7, alike, student=without_bias),
     'cc':       Method(CC, embed, 100.0, relational=True),
     'cd':       Method(CD, each_map, 18.0, stage_ch),
+    'cd_edt':   Method(CD, each_map, 18.0, stage_ch, ramp=decay, ce_ramp=afterwards),
     'crd':      Method(CRD, indexed, 0.2, bank, one_process=BANK),
     'cskd':     Method(CSKD, same_class, 1.0, teacher=False, views=('pair',)),
     'ctkd':     Method(CTKD, curriculum, 0.9, ce=0.1),

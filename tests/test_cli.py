@@ -347,6 +347,7 @@ def commands(tmp_path, *words) -> list[list[str]]:
     fake = tmp_path / 'bin' / 'python3'
     fake.write_text(
         '#!/bin/sh\n[ "$1" = -c ] && exit 0\n'
+        '[ "$1" = tools/missing.py ] && { shift; while [ "$1" != -- ]; do echo "$1"; shift; done; exit; }\n'
         f'for a in "$@"; do printf "%s\\n" "$a"; done >> {tmp_path}/calls\n'
         f'echo >> {tmp_path}/calls\n'
     )
@@ -406,6 +407,32 @@ def test_every_method_has_its_block(tmp_path, monkeypatch, name):
     (call,) = commands(tmp_path, name)
     args = parsed(call, monkeypatch)
     assert args.methods == {name: [(name, METHODS[name].weight, {})]}, "the block's weight is the table's"
+
+
+def test_what_is_in_results_is_not_trained_again(tmp_path):
+    """The committed short schedule: its methods are there, others and other recipes are missing."""
+    words = (
+        '--t_name resnet20 --t_model x --s_name resnet8 --data_name cifar10 --epochs 12 --amp bf16 --seed 2'
+    )
+
+    def missing(*tokens, words=words):
+        command = [
+            sys.executable,
+            ROOT / 'tools' / 'missing.py',
+            *tokens,
+            '--',
+            'train_kd.py',
+            *words.split(),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert missing('at', 'rkd', 'crd', 'st') == ['crd']
+    assert missing('at', words=words + ' --lambda_kd 5') == ['at']
+    for changed in (('12', '13'), ('bf16', 'off'), ('resnet8', 'resnet14'), ('seed 2', 'seed 3')):
+        assert missing('at', words=words.replace(*changed)) == ['at']
+    assert missing('at', words=words.replace('--amp bf16', '--amp bf16 --lr 0.05')) == ['at']
 
 
 def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):

@@ -1,0 +1,50 @@
+"""Of the methods of a training command, print those whose result is not in results/ yet.
+
+    python tools/missing.py at rkd -- train_kd.py --t_name resnet20 ... --epochs 12
+
+The words after -- are the command without --kd_mode. A result counts if its data, its networks, the weight of
+the loss and every flag that changes the numbers are the same. example_train_script.sh asks before it trains.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import utils  # noqa: E402
+
+
+def wanted(script: str, token: str, words: list[str]) -> dict:
+    """The recipe that a run of this method would note down, as far as the command line tells."""
+    module = importlib.import_module(script.removesuffix('.py'))
+    sys.argv = [script, '--kd_mode', token, *words]
+    args = module.parse_args()
+    recipe = utils.math_args(args, script=module.__name__)
+    if hasattr(args, 's_name'):
+        parts = module.read_methods(args)[token]
+        recipe |= {'student': args.s_name, 'teacher': '+'.join(args.t_name),
+                   'methods': [[part.name, part.weight, part.options] for part in parts]}  # fmt: skip
+    else:
+        _, weight, options = module.read_method(args)
+        recipe |= {'nets': args.net_names, 'method': [token, weight, options]}
+    return recipe
+
+
+def done(recipe: dict, results: list[dict]) -> bool:
+    """Older results do not know newer flags; what they know must agree."""
+    return any(all(r.get(key, value) == value for key, value in recipe.items()) for r in results)
+
+
+def main():
+    cut = sys.argv.index('--')
+    tokens, (script, *words) = sys.argv[1:cut], sys.argv[cut + 1 :]
+    folder = Path(__file__).parent.parent / 'results'
+    results = [json.loads(path.read_text()) for path in sorted(folder.rglob('*.json'))]
+    recipes = [r['recipe'] for r in results if isinstance(r, dict) and 'recipe' in r]
+    print(' '.join(token for token in tokens if not done(wanted(script, token, words), recipes)))
+
+
+if __name__ == '__main__':
+    utils.run(main)
