@@ -57,6 +57,9 @@ def parse_args():
          help="epochs in which the loss's own modules learn first: "
               + ', '.join(f'{name} {m.pretrain}' for name, m in METHODS.items() if m.pretrain)
               + ' of 200, scaled')
+    flag('--global_relations', action='store_true',
+         help='under torchrun: losses that relate the samples of a batch (rkd, sp, ...) see the batches of '
+              'all processes, not only their own')
     # fmt: on
     utils.add_common_flags(parser)
     return parser.parse_args()

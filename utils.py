@@ -117,9 +117,6 @@ def add_common_flags(parser: Parser) -> None:
     flag('--threads', type=positive_int, help='CPU threads, default all cores')
     flag('--deterministic', action='store_true',
          help='slower, reproducible kernels on CUDA; the CPU is reproducible anyway')
-    flag('--global_relations', action='store_true',
-         help='under torchrun: losses that relate the samples of a batch (rkd, sp, ...) see the batches of '
-              'all processes, not only their own')
 
     flag = parser.add_argument_group('output').add_argument
     flag('--save_root', default='./save', help='where output folders go, default ./save')

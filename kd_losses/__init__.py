@@ -268,7 +268,6 @@ def with_exits(net, kd, e): return BYOTStudent(net, [x.shape[1:] for x in e.s.fm
 
 # peers: the networks that learn from each other, as one module
 def separate(nets, e):      return Separate(nets)
-def one_trunk(nets, e):     return Branches(nets)
 def with_heads(nets, e):    return Separate(
     [DCMStudent([net, *(e.fresh(net) for _ in f.fms[2:])]) for net, f in zip(nets, e.s)])
 # fmt: on
@@ -281,6 +280,12 @@ def without_bias(net, kd, e):
         bias.zero_()
     bias.requires_grad_(False)
     return net
+
+
+def one_trunk(nets, e):
+    if len({str(net) for net in nets}) > 1:
+        raise ValueError('ONE: branches of one trunk need networks of one architecture')
+    return Branches(nets)
 
 
 class Separate(nn.Module):

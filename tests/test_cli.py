@@ -39,7 +39,6 @@ COMMON = {
     '--amp',
     '--threads',
     '--deterministic',
-    '--global_relations',
     '--save_root',
     '--note',
     '--resume',
@@ -87,8 +86,18 @@ def test_the_flags_are_frozen(monkeypatch):
     assert flags_of(train_base, monkeypatch) == COMMON | {'--net_name', '--init', '--keep'}
     loss = {'--kd_mode', '--lambda_kd', '--kd_args'}
     own = {'--t_name', '--t_model', '--s_name', '--s_init', '--init_epochs', '--pretrain_epochs'}
+    own |= {'--global_relations'}
     assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
     assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits'}
+
+
+def test_the_readme_describes_every_flag_once(monkeypatch):
+    readme = (ROOT / 'README.md').read_text()
+    described = [flag for line in readme.splitlines() if line.startswith('| `--')
+                 for flag in re.findall(r'--\w+', line.split('|')[1])]  # fmt: skip
+    modules = (train_base, train_kd_module, train_dml)
+    there = set().union(*(flags_of(module, monkeypatch) for module in modules)) - {'-h', '--help'}
+    assert sorted(described) == sorted(there)
 
 
 @pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_dml'])
@@ -99,6 +108,55 @@ def test_help_explains(script, name):
         trains_it = name == ('train_dml' if row.peers else 'train_kd')
         assert trains_it <= (re.search(rf'\b{method}\b', done.out) is not None), method
     assert all(net in done.out for net in ('resnet8x4', 'resnet110'))
+
+
+@pytest.mark.parametrize(
+    'words,said',
+    [
+        ('--kd_mode st --net_names resnet8 resnet8', ['not a method for peers', 'train_kd.py']),
+        ('--kd_mode nonsense --net_names resnet8 resnet8', 'there are dcm, dml'),
+        ('--kd_mode dml --net_names resnet8', 'two networks or more'),
+        ('--kd_mode dml --net_names resnet8 resnet9', '6n + 2'),
+        ('--kd_mode dcm --net_names resnet8 resnet8 resnet8', 'two networks, got 3'),
+        ('--kd_mode one --net_names resnet8 vgg8', 'one architecture'),
+        ('--kd_mode okddip --net_names resnet8x4 resnet8 resnet8', 'feats must be'),
+        ('--kd_mode dml --net_names resnet8 resnet8 --net_inits x', '1 files for 2 networks'),
+        ('--kd_mode kdcl --net_names resnet8 resnet8 --kd_args mode=best', 'mode must be'),
+        ('--kd_mode kdcl --net_names resnet8 resnet8 --kd_args temperature=3', 'no argument'),
+    ],
+)
+def test_mistakes_of_train_dml(fails, words, said):
+    fails('train_dml', *words.split(), *TINY, said=said)
+
+
+def test_peers_that_start_equal_are_refused(fails, teacher):
+    words = ('--kd_mode', 'dml', '--net_names', 'resnet8', 'resnet8', '--net_inits', teacher, teacher)
+    fails('train_dml', *words, *TINY, said='start from equal weights')
+
+
+@pytest.mark.parametrize(
+    'words,said',
+    [
+        ('--kd_mode dml', 'use train_dml.py'),
+        ('--kd_mode norm+simkd', 'norm and simkd change the student'),
+        ('--kd_mode dot+mhgd', 'training step of their own'),
+        ('--kd_mode dot --amp fp16', 'use bf16'),
+        ('--kd_mode byot+sla', 'change the student'),
+        ('--kd_mode ab --init_epochs -1', '--init_epochs'),
+        ('--kd_mode semckd --kd_args factor=64', 'at least factor'),
+        ('--kd_mode quest --kd_args num_words=7000', 'need as many features'),
+    ],
+)
+def test_mistakes_with_the_newer_methods(fails, teacher, words, said):
+    fails('train_kd', *kd(teacher, *words.split()), said=said)
+
+
+def test_teachers_that_are_missing_or_idle(fails, teacher):
+    student = ('--s_name', 'resnet8', *TINY)
+    fails('train_kd', '--kd_mode', 'cskd', 'st', *student, said='st distils a teacher')
+    two = ('--t_name', 'resnet8', 'resnet8', '--t_model', teacher)
+    fails('train_kd', '--kd_mode', 'dgkd', *student, *two, said='2 names and 1 files')
+    fails('train_kd', '--kd_mode', 'st', *student, *two, teacher, said='only dgkd uses several')
 
 
 @pytest.mark.parametrize(

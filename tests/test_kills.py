@@ -1,4 +1,4 @@
-"""A run of each kind, killed with SIGKILL at random moments and resumed, equals the undisturbed one bit for bit.
+"""Runs of each kind, killed with SIGKILL at random moments and resumed: equal to undisturbed ones, bit for bit.
 
 KILLS=10 bash run_tests.sh tests/test_kills.py     ten kills per kind; the default is one
 """
