@@ -19,7 +19,7 @@ import utils
 def parse_args():
     parser = utils.Parser(__doc__)
     parser.add_argument('--net_name', required=True, metavar='NAME',
-        help=f'{", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2')  # fmt: skip
+        help=models.NAMES)  # fmt: skip
     parser.add_argument('--init', metavar='FILE', help='start from these weights instead of random ones')
     parser.add_argument('--keep', type=utils.positive_int, metavar='N',
         help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip

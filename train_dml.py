@@ -35,7 +35,7 @@ def parse_args():
          help='weight of the loss: ' + ', '.join(f'{name} {METHODS[name].weight:g}' for name in names))
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the loss, e.g. T=2')
     flag('--net_names', nargs='+', required=True, metavar='NAME',
-         help=f'two or more of {", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2')
+         help=f'two or more of {models.NAMES}')
     flag('--net_inits', nargs='+', default=[], metavar='FILE',
          help='initial weights, one file per network; default: drawn from --seed, --seed + 1, ...')
     # fmt: on

@@ -42,8 +42,8 @@ def parse_args():
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. T=8, or METHOD.KEY=VALUE with several methods, e.g. st.T=8')
     flag('--t_name', nargs='+', default=[], metavar='NAME',
-         help=f'teacher: {", ".join(models.MODELS)}, any resnetN or resnetNx4 with N = 6n + 2; several, the '
-              'main one first, for methods that take assistants; none for methods without a teacher: '
+         help=f'teacher: {models.NAMES}; several, the main '
+              'one first, for methods that take assistants; none for methods without a teacher: '
               + ', '.join(name for name in names if not METHODS[name].teacher))
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teacher's checkpoint, one per teacher")
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')

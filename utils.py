@@ -85,6 +85,38 @@ class Parser(argparse.ArgumentParser):
 
 def add_common_flags(parser: Parser) -> None:
     """The flags that every training script has."""
+    add_data_flags(parser)
+    # fmt: off
+    flag = parser.add_argument_group("recipe (the defaults are the seed zoo's)").add_argument
+    flag('--val_split', type=fraction, default=0.0, metavar='F',
+         help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is '
+              'chosen on the test set, and the log says so')
+    flag('--epochs', type=positive_int, default=200, help='default 200')
+    flag('--batch_size', type=positive_int, default=128, help='of each process, default 128')
+    flag('--lr', type=positive_float, default=0.1, help='SGD learning rate, default 0.1')
+    flag('--milestones', type=fraction, nargs='*', default=[0.5, 0.75], metavar='F',
+         help='shares of the run after which the learning rate drops, default 0.5 0.75')
+    flag('--lr_decay', type=positive_float, default=0.1, help='factor at a milestone, default 0.1')
+    flag('--momentum', type=fraction, default=0.9, help='Nesterov momentum, default 0.9')
+    flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
+    flag('--seed', type=int, default=2, help='of initial weights and batches, default 2')
+    # fmt: on
+    add_machine_flags(parser)
+    # fmt: off
+    flag = parser.add_argument_group('output').add_argument
+    flag('--save_root', default='./save', help='where output folders go, default ./save')
+    flag('--note', help='name of the output folder, default made from the flags')
+    flag('--resume', metavar='auto|never|PATH',
+         help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
+              'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
+    flag('--print_freq', type=positive_int, default=50,
+         help='show the running loss every so many steps, default 50')
+    flag('--tensorboard', action='store_true', help='also write TensorBoard scalars')
+    # fmt: on
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Which images, where they lie."""
     # fmt: off
     flag = parser.add_argument_group('data').add_argument
     flag('--data_name', default='shapes', metavar='NAME',
@@ -95,21 +127,12 @@ def add_common_flags(parser: Parser) -> None:
     flag('--workers', type=int, default=4, help='folder only: decoding processes, default 4')
     flag('--convert_rgb', action='store_true',
          help='folder only: convert grey, CMYK and palette images (ImageNet has some) instead of refusing')
-    flag('--val_split', type=fraction, default=0.0, metavar='F',
-         help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is '
-              'chosen on the test set, and the log says so')
+    # fmt: on
 
-    flag = parser.add_argument_group("recipe (the defaults are the seed zoo's)").add_argument
-    flag('--epochs', type=positive_int, default=200, help='default 200')
-    flag('--batch_size', type=positive_int, default=128, help='of each process, default 128')
-    flag('--lr', type=positive_float, default=0.1, help='SGD learning rate, default 0.1')
-    flag('--milestones', type=fraction, nargs='*', default=[0.5, 0.75], metavar='F',
-         help='shares of the run after which the learning rate drops, default 0.5 0.75')
-    flag('--lr_decay', type=positive_float, default=0.1, help='factor at a milestone, default 0.1')
-    flag('--momentum', type=fraction, default=0.9, help='Nesterov momentum, default 0.9')
-    flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
-    flag('--seed', type=int, default=2, help='of initial weights and batches, default 2')
 
+def add_machine_flags(parser: Parser) -> None:
+    """Where and how it runs."""
+    # fmt: off
     flag = parser.add_argument_group('machine').add_argument
     flag('--device', help='cuda, cuda:1, mps or cpu; default the best there is')
     flag('--amp', choices=('off', 'bf16', 'fp16'), default='off',
@@ -117,16 +140,6 @@ def add_common_flags(parser: Parser) -> None:
     flag('--threads', type=positive_int, help='CPU threads, default all cores')
     flag('--deterministic', action='store_true',
          help='slower, reproducible kernels on CUDA; the CPU is reproducible anyway')
-
-    flag = parser.add_argument_group('output').add_argument
-    flag('--save_root', default='./save', help='where output folders go, default ./save')
-    flag('--note', help='name of the output folder, default made from the flags')
-    flag('--resume', metavar='auto|never|PATH',
-         help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
-              'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
-    flag('--print_freq', type=positive_int, default=50,
-         help='show the running loss every so many steps, default 50')
-    flag('--tensorboard', action='store_true', help='also write TensorBoard scalars')
     # fmt: on
 
 

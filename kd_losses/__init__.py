@@ -97,8 +97,9 @@ def indexed(kd, s, t, b):   return kd(s.feat, t.feat, b.index, generator=b.gener
 def metric(kd, s, t, b):    return kd(s.feat, t.feat, b.target)
 def uncertain(kd, s, t, b): return (kd.l2 if b.epoch < b.epochs // 8 else kd)(s.feat, t.feat)  # 30 of 240
 def last_map(kd, s, t, b):  return kd(s.fms[-1], t.fms[-1])
-def last_pre(kd, s, t, b):  return kd(s.pres[-1], t.pres[-1])
-def masked(kd, s, t, b):    return kd(s.fms[-1], t.fms[-1], generator=b.generator)
+def met_map(kd, s, t, b):   return kd(*meet(s.fms[-1], t.fms[-1]))
+def met_pre(kd, s, t, b):   return kd(*meet(s.pres[-1], t.pres[-1]))
+def masked(kd, s, t, b):    return kd(*meet(s.fms[-1], t.fms[-1]), generator=b.generator)
 def reread(kd, s, t, b):    return kd(seen(s), seen(t), t.out, b.net_t.classifier_layer())
 def reused(kd, s, t, b):    return kd.distance(s.extra, seen(t))
 def wide(kd, s, t, b):      return kd(s.extra, t.fms[-1])
@@ -111,6 +112,8 @@ def all_maps(kd, s, t, b):  return kd(s.fms[1:], t.fms[1:])
 def review(kd, s, t, b):    return kd(to_embedding(s.fms, s), to_embedding(t.pres, t))
 def each_map(kd, s, t, b):  return sum(k(x, y) for k, x, y in zip(kd, s.fms[1:], t.fms[1:])) / len(kd)
 def each_pre(kd, s, t, b):  return sum(k(x, y) for k, x, y in zip(kd, s.pres[1:], t.pres[1:])) / len(kd)
+def each_met(kd, s, t, b):  return each_map(kd, *(f._replace(fms=m) for f, m in meetings(s, t, 'fms')), b)
+def pre_met(kd, s, t, b):   return each_pre(kd, *(f._replace(pres=m) for f, m in meetings(s, t, 'pres')), b)
 def flow(kd, s, t, b):      return sum(
     k(*pair) for k, *pair in zip(kd, s.fms, s.fms[1:], t.fms, t.fms[1:])) / len(kd)
 def jacobian(kd, s, t, b):  return kd(b.raw.out, None, b.img, b.target, b.prepared)
@@ -198,6 +201,18 @@ def last_batch(kd, s, t, b):
     if kd.training:
         kd.remember(b.views['second'], b.target, s.out)
     return loss
+
+
+def meet(x, y):
+    """For losses that compare position by position: the larger map is averaged to the smaller one's size."""
+    size = (min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3]))
+    return tuple(fm if fm.shape[2:] == size else F.adaptive_avg_pool2d(fm, size) for fm in (x, y))
+
+
+def meetings(s, t, kind):
+    """All pairs of maps of one kind, met, with the Feats they belong to."""
+    pairs = zip(*(meet(x, y) for x, y in zip(getattr(s, kind), getattr(t, kind))))
+    return zip((s, t), pairs)
 
 
 def to_embedding(maps, f):
@@ -370,8 +385,7 @@ def vocabulary(kd, look, e):
     maps, wanted = [], 256 * len(kd.centroids)
     for img, _, _ in e.train_set.test_batches(e.batch_size):
         fm = look(img).pres[-1]
-        factor = max(fm.shape[2] // e.s.pres[-1].shape[2], 1)
-        maps.append(fm if factor == 1 else F.avg_pool2d(fm, factor))
+        maps.append(meet(fm, e.s.pres[-1])[0])  # of the size that training will see
         if sum(len(m) for m in maps) * maps[0][0, 0].numel() >= wanted:
             break
     kd.fit(torch.cat(maps), generator=torch.Generator().manual_seed(0))
@@ -479,9 +493,9 @@ STEP = 'it has a training step of its own, which does not average over processes
 # Weights are the seed zoo's (Knowledge-Distillation-Zoo, CIFAR-10, losses averaged over the stages) where it
 # has the method, else the authors'.
 METHODS = {
-    'ab':       Method(AB, each_pre, 10.0, margin_2, init=50),
+    'ab':       Method(AB, pre_met, 10.0, margin_2, init=50),
     'adain':    Method(AdaINKD, restyled, 1.0, last_ch),
-    'afd':      Method(AFD, each_map, 500.0, stage_ch),
+    'afd':      Method(AFD, each_met, 500.0, stage_ch),
     'at':       Method(AT, each_map, 1000.0, stages),
     'bss':      Method(BSS, boundary, 2.0, ramp=fall),
     'byot':     Method(BYOT, exits, 1.0, exit_dims, ce=0, teacher=False, student=with_exits),
@@ -502,11 +516,11 @@ METHODS = {
     'dot':      Method(SoftTarget, logits, 0.9, ce=0.1, optimiser=two_momenta, step=apart, one_process=STEP),
     'eel':      Method(EEL, metric, 1.0, dims, relational=True),
     'fcfd':     Method(FCFD, mixed, 1.0, bridges),
-    'fitnet':   Method(FitNet, last_map, 0.1, last_ch),
+    'fitnet':   Method(FitNet, met_map, 0.1, last_ch),
     'fsp':      Method(FSP, flow, 1.0, stages, init=50),
-    'ft':       Method(FactorTransfer, last_map, 200.0, with_bn, pretrain=30, pretrain_feed=paraphrase),
+    'ft':       Method(FactorTransfer, met_map, 200.0, with_bn, pretrain=30, pretrain_feed=paraphrase),
     'ickd':     Method(ICKD, last_map, 2.5, last_ch),
-    'ikd':      Method(IKD, each_map, 0.2, stage_ch),
+    'ikd':      Method(IKD, each_met, 0.2, stage_ch),
     'irg':      Method(IRG, graph, 1.0, relational=True),
     'kdcl':     Method(KDCL, pooled, 1.0, equal_say, ce=0, teacher=False, peers=separate, views=('each',),
                        refresh=on_held_out),
@@ -531,7 +545,7 @@ METHODS = {
     'pad':      Method(PAD, uncertain, 1.0, dims),
     'pkt':      Method(PKT, embed, 10000.0, relational=True),
     'pskd':     Method(PSKD, remembered, 1.0, table, ce=0, teacher=False, one_process=BANK),
-    'quest':    Method(QuEST, last_pre, 1.0, last_ch, start=vocabulary),
+    'quest':    Method(QuEST, met_pre, 1.0, last_ch, start=vocabulary),
     'reviewkd': Method(ReviewKD, review, 0.6, level_ch, ramp=rise),
     'rkd':      Method(RKD, embed, 1.0, relational=True),
     'sad':      Method(SAD, deeper, 0.1, teacher=False, ramp=late),

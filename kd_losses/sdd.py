@@ -82,6 +82,11 @@ def local_logits(fm: Tensor, fc, scales: tuple = (1, 2, 4)) -> Tensor:
     """(N, C, H, W) map and classifier (a module, or (weight, bias)) to (N, K, R) logits of the regions of the
     asked scales, whole image first, then the 2x2 and the 4x4 grid row by row."""
     weight, bias = fc if isinstance(fc, (tuple, list)) else (fc.weight, fc.bias)
+    if weight.shape[1] != fm.shape[1]:
+        raise ValueError(
+            f'local_logits: fm must be the map that is averaged for the classifier, '
+            f'(N, {weight.shape[1]}, H, W), got {tuple(fm.shape)}'
+        )
     grids = {4: F.adaptive_avg_pool2d(_full(fm), 4)}
     for side in (2, 1):
         grids[side] = F.adaptive_avg_pool2d(grids[2 * side], side)

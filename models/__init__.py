@@ -1,7 +1,7 @@
 """The networks by name: `build('resnet20', num_classes=10)`.
 
 Names are RepDistiller's. Every network gives logits for `net(x)` and Feats(out, feat, fms, pres) for `net(x,
-True)`.
+True)`. `torchvision:NAME` is torchvision's network with its stages tapped (models/hooks.py).
 """
 
 import re
@@ -11,7 +11,10 @@ from torch import nn
 
 from .checkpoint import load_weights
 from .feats import Feats
+from .hooks import tap_torchvision
+from .mobilenetv1 import MobileNetV1
 from .mobilenetv2 import MobileNetV2
+from .mobilenetv2_tiny import MobileNetV2Tiny
 from .resnet import resnet
 from .resnetv2 import ResNetV2
 from .shufflenetv1 import ShuffleV1
@@ -19,7 +22,7 @@ from .shufflenetv2 import ShuffleV2
 from .vgg import VGG
 from .wrn import wrn
 
-__all__ = ['MODELS', 'Feats', 'build', 'load_weights']
+__all__ = ['MODELS', 'NAMES', 'Feats', 'build', 'load_weights']
 
 MODELS = {f'resnet{depth}': partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)}
 MODELS |= {f'resnet{depth}x4': partial(resnet, depth, wide=True) for depth in (8, 32)}
@@ -32,6 +35,9 @@ MODELS |= {
 MODELS |= {f'wrn_{depth}_{widen}': partial(wrn, depth, widen) for depth in (16, 40) for widen in (1, 2)}
 MODELS |= {f'vgg{depth}': partial(VGG, depth) for depth in (8, 11, 13, 16, 19)}
 MODELS |= {'MobileNetV2': MobileNetV2, 'ShuffleV1': ShuffleV1, 'ShuffleV2': ShuffleV2}
+MODELS |= {'MobileNetV1': MobileNetV1, 'MobileNetV2Tiny': MobileNetV2Tiny}  # ImageNet's, tiny ImageNet's
+
+NAMES = f'{", ".join(MODELS)}, any resnetN or resnetNx4 (N = 6n + 2), wrn_N_K (N = 6n + 4), torchvision:NAME'
 
 
 def build(name: str, num_classes: int = 100) -> nn.Module:
@@ -42,11 +48,10 @@ def build(name: str, num_classes: int = 100) -> nn.Module:
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes)
+    if name.startswith('torchvision:'):
+        return tap_torchvision(name.removeprefix('torchvision:'), num_classes)
     if m := re.fullmatch(r'resnet(\d+)(x4)?', name):
         return resnet(int(m[1]), wide=bool(m[2]), num_classes=num_classes)
     if m := re.fullmatch(r'wrn_(\d+)_(\d+)', name):
         return wrn(int(m[1]), int(m[2]), num_classes=num_classes)
-    raise ValueError(
-        f'no network is called {name!r}; there are {", ".join(MODELS)}, and any resnetN or resnetNx4 with '
-        f'N = 6n + 2 and wrn_N_K with N = 6n + 4'
-    )
+    raise ValueError(f'no network is called {name!r}; there are {NAMES}')

@@ -1,4 +1,4 @@
-"""Runs of each kind, killed with SIGKILL at random moments and resumed: equal to undisturbed ones, bit for bit.
+"""Runs of each kind, killed with SIGKILL at random moments and resumed, equal undisturbed ones, bit by bit.
 
 KILLS=10 bash run_tests.sh tests/test_kills.py     ten kills per kind; the default is one
 """

@@ -1,0 +1,145 @@
+"""Every method on pairs of unlike networks: which work, which build an adapter, which refuse.
+
+python -m tests.pairs      prints the README's table
+"""
+
+import copy
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torchvision.models import VisionTransformer
+
+import models
+from kd_losses import METHODS
+from models.hooks import Tap, tokens
+
+# one difference at a time between resnet8 (16, 32, 64 channels at 32, 16, 8 pixels) and the teacher
+PAIRS = {
+    'channels': 'resnet8x4 teaches: four times the channels',
+    'size': 'resnet8 on images of half the size teaches resnet8',
+    'depth': 'resnet8 with one more map teaches resnet8',
+    'networks': 'vgg8 teaches MobileNetV2: all of them at once',
+    'transformer': 'a small vision transformer teaches resnet8',
+}
+
+
+class Shrunk(nn.Module):
+    """A network that looks at its images at half the size: smaller maps, everything else the same."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, feats=False):
+        return self.net(nn.functional.avg_pool2d(x, 2), feats)
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ('net', '_modules') else getattr(self.net, name)
+
+
+class Deeper(Shrunk):
+    """A network that hands out its first stage twice: one map more."""
+
+    def forward(self, x, feats=False):
+        f = self.net(x, feats)
+        twice = [[maps[0], maps[1], *maps[1:]] for maps in (f.fms, f.pres)] if feats else []
+        return f._replace(fms=twice[0], pres=twice[1]) if feats else f
+
+    def after(self, k, fm):
+        return self.net.after(max(k - 1, 0), fm)
+
+    def bn_before_relu(self):
+        bns = self.net.bn_before_relu()
+        return [bns[0], *bns]
+
+
+def transformer() -> Tap:
+    net = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
+    )
+    layers = [f'encoder.layers.encoder_layer_{i}' for i in (0, 0, 1, 2)]
+    return Tap(net, fms=layers, to_map=tokens)
+
+
+def pair(kind: str) -> tuple[nn.Module, nn.Module]:
+    """(student, teacher)."""
+    torch.manual_seed(0)
+    student = models.build('MobileNetV2' if kind == 'networks' else 'resnet8', 10)
+    teacher = {
+        'channels': lambda: models.build('resnet8x4', 10),
+        'size': lambda: Shrunk(models.build('resnet8', 10)),
+        'depth': lambda: Deeper(models.build('resnet8', 10)),
+        'networks': lambda: models.build('vgg8', 10),
+        'transformer': transformer,
+    }[kind]()
+    return student, teacher.eval().requires_grad_(False)
+
+
+def one_step(name: str, kind: str) -> tuple[str, str]:
+    """('works', 'adapter' or 'refuses', what was said) of a forward and backward pass."""
+    import random
+
+    import train_kd
+    import utils
+
+    method = METHODS[name]
+    net_s, net_t = pair(kind)
+    torch.manual_seed(1)
+    n = 4
+    img, target = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
+    amp = utils.autocast(torch.device('cpu'), 'off')
+    world = train_kd.Look([net_t], amp, None, [])
+    ts = world.teachers_on(img)
+    with torch.no_grad():
+        s = net_s.eval()(img, True)
+    e = SimpleNamespace(s=s, t=ts[0], net_s=net_s, net_t=net_t, train_set=Forty(img, target), batch_size=n,
+                        epochs=10, num_classes=10, fresh=lambda _: copy.deepcopy(net_s))  # fmt: skip
+    options = {'num_words': 8} if method.start else {'nce_n': 8} if name == 'crd' else {}
+    part = train_kd.Part(name, method, 1.0, options)
+    try:
+        part.loss = method.build(method.loss, e, **options)
+        net = method.student(net_s, part.loss, e) if method.student else net_s
+        step = train_kd.Step(net, [part], 1.0, amp, None).train()
+        if method.start:
+            method.start(part.loss, world.teacher, e)
+        views = {view: img for view in method.views}
+        b = SimpleNamespace(img=img, target=target, index=torch.arange(n), views=views,
+                            epoch=5, epochs=10, teacher=world.teacher, net_t=net_t,
+                            generator=torch.Generator(), rng=random.Random(0))  # fmt: skip
+        b.shared = {method.prepare: method.prepare(net_t, ts[0], b)} if method.prepare else {}
+        _, loss_ce, loss_kd = step(b, ts, 'init' if method.init else 'train')
+        (loss_kd + (0 if loss_ce is None else loss_ce)).backward()
+    except ValueError as error:
+        return 'refuses', ' '.join(str(error).split())
+    if not torch.isfinite(loss_kd):
+        return 'broken', f'loss {loss_kd}'
+    learns = any(p.requires_grad for p in part.loss.parameters()) or method.student is not None
+    return ('adapter' if learns else 'works'), ''
+
+
+class Forty:
+    """What builders may ask of a training set."""
+
+    targets = torch.arange(40) % 10
+
+    def __init__(self, img, target) -> None:
+        self.img, self.target = img, target
+
+    def __len__(self) -> int:
+        return 40
+
+    def test_batches(self, size):
+        yield self.img, self.target, None
+
+
+def rows() -> list[str]:
+    lines = ['| method | ' + ' | '.join(PAIRS) + ' |', '|---|' + '---|' * len(PAIRS)]
+    for name in sorted(name for name, m in METHODS.items() if m.teacher and not m.peers):
+        lines.append(f'| {name} | ' + ' | '.join(one_step(name, kind)[0] for kind in PAIRS) + ' |')
+    return lines
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    print('\n'.join(rows()))
