@@ -193,7 +193,12 @@ every_method() {
 }
 
 table() {
-    py tools/table.py "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" --out "$SAVE_ROOT/$KD_RUN"
+    local peers=()
+    for method in $PEERS; do
+        if [ -d "$SAVE_ROOT/$method-$DML_RUN" ]; then peers+=("$SAVE_ROOT/$method-$DML_RUN"); fi
+    done
+    py tools/table.py "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" ${peers[@]+"${peers[@]}"} \
+        --out "$SAVE_ROOT/$KD_RUN"
 }
 
 # Everything on the embedded data set with a short schedule, sized for two CPU cores.

@@ -12,6 +12,10 @@ import statistics
 import sys
 from pathlib import Path
 
+COLUMNS = ('method', 'teacher -> student', 'last epoch', 'against the baseline', 'best test epoch*', 'seeds')
+COLUMNS += ('published',)
+PUBLISHED = Path(__file__).parent.parent / 'results' / 'published.json'
+
 
 def read_results(folders: list[str]) -> list[dict]:
     """Every result below the folders."""
@@ -30,7 +34,7 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     for r in results:
         key = (r['data'], r['teacher'] or '', r['student'], r['method'], r['epochs'])
         groups.setdefault(key, []).append(r)
-    return dict(sorted(groups.items(), key=lambda item: (item[0][1] != '', -mean(item[1], 'last'))))
+    return dict(sorted(groups.items(), key=lambda item: (item[0][3] != 'baseline', -mean(item[1], 'last'))))
 
 
 def mean(runs: list[dict], which: str) -> float:
@@ -44,20 +48,39 @@ def spread(runs: list[dict], which: str) -> str:
 
 def baseline_of(groups: dict, key: tuple) -> list[dict] | None:
     """The student's own training without a teacher, on the same data for as many epochs."""
-    data, teacher, student, _, epochs = key
-    return groups.get((data, '', student, 'baseline', epochs)) if teacher else None
+    data, _, student, method, epochs = key
+    return groups.get((data, '', student, 'baseline', epochs)) if method != 'baseline' else None
 
 
 def students_of(groups: dict) -> set[str]:
-    """The networks that were taught; any other network trained alone is a teacher."""
-    return {key[2] for key in groups if key[1]} or {key[2] for key in groups}
+    """The networks that a method trained; any other network trained alone is a teacher."""
+    return {key[2] for key in groups if key[3] != 'baseline'} or {key[2] for key in groups}
+
+
+def published(key: tuple) -> str:
+    """What others report for this data, pair and method, from results/published.json."""
+    data, teacher, student, method, _ = key
+    names = {'baseline': ('vanilla',), 'st': ('st', 'kd'), 'wsld': ('wsl',)}.get(method, (method,))
+    found = [
+        f'{entry["top1"]:.2f} ({source(entry)})'
+        for entry in json.loads(PUBLISHED.read_text())
+        if (entry['dataset'], entry['teacher'] or '', entry['student']) == (data, teacher, student)
+        and entry['method'].lower() in names
+    ]
+    return ', '.join(dict.fromkeys(found))
+
+
+def source(entry: dict) -> str:
+    """The repository's name, and the epochs if they are stated."""
+    repository = entry['source'].split()[0].split('/')[1]
+    return repository + (f', {entry["epochs"]} epochs' if entry['epochs'] else '')
 
 
 def table(results: list[dict]) -> str:
     """Markdown, one row per experiment."""
     lines = [
-        '| method | teacher -> student | last epoch | against the baseline | best test epoch* | seeds |',
-        '|---|---|---|---|---|---|',
+        '| ' + ' | '.join(COLUMNS) + ' |',
+        '|---' * len(COLUMNS) + '|',
     ]
     groups = group(results)
     for key, runs in groups.items():
@@ -65,13 +88,13 @@ def table(results: list[dict]) -> str:
         alone = baseline_of(groups, key)
         gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
         pair = f'{teacher} -> {student}' if teacher else student
-        if not teacher and student not in students_of(groups):
+        if method == 'baseline' and student not in students_of(groups):
             method = 'teacher'
-        lines.append(
-            f'| {method} | {pair} | {spread(runs, "last")} | {gain} | {spread(runs, "best")} | {len(runs)} |'
-        )
+        cells = (method, pair, spread(runs, 'last'), gain, spread(runs, 'best'), len(runs), published(key))
+        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
     selected = sorted({r['best']['selected_on'] for r in results})
-    lines += ['', f'Top-1 on the test set, percent. *selected on {" or ".join(selected)}.']
+    note = f'*selected on {" or ".join(selected)}. Published: by others, with their schedules.'
+    lines += ['', f'Top-1 on the test set, percent. {note}']
     return '\n'.join(lines) + '\n'
 
 
@@ -93,8 +116,9 @@ def figure(results: list[dict], path: Path) -> None:
     for key, runs in groups.items():
         _, teacher, student, method, epochs = key
         curve = [statistics.mean(values) for values in zip(*(r['curve'] for r in runs))]
-        label = f'{method if teacher else student + " alone"}  {mean(runs, "last"):.1f}'
-        if not teacher and student not in students:
+        alone = method == 'baseline'
+        label = f'{student + " alone" if alone else method}  {mean(runs, "last"):.1f}'
+        if alone and student not in students:
             axes.axhline(
                 curve[-1],
                 color='grey',
@@ -102,7 +126,7 @@ def figure(results: list[dict], path: Path) -> None:
                 linewidth=1.2,
                 label=f'teacher {student}  {curve[-1]:.1f}',
             )
-        elif not teacher:
+        elif alone:
             axes.plot(range(1, epochs + 1), curve, color='black', linewidth=2.5, label=label, zorder=5)
         else:
             style = ('-', '--', ':')[number // 10 % 3]
