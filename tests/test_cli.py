@@ -245,7 +245,7 @@ def test_kd_mistakes(fails, teacher, words, said):
 
 
 def test_unlike_maps_are_refused_before_training(fails, script, tmp_path):
-    """FitNet does not resize: the message names both shapes, nothing was trained."""
+    """NORM wants a whole factor between the sizes: the message names both shapes, nothing was trained."""
 
     class Small(torch.nn.Module):
         def __init__(self, net):
@@ -253,7 +253,7 @@ def test_unlike_maps_are_refused_before_training(fails, script, tmp_path):
             self.net = net
 
         def forward(self, x, feats=False):
-            return self.net(x[..., ::2, ::2], feats)
+            return self.net(x[..., :24, :24], feats)
 
     real = models.build
     assert script('train_base', '--net_name', 'resnet8', '--note', 'b', *TINY, '--epochs', '1').code == 0
@@ -269,8 +269,8 @@ def test_unlike_maps_are_refused_before_training(fails, script, tmp_path):
             '--s_name',
             'resnet14',
             '--kd_mode',
-            'fitnet',
-            said=['FitNet: fm_t must be', '(2, 64, 4, 4)', '(2, 64, 8, 8)'],
+            'norm',
+            said=['NORM: fm_t must have the size of fm_s (2, 512, 6, 6)', '(2, 64, 8, 8)'],
         )
 
 

@@ -15,6 +15,7 @@ from torchvision.models import VisionTransformer
 import models
 from models.checkpoint import load_weights, read_checkpoint
 from models.hooks import Tap, last_axis, tap_torchvision, tokens
+from models.segmentation import DeepLabV3Plus, LinkNet, SegNet
 
 GOLDEN = Path(os.environ.get('GOLDEN_DIR') or Path(__file__).parent / 'golden') / 'models'
 if not GOLDEN.is_dir():  # a folder with losses only
@@ -72,22 +73,71 @@ def close(got: torch.Tensor, wanted, scale: float, what: str) -> None:
     np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=0, atol=1e-9 * scale, err_msg=what)
 
 
-@pytest.mark.parametrize('stem', FILES)
-def test_network_equals_the_original(stem, tmp_path):
-    name = ours(stem)
+SEGMENTATION = {
+    'kamalengine_segnet_vgg16_bn': SegNet,
+    'kamalengine_linknet_resnet18': LinkNet,
+    'kamalengine_deeplabv3plus_resnet50': DeepLabV3Plus,
+}
+
+
+def load(stem):
+    """Layout, expectations, weights by the rule, and the input by the rule."""
     layout = json.loads((GOLDEN / f'{stem}.json').read_text())
     with np.load(GOLDEN / f'{stem}.npz') as file:
         z = {key: file[key] for key in file.files}
-    state = filled(layout, float(z['hp_gain']))
-    net = models.build(name, int(z['hp_num_classes'])).double().eval()
-    torch.save({'net': state}, tmp_path / 'x.pt')  # through the loader: it renames the Zoo's stages
-    load_weights(net, tmp_path / 'x.pt')
-    assert len(net.state_dict()) == len(layout)
-
     n, c, h, w = (int(i) for i in z['hp_input'])
     grid = np.meshgrid(np.arange(n), np.arange(c), np.arange(h), np.arange(w), indexing='ij')
     wave = np.sin(0.3 * (grid[0] + 1) * grid[2] + 0.2 * (grid[1] + 1) * grid[3] + grid[0])
     x = torch.from_numpy(0.5 * rule(9999, n * c * h * w).reshape(n, c, h, w) + wave)
+    return layout, z, filled(layout, float(z['hp_gain'])), x
+
+
+def check_statistics(z, group: str, i: int, fm) -> None:
+    flat = fm.flatten()
+    scale = max(float(z[f'{group}_std'][i]), 1e-12)
+    probe = (flat * ((torch.arange(len(flat)) % 101) - 50)).mean()
+    sample = flat[[m * len(flat) // 8 for m in range(8)]]
+    assert tuple(fm.shape) == tuple(s for s in z[f'{group}_shape'][i] if s), f'{group}[{i}]'
+    close(flat.mean(), z[f'{group}_mean'][i], scale, f'{group}[{i}] mean')
+    close(flat.std(unbiased=False), z[f'{group}_std'][i], scale, f'{group}[{i}] std')
+    close(flat.min(), z[f'{group}_min'][i], scale, f'{group}[{i}] min')
+    close(probe, z[f'{group}_probe'][i], 100 * scale, f'{group}[{i}] probe')
+    close(sample, z[f'{group}_sample'][i], scale, f'{group}[{i}] sample')
+
+
+@pytest.mark.parametrize('stem', [stem for stem in SEGMENTATION if (GOLDEN / f'{stem}.npz').exists()])
+def test_segmentation_network_equals_the_original(stem):
+    layout, z, state, x = load(stem)
+    net = SEGMENTATION[stem](int(z['hp_num_classes'])).double().eval()
+    net.load_state_dict(state)
+    with torch.no_grad():
+        out, maps = net(x, True)
+        assert torch.equal(net(x), out)
+    close(out[:, :, ::4, ::4], z['logits_s4'], z['logits_s4'].std(), 'logits')
+    check_statistics(z, 'out', 0, out)
+    assert len(maps) == len(z['feats_mean'])
+    for i, fm in enumerate(maps):
+        check_statistics(z, 'feats', i, fm)
+
+
+def test_small_segmentation_networks_train():
+    net = SegNet(4, (8, 16, 16, 32, 32), (1, 1, 1, 1, 1))
+    out = net(torch.randn(2, 3, 60, 44))
+    assert out.shape == (2, 4, 60, 44)
+    out.mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    with pytest.raises(ValueError, match='32 divides'):
+        LinkNet()(torch.zeros(1, 3, 240, 240))
+
+
+@pytest.mark.parametrize('stem', FILES)
+def test_network_equals_the_original(stem, tmp_path):
+    name = ours(stem)
+    layout, z, state, x = load(stem)
+    net = models.build(name, int(z['hp_num_classes'])).double().eval()
+    torch.save({'net': state}, tmp_path / 'x.pt')  # through the loader: it renames the Zoo's stages
+    load_weights(net, tmp_path / 'x.pt')
+    assert len(net.state_dict()) == len(layout)
     with torch.no_grad():
         feats = net(x, True)
         assert torch.equal(net(x), feats.out)
@@ -102,16 +152,7 @@ def test_network_equals_the_original(stem, tmp_path):
         if f'{group}_std' not in z:  # mdistiller's MobileNetV2 hands out no pre-activations
             continue
         for i, fm in list(enumerate(maps))[start:]:
-            flat = fm.flatten()
-            scale = max(float(z[f'{group}_std'][i]), 1e-12)
-            probe = (flat * ((torch.arange(len(flat)) % 101) - 50)).mean()
-            sample = flat[[m * len(flat) // 8 for m in range(8)]]
-            assert tuple(fm.shape) == tuple(s for s in z[f'{group}_shape'][i] if s), f'{group}[{i}]'
-            close(flat.mean(), z[f'{group}_mean'][i], scale, f'{group}[{i}] mean')
-            close(flat.std(unbiased=False), z[f'{group}_std'][i], scale, f'{group}[{i}] std')
-            close(flat.min(), z[f'{group}_min'][i], scale, f'{group}[{i}] min')
-            close(probe, z[f'{group}_probe'][i], 100 * scale, f'{group}[{i}] probe')
-            close(sample, z[f'{group}_sample'][i], scale, f'{group}[{i}] sample')
+            check_statistics(z, group, i, fm)
             seen += 1
     seen += shift
     assert seen == len(feats.fms) + (len(feats.pres) - shift - first if 'preact_std' in z else 0)
