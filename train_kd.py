@@ -431,13 +431,7 @@ def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, d
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = utils.Record(folder / token, state, math_args, origin, selected_on)
         run = Run(token, step, parts, ce, net, opt, scaler, torch.Generator(device), record, before)
-        with utils.user_errors():  # shapes that do not meet show here
-            trial = copy.deepcopy(step).train()
-            trial.gather = None
-            b.shared = world.prepared([run], ts, b)
-            for phase, count in (('pretrain', before[0]), ('init', before[1]), ('train', 1)):
-                if count:
-                    trial(b, ts, phase)
+        try_once(run, step, b, ts, world)
         record.resume(utils.resume_point(args.resume, folder / token))
         if not record.epoch and utils.rank() == 0:  # the other processes are sent the result
             for part in parts:
@@ -447,6 +441,20 @@ def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, d
         run.step = utils.distributed(step, device)
         runs.append(run)
     return runs
+
+
+def try_once(run: Run, step: Step, b: SimpleNamespace, ts: list, world: Look) -> None:
+    """A step of each phase on a copy: shapes that do not meet show here, before anything is trained."""
+    trial = copy.deepcopy(step).train()
+    trial.gather = None
+    try:
+        with utils.user_errors():
+            b.shared = world.prepared([run], ts, b)
+            for phase, count in (('pretrain', run.before[0]), ('init', run.before[1]), ('train', 1)):
+                if count:
+                    trial(b, ts, phase)
+    except AttributeError as error:  # a network of the user's own, without a part that this method asks for
+        raise utils.UserError(f'{run.name}: {error}') from None
 
 
 def build_part(part: Part, net: nn.Module, e: SimpleNamespace, device) -> nn.Module:

@@ -245,7 +245,7 @@ def test_kd_mistakes(fails, teacher, words, said):
 
 
 def test_unlike_maps_are_refused_before_training(fails, script, tmp_path):
-    """NORM wants a whole factor between the sizes: the message names both shapes, nothing was trained."""
+    """What must match is named, or what the network lacks; nothing was trained."""
 
     class Small(torch.nn.Module):
         def __init__(self, net):
@@ -263,15 +263,9 @@ def test_unlike_maps_are_refused_before_training(fails, script, tmp_path):
             'build',
             lambda name, k: Small(real('resnet8', k)) if name == 'resnet14' else real(name, k),
         )
-        fails(
-            'train_kd',
-            *kd(tmp_path / 'b' / 'net.pt'),
-            '--s_name',
-            'resnet14',
-            '--kd_mode',
-            'norm',
-            said=['NORM: fm_t must have the size of fm_s (2, 512, 6, 6)', '(2, 64, 8, 8)'],
-        )
+        words = (*kd(tmp_path / 'b' / 'net.pt'), '--s_name', 'resnet14')
+        fails('train_kd', *words, '--kd_mode', 'fcfd', said='FCFD: strides must be 1, 2 or 0.5, got 0.75')
+        fails('train_kd', *words, '--kd_mode', 'norm', said="norm: 'Small' object has no attribute 'after'")
 
 
 class Bomb:
