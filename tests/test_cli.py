@@ -487,6 +487,23 @@ def test_what_is_in_results_is_not_trained_again(tmp_path):
     assert missing('at', words=words.replace('--amp bf16', '--amp bf16 --lr 0.05')) == ['at']
 
 
+def readme_commands() -> list[list[str]]:
+    """Every training command that the README spells out."""
+    blocks = re.findall(r'```bash\n(.*?)^ *```', (ROOT / 'README.md').read_text(), re.S | re.M)
+    lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if line.strip().startswith('python t')]
+    return [w[1:] for w in words if w[1].startswith('train_') and '...' not in w]
+
+
+@pytest.mark.parametrize('call', readme_commands(), ids=lambda call: ' '.join(call[:5]))
+def test_the_commands_of_the_readme_parse(call, monkeypatch):
+    parsed(call, monkeypatch)
+
+
+def test_the_readme_has_commands():
+    assert len(readme_commands()) >= 8
+
+
 def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):
     calls = commands(tmp_path, 'quick')
     scripts = [parsed(call, monkeypatch) for call in calls[:-1]]
