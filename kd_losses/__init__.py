@@ -89,7 +89,7 @@ from .wsld import WSLD
 # what `prepare` gave; student(img), teacher(img): forward passes). With `peers`, s is a list of their Feats.
 def logits(kd, s, t, b):    return kd(s.out, t.out)
 def labelled(kd, s, t, b):  return kd(s.out, t.out, b.target)
-def curriculum(kd, s, t, b): return kd(s.out, t.out, cosine_lambda(b.epoch + 1))
+def curriculum(kd, s, t, b): return kd(s.out, t.out, cosine_lambda(b.epoch + 1, 1.0, max(b.epochs / 24, 1)))
 def strong(kd, s, t, b):    return two_views(kd, s.out, t.out, b.student(b.views['strong']).out, b)
 def team(kd, s, t, b):      return kd(s.out, [x.out for x in b.ts], b.target, generator=b.generator)
 def embed(kd, s, t, b):     return kd(s.feat, t.feat)

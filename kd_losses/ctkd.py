@@ -75,7 +75,7 @@ class _Reversal(torch.autograd.Function):
         return -ctx.lam * grad, None
 
 
-def cosine_lambda(epoch: int, max_value: float = 1.0, num_loops: int = 10) -> float:
+def cosine_lambda(epoch: int, max_value: float = 1.0, num_loops: float = 10) -> float:
     """Strength of the reversal in an epoch, counted from 1: half a cosine up to max_value at num_loops."""
     return max_value * (1 - math.cos(math.pi * min(epoch, num_loops) / num_loops)) / 2
 

@@ -70,7 +70,7 @@ def test_the_filling_rule():
 
 
 def close(got: torch.Tensor, wanted, scale: float, what: str) -> None:
-    np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=0, atol=1e-9 * scale, err_msg=what)
+    np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=0, atol=1e-10 * scale, err_msg=what)
 
 
 SEGMENTATION = {
