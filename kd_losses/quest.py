@@ -65,12 +65,16 @@ class QuEST(nn.Module):
         fm_t = self._teacher_map(fm_t, fm_s.shape)
         with torch.autocast(fm_s.device.type, enabled=False):
             s, t = _positions(_full(fm_s)), _positions(_full(fm_t.detach()))
-            c = self.centroids.to(t.dtype)
-            nearness = 2 * t @ c.T - c.square().sum(dim=1)  # -||t - c||^2 + |t|^2
-            log_p = F.log_softmax(self.tau * nearness, dim=1)
-            p = log_p.exp()
-            log_q = F.log_softmax(self.scale * (_unit(s) @ _unit(self.weight.to(s.dtype)).T), dim=1)
-            return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1).mean()
+            with torch.no_grad():
+                c = self.centroids.to(t.dtype)
+                nearness = torch.addmm(
+                    c.square().sum(dim=1), t, c.T, beta=-1, alpha=2
+                )  # -||t - c||^2 + |t|^2
+                log_p = F.log_softmax(self.tau * nearness, dim=1)
+                p = log_p.exp()
+                negative_entropy = (p * log_p).sum(dim=1).mean()
+            z = self.scale * (_unit(s) @ _unit(self.weight.to(s.dtype)).T)
+            return negative_entropy + F.cross_entropy(z, p)
 
     def _teacher_map(self, fm_t: Tensor, shape_s) -> Tensor:
         n, _, h, w = shape_s
