@@ -178,7 +178,7 @@ def main():
 
     last = record.history[-1]
     for k in range(len(nets)):
-        utils.save_checkpoint(folder / f'net{k + 1}.pt', step.peers.network(k).state_dict())
+        utils.save_checkpoint(folder / f'net{k + 1}.pt', step.peers.weights(k))
     each = {f'net{k}': {'name': net, 'top1': last[f'net{k}_test_top1'], 'top5': last[f'net{k}_test_top5']}
             for k, net in enumerate(args.net_names, 1)}  # fmt: skip
     facts = {'script': 'train_dml', 'method': args.kd_mode[0], 'student': '+'.join(args.net_names),

@@ -112,8 +112,10 @@ def all_maps(kd, s, t, b):  return kd(s.fms[1:], t.fms[1:])
 def review(kd, s, t, b):    return kd(to_embedding(s.fms, s), to_embedding(t.pres, t))
 def each_map(kd, s, t, b):  return sum(k(x, y) for k, x, y in zip(kd, s.fms[1:], t.fms[1:])) / len(kd)
 def each_pre(kd, s, t, b):  return sum(k(x, y) for k, x, y in zip(kd, s.pres[1:], t.pres[1:])) / len(kd)
-def each_met(kd, s, t, b):  return each_map(kd, *(f._replace(fms=m) for f, m in meetings(s, t, 'fms')), b)
-def pre_met(kd, s, t, b):   return each_pre(kd, *(f._replace(pres=m) for f, m in meetings(s, t, 'pres')), b)
+def each_met(kd, s, t, b):  return sum(
+    k(*meet(x, y)) for k, x, y in zip(kd, s.fms[1:], t.fms[1:])) / len(kd)
+def pre_met(kd, s, t, b):   return sum(
+    k(*meet(x, y)) for k, x, y in zip(kd, s.pres[1:], t.pres[1:])) / len(kd)
 def flow(kd, s, t, b):      return sum(
     k(*pair) for k, *pair in zip(kd, s.fms, s.fms[1:], t.fms, t.fms[1:])) / len(kd)
 def jacobian(kd, s, t, b):  return kd(b.raw.out, None, b.img, b.target, b.prepared)
@@ -207,12 +209,6 @@ def meet(x, y):
     """For losses that compare position by position: the larger map is averaged to the smaller one's size."""
     size = (min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3]))
     return tuple(fm if fm.shape[2:] == size else F.adaptive_avg_pool2d(fm, size) for fm in (x, y))
-
-
-def meetings(s, t, kind):
-    """All pairs of maps of one kind, met, with the Feats they belong to."""
-    pairs = zip(*(meet(x, y) for x, y in zip(getattr(s, kind), getattr(t, kind))))
-    return zip((s, t), pairs)
 
 
 def to_embedding(maps, f):
@@ -310,10 +306,10 @@ class Separate(nn.Module):
         super().__init__()
         self.nets = nn.ModuleList(nets)
 
-    def network(self, k):
-        """What is kept of the k-th after training."""
+    def weights(self, k):
+        """State dict of what is kept of the k-th after training."""
         net = self.nets[k]
-        return net.deployed() if hasattr(net, 'deployed') else net
+        return (net.deployed() if hasattr(net, 'deployed') else net).state_dict()
 
     def forward(self, x: Tensor | list[Tensor]) -> list:
         views = [x] * len(self.nets) if isinstance(x, Tensor) else x

@@ -17,8 +17,6 @@ Differences: the authors' formula; their loop is welded to their networks, so th
 formula on given maps.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -124,16 +122,19 @@ class FCFD(nn.Module):
         return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
 
 
-@contextlib.contextmanager
-def ghost_statistics(net: nn.Module):
-    """Inside, the batch norms of a network in training leave their running statistics alone."""
-    norms = [(m, m.momentum) for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m, _ in norms:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for m, momentum in norms:
+class ghost_statistics:
+    """`with ghost_statistics(net):` its batch norms, in training, leave their running statistics alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        norms = (m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self.momenta = [(m, m.momentum) for m in norms]
+
+    def __enter__(self) -> None:
+        for m, _ in self.momenta:
+            m.momentum = 0.0
+
+    def __exit__(self, *_) -> None:
+        for m, momentum in self.momenta:
             m.momentum = momentum
 
 

@@ -17,8 +17,6 @@ Differences: the authors' code (the ReLU keeps gate logits at or above 0). In tr
 normalised with the running statistics.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,13 +103,9 @@ class Branches(nn.Module):
                 if any(part is m for m in net.feat_modules()[:-1]):
                     setattr(net, name, nn.Identity())
 
-    def network(self, k: int) -> nn.Module:
-        """The k-th branch with the trunk, as a network of its own."""
-        net = copy.deepcopy(self.nets[0])
-        for name, part in self.nets[k].named_children():
-            if not isinstance(part, nn.Identity):
-                setattr(net, name, copy.deepcopy(part))
-        return net
+    def weights(self, k: int) -> dict:
+        """State dict of the k-th branch with the trunk, as one network."""
+        return {**self.nets[0].state_dict(), **self.nets[k].state_dict()}
 
     def forward(self, x: Tensor) -> list:
         first, *others = self.nets

@@ -15,7 +15,7 @@ FILES = [
     for p in sorted((ROOT / folder).glob('*.py'))
     if p.stem != '__init__'
 ]
-ALLOWED = {'torch', 'math', 'typing', 'collections', 'contextlib', 'copy'}
+ALLOWED = {'torch', 'math', 'typing'}
 WITH_SCIPY = set()  # files whose page in the specification asks for scipy
 
 # builds the file's class from its constructor's names, calls it with random tensors of its arguments' names
