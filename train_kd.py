@@ -168,7 +168,7 @@ def main():
 
     origin = utils.provenance(device)
     views = sorted({view for parts in wanted.values() for part in parts for view in part.method.views})
-    world = Look(teachers, amp, args, views)
+    world = Look(teachers, amp, views)
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, device)
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
@@ -300,8 +300,8 @@ def epoch_line(run: Run, row: dict, epochs: int) -> str:
 class Look:
     """What the teachers give for a batch: once for all students."""
 
-    def __init__(self, nets: list[nn.Module], amp: torch.autocast, args, views) -> None:
-        self.nets, self.amp, self.args, self.views = nets, amp, args, views
+    def __init__(self, nets: list[nn.Module], amp: torch.autocast, views: list[str]) -> None:
+        self.nets, self.amp, self.views = nets, amp, views
         self.net_t = nets[0] if nets else None
 
     def teacher(self, img: Tensor):

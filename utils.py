@@ -814,11 +814,16 @@ def fingerprint(net: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_data(args: argparse.Namespace, device: torch.device):
-    """(training set, validation set or None, test set) as the flags say."""
+def read_data(args: argparse.Namespace, device: torch.device):
+    """(training set, test set), whole."""
     folder_only = {'image_size': args.image_size, 'workers': args.workers, 'convert_rgb': args.convert_rgb}
     with user_errors():
-        train, test = dataset.load(args.data_name, args.img_root, device, **folder_only)
+        return dataset.load(args.data_name, args.img_root, device, **folder_only)
+
+
+def load_data(args: argparse.Namespace, device: torch.device):
+    """(training set, validation set or None, test set) as the flags say."""
+    train, test = read_data(args, device)
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)

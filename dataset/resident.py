@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .views import count_steps, distort, view_seed
+from .views import count_steps, distort, shares, view_seed
 
 PAD = 4  # reflected pixels on each side before the random crop
 
@@ -48,21 +48,17 @@ class Resident:
             views: further images of every batch: 'pair', another image of the same class; 'strong', the same
                 image with RandAugment and a cut-out; any other name, another crop and flip of it.
         """
-        n, (rank, processes) = len(self), self.shard
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(n, generator=generator).to(self.device)
+        order = torch.randperm(len(self), generator=generator).to(self.device)
         shift, flip = self._draw(generator)
         others = {view: self._view(view, seed, epoch) for view in views}
-        for start in range(0, batch_size * processes * self.steps(batch_size), batch_size * processes):
-            index = order[start : start + batch_size * processes]
-            size = len(index) // processes  # equal: up to processes - 1 images of the last are left out
-            index = index[rank * size : (rank + 1) * size]
+        for index in shares(order, batch_size, self.shard):
             more = {view: images(index) for view, images in others.items()}
             yield self.crops(index, shift[index], flip[index]), self.targets[index], index, more
 
     def steps(self, batch_size: int) -> int:
         """Batches of an epoch."""
-        return count_steps(len(self), batch_size * self.shard[1], self.shard[1])
+        return count_steps(len(self), batch_size, self.shard)
 
     def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A crop and a flip for every image."""

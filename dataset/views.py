@@ -1,6 +1,7 @@
-"""Batches: how many there are, the random seeds of further views, and the strong augmentation."""
+"""Batches: each process's share of an epoch, and further views, their seeds, the strong augmentation."""
 
 import zlib
+from collections.abc import Iterator
 
 import torch
 import torchvision.transforms.v2 as transforms
@@ -31,6 +32,20 @@ def distort(image: Tensor, seed: int) -> Tensor:
     return image
 
 
-def count_steps(images: int, batch: int, processes: int = 1) -> int:
+def count_steps(images: int, batch_size: int, shard: tuple[int, int] = (0, 1)) -> int:
     """Batches of an epoch; a last one that would give a process fewer than two images is left out."""
-    return images // batch + (images % batch >= 2 * processes)
+    _, processes = shard
+    whole = batch_size * processes
+    return images // whole + (images % whole >= 2 * processes)
+
+
+def shares(order: Tensor, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[Tensor]:
+    """This process's part of every batch, batch_size each; shard: (this process, number of processes).
+
+    All processes get equally many: up to processes - 1 images of the last batch are left out.
+    """
+    rank, processes = shard
+    whole = batch_size * processes
+    for batch in order[: whole * count_steps(len(order), batch_size, shard)].split(whole):
+        size = len(batch) // processes
+        yield batch[rank * size : (rank + 1) * size]

@@ -24,9 +24,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    args.val_split, args.batch_size, args.seed = 0, 1, 0  # of no consequence here
+    args.seed = 0  # nothing is drawn here
     device = utils.setup(args)
-    _, _, test = utils.load_data(args, device)
+    _, test = utils.read_data(args, device)
     width, failed = max(map(len, args.files)), False
     print(f'{"file":{width}}   top-1   top-5   on {len(test)} test images of {args.data_name}')
     for path in args.files:
