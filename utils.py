@@ -241,7 +241,15 @@ def join_processes(device: torch.device) -> torch.device:
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        store, place, many = next(dist.rendezvous('env://'))
+        # After a failure torchrun offers the same store again, with addresses of dead processes still in it.
+        # On one machine the count of restarts gives each start a corner of its own; several machines do not
+        # count alike (README, "Several processes").
+        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
+            store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        dist.init_process_group(
+            'nccl' if device.type == 'cuda' else 'gloo', store=store, rank=place, world_size=many
+        )
     return device
 
 
@@ -829,7 +837,12 @@ def load_data(args: argparse.Namespace, device: torch.device):
         train, val = train.split(args.val_split, args.seed)
     if args.batch_size > len(train):
         raise UserError(f'--batch_size {args.batch_size}: the training set has {len(train)} images only')
-    for data in (train, val, test):
+    share(train, val, test)
+    return train, val, test
+
+
+def share(*sets) -> None:
+    """Tell data sets which part of every batch is this process's."""
+    for data in sets:
         if data:
             data.shard = (rank(), processes())
-    return train, val, test
