@@ -1,6 +1,7 @@
 """Train one network with cross-entropy: teachers, and the baselines that students are compared with.
 
     python train_base.py --net_name resnet20 --data_name cifar10
+    python train_base.py --net_name resnet20 --data_name cifar10 --num_parts 2 --part 0   half the classes
 
 Writes to SAVE_ROOT/NOTE: initial.pt (the random weights, for --s_init of train_kd.py), last.pt, best.pt,
 net.pt (plain weights of the last epoch), metrics.csv, log.txt, args.json, results.json.
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import dataset
 import models
 import utils
 
@@ -23,25 +25,57 @@ def parse_args():
     parser.add_argument('--init', metavar='FILE', help='start from these weights instead of random ones')
     parser.add_argument('--keep', type=utils.positive_int, metavar='N',
         help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip
+    # fmt: off
+    flag = parser.add_argument_group('a part of the classes, for train_ka.py').add_argument
+    flag('--num_parts', type=utils.positive_int, metavar='N', help='cut the classes into so many parts')
+    flag('--part', type=utils.whole_number, metavar='I', help='... and train on this one, 0 to N - 1')
+    flag('--split', choices=('contiguous', 'interleaved', 'random'), default='contiguous',
+         help='which classes go together (random: after --seed); default contiguous')
+    flag('--classes', metavar='LIST', help='or the classes themselves, e.g. 0-2,7')
+    # fmt: on
     utils.add_common_flags(parser)
     return parser.parse_args()
+
+
+def chosen_classes(args, num_classes: int) -> list[int] | None:
+    """The classes to train on, None for all."""
+    if (args.num_parts is None) != (args.part is None) or (args.classes and args.num_parts):
+        raise utils.UserError('say --num_parts N --part I, or --classes LIST')
+    with utils.user_errors():
+        if args.classes:
+            return dataset.read_classes(args.classes, num_classes)
+        if args.num_parts is None:
+            return None
+        parts = dataset.split_classes(num_classes, args.num_parts, args.split, args.seed)
+    if args.part >= args.num_parts:
+        raise utils.UserError(f'--part {args.part}: there are parts 0 to {args.num_parts - 1}')
+    return parts[args.part]
 
 
 def main():
     args = parse_args()
     device = utils.setup(args)
-    name = f'base-{args.data_name.replace(":", "")}-{args.net_name}-s{args.seed}'
+    part = f'-classes{args.classes}' if args.classes else ''
+    part = f'-part{args.part}of{args.num_parts}' if args.num_parts else part
+    name = f'base-{args.data_name.replace(":", "")}-{args.net_name}{part}-s{args.seed}'
     folder = utils.output_folder(Path(args.save_root) / (args.note or name))
     log = utils.Log(folder)
 
     train, val, test = utils.load_data(args, device)
+    if classes := chosen_classes(args, train.num_classes):
+        log(f'classes {", ".join(map(str, classes))} of {train.num_classes}')
+        with utils.user_errors():
+            train, val, test = (data and dataset.take_classes(data, classes) for data in (train, val, test))
+        utils.share(train, val, test)
     torch.manual_seed(args.seed)
     with utils.user_errors():
         net = models.build(args.net_name, train.num_classes)
         if args.init:
             log(f'initial weights: {models.load_weights(net, args.init)}')
     initial = {key: value.clone() for key, value in net.state_dict().items()}
-    math_args = utils.math_args(args, script='train_base', net=args.net_name, initial=utils.fingerprint(net))
+    math_args = utils.math_args(
+        args, script='train_base', net=args.net_name, initial=utils.fingerprint(net), classes=classes
+    )
     net.to(device, memory_format=torch.channels_last)
     opt = utils.sgd(net.parameters(), args)
     amp = utils.autocast(device, args.amp)
@@ -106,7 +140,8 @@ def main():
     bar.close()
 
     facts = {'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,
-             'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs}  # fmt: skip
+             'data': args.data_name, 'classes': classes, 'seed': args.seed,
+             'epochs': args.epochs}  # fmt: skip
     log(f'{args.net_name}: {record.finish("net.pt", facts)}')
     log(f'weights: {folder / "net.pt"}')
 

@@ -11,10 +11,11 @@ import torch
 
 from .cifar import read_cifar
 from .folder import BadImage, Folder
+from .parts import read_classes, split_classes, take_classes
 from .resident import Resident
 from .shapes import CLASSES, cached_shapes
 
-__all__ = ['DATA', 'BadImage', 'Folder', 'Resident', 'load']
+__all__ = ['DATA', 'BadImage', 'Folder', 'Resident', 'load', 'read_classes', 'split_classes', 'take_classes']
 
 # (mean, std) per channel of the training images; CIFAR's are the seed zoo's
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -129,7 +129,18 @@ class Resident:
         """Two disjoint sets: all but a random fraction, and that fraction."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).to(self.device)
         held = max(int(len(self) * fraction), 1)
-        return tuple(
-            Resident(self.images[i], self.targets[i], self.num_classes, self.mean, self.std, self.device)
-            for i in (order[held:], order[:held])
+        return tuple(self.subset(index) for index in (order[held:], order[:held]))
+
+    def subset(
+        self, index: Tensor, targets: Tensor | None = None, num_classes: int | None = None
+    ) -> 'Resident':
+        """These images, with other labels (for all images of this set) if wanted."""
+        targets = self.targets if targets is None else targets
+        return Resident(
+            self.images[index],
+            targets[index],
+            num_classes or self.num_classes,
+            self.mean,
+            self.std,
+            self.device,
         )
