@@ -1,0 +1,154 @@
+"""CFL, common feature learning: a space where the features of student and teachers lie together.
+
+S. Luo, X. Wang, G. Fang, Y. Hu, D. Tao, M. Song, "Knowledge Amalgamation from Heterogeneous Networks by
+Common Feature Learning", IJCAI 2019, arXiv:1906.10546.
+
+    h_s = ext(align_s(f_s));  h_i = ext(align_i(f_i));  rec_i = dec_i(h_i)       ext is shared by all networks
+    k(a, b) = sum over sigma of exp(-||a - b||^2 / (2 sigma^2)), samples flattened to unit vectors
+    MMD^2(x, y) = max(0, mean of k(x, x') + mean of k(y, y') - 2 mean of k(x, y))
+    mmd = sum over teachers of MMD^2(h_s, h_i);  recons = sum over teachers of mean of (rec_i - f_i)^2
+    loss = mmd + beta recons
+
+Tap: the last maps before pooling (block='conv', equal height and width, any channels), or the pooled
+embeddings (block='fc'). The authors weigh it 10 beside soft targets over all classes. Batches of 32 or more:
+the value depends on the batch size.
+
+The diagonal of a distance matrix is set to its floor: in float32 the matrix product leaves about 1e-7 there,
+which the narrowest kernel (2 sigma^2 = 2e-6) would notice. Unit vectors are mostly further apart than the
+narrow kernels see: with the default widths only sigma >= 0.2 teaches, the others add a constant 2 / N each.
+
+Differences: the conv block is the authors' (no batch norm, no bias), the fc block KamalEngine's. Default
+PyTorch initialisation, as in both.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CFL(nn.Module):
+    """Maximum mean discrepancy in a learned common space, and reconstruction from there.
+
+    Args:
+        s_channels: of the student's map (or embedding).
+        t_channels: list, of each teacher's.
+        h_channels: width of the common space; authors 128 at 224 px, here 32 on CIFAR (fc: D_s / 4).
+        sigmas: kernel widths.
+        normalized: compare directions, not lengths.
+        beta: weight of the reconstruction, 1.
+        block: 'conv' or 'fc'.
+
+    Shape:
+        f_s: (N, s_channels, H, W), f_ts: list of (N, t_channels[i], H, W); fc: (N, s_channels), (N,
+        t_channels[i]). Returns a scalar, with return_terms=True also {'mmd', 'recons'} without beta. No
+        gradient reaches f_ts. `common` gives the features in the common space.
+
+    Raises:
+        ValueError: unknown block; no teacher; a map has other channels, batch or size.
+    """
+
+    def __init__(
+        self,
+        s_channels: int,
+        t_channels: list[int],
+        h_channels: int = 128,
+        sigmas: tuple = (0.001, 0.01, 0.05, 0.1, 0.2, 1, 2),
+        normalized: bool = True,
+        beta: float = 1.0,
+        block: str = 'conv',
+    ) -> None:
+        super().__init__()
+        if block not in ('conv', 'fc'):
+            raise ValueError(f"CFL: block must be 'conv' or 'fc', got {block!r}")
+        if not t_channels:
+            raise ValueError('CFL: t_channels must name the channels of one teacher or more, got []')
+        h = h_channels
+        self.channels, self.conv = [s_channels, *t_channels], block == 'conv'
+        self.sigmas, self.normalized, self.beta = tuple(sigmas), normalized, beta
+        align, decoder = (_align_conv, _decode_conv) if self.conv else (_align_fc, _decode_fc)
+        self.align_s = align(s_channels, h)
+        self.align_t = nn.ModuleList(align(c, h) for c in t_channels)
+        if self.conv:
+            self.extractor = nn.Sequential(_Residual(2 * h, h), _Residual(h, h), _Residual(h, h))
+        else:
+            self.extractor = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Linear(h, h))
+        self.dec_t = nn.ModuleList(decoder(c, h) for c in t_channels)
+
+    def forward(self, f_s: Tensor, f_ts: list[Tensor], return_terms: bool = False):
+        h_s, h_ts = self.common(f_s, f_ts)
+        with torch.autocast(f_s.device.type, enabled=False):
+            each = [mmd(h_s, h_t, self.sigmas, self.normalized) for h_t in h_ts]
+            decoded = [decode(h_t) for decode, h_t in zip(self.dec_t, h_ts)]
+            recons = sum(F.mse_loss(got, _full(f_t.detach())) for got, f_t in zip(decoded, f_ts))
+            loss = sum(each) + self.beta * recons
+        return (loss, {'mmd': sum(each), 'recons': recons}) if return_terms else loss
+
+    def common(self, f_s: Tensor, f_ts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Student's and teachers' features in the common space, h_channels wide."""
+        if f_s.dim() != (4 if self.conv else 2) or f_s.shape[1] != self.channels[0]:
+            form = f'(N, {self.channels[0]}{", H, W" if self.conv else ""})'
+            raise ValueError(f'CFL: f_s must be {form}, got {tuple(f_s.shape)}')
+        if len(f_ts) != len(self.align_t):
+            raise ValueError(f'CFL: f_ts must hold {len(self.align_t)} tensors, got {len(f_ts)}')
+        for i, (f_t, channels) in enumerate(zip(f_ts, self.channels[1:])):
+            wanted = (len(f_s), channels, *f_s.shape[2:])
+            if f_t.shape != wanted:
+                raise ValueError(f'CFL: f_ts[{i}] must be {wanted}, got {tuple(f_t.shape)}')
+        with torch.autocast(f_s.device.type, enabled=False):
+            h_s = self.extractor(self.align_s(_full(f_s)))
+            aligned = [align(_full(f_t.detach())) for align, f_t in zip(self.align_t, f_ts)]
+            return h_s, [self.extractor(x) for x in aligned]
+
+
+def mmd(x: Tensor, y: Tensor, sigmas: tuple, normalized: bool = True) -> Tensor:
+    """Squared maximum mean discrepancy of two batches, (N, ...) each; diagonals included."""
+    x, y = x.flatten(1), y.flatten(1)
+    if normalized:
+        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    return (_kernel(x, x, sigmas) + _kernel(y, y, sigmas) - 2 * _kernel(x, y, sigmas)).mean().clamp(min=0)
+
+
+def _kernel(x: Tensor, y: Tensor, sigmas: tuple) -> Tensor:
+    floor = 1e-12
+    d2 = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
+    if x is y:
+        d2 = d2.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
+    d2 = d2.clamp(min=floor)
+    return sum(torch.exp(-d2 / (2 * sigma**2)) for sigma in sigmas)
+
+
+class _Residual(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.downsample = None if c_in == c_out else nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.relu(self.conv1(x)))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def _align_conv(channels: int, h: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 2 * h, 1, bias=False), nn.ReLU())
+
+
+def _decode_conv(channels: int, h: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(h, channels, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 1, bias=False),
+    )
+
+
+def _align_fc(channels: int, h: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(channels, h), nn.ReLU())
+
+
+def _decode_fc(channels: int, h: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(h, channels), nn.ReLU(), nn.Linear(channels, channels))
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

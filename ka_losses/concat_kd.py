@@ -1,0 +1,90 @@
+"""Soft targets over the union of classes: the baseline of every amalgamation.
+
+No paper of its own: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015,
+arXiv:1503.02531, with the teachers' logits side by side. The mse form is the last stage of layer-wise
+amalgamation (AAAI 2019).
+
+    z = concatenation of the teachers' logits, p = softmax(z / T), q = softmax(out_s / T)
+    kl:       loss = T^2 mean over n of sum over k of p (log p - log q)
+    soft_ce:  loss = T^2 mean over n of sum over k of -p log q          (the same gradient)
+    mse:      loss = mean over n and k of (out_s - z)^2
+    parts:    loss = sum over teachers of kl(the student's block of classes, this teacher's logits)
+
+Tap: logits. The student's classes are the teachers' classes in the order of the teachers.
+
+A teacher has never seen the classes of the others and is sure of itself on their images: kl hands that
+confusion on. parts never compares teachers: accuracy inside a part is good, the student's choice BETWEEN
+parts stays untrained. Report joint and part accuracy separately.
+
+Differences: align='center' is ours: it takes each teacher's mean logit away before they are joined, an offset
+that a softmax classifier leaves undetermined. T^2 also at soft_ce, so that both have one gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConcatKD(nn.Module):
+    """One softmax (or squared error) over the classes of all teachers.
+
+    Args:
+        T: temperature, > 0; 1 in every amalgamation code. mse does not use it.
+        mode: 'kl', 'soft_ce', 'mse' or 'parts'.
+        align: 'none', or 'center': every teacher's logits minus their mean, per image.
+
+    Shape:
+        out_s: (N, K_1 + ... + K_m); outs_t: list of (N, K_i). Returns a scalar, with return_terms=True also
+        {'kd': the same}. No gradient reaches outs_t.
+
+    Raises:
+        ValueError: T is not positive; unknown mode or align; shapes that do not add up.
+    """
+
+    def __init__(self, T: float = 1.0, mode: str = 'kl', align: str = 'none') -> None:
+        super().__init__()
+        if not T > 0:
+            raise ValueError(f'ConcatKD: T must be > 0, got {T}')
+        if mode not in ('kl', 'soft_ce', 'mse', 'parts'):
+            raise ValueError(f"ConcatKD: mode must be 'kl', 'soft_ce', 'mse' or 'parts', got {mode!r}")
+        if align not in ('none', 'center'):
+            raise ValueError(f"ConcatKD: align must be 'none' or 'center', got {align!r}")
+        self.T, self.mode, self.align = T, mode, align
+
+    def forward(self, out_s: Tensor, outs_t: list[Tensor], return_terms: bool = False):
+        if out_s.dim() != 2:
+            raise ValueError(f'ConcatKD: out_s must be (N, K), got {tuple(out_s.shape)}')
+        for i, out_t in enumerate(outs_t):
+            if out_t.dim() != 2 or len(out_t) != len(out_s):
+                raise ValueError(
+                    f'ConcatKD: outs_t[{i}] must be ({len(out_s)}, K_{i}), got {tuple(out_t.shape)}'
+                )
+        widths = [out_t.shape[1] for out_t in outs_t]
+        if sum(widths) != out_s.shape[1]:
+            raise ValueError(
+                f'ConcatKD: out_s must be ({len(out_s)}, {sum(widths)}), the classes of all outs_t, '
+                f'got {tuple(out_s.shape)}'
+            )
+        out_s, outs_t = _full(out_s), [_full(out_t.detach()) for out_t in outs_t]
+        if self.align == 'center':
+            outs_t = [out_t - out_t.mean(dim=1, keepdim=True) for out_t in outs_t]
+        if self.mode == 'mse':
+            loss = F.mse_loss(out_s, torch.cat(outs_t, dim=1))
+        elif self.mode == 'parts':
+            loss = sum(self._divergence(*pair) for pair in zip(out_s.split(widths, dim=1), outs_t))
+        else:
+            loss = self._divergence(out_s, torch.cat(outs_t, dim=1))
+        return (loss, {'kd': loss}) if return_terms else loss
+
+    def _divergence(self, out_s: Tensor, out_t: Tensor) -> Tensor:
+        log_q = F.log_softmax(out_s / self.T, dim=1)
+        log_p = F.log_softmax(out_t / self.T, dim=1)
+        p = log_p.exp()
+        inner = -log_q if self.mode == 'soft_ce' else log_p - log_q
+        # a class that a teacher excludes (p = 0) adds nothing, whatever its logarithm
+        return torch.where(p > 0, p * inner, 0.0).sum(dim=1).mean() * self.T**2
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,117 @@
+"""Adaptive amalgamation: student networks made to measure, from teachers that share one wanted task.
+
+C. Shen, M. Xue, X. Wang, J. Song, L. Sun, M. Song, "Customizing Student Networks from Heterogeneous Teachers
+via Adaptive Knowledge Amalgamation", ICCV 2019, arXiv:1908.07121.
+
+    feat = sum over levels of mean over elements of (b_s(fm_s) - b_t(fm_t))^2      bridges b: 1x1 convolutions
+    soft = mean over elements of (m out_s - out_t)^2                                    m learned, starts at 1
+    wn   = sum over levels of mean over filters w of b_t of (||w||^2 - 1)^2
+    loss = feat + soft + w_wn wn
+
+Round one, sources to component: every image is given only to the source that is surest of the wanted classes
+(`select_teacher`: smallest entropy); the loss is called once per source with its images. Round two,
+components to target: every image to every component, one head per task, bridges on the target's side only
+(t_channels=None), so no wn. wn keeps the bridges from the trivial answer b = 0.
+
+Tap: the stages' outputs BEFORE their ReLU, equal height and width per level, and the logits of the shared
+task (a source's classifier cut to it).
+
+Differences: KamalEngine adds wn six times in its class version and leaves out m in its first round; we do
+neither. It sorts images to sources before training; we select inside the batch, the same assignment, as the
+sources are fixed. Entropy through log_softmax: its attribute version overflows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Customize(nn.Module):
+    """Distance of student and one source in a bridge space, at several levels, and of their logits.
+
+    Args:
+        s_channels: list, of the student's maps.
+        t_channels: list, of the source's maps; None: no bridge there, h_channels are the source's channels.
+        h_channels: list, widths of the bridges; authors half of the source's.
+        w_wn: weight of wn, 1.
+        scale_logits: learn m; False: m is 1.
+
+    Shape:
+        fms_s, fms_t: lists over levels of (N, C, H, W), H and W equal per level; out_s, out_t: (N, K), equal.
+        Returns a scalar, with return_terms=True also {'feat', 'soft', 'wn'}. No gradient reaches fms_t
+        and out_t.
+
+    Raises:
+        ValueError: lists of different lengths; shapes that do not meet.
+    """
+
+    def __init__(
+        self,
+        s_channels: list[int],
+        t_channels: list[int] | None,
+        h_channels: list[int],
+        w_wn: float = 1.0,
+        scale_logits: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, channels in (('t_channels', t_channels), ('h_channels', h_channels)):
+            if channels is not None and len(channels) != len(s_channels):
+                raise ValueError(
+                    f'Customize: {name} must have {len(s_channels)} levels as s_channels, got {len(channels)}'
+                )
+        self.s_channels, self.w_wn = list(s_channels), w_wn
+        self.t_channels = list(h_channels if t_channels is None else t_channels)
+        self.bridge_s = nn.ModuleList(nn.Conv2d(c, h, 1) for c, h in zip(s_channels, h_channels))
+        self.bridge_t = nn.ModuleList(nn.Conv2d(c, h, 1) for c, h in zip(t_channels or [], h_channels))
+        self.m = nn.Parameter(torch.ones(1)) if scale_logits else None
+
+    def forward(
+        self,
+        fms_s: list[Tensor],
+        fms_t: list[Tensor],
+        out_s: Tensor,
+        out_t: Tensor,
+        return_terms: bool = False,
+    ):
+        self._check(fms_s, fms_t, out_s, out_t)
+        with torch.autocast(out_s.device.type, enabled=False):
+            fms_s, fms_t = [_full(fm) for fm in fms_s], [_full(fm.detach()) for fm in fms_t]
+            bridged = [b(fm) for b, fm in zip(self.bridge_t, fms_t)] if len(self.bridge_t) else fms_t
+            feat = sum(F.mse_loss(b(fm), want) for b, fm, want in zip(self.bridge_s, fms_s, bridged))
+            scale = 1 if self.m is None else self.m
+            soft = F.mse_loss(scale * _full(out_s), _full(out_t.detach()))
+            wn = sum(
+                [(b.weight.flatten(1).square().sum(dim=1) - 1).square().mean() for b in self.bridge_t],
+                start=torch.zeros_like(soft),
+            )
+            loss = feat + soft + self.w_wn * wn
+        return (loss, {'feat': feat, 'soft': soft, 'wn': wn}) if return_terms else loss
+
+    def _check(self, fms_s, fms_t, out_s, out_t) -> None:
+        for name, fms, channels in (('fms_s', fms_s, self.s_channels), ('fms_t', fms_t, self.t_channels)):
+            if len(fms) != len(channels):
+                raise ValueError(f'Customize: {name} must hold {len(channels)} maps, got {len(fms)}')
+            for level, (fm, c) in enumerate(zip(fms, channels)):
+                wanted = (len(out_s), c, *fms_s[level].shape[2:])
+                if fm.dim() != 4 or fm.shape != wanted:
+                    raise ValueError(f'Customize: {name}[{level}] must be {wanted}, got {tuple(fm.shape)}')
+        if out_t.shape != out_s.shape:
+            raise ValueError(
+                f'Customize: out_t must be {tuple(out_s.shape)} as out_s, got {tuple(out_t.shape)}'
+            )
+
+
+def entropies(outs_t: list[Tensor]) -> Tensor:
+    """Logits of the sources, each (N, K) -> (N, number of sources) entropies of their softmax."""
+    logs = [F.log_softmax(_full(out_t.detach()), dim=1) for out_t in outs_t]
+    return torch.stack([-(log_p.exp() * log_p).sum(dim=1) for log_p in logs], dim=1)
+
+
+def select_teacher(outs_t: list[Tensor]) -> Tensor:
+    """(N,) index of the source with the smallest entropy; the lowest index of equals."""
+    return entropies(outs_t).argmin(dim=1)
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

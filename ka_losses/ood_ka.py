@@ -1,0 +1,132 @@
+"""OOD-KA: amalgamation from images of another domain, with a generator that makes better ones.
+
+No publication was found; KamalEngine (2024) names it "Amalgamating Knowledge in the Wild". It is MosaicKD (G.
+Fang et al., NeurIPS 2021, arXiv:2110.15094) with two teachers, beside the layer-wise block.
+
+    local   = sum of BCE(d_fake, 1) / N                    patches that look real (d: patch logits)
+    bn      = sum over batch norms of ||running_var - var||_2 + ||running_mean - mean||_2
+    adv   = - KL(softmax of both teachers' logits || softmax(out_s))    images the student does not know yet
+    oh      = sum over teachers of cross-entropy(out_t, its own argmax)      surely some class
+    balance = sum over teachers and classes of p log2 p, p the batch mean of softmax(out_t)    all classes
+    sim     = sum over levels of mean of 1 - |<a_c, b_c'>|, a, b unit channel maps of the two teachers
+    loss = w_adv adv + w_local local + w_balance balance + w_bn bn + w_oh oh + w_sim sim
+    disc_loss = [sum of BCE(d_fake, 0) + sum of BCE(d_real, 1)] / (2 N)
+
+Tap: for the generated batch, logits and stage maps of both teachers and the student's logits, the
+discriminator's logits, and (x, running_mean, running_var) of every batch norm of both teachers. The student's
+own step uses layerwise.py and concat_kd.py.
+
+Differences: NOTHING is detached, the gradient must reach the generator through the teachers. p log p is 0 at
+p = 0 in value and gradient; theirs is NaN. Exactly two teachers, as theirs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class OODKAGenerator(nn.Module):
+    """The generator's objective.
+
+    Args:
+        w_adv, w_local, w_balance, w_bn, w_oh, w_sim: weights; 1, 1, 10, 1, 1, 1.
+
+    Shape:
+        out_s: (N, K_1 + K_2); outs_t: two of (N, K_i); fms_t: two lists over levels of (N, C, H, W), equal
+        sizes per level; d_fake: (N, 1, h, w) logits; bn_stats: list of (x (N, C, H, W), (C,), (C,)). Returns
+        a scalar, with return_terms=True also the six terms without weights.
+
+    Raises:
+        ValueError: not two teachers; shapes that do not meet.
+    """
+
+    def __init__(
+        self,
+        w_adv: float = 1.0,
+        w_local: float = 1.0,
+        w_balance: float = 10.0,
+        w_bn: float = 1.0,
+        w_oh: float = 1.0,
+        w_sim: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.weights = {
+            'adv': w_adv,
+            'local': w_local,
+            'balance': w_balance,
+            'bn': w_bn,
+            'oh': w_oh,
+            'sim': w_sim,
+        }
+
+    def forward(
+        self,
+        out_s: Tensor,
+        outs_t: list[Tensor],
+        fms_t: list[list[Tensor]],
+        d_fake: Tensor,
+        bn_stats: list[tuple],
+        return_terms: bool = False,
+    ):
+        if len(outs_t) != 2 or len(fms_t) != 2:
+            raise ValueError(
+                f'OODKAGenerator: outs_t and fms_t must be of two teachers, got {len(outs_t)}, {len(fms_t)}'
+            )
+        wanted = (len(out_s), sum(out_t.shape[1] for out_t in outs_t))
+        if out_s.shape != wanted:
+            raise ValueError(f'OODKAGenerator: out_s must be {wanted}, got {tuple(out_s.shape)}')
+        shapes = [[(len(fm), *fm.shape[2:]) for fm in fms] for fms in fms_t]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f'OODKAGenerator: fms_t[1] must have the sizes of fms_t[0], {shapes[0]}, got {shapes[1]}'
+            )
+        out_s, outs_t, d_fake = _full(out_s), [_full(out_t) for out_t in outs_t], _full(d_fake)
+        with torch.autocast(out_s.device.type, enabled=False):
+            ones = torch.ones_like(d_fake)
+            terms = {
+                'adv': -_kl(out_s, torch.cat(outs_t, dim=1)),
+                'local': F.binary_cross_entropy_with_logits(d_fake, ones, reduction='sum') / len(out_s),
+                'balance': sum(_negative_entropy(out_t) for out_t in outs_t),
+                'bn': sum((_bn_distance(*stats) for stats in bn_stats), start=out_s.new_zeros(())),
+                'oh': sum(F.cross_entropy(out_t, out_t.argmax(dim=1)) for out_t in outs_t),
+                'sim': sum(
+                    (_unlikeness(_full(a), _full(b)) for a, b in zip(*fms_t)), start=out_s.new_zeros(())
+                ),
+            }
+            loss = sum(self.weights[name] * term for name, term in terms.items())
+        return (loss, terms) if return_terms else loss
+
+
+def disc_loss(d_real: Tensor, d_fake: Tensor) -> Tensor:
+    """The discriminator's objective: patch logits of N real images and N generated, detached ones."""
+    d_real, d_fake = _full(d_real), _full(d_fake)
+    real = F.binary_cross_entropy_with_logits(d_real, torch.ones_like(d_real), reduction='sum')
+    fake = F.binary_cross_entropy_with_logits(d_fake, torch.zeros_like(d_fake), reduction='sum')
+    return (real + fake) / (2 * len(d_fake))
+
+
+def _kl(out_s: Tensor, out_t: Tensor) -> Tensor:
+    log_q, log_p = F.log_softmax(out_s, dim=1), F.log_softmax(out_t, dim=1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1).mean()
+
+
+def _negative_entropy(out_t: Tensor) -> Tensor:
+    p = F.softmax(out_t, dim=1).mean(dim=0)
+    return (p * p.clamp(min=torch.finfo(p.dtype).tiny).log2()).sum()
+
+
+def _bn_distance(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    mean = _full(x).mean(dim=(0, 2, 3))
+    var = _full(x).var(dim=(0, 2, 3), unbiased=False)
+    return torch.linalg.vector_norm(running_var - var) + torch.linalg.vector_norm(running_mean - mean)
+
+
+def _unlikeness(a: Tensor, b: Tensor) -> Tensor:
+    a, b = F.normalize(a.flatten(2), dim=2), F.normalize(b.flatten(2), dim=2)
+    return (1 - (a @ b.transpose(1, 2)).abs()).mean()
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,164 @@
+"""SBM, "Student Becoming the Master": one network for dense tasks, branched off one teacher after another.
+
+J. Ye, Y. Ji, X. Wang, K. Ou, D. Tao, M. Song, "Student Becoming the Master: Knowledge Amalgamation for Joint
+Scene Parsing, Depth Estimation, and More", CVPR 2019, arXiv:1904.10167.
+
+    seg:   mean over pixels of sum over k of p_t (log p_t - log p_s) T^2   ('hard': cross-entropy with argmax)
+    depth:  mean of |out_s - out_t|
+            ('si': with d = log out_s - log out_t, mean over images of mean(d^2) - mean(d)^2 / 2)
+    normal: - mean over images of (sum over valid pixels of the cosine / number of valid pixels)
+    loss = sum over tasks of weight * term
+
+    ChannelCoding: x * sigmoid(W2 relu(W1 pooled x)): what a branch needs of the trunk's map.
+
+Procedure: the trunk starts as teacher one. Each task leaves it at a branch point, through a ChannelCoding and
+the REMAINING blocks of its teacher. Those are frozen while the trunk and the codings learn (block phase), the
+best branch point per task is chosen on unlabelled images, then everything is trained (fine-tuning).
+
+Tap: the networks' outputs, student and teacher, in the order of the tasks.
+
+Differences: KL and L1 as in KamalEngine, 'hard' and 'si' as in the authors' 2019 code; the original is
+TensorFlow and was not found. Pooling is global; KamalEngine's pools the left square of a wide map. In 'si' an
+image without a valid pixel is skipped (theirs: NaN).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SBM(nn.Module):
+    """The sum of the tasks' distances to their teachers.
+
+    Args:
+        tasks: any of 'seg', 'depth', 'normal', in the order of the outputs.
+        seg: 'kl' or 'hard'.
+        depth: 'l1' or 'si' (scale-invariant; pixels where the teacher says exactly 0 are left out).
+        weights: one per task; None: 1 each.
+        T: temperature of 'kl', > 0.
+
+    Shape:
+        outs_s, outs_t: lists over tasks of (N, K, H, W), (N, 1, H, W), (N, 3, H, W), equal; mask: (N, 1, H,
+        W) of 0 and 1, used by the normals only. Returns a scalar, with return_terms=True also {task: term}
+        without weights. No gradient reaches outs_t.
+
+    Raises:
+        ValueError: unknown task or form; T not positive; lists or shapes that do not meet.
+    """
+
+    def __init__(
+        self,
+        tasks: tuple = ('seg', 'depth', 'normal'),
+        seg: str = 'kl',
+        depth: str = 'l1',
+        weights: list | None = None,
+        T: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not T > 0:
+            raise ValueError(f'SBM: T must be > 0, got {T}')
+        if seg not in ('kl', 'hard') or depth not in ('l1', 'si'):
+            raise ValueError(
+                f"SBM: seg must be 'kl' or 'hard' and depth 'l1' or 'si', got {seg!r} and {depth!r}"
+            )
+        for task in tasks:
+            if task not in ('seg', 'depth', 'normal'):
+                raise ValueError(f"SBM: tasks must be of 'seg', 'depth', 'normal', got {task!r}")
+        if weights is not None and len(weights) != len(tasks):
+            raise ValueError(f'SBM: weights must have {len(tasks)} entries, got {len(weights)}')
+        self.tasks, self.T, self.seg, self.depth = tuple(tasks), T, seg, depth
+        self.weights = tuple(weights or [1.0] * len(tasks))
+
+    def forward(
+        self,
+        outs_s: list[Tensor],
+        outs_t: list[Tensor],
+        mask: Tensor | None = None,
+        return_terms: bool = False,
+    ):
+        for name, outs in (('outs_s', outs_s), ('outs_t', outs_t)):
+            if len(outs) != len(self.tasks):
+                raise ValueError(f'SBM: {name} must hold {len(self.tasks)} tensors, got {len(outs)}')
+        terms = {}
+        for task, out_s, out_t in zip(self.tasks, outs_s, outs_t):
+            channels = {'depth': 1, 'normal': 3}.get(task)
+            if out_s.dim() != 4 or channels not in (None, out_s.shape[1]):
+                form = f'(N, {channels or "K"}, H, W)'
+                raise ValueError(f'SBM: outs_s of {task} must be {form}, got {tuple(out_s.shape)}')
+            if out_t.shape != out_s.shape:
+                raise ValueError(
+                    f'SBM: outs_t of {task} must be {tuple(out_s.shape)} as outs_s, got {tuple(out_t.shape)}'
+                )
+            terms[task] = self._term(task, _full(out_s), _full(out_t.detach()), mask)
+        loss = sum(weight * term for weight, term in zip(self.weights, terms.values()))
+        return (loss, terms) if return_terms else loss
+
+    def _term(self, task: str, s: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
+        if task == 'seg':
+            return _kl(s, t, self.T) if self.seg == 'kl' else _hard(s, t)
+        if task == 'depth':
+            return (s - t).abs().mean() if self.depth == 'l1' else _si(s, t)
+        return _cosine(s, t, mask)
+
+
+class ChannelCoding(nn.Module):
+    """A gate per channel, from the pooled map.
+
+    Args:
+        channels: C.
+        reduction, min_hidden: hidden width = max(min_hidden, C // reduction); 4 and 16.
+
+    Shape:
+        x: (N, C, H, W) -> the same.
+
+    Raises:
+        ValueError: x has other channels.
+    """
+
+    def __init__(self, channels: int, reduction: int = 4, min_hidden: int = 16) -> None:
+        super().__init__()
+        hidden = max(min_hidden, channels // reduction)
+        self.w1 = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.w2 = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.w1.in_channels:
+            raise ValueError(
+                f'ChannelCoding: x must be (N, {self.w1.in_channels}, H, W), got {tuple(x.shape)}'
+            )
+        pooled = x.mean(dim=(2, 3), keepdim=True)
+        return x * torch.sigmoid(self.w2(F.relu(self.w1(pooled))))
+
+
+def _kl(s: Tensor, t: Tensor, T: float) -> Tensor:
+    log_p_s, log_p_t = F.log_softmax(s / T, dim=1), F.log_softmax(t / T, dim=1)
+    p_t = log_p_t.exp()
+    return torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0.0).sum(dim=1).mean() * T**2
+
+
+def _hard(s: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(s, t.argmax(dim=1))
+
+
+def _si(s: Tensor, t: Tensor) -> Tensor:
+    valid = (t != 0).flatten(1)
+    d = (s.clamp(1e-10, 1e10).log() - t.clamp(1e-10, 1e10).log()).flatten(1)
+    d = torch.where(valid, d, 0.0)
+    count = valid.sum(dim=1).clamp(min=1)
+    each = d.square().sum(dim=1) / count - 0.5 * (d.sum(dim=1) / count).square()
+    return each.sum() / valid.any(dim=1).sum().clamp(min=1)
+
+
+def _cosine(s: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
+    dot = (F.normalize(s, dim=1) * F.normalize(t, dim=1)).sum(dim=1, keepdim=True)
+    if mask is None:
+        return -dot.mean()
+    if mask.shape != dot.shape:
+        raise ValueError(f'SBM: mask must be {tuple(dot.shape)}, got {tuple(mask.shape)}')
+    mask = mask.to(dot)
+    return -((dot * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1)).mean()
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,120 @@
+"""SOKA, self-coordinated amalgamation: a weighted sum of the teachers' maps, and balanced task losses.
+
+S. Luo, W. Pan, X. Wang, D. Wang, H. Tang, M. Song, "Collaboration by Competition: Self-coordinated Knowledge
+Amalgamation for Multi-talent Student Learning", ECCV 2020.
+
+    collaboration:  loss = mean over all elements of (fm_s - sum over teachers of A_i fm_t_i)^2,  A_i learned
+    competition:    g_i = || gradient of task loss L_i in the last shared weight ||,  G_i = w_i g_i
+                    r_i = (L_i / L_i at the start) / mean over tasks of the same
+                    loss = sum over tasks of |G_i - mean(G) r_i^alpha|, the target held constant
+                    then w <- w / sum(w)                                          (GradNorm, arXiv:1711.02257)
+
+Tap: maps of the student's shared part and of every teacher, equal shapes; one SOKAFeature per level. Per
+batch: heads on sum of w_i L_i; shared part on 0.05 of it plus the feature loss; w on the balance. w stays at
+1 / n in the first tenth of the run.
+
+Differences: the authors published no code. KamalEngine's reproduction, which its readme says may differ from
+the paper, freezes layers after the forward pass: there the encoder and A never train after the first phase.
+We keep three optimisers apart instead. Its A has a weight per position, shape (C, H, W); (C, 1, 1) is ours
+and fits any image size. Any number of tasks. w is kept at 1e-3 or above.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class SOKAFeature(nn.Module):
+    """Squared distance of the student's map to a learned sum of the teachers' maps.
+
+    Args:
+        n_teachers: how many.
+        shape: of the weights of one teacher, (C, H, W) or (C, 1, 1); drawn from [0, 1).
+
+    Shape:
+        fm_s: (N, C, H, W); fms_t: list of the same shape. Returns a scalar, with return_terms=True also
+        {'la': the same}. No gradient reaches fms_t.
+
+    Raises:
+        ValueError: shape does not have three axes; a map does not fit it or fm_s.
+    """
+
+    def __init__(self, n_teachers: int, shape: tuple) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f'SOKAFeature: shape must be (C, H, W) or (C, 1, 1), got {tuple(shape)}')
+        self.weight = nn.Parameter(torch.rand(n_teachers, *shape))
+
+    def forward(self, fm_s: Tensor, fms_t: list[Tensor], return_terms: bool = False):
+        teachers, *shape = self.weight.shape
+        if (
+            fm_s.dim() != 4
+            or any(w not in (1, x) for w, x in zip(shape, fm_s.shape[1:]))
+            or (fm_s.shape[1] != shape[0])
+        ):
+            raise ValueError(f'SOKAFeature: fm_s must be (N, C, H, W) for {shape}, got {tuple(fm_s.shape)}')
+        if len(fms_t) != teachers:
+            raise ValueError(f'SOKAFeature: fms_t must hold {teachers} maps, got {len(fms_t)}')
+        for i, fm_t in enumerate(fms_t):
+            if fm_t.shape != fm_s.shape:
+                raise ValueError(
+                    f'SOKAFeature: fms_t[{i}] must be {tuple(fm_s.shape)} as fm_s, got {tuple(fm_t.shape)}'
+                )
+        joined = sum(weight * _full(fm_t.detach()) for weight, fm_t in zip(self.weight, fms_t))
+        loss = (_full(fm_s) - joined).square().mean()
+        return (loss, {'la': loss}) if return_terms else loss
+
+
+class GradNorm(nn.Module):
+    """Task weights that let all tasks train at one pace.
+
+    Args:
+        n_tasks: how many.
+        alpha: how strongly slower tasks are favoured, >= 0; 1.5.
+
+    Shape:
+        task_losses: (n_tasks,); shared_param: the weight of the last shared layer. Returns a scalar whose
+        gradient reaches `weights` only. The first call fills `init_losses`.
+
+    Raises:
+        ValueError: task_losses has another length.
+    """
+
+    def __init__(self, n_tasks: int, alpha: float = 1.5) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.weights = nn.Parameter(torch.full((n_tasks,), 1 / n_tasks))
+        self.register_buffer('init_losses', torch.zeros(n_tasks))
+
+    def forward(self, task_losses: Tensor, shared_param: Tensor) -> Tensor:
+        norms = [torch.autograd.grad(loss, shared_param, retain_graph=True)[0].norm() for loss in task_losses]
+        return self.balance(task_losses, torch.stack(norms))
+
+    def balance(self, task_losses: Tensor, grad_norm: Tensor) -> Tensor:
+        """The same from the norms of the gradients, (n_tasks,)."""
+        if task_losses.shape != self.weights.shape:
+            raise ValueError(
+                f'GradNorm: task_losses must be {tuple(self.weights.shape)}, got {tuple(task_losses.shape)}'
+            )
+        task_losses, grad_norm = task_losses.detach(), grad_norm.detach()
+        self.start(task_losses)
+        tiny = 1e-12
+        ratio = task_losses / self.init_losses.clamp(min=tiny)
+        ratio = ratio / ratio.mean().clamp(min=tiny)
+        scaled = self.weights * grad_norm
+        return (scaled - scaled.detach().mean() * ratio**self.alpha).abs().sum()
+
+    @torch.no_grad()
+    def start(self, task_losses: Tensor) -> None:
+        """Remember the first losses, once."""
+        self.init_losses.copy_(torch.where(self.init_losses == 0, task_losses.detach(), self.init_losses))
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """After the optimiser's step: weights sum to 1."""
+        self.weights.clamp_(min=1e-3)
+        self.weights.div_(self.weights.sum())
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

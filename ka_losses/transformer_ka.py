@@ -1,0 +1,282 @@
+"""Amalgamation of detection transformers: one DETR for the object classes of several.
+
+H. Zhang, F. Mao, M. Xue, G. Fang, Z. Feng, J. Song, M. Song, "Knowledge Amalgamation for Object Detection
+with Transformers", IEEE TIP 2023, arXiv:2203.03187.
+
+    SA: the student's sequence is as long as all teachers' together; chunk i follows teacher i:
+        loss = sum over teachers of mean over unpadded tokens and D of (norm(chunk_i) - norm(seq_t_i))^2
+        norm: a LayerNorm shared by all, after taking each channel's mean away ('channel') or not ('layer')
+    TA: a teacher's query is a target if its argmax is an object and its probability > threshold; the n_max
+        surest per image are kept. Targets and student queries are matched by
+            c_1 (-p_s[label]) + c_2 |box_s - box_t|_1 + c_3 (-GIoU)              (linear sum assignment)
+        kd   = [sum over matched of T^2 KL(softmax(target / T) || softmax(student / T))
+                + eos sum over unmatched of -log p_s[background]] / (matched + eos unmatched)
+        loss = kd + w_bbox sum of L1 / targets + w_giou sum of (1 - GIoU) / targets
+        target logits: the teacher's, at background and its task's columns; -5 elsewhere
+
+Tap: SA after the input projection and after each encoder layer; TA at the last decoder layer, and with a
+matching of its own at each auxiliary one. The authors weigh both by 1 - epoch / epochs beside labels, by 1
+without.
+
+Differences: the authors' aggregation baseline (SeqAgg) projects with a matrix that is never trained; here it
+is a parameter. Any number of teachers and of classes. Areas are kept at 1e-12 or above (two empty boxes: 0 /
+0 there). Their VOC configuration names SA wrongly and silently trains without it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TaskAmalgamation(nn.Module):
+    """TA: the teachers' detections as targets of the student's.
+
+    Args:
+        teacher_tasks: per teacher the classes it knows, 0 to num_classes - 1; its column c + 1 is class
+            teacher_tasks[i][c], column 0 is background.
+        num_classes: of the student, without background.
+        threshold: least probability of a target.
+        n_max: most targets per image.
+        T: temperature.
+        eos: weight of background.
+        cost: of class, box and GIoU in the matching.
+        w_bbox, w_giou: weights of the box terms.
+
+    Shape:
+        out_s: {'logits': (N, Q, 1 + num_classes), 'boxes': (N, Q, 4) as centre x, centre y, width, height in
+        0..1}; outs_t: list of the same with 1 + len(teacher_tasks[i]) columns and any Q. Returns a scalar,
+        with return_terms=True also {'kd', 'bbox', 'giou'} without weights. No gradient reaches outs_t.
+
+    Raises:
+        ValueError: classes outside the range; shapes that do not meet; a box of negative size.
+        ImportError: scipy is not installed (the assignment needs it).
+    """
+
+    def __init__(
+        self,
+        teacher_tasks: list[list[int]],
+        num_classes: int,
+        threshold: float = 0.1,
+        n_max: int = 50,
+        T: float = 4.0,
+        eos: float = 0.1,
+        cost: tuple = (1, 5, 2),
+        w_bbox: float = 5.0,
+        w_giou: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if any(not 0 <= c < num_classes for task in teacher_tasks for c in task):
+            raise ValueError(
+                f'TaskAmalgamation: teacher_tasks must lie in 0..{num_classes - 1}, got {teacher_tasks}'
+            )
+        self.columns = [[0, *(c + 1 for c in task)] for task in teacher_tasks]
+        self.num_classes, self.threshold, self.n_max, self.T = num_classes, threshold, n_max, T
+        self.eos, self.cost, self.w_bbox, self.w_giou = eos, tuple(cost), w_bbox, w_giou
+
+    def forward(self, out_s: dict, outs_t: list[dict], return_terms: bool = False):
+        targets = self.targets(outs_t)
+        kd, bbox, giou = self._losses(out_s, targets, self.match(out_s, targets))
+        loss = kd + self.w_bbox * bbox + self.w_giou * giou
+        return (loss, {'kd': kd, 'bbox': bbox, 'giou': giou}) if return_terms else loss
+
+    @torch.no_grad()
+    def targets(self, outs_t: list[dict]) -> list[dict]:
+        """Per image, surest first: boxes (M, 4), labels (M,) student columns, logits (M, 1 + K), keep (M,),
+        teacher * Q + query."""
+        if len(outs_t) != len(self.columns):
+            raise ValueError(f'TaskAmalgamation: outs_t must hold {len(self.columns)}, got {len(outs_t)}')
+        wide, boxes = [], []
+        for i, (out, columns) in enumerate(zip(outs_t, self.columns)):
+            logits = _full(out['logits'].detach())
+            if logits.dim() != 3 or logits.shape[2] != len(columns):
+                raise ValueError(
+                    f'TaskAmalgamation: logits of outs_t[{i}] must be (N, Q, {len(columns)}), '
+                    f'got {tuple(logits.shape)}'
+                )
+            padded = logits.new_full((*logits.shape[:2], 1 + self.num_classes), -5.0)
+            padded[:, :, columns] = logits
+            p, label = logits.softmax(dim=2).max(dim=2)
+            wide.append((padded, p, label, torch.tensor(columns, device=logits.device)[label]))
+            boxes.append(_full(out['boxes'].detach()))
+        logits, p, own, label = (torch.cat(x, dim=1) for x in zip(*wide))
+        boxes = torch.cat(boxes, dim=1)
+        result = []
+        for n in range(len(logits)):
+            candidates = ((own[n] > 0) & (p[n] > self.threshold)).nonzero()[:, 0]
+            keep = candidates[p[n, candidates].argsort(descending=True, stable=True)][: self.n_max]
+            result.append(
+                {'boxes': boxes[n, keep], 'labels': label[n, keep], 'logits': logits[n, keep], 'keep': keep}
+            )
+        return result
+
+    @torch.no_grad()
+    def match(self, out_s: dict, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+        """Per image: matched student queries, ascending, and the target of each."""
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ImportError:
+            raise ImportError('TaskAmalgamation needs scipy for the assignment (pip install scipy)') from None
+        logits, boxes = self._check(out_s, targets)
+        result = []
+        for p, box, target in zip(logits.softmax(dim=2), boxes, targets):
+            c_class, c_box, c_giou = self.cost
+            cost = -c_class * p[:, target['labels']] + c_box * torch.cdist(box, target['boxes'], p=1)
+            cost = cost - c_giou * giou(box[:, None], target['boxes'][None])
+            source, wanted = linear_sum_assignment(cost.cpu().numpy())
+            result.append(
+                (torch.as_tensor(source, device=p.device), torch.as_tensor(wanted, device=p.device))
+            )
+        return result
+
+    def _losses(self, out_s: dict, targets: list[dict], pairs: list) -> tuple[Tensor, Tensor, Tensor]:
+        logits, boxes = self._check(out_s, targets)
+        matched = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        for n, (source, _) in enumerate(pairs):
+            matched[n, source] = True
+        got = torch.cat([logits[n, source] for n, (source, _) in enumerate(pairs)])
+        want = torch.cat([target['logits'][j] for target, (_, j) in zip(targets, pairs)])
+        log_q, log_p = F.log_softmax(got / self.T, dim=1), F.log_softmax(want / self.T, dim=1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum() * self.T**2
+        background = -F.log_softmax(logits, dim=2)[..., 0][~matched].sum()
+        weight = matched.to(logits).sum() + self.eos * (~matched).to(logits).sum()
+        kd = (divergence + self.eos * background) / weight.clamp(min=1e-12)
+
+        box_s = torch.cat([boxes[n, source] for n, (source, _) in enumerate(pairs)])
+        box_t = torch.cat([target['boxes'][j] for target, (_, j) in zip(targets, pairs)])
+        count = max(sum(len(target['labels']) for target in targets), 1)
+        return kd, (box_s - box_t).abs().sum() / count, (1 - giou(box_s, box_t)).sum() / count
+
+    def _check(self, out_s: dict, targets: list[dict]) -> tuple[Tensor, Tensor]:
+        logits, boxes = _full(out_s['logits']), _full(out_s['boxes'])
+        wanted = (len(targets), logits.shape[1], 1 + self.num_classes)
+        if logits.shape != wanted:
+            raise ValueError(f'TaskAmalgamation: logits of out_s must be {wanted}, got {tuple(logits.shape)}')
+        if boxes.shape != (*wanted[:2], 4):
+            raise ValueError(
+                f'TaskAmalgamation: boxes of out_s must be {(*wanted[:2], 4)}, got {tuple(boxes.shape)}'
+            )
+        for name, box in [('out_s', boxes), *(('outs_t', target['boxes']) for target in targets)]:
+            if (box[..., 2:] < 0).any():
+                raise ValueError(f'TaskAmalgamation: boxes of {name} must have sizes >= 0')
+        return logits, boxes
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised intersection over union of boxes (..., 4) as centre x, centre y, width, height."""
+    low_a, high_a = a[..., :2] - a[..., 2:] / 2, a[..., :2] + a[..., 2:] / 2
+    low_b, high_b = b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2
+    tiny = 1e-12
+    both = (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp(min=0).prod(dim=-1)
+    union = ((high_a - low_a).prod(dim=-1) + (high_b - low_b).prod(dim=-1) - both).clamp(min=tiny)
+    hull = (torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).clamp(min=0).prod(dim=-1)
+    hull = hull.clamp(min=tiny)
+    return both / union - (hull - union) / hull
+
+
+def detr_ce(logits: Tensor, labels: Tensor, eos: float = 0.1) -> Tensor:
+    """DETR's classification: logits (N, Q, 1 + K), labels (N, Q) with 0 for background, which weighs eos."""
+    weight = torch.ones(logits.shape[2], device=logits.device, dtype=_full(logits).dtype)
+    weight[0] = eos
+    return F.cross_entropy(_full(logits).flatten(0, 1), labels.flatten(), weight)
+
+
+class SeqHint(nn.Module):
+    """SA at one layer: each chunk of the student's sequence follows its teacher.
+
+    Args:
+        n_teachers: T.
+        dim: D.
+        norm: 'channel' or 'layer', see above.
+
+    Shape:
+        seq_s: (T L, N, D); seqs_t: list of T (L, N, D); pad_mask: (N, L), True where padded. Returns a
+        scalar, with return_terms=True also {'hint': the same}. No gradient reaches seqs_t.
+
+    Raises:
+        ValueError: unknown norm; shapes that do not meet.
+    """
+
+    def __init__(self, n_teachers: int, dim: int, norm: str = 'channel') -> None:
+        super().__init__()
+        self.n_teachers, self.norm = n_teachers, _Norm('SeqHint', dim, norm)
+
+    def forward(
+        self, seq_s: Tensor, seqs_t: list[Tensor], pad_mask: Tensor | None = None, return_terms: bool = False
+    ):
+        _check_sequences('SeqHint', seq_s, seqs_t, self.n_teachers, self.n_teachers)
+        loss = 0.0
+        for chunk, seq_t in zip(_full(seq_s).chunk(self.n_teachers), seqs_t):
+            error = (self.norm(chunk) - self.norm(_full(seq_t.detach()))).square()
+            if pad_mask is None:
+                loss = loss + error.mean()
+                continue
+            wanted = (error.shape[1], error.shape[0])
+            if pad_mask.shape != wanted:
+                raise ValueError(f'SeqHint: pad_mask must be {wanted}, got {tuple(pad_mask.shape)}')
+            kept = ~pad_mask.T[:, :, None]
+            loss = loss + (error * kept).sum() / (kept.sum() * error.shape[2]).clamp(min=1)
+        return (loss, {'hint': loss}) if return_terms else loss
+
+
+class SeqAgg(nn.Module):
+    """The baseline: one sequence follows a linear map of the teachers' concatenated channels; as SeqHint.
+
+    Shape:
+        seq_s: (L, N, D); seqs_t: list of T (L, N, D). Returns a scalar.
+    """
+
+    def __init__(self, n_teachers: int, dim: int, norm: str = 'channel') -> None:
+        super().__init__()
+        self.n_teachers, self.norm = n_teachers, _Norm('SeqAgg', dim, norm)
+        self.proj = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_teachers * dim, dim)))
+
+    def forward(self, seq_s: Tensor, seqs_t: list[Tensor], return_terms: bool = False):
+        _check_sequences('SeqAgg', seq_s, seqs_t, self.n_teachers, 1)
+        joined = torch.cat([self.norm(_full(seq_t.detach())) for seq_t in seqs_t], dim=2)
+        loss = F.mse_loss(self.norm(_full(seq_s)), joined @ self.proj)
+        return (loss, {'agg': loss}) if return_terms else loss
+
+
+@torch.no_grad()
+def compress_tokens(seqs_t: list[Tensor], cosine: bool = False) -> Tensor:
+    """Which teacher's token to keep at each position: the one least like all tokens.
+
+    seqs_t: T of (L, N, D). Returns (N, L) indices into the concatenated sequence, ascending per image.
+    """
+    tokens = torch.cat([_full(seq_t) for seq_t in seqs_t]).transpose(0, 1)  # (N, T L, D)
+    if cosine:
+        norm = torch.linalg.vector_norm(tokens, dim=2)
+        alike = (tokens @ tokens.transpose(1, 2)) / (norm[:, :, None] * norm[:, None] + 1e-5)
+        alike = alike.mean(dim=2)
+    else:
+        alike = (tokens @ tokens.mean(dim=1)[:, :, None])[:, :, 0]
+    length = len(seqs_t[0])
+    teacher = alike.unflatten(1, (len(seqs_t), length)).argmin(dim=1)  # (N, L)
+    return (teacher * length + torch.arange(length, device=teacher.device)).sort(dim=1).values
+
+
+class _Norm(nn.LayerNorm):
+    def __init__(self, owner: str, dim: int, norm: str) -> None:
+        if norm not in ('channel', 'layer'):
+            raise ValueError(f"{owner}: norm must be 'channel' or 'layer', got {norm!r}")
+        super().__init__(dim)
+        self.centre = norm == 'channel'
+
+    def forward(self, seq: Tensor) -> Tensor:
+        return super().forward(seq - seq.mean(dim=(0, 1)) if self.centre else seq)
+
+
+def _check_sequences(owner: str, seq_s: Tensor, seqs_t: list[Tensor], teachers: int, chunks: int) -> None:
+    if len(seqs_t) != teachers:
+        raise ValueError(f'{owner}: seqs_t must hold {teachers} sequences, got {len(seqs_t)}')
+    length, *rest = seqs_t[0].shape
+    for i, seq_t in enumerate(seqs_t):
+        if seq_t.dim() != 3 or seq_t.shape != seqs_t[0].shape:
+            raise ValueError(f'{owner}: seqs_t[{i}] must be (L, N, D) as seqs_t[0], got {tuple(seq_t.shape)}')
+    if seq_s.shape != (chunks * length, *rest):
+        raise ValueError(f'{owner}: seq_s must be {(chunks * length, *rest)}, got {tuple(seq_s.shape)}')
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
