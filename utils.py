@@ -83,21 +83,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (--help lists all flags)')
 
 
-def add_common_flags(parser: Parser) -> None:
-    """The flags that every training script has."""
+def add_common_flags(
+    parser: Parser, epochs: int = 200, lr: float | None = 0.1, rate: str = 'default 0.1'
+) -> None:
+    """The flags that every training script has; rate: what --help says of the learning rate."""
     add_data_flags(parser)
     # fmt: off
     flag = parser.add_argument_group("recipe (the defaults are the seed zoo's)").add_argument
     flag('--val_split', type=fraction, default=0.0, metavar='F',
          help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is '
               'chosen on the test set, and the log says so')
-    flag('--epochs', type=positive_int, default=200, help='default 200')
+    flag('--epochs', type=positive_int, default=epochs, help=f'default {epochs}')
     flag('--batch_size', type=positive_int, default=128, help='of each process, default 128')
-    flag('--lr', type=positive_float, default=0.1, help='SGD learning rate, default 0.1')
+    flag('--lr', type=positive_float, default=lr, help=f'learning rate, {rate}')
     flag('--milestones', type=fraction, nargs='*', default=[0.5, 0.75], metavar='F',
-         help='shares of the run after which the learning rate drops, default 0.5 0.75')
-    flag('--lr_decay', type=positive_float, default=0.1, help='factor at a milestone, default 0.1')
-    flag('--momentum', type=fraction, default=0.9, help='Nesterov momentum, default 0.9')
+         help='SGD: shares of the run after which the learning rate drops, default 0.5 0.75')
+    flag('--lr_decay', type=positive_float, default=0.1, help='SGD: factor at a milestone, default 0.1')
+    flag('--momentum', type=fraction, default=0.9, help='SGD: Nesterov momentum, default 0.9')
     flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
     flag('--seed', type=int, default=2, help='of initial weights and batches, default 2')
     # fmt: on
@@ -182,43 +184,49 @@ def key_values(items: Iterable[str], flag: str) -> dict:
     return result
 
 
-def weights_and_options(args: argparse.Namespace, names: list[str], methods: dict) -> tuple[dict, dict]:
-    """{name: weight} and {name: constructor arguments} from --lambda_kd and --kd_args."""
+def weights_and_options(
+    args: argparse.Namespace, names: list[str], methods: dict, kind: str = 'kd'
+) -> tuple[dict, dict]:
+    """{name: weight} and {name: constructor arguments} from --lambda_kd and --kd_args (or another kind's)."""
+    mode, heavy, flag = f'--{kind}_mode', f'--lambda_{kind}', f'--{kind}_args'
+    chosen, wanted, given = (getattr(args, name[2:]) for name in (mode, heavy, flag))
     weights = {name: methods[name].weight for name in names}
-    if len(args.lambda_kd) == 1 and '=' not in args.lambda_kd[0]:
+    if len(wanted) == 1 and '=' not in wanted[0]:
         if len(names) > 1:
-            raise UserError(f'--lambda_kd {args.lambda_kd[0]}: with several methods say METHOD=number')
-        args.lambda_kd = [f'{names[0]}={args.lambda_kd[0]}']
-    for name, weight in key_values(args.lambda_kd, '--lambda_kd').items():
+            raise UserError(f'{heavy} {wanted[0]}: with several methods say METHOD=number')
+        wanted = [f'{names[0]}={wanted[0]}']
+    for name, weight in key_values(wanted, heavy).items():
         if name not in names:
-            raise UserError(f'--lambda_kd: {name!r} is not among --kd_mode {" ".join(args.kd_mode)}')
+            raise UserError(f'{heavy}: {name!r} is not among {mode} {" ".join(chosen)}')
         if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-            raise UserError(f'--lambda_kd: the weight of {name} must be a number, got {weight!r}')
+            raise UserError(f'{heavy}: the weight of {name} must be a number, got {weight!r}')
         weights[name] = float(weight)
 
     options = {name: {} for name in names}
-    for key, value in key_values(args.kd_args, '--kd_args').items():
+    for key, value in key_values(given, flag).items():
         name, _, key = key.rpartition('.')
         if not name and len(names) > 1:
-            raise UserError(f'--kd_args {key}: with several methods say METHOD.{key}=VALUE')
+            raise UserError(f'{flag} {key}: with several methods say METHOD.{key}=VALUE')
         name = name or names[0]
         if name not in names:
-            raise UserError(f'--kd_args: {name!r} is not among --kd_mode {" ".join(args.kd_mode)}')
-        check_option(name, methods[name].loss, key, value)
+            raise UserError(f'{flag}: {name!r} is not among {mode} {" ".join(chosen)}')
+        check_option(name, methods[name].loss, key, value, flag)
         options[name][key] = value
     return weights, options
 
 
-def check_option(name: str, loss: type, key: str, value) -> None:
+def check_option(name: str, loss: type, key: str, value, flag: str) -> None:
     """A key and its type against the constructor's signature, before anything else happens."""
     signature = inspect.signature(loss)
     shown = f'the signature is {loss.__name__}{str(signature).replace(" -> None", "")}'
     if key not in signature.parameters:
-        raise UserError(f'--kd_args: {name} has no argument {key!r}; {shown}')
+        raise UserError(f'{flag}: {name} has no argument {key!r}; {shown}')
     kind = signature.parameters[key].annotation
-    legal = isinstance(value, int | float if kind is float else kind)
+    legal = True
+    with contextlib.suppress(TypeError):  # a list of something: the constructor says more
+        legal = isinstance(value, int | float if kind is float else kind)
     if not legal or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f'--kd_args: {key}={value!r} of {name} has the wrong type; {shown}')
+        raise UserError(f'{flag}: {key}={value!r} of {name} has the wrong type; {shown}')
 
 
 # --------------------------------------------------------------------------------------- several processes
@@ -278,6 +286,15 @@ def summed(x: Tensor) -> Tensor:
     if processes() > 1:
         dist.all_reduce(x)
     return x
+
+
+def gathered(x) -> list:
+    """[what each process has], in order."""
+    if processes() == 1:
+        return [x]
+    everyone = [None] * processes()
+    dist.all_gather_object(everyone, x)
+    return everyone
 
 
 class _Gather(torch.autograd.Function):
@@ -482,10 +499,7 @@ def outputs(net: nn.Module, data) -> tuple[Tensor, Tensor]:
     batches = data.test_batches(128 if data.device.type == 'cpu' else 1000)
     parts = [(net(img), target) for img, target, _ in batches]
     outs, target = torch.cat([out for out, _ in parts], dim=1), torch.cat([target for _, target in parts])
-    if processes() == 1:
-        return outs, target
-    shares = [None] * processes()  # of unequal size
-    dist.all_gather_object(shares, (outs.cpu(), target.cpu()))
+    shares = gathered((outs.cpu(), target.cpu()))  # of unequal size
     joined = torch.cat([out for out, _ in shares], dim=1), torch.cat([target for _, target in shares])
     return tuple(x.to(outs.device) for x in joined)
 
@@ -735,12 +749,15 @@ class Record:
         parts: what has state: {'net': ..., 'opt': ..., ...}, anything with state_dict and load_state_dict.
         math_args: everything that changes the numbers; a resume with other values is refused.
         origin: command, commit and machine, kept from the first start; commits of resumes are added.
-        selected_on: 'val' or 'test', the accuracy that chooses the best epoch.
+        selected_on: 'val' or 'test', whose figure chooses the best epoch.
+        key: which figure, more is better.
     """
 
-    def __init__(self, folder: Path, parts: dict, math_args: dict, origin: dict, selected_on: str) -> None:
+    def __init__(
+        self, folder: Path, parts: dict, math_args: dict, origin: dict, selected_on: str, key: str = 'top1'
+    ) -> None:
         self.folder, self.parts, self.math_args = output_folder(folder), parts, math_args
-        self.origin, self.key = origin, f'{selected_on}_top1'
+        self.origin, self.key = origin, f'{selected_on}_{key}'
         self.history: list[dict] = []
         if rank() == 0:
             for leftover in self.folder.glob('.*.tmp'):  # of a kill in the middle of a write
@@ -785,20 +802,29 @@ class Record:
         """Write the plain weights and results.json; return the headline, which is the last epoch's."""
         save_checkpoint(self.folder / weights, deployed(self.parts['net']).state_dict())
         last, best = self.history[-1], self.best
-        selected_on = {'val_top1': 'validation split', 'test_top1': 'test data'}[self.key]
+        half, _, key = self.key.partition('_')
+        selected_on = {'val': 'validation split', 'test': 'test data'}[half]
+        tested = f'test_{key}'
         write_json(self.folder / 'results.json', facts | {
-            'last': {'top1': last['test_top1'], 'top5': last['test_top5'], 'epoch': last['epoch']},
-            'best': {'top1': best['test_top1'], 'top5': best['test_top5'], 'epoch': best['epoch'],
-                     'selected_on': selected_on},
-            'curve': [round(row['test_top1'], 4) for row in self.history if 'test_top1' in row],
+            'last': _tested(last),
+            'best': _tested(best) | {'selected_on': selected_on},
+            'curve': [round(row[tested], 4) for row in self.history if tested in row],
             'seconds': round(sum(row['seconds'] for row in self.history), 1),
             'recipe': self.math_args,
             **self.origin,
         })  # fmt: skip
+        name = {'top1': 'top-1'}.get(key, key)
         return (
-            f'top-1 {last["test_top1"]:.2f} at the last epoch; best {best["test_top1"]:.2f} '
+            f'{name} {last[tested]:.2f} at the last epoch; best {best[tested]:.2f} '
             f'at epoch {best["epoch"]}, selected on {selected_on}'
         )
+
+
+def _tested(row: dict) -> dict:
+    """What an epoch's row says of the test set."""
+    return {k.removeprefix('test_'): v for k, v in row.items() if k.startswith('test_')} | {
+        'epoch': row['epoch']
+    }
 
 
 def deployed(net: nn.Module) -> nn.Module:

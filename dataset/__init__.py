@@ -10,12 +10,26 @@ import numpy as np
 import torch
 
 from .cifar import read_cifar
+from .dense import Dense
 from .folder import BadImage, Folder
-from .parts import read_classes, split_classes, take_classes
+from .nyu import read_nyu
+from .parts import ClassParts, read_classes, split_classes, take_classes
 from .resident import Resident
+from .scenes import load_scenes
 from .shapes import CLASSES, cached_shapes
 
-__all__ = ['DATA', 'BadImage', 'Folder', 'Resident', 'load', 'read_classes', 'split_classes', 'take_classes']
+__all__ = [
+    'DATA',
+    'BadImage',
+    'ClassParts',
+    'Folder',
+    'Resident',
+    'load',
+    'load_dense',
+    'read_classes',
+    'split_classes',
+    'take_classes',
+]
 
 # (mean, std) per channel of the training images; CIFAR's are the seed zoo's
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -42,6 +56,27 @@ def load(name: str, root: str | Path = './data', device: str | torch.device = 'c
             f'no data set is called {name!r}; there are {", ".join(DATA)} and shapes:N (N >= 10 images)'
         )
     return DATA[kind](root, torch.device(device), int(size) if size else None, folder_options)
+
+
+def load_dense(name: str, root: str | Path, device, size: int, labelled: bool) -> tuple[Dense, Dense]:
+    """Training and test set with a label per pixel.
+
+    Args:
+        name: 'scenes' or 'scenes:N' (embedded rooms, N training images, default 2000), or 'nyuv2'.
+        root: where nyu_depth_v2_labeled.mat lies.
+        device: where everything lives.
+        size: side of the images; a multiple of 16.
+        labelled: scenes: the images that teachers have labels for, or others; nyuv2 has one set.
+
+    Raises:
+        ValueError: size is no multiple of 16; a file that is missing or not of its format.
+    """
+    kind, _, number = name.partition(':')
+    if size % 16 or (number and (kind != 'scenes' or not number.isdigit() or int(number) < 10)):
+        raise ValueError(f'{name}: sizes are multiples of 16, got {size}; scenes:N has N >= 10 images')
+    if kind == 'nyuv2':
+        return read_nyu(root, device, size)
+    return load_scenes(int(number or 2000), size, torch.device(device), labelled)
 
 
 def _load_shapes(root, device, size, _):

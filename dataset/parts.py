@@ -4,6 +4,7 @@ import random
 import re
 
 import torch
+from torch import Tensor
 
 
 def split_classes(
@@ -60,3 +61,72 @@ def take_classes(data, classes: list[int]):
     position[classes] = torch.arange(len(classes), device=data.device)
     label = position[data.targets]
     return data.subset((label >= 0).nonzero()[:, 0], label, len(classes))
+
+
+class ClassParts:
+    """Who knows which classes: the teachers' parts, and the student's classes in order.
+
+    Args:
+        parts: per teacher its classes, in the order of its logits.
+        wanted: the student's classes, None for all that any teacher knows (in the teachers' order). Teachers
+            are cut to those they have of them.
+
+    Attributes: classes, of the student; columns, per teacher the logits that are used; blocks, per teacher
+    where they lie in the student's logits.
+
+    Raises:
+        ValueError: parts overlap although everything is wanted; a teacher knows none of the wanted classes; a
+            wanted class that no teacher knows.
+    """
+
+    def __init__(self, parts: list[list[int]], wanted: list[int] | None = None) -> None:
+        everything = [c for part in parts for c in part]
+        shared = sorted({c for c in everything if everything.count(c) > 1})
+        if shared and wanted is None:
+            raise ValueError(
+                f'the teachers share the classes {shared}: parts must not overlap, or say --wanted'
+            )
+        self.classes = wanted or everything
+        if unknown := sorted(set(self.classes) - set(everything)):
+            raise ValueError(f'no teacher knows the classes {unknown}')
+        self.parts = parts
+        self.columns = [[part.index(c) for c in self.classes if c in part] for part in parts]
+        self.blocks = [[k for k, c in enumerate(self.classes) if c in part] for part in parts]
+        for i, block in enumerate(self.blocks):
+            if not block:
+                raise ValueError(f'teacher {i + 1} knows none of the classes {self.classes}')
+
+    @property
+    def overlap(self) -> bool:
+        """Whether teachers share classes of the student."""
+        return sum(map(len, self.blocks)) > len(self.classes)
+
+    def metrics(self, out: Tensor, target: Tensor) -> dict[str, float]:
+        """Percent on a test set: out (N, K), target (N,) among the student's classes.
+
+        top1, top5: argmax over all classes. part1, part2, ...: images of this part, argmax among its classes
+        (the task is known); part1_joint, ...: the same images, argmax over all.
+        """
+        ranked = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]
+        result = {'top1': _percent(ranked[:, 0]), 'top5': _percent(ranked.any(dim=1))}
+        for number, block in enumerate(self.distinct(), 1):
+            mine = torch.isin(target, torch.tensor(block, device=target.device))
+            within = out[mine][:, block].argmax(dim=1)
+            chosen = torch.tensor(block, device=target.device)[within]
+            result[f'part{number}'] = _percent(chosen == target[mine])
+            result[f'part{number}_joint'] = _percent(ranked[mine, 0])
+        return result
+
+    def routing(self, out: Tensor, target: Tensor) -> list[list[float]]:
+        """[i][j]: percent of the images of part i whose argmax falls into block j."""
+        blocks = [torch.tensor(block, device=target.device) for block in self.distinct()]
+        choice = out.argmax(dim=1)
+        return [[_percent(torch.isin(choice[torch.isin(target, a)], b)) for b in blocks] for a in blocks]
+
+    def distinct(self) -> list[list[int]]:
+        """The blocks, those of several teachers once."""
+        return [list(block) for block in dict.fromkeys(map(tuple, self.blocks))]
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.double().mean())

@@ -144,3 +144,8 @@ class Resident:
             self.std,
             self.device,
         )
+
+    def pictures(self, other: 'Resident') -> 'Resident':
+        """Another set's images, read as this one's: no labels (-1), this one's classes, mean and std."""
+        targets = torch.full_like(other.targets, -1)
+        return Resident(other.images, targets, self.num_classes, self.mean, self.std, self.device)
