@@ -1,0 +1,242 @@
+"""What every amalgamation loss promises, on random and on awkward tensors."""
+
+import copy
+import importlib
+import io
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from tests.ka_cases import CASES, file_of
+
+# torch.compile(fullgraph=True) cannot take these, with the reason
+WHOLE_GRAPH = [name for name in CASES if name != 'transformer_ka']  # scipy's assignment
+SMOOTH = [
+    'concat_kd', 'concat_kd_parts', 'customize', 'customize_target', 'fedka', 'ka_vit', 'ka_vit_layer',
+    'layerwise', 'recombination', 'soka', 'subtask', 'transformer_ka_hint', 'transformer_ka_agg',
+]  # fmt: skip
+
+
+class Made:
+    """A loss with inputs; all of them require grad, but none may reach the teachers."""
+
+    def __init__(self, name: str, n: int = 6, dtype=torch.float32, change=lambda x: x) -> None:
+        self.name, self.students, self.teachers = name, [], []
+        generator = torch.Generator().manual_seed(7)
+
+        def leaf(shape, into):
+            x = change(torch.randn(shape, generator=generator)).to(dtype).detach().requires_grad_()
+            into.append(x)
+            return x
+
+        torch.manual_seed(0)
+        scope = {
+            'm': importlib.import_module(f'ka_losses.{file_of(name)}'),
+            'n': n,
+            'torch': torch,
+            'S': lambda *shape: leaf(shape, self.students),
+            'T': lambda *shape: leaf(shape, self.teachers),
+        }
+        exec(CASES[name], scope)
+        self.loss, self.inputs = scope['loss'], scope['inputs']
+        if dtype == torch.float64:
+            self.loss.double()
+            if name == 'ood_ka':
+                x, mean, var = self.inputs['bn_stats'][0]
+                self.inputs['bn_stats'] = [(x, mean.double(), var.double())]
+
+    def __call__(self, **options):
+        return self.loss(**self.inputs, **options)
+
+    def check(self, value) -> None:
+        """Finite value, finite gradients for the student and the modules, none for the teachers."""
+        assert value.shape == () and torch.isfinite(value)
+        value.backward()
+        learning = [x for x in self.students if x.grad is not None]
+        assert learning, 'no gradient reaches the student'
+        assert all(torch.isfinite(x.grad).all() for x in learning)
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in self.loss.parameters())
+        assert all(x.grad is None for x in self.teachers), 'a gradient reaches a teacher'
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['f32', 'f64'])
+def test_value_and_gradients(name, dtype):
+    made = Made(name, dtype=dtype)
+    value = made()
+    assert value.dtype == dtype
+    made.check(value)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_terms_are_scalars_and_change_nothing(name):
+    made = Made(name)
+    value, terms = made(return_terms=True)
+    assert torch.equal(value, Made(name)()) and terms
+    assert all(isinstance(key, str) and term.shape == () for key, term in terms.items())
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_batch_of_one(name):
+    made = Made(name, n=1)
+    made.check(made())
+
+
+AWKWARD = {
+    'zero': torch.zeros_like,
+    'equal': torch.ones_like,
+    'huge': lambda x: x * 1e4,
+    'tiny': lambda x: x * 1e-20,
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('kind', AWKWARD)
+def test_awkward_inputs(name, kind):
+    made = Made(name, change=AWKWARD[kind])
+    made.check(made())
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bf16', 'fp16'])
+def test_half_precision_and_autocast(name, dtype):
+    """Maps as autocast leaves them; the loss itself is worked out in float32."""
+    exact = Made(name, change=lambda x: x.to(dtype).float())
+    wanted = exact()
+    made = Made(name, dtype=dtype)
+    with torch.autocast('cpu', dtype):
+        value = made()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, wanted, rtol=2e-2, atol=2e-2)
+    made.check(value)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_memory_layout_does_not_matter(name):
+    def strided(x):
+        return torch.stack([x, x], dim=-1)[..., 0]
+
+    made, plain = Made(name), Made(name)
+    for key, value in made.inputs.items():
+        made.inputs[key] = tree(value, strided)
+    torch.testing.assert_close(made(), plain())
+
+
+def tree(value, f):
+    if isinstance(value, dict):
+        return {key: tree(x, f) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(tree(x, f) for x in value)
+    return f(value)
+
+
+@pytest.mark.parametrize('name', SMOOTH)
+def test_gradcheck(name):
+    made = Made(name, n=3, dtype=torch.float64)
+    students = made.students
+    constants = [x for x in made.teachers]
+    for x in constants:
+        x.requires_grad_(False)
+    assert torch.autograd.gradcheck(lambda *_: made(), students, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', WHOLE_GRAPH)
+def test_compiles_without_a_graph_break(name):
+    made = Made(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: made.loss(**x), fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(made.inputs), made(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_state_survives(name):
+    """state_dict, deepcopy and pickle in the middle of training."""
+    made = Made(name)
+    opt = torch.optim.SGD([*made.loss.parameters(), *made.students], 0.01)
+    made().backward()
+    opt.step()
+    wanted = made()
+    fresh = Made(name).loss
+    fresh.load_state_dict(made.loss.state_dict())
+    file = io.BytesIO()
+    torch.save(made.loss, file)
+    file.seek(0)
+    for other in (fresh, copy.deepcopy(made.loss), torch.load(file, weights_only=False)):
+        assert torch.equal(other(**made.inputs), wanted)
+
+
+def places(value, path=()):
+    """The path of every tensor in an argument."""
+    if isinstance(value, dict):
+        return [p for key, x in value.items() for p in places(x, (*path, key))]
+    if isinstance(value, (list, tuple)):
+        return [p for key, x in enumerate(value) for p in places(x, (*path, key))]
+    return [path]
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_wrong_shapes_are_named(name):
+    """A tensor of another size anywhere: a ValueError that names an argument and says what it got."""
+    for argument in Made(name).inputs:
+        for path in places(Made(name).inputs[argument]):
+            made = Made(name)
+            holder, *keys = (made.inputs, argument, *path)
+            for key in keys[:-1]:
+                holder = list(holder[key]) if isinstance(holder[key], tuple) else holder[key]
+            x = holder[keys[-1]]
+            if argument in ('bn_stats', 'd_fake') or path[-1:] == ('boxes',) and argument == 'outs_t':
+                continue  # statistics and patches of any size; a teacher's boxes go with its logits
+            axis = x.dim() - 1 if name != 'transformer_ka' or path[-1] == 'logits' else 1
+            holder[keys[-1]] = torch.cat([x, x], dim=axis)
+            with pytest.raises(ValueError) as caught:
+                made()
+            said = str(caught.value)
+            assert any(key in said for key in made.inputs), said
+            assert re.search(r'got .*\d', said) and type(made.loss).__name__ in said, said
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_too_few_teachers_are_named(name):
+    made = Made(name)
+    lists = [key for key, value in made.inputs.items() if isinstance(value, list) and '_t' in key]
+    for key in lists:
+        if name.startswith('ka_vit') or key == 'bn_stats':
+            continue  # any number of teachers: what is missing are their tokens
+        made = Made(name)
+        made.inputs[key] = made.inputs[key][:-1]
+        with pytest.raises(ValueError, match=r'got'):
+            made()
+
+
+def test_wrong_options_are_named():
+    from ka_losses import (
+        CFL,
+        SBM,
+        ConcatKD,
+        Customize,
+        LayerwiseKA,
+        SoftFocal,
+        SOKAFeature,
+        SubTask,
+        TaskAmalgamation,  # fmt: skip
+        TokenAmalgamation,
+    )
+    from ka_losses.recombination import RangeQuantizer, combine_convs
+    from ka_losses.transformer_ka import SeqHint
+
+    bad = [
+        lambda: ConcatKD(T=0), lambda: ConcatKD(mode='mean'), lambda: ConcatKD(align='left'),
+        lambda: LayerwiseKA(4, []), lambda: CFL(4, []), lambda: CFL(4, [4], block='rnn'),
+        lambda: Customize([4], [4, 5], [2]), lambda: Customize([4], None, [2, 3]), lambda: SBM(('edges',)),
+        lambda: SBM(seg='soft'), lambda: SBM(T=-1), lambda: SBM(weights=[1]), lambda: SOKAFeature(2, (4,)),
+        lambda: SubTask([0, 0], 4), lambda: SubTask([0, 4], 4), lambda: SubTask([0, 1], 2),
+        lambda: TokenAmalgamation('batch'), lambda: SeqHint(2, 4, 'batch'), lambda: SoftFocal(-1),
+        lambda: TaskAmalgamation([[0], [3]], 3), lambda: RangeQuantizer(1),
+        lambda: combine_convs([nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)]),
+        lambda: combine_convs([nn.Conv2d(4, 4, 3, groups=2)] * 2),
+    ]  # fmt: skip
+    for build in bad:
+        with pytest.raises(ValueError, match='got|needs'):
+            build()
