@@ -135,7 +135,7 @@ def combine_bns(bns: list[nn.BatchNorm2d]) -> nn.BatchNorm2d:
         for key, value in bns[0].state_dict().items()
     }
     joined.to(bns[0].weight).load_state_dict(state)
-    return joined
+    return joined.train(bns[0].training)
 
 
 def combine_models(models: list[nn.Module]) -> nn.Module:

@@ -1,0 +1,586 @@
+"""Amalgamation: who knows which classes, the rooms, the trainer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dataset
+import train_ka
+import utils
+from dataset.dense import DenseMetrics, supervised
+from dataset.parts import ClassParts, read_classes, split_classes, take_classes
+from dataset.scenes import objects, scene
+from ka_losses import METHODS
+from ka_losses.recombination import combine_models
+from models import build
+from models.branching import JointNet
+from models.segmentation import SegNet
+from tests.conftest import ROOT
+from tests.test_ddp import torchrun
+from tests.test_train import rows, same, weights
+
+DATA = ('--data_name', 'shapes:96', '--batch_size', '32')
+CLASS_MODES = [name for name, m in METHODS.items() if not m.dense and not m.shared]
+ROOMS = ('--data_name', 'scenes:24', '--size', '32', '--batch_size', '8', '--lr', '2e-3')
+
+
+# ------------------------------------------------------------------------------------------ who knows what
+
+
+def test_splits():
+    assert split_classes(10, 2) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert split_classes(10, 3, 'interleaved') == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    one, two = split_classes(100, 4, 'random', 3), split_classes(100, 4, 'random', 3)
+    assert one == two != split_classes(100, 4, 'random', 4)
+    assert sorted(sum(one, [])) == list(range(100)) and {len(part) for part in one} == {25}
+    assert read_classes('0-2,7', 10) == [0, 1, 2, 7]
+    for bad in ('', '3-', 'a', '1,1', '5-4', '9-10'):
+        with pytest.raises(ValueError, match='classes'):
+            read_classes(bad, 10)
+    for bad in ((10, 11), (10, 0), (10, 2, 'sideways')):
+        with pytest.raises(ValueError, match='got'):
+            split_classes(*bad)
+
+
+def test_part_of_a_data_set(tmp_path):
+    train, _ = dataset.load('shapes:60', tmp_path)
+    part = take_classes(train, [7, 2])
+    assert len(part) == 12 and part.num_classes == 2
+    assert set(part.targets.tolist()) == {0, 1}
+    for label, original in enumerate([7, 2]):
+        assert torch.equal(part.images[part.targets == label], train.images[train.targets == original])
+
+
+def test_blocks_and_columns():
+    split = ClassParts([[0, 1, 5], [2, 3]])
+    assert split.classes == [0, 1, 5, 2, 3] and split.blocks == [[0, 1, 2], [3, 4]] and not split.overlap
+    cut = ClassParts([[0, 1, 5], [2, 1]], wanted=[1, 2])
+    assert cut.columns == [[1], [1, 0]] and cut.blocks == [[0], [0, 1]] and cut.overlap
+    with pytest.raises(ValueError, match='share the classes .1.'):
+        ClassParts([[0, 1], [1, 2]])
+    with pytest.raises(ValueError, match='no teacher knows the classes .9.'):
+        ClassParts([[0, 1], [2]], wanted=[1, 9])
+    with pytest.raises(ValueError, match='teacher 2 knows none'):
+        ClassParts([[0, 1], [2]], wanted=[1])
+
+
+def test_accuracies_by_hand():
+    """Joint accuracy, accuracy with the part known, and routing are three different things."""
+    split = ClassParts([[0, 1], [2, 3]])
+    out = torch.tensor([[3.0, 1, 9, 0], [0, 5, 1, 1], [9, 0, 2, 1], [0, 0, 2, 1]])
+    target = torch.tensor([0, 1, 2, 3])
+    read = split.metrics(out, target)
+    assert read['top1'] == 25 and read['part1'] == 100 and read['part1_joint'] == 50
+    assert read['part2'] == 50 and read['part2_joint'] == 0
+    assert split.routing(out, target) == [[50, 50], [50, 50]]
+
+
+# --------------------------------------------------------------------------------------------------- rooms
+
+
+def test_rooms_are_the_golden_ones():
+    with np.load(ROOT / 'tests/golden/scenes.npz') as z:
+        for j, index in enumerate(z['hp_index']):
+            made = scene(int(index), int(z['hp_seed']), int(z['hp_size']))
+            for name, got in zip(('image', 'seg', 'depth', 'normal'), made):
+                wanted = z[f'out_{name}'][j]
+                if name == 'seg':
+                    assert (got.reshape(wanted.shape) != wanted).mean() <= 0.002
+                else:
+                    assert np.median(np.abs(got - wanted)) < 1e-5
+                    assert (np.abs(got - wanted) > 1e-5).mean() <= 0.002
+    for index, counts, depth in (
+        (2, [745, 1154, 38, 119, 41, 207], 3.222802),
+        (5, [1020, 1155, 0, 52, 0, 77], 3.185299),
+    ):
+        _, seg, d, normal = scene(index)
+        assert np.bincount(seg.ravel(), minlength=6).tolist() == counts  # with cylinders
+        assert d.mean() == pytest.approx(depth, abs=1e-5)
+        assert np.allclose(np.linalg.norm(normal, axis=0), 1, atol=1e-5)
+
+
+def test_boxes_of_objects_hold_their_pixels():
+    kinds, boxes = objects(2)
+    _, seg, _, _ = scene(2)
+    held = np.zeros_like(seg, bool)
+    for x, y, w, h in boxes * 48:
+        held[round(y - h / 2) : round(y + h / 2), round(x - w / 2) : round(x + w / 2)] = True
+    assert len(kinds) == 3 and held[seg >= 3].mean() > 0.99
+
+
+def test_rooms_mirrored(tmp_path):
+    """A mirrored batch has mirrored labels, and normals whose x points the other way."""
+    train, _ = dataset.load_dense('scenes:10', tmp_path, 'cpu', 16, labelled=True)
+    plain = {int(i): (img, lab) for img, lab, i in train.test_batches(1)}
+    mirrored = 0
+    for seed in range(6):
+        for img, labels, index, _ in train.train_batches(5, seed, 0):
+            wanted, label = plain[int(index[0])]
+            flipped = not torch.equal(img[:1], wanted)
+            mirrored += flipped
+            for task, sign in (('seg', 1), ('depth', 1), ('normal', torch.tensor([-1, 1, 1])[:, None, None])):
+                target = label[task].flip(-1) * sign if flipped else label[task]
+                assert torch.equal(labels[task][:1], target), task
+    assert 0 < mirrored < 12
+
+
+def test_dense_metrics_by_hand():
+    metrics = DenseMetrics(('seg', 'depth', 'normal'), 2, 'cpu')
+    seg = torch.tensor([[[0, 0], [1, -1]]])
+    said = torch.tensor([[[0, 1], [1, 1]]])
+    depth = torch.tensor([[[[2.0, 4], [0, 1]]]])
+    normal = torch.zeros(1, 3, 2, 2)
+    normal[:, 2] = 1
+    normal[..., 1, 1] = 0  # unknown
+    other = normal.clone()
+    other[0, :, 0, 0] = torch.tensor([1.0, 0, 0])
+    labels = {'seg': seg, 'depth': depth, 'normal': normal}
+    outs = [nn.functional.one_hot(said, 2).permute(0, 3, 1, 2).float(), depth + 1, other]
+    metrics.add(outs, labels)
+    read = metrics.read()
+    assert read['accuracy'] == pytest.approx(200 / 3)
+    assert read['miou'] == pytest.approx(50)  # both classes: one hit of a union of two
+    assert read['rmse'] == pytest.approx(1) and read['abs_rel'] == pytest.approx((0.5 + 0.25 + 1) / 3)
+    assert read['delta125'] == 0 and read['angle_mean'] == pytest.approx(30)
+    assert read['within_11'] == pytest.approx(200 / 3)
+    assert float(supervised('depth', depth + 1, depth)) == pytest.approx(1)
+    perfect = DenseMetrics(('depth',), 2, 'cpu')
+    perfect.add([depth], labels)
+    assert perfect.read()['delta125'] == 100
+
+
+def test_nyu_in_its_own_format(tmp_path):
+    """A small file as MATLAB 7.3 writes it: axes reversed."""
+    h5py = pytest.importorskip('h5py')
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (6, 3, 640, 480), dtype=np.uint8)
+    depths = np.full((6, 640, 480), 2.0, np.float32)
+    depths[1, :320] = 0  # unknown on the left
+    labels = rng.integers(0, 30, (6, 640, 480)).astype(np.uint16)
+    labels[0, :, :240] = 5  # the upper half
+    with h5py.File(tmp_path / 'nyu_depth_v2_labeled.mat', 'w') as file:
+        file['images'], file['depths'], file['labels'] = images, depths, labels
+    train, test = dataset.load_dense('nyuv2', tmp_path, 'cpu', 32, labelled=False)
+    assert len(train) == 5 and len(test) == 1 and train.num_classes == 13
+    assert train.images.shape == (5, 3, 32, 32) and 0 <= train.images.min() and train.images.max() <= 1
+    upper = train.labels['seg'][0, :16]
+    assert (upper == upper[0, 0]).all()  # columns and rows are not mixed up
+    assert (train.labels['depth'][1, 0, :, :16] == 0).all() and (
+        train.labels['depth'][1, 0, :, 16:] == 2
+    ).all()
+    wall = train.labels['normal'][0]
+    assert torch.allclose(wall, torch.tensor([0, 0, -1.0])[:, None, None].expand_as(wall), atol=1e-4)
+    (tmp_path / 'classes.txt').write_text('\n'.join(['-1', *(str(i % 4) for i in range(894))]))
+    train, _ = dataset.load_dense('nyuv2', tmp_path, 'cpu', 32, labelled=False)
+    assert train.num_classes == 4 and int(train.labels['seg'].min()) == -1
+    with pytest.raises(ValueError, match='not there'):
+        dataset.load_dense('nyuv2', tmp_path / 'elsewhere', 'cpu', 32, labelled=False)
+    (tmp_path / 'nyu_depth_v2_labeled.mat').write_bytes(b'MATLAB 5.0')
+    with pytest.raises(ValueError, match='not the labelled data set'):
+        dataset.load_dense('nyuv2', tmp_path, 'cpu', 32, labelled=False)
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+def test_joint_network_begins_as_its_teachers():
+    """With its codings open, a branch at point 0 of a trunk that copies the first teacher is that teacher."""
+    torch.manual_seed(0)
+    nets = [SegNet(k, (4, 6), (1, 1)).eval() for k in (5, 1, 3)]
+    joint = JointNet(nets).eval()
+    for codings in joint.codings:
+        for coding in codings:
+            nn.init.zeros_(coding.w2.weight)  # the gate is 1 / 2 everywhere
+    x = torch.randn(2, 3, 8, 8)
+    places, maps = [], []
+    for i in (1, 2):
+        x_i = getattr(nets[0], f'down{i}')(x if i == 1 else maps[-1])
+        y, where = nn.functional.max_pool2d(x_i, 2, return_indices=True)
+        places.append((where, x_i.shape[2:]))
+        maps.append(y)
+    y = maps[-1] / 2
+    for i in (2, 1):
+        where, size = places[i - 1]
+        y = getattr(nets[2], f'up{i}')(nn.functional.max_unpool2d(y, where, 2, output_size=size))
+    torch.testing.assert_close(joint(x)[2], y)
+    out = joint(x, [0, 1, 1])
+    assert [o.shape[1] for o in out] == [5, 1, 3] and not torch.equal(out[2], joint(x)[2])
+
+
+def test_frozen_branches_do_not_move():
+    nets = [SegNet(k, (4, 6), (1, 1)) for k in (5, 1)]
+    joint = JointNet(nets)
+    joint.train()
+    joint.freeze(True)
+    before = {k: v.clone() for k, v in joint.branches.state_dict().items()}
+    opt = torch.optim.SGD(joint.parameters(), 0.1)
+    sum(out.square().mean() for out in joint(torch.randn(2, 3, 8, 8), [1, 0])).backward()
+    opt.step()
+    assert same(before, joint.branches.state_dict())  # batch norm's statistics included
+    assert not torch.equal(joint.trunk.down1.layers[0][0].weight, nets[0].down1.layers[0][0].weight)
+    joint.freeze(False)
+    joint(torch.randn(2, 3, 8, 8))
+    assert not same(before, joint.branches.state_dict())
+
+
+def test_parameters_in_use():
+    net = SegNet(1, (4, 6), (1, 1))
+    joint = JointNet([net, net])
+    coding = sum(p.numel() for p in joint.codings[0][0].parameters())
+    down = sum(p.numel() for name, p in net.named_parameters() if name.startswith('down'))
+    up = {i: sum(p.numel() for p in getattr(net, f'up{i}').parameters()) for i in (1, 2)}
+    assert joint.parameters_in_use() == down + 2 * (coding + up[1] + up[2])
+    joint.choose([1, 1])
+    assert joint.parameters_in_use() == down + up[2] + 2 * (up[1] + coding_of(joint, 1))
+
+
+def coding_of(joint, k):
+    return sum(p.numel() for p in joint.codings[0][k].parameters())
+
+
+def test_combined_networks_give_their_logits_side_by_side():
+    """Recombination: two ResNets with their own statistics become one, exactly."""
+    torch.manual_seed(0)
+    nets = [build('resnet8', k).double() for k in (5, 3)]
+    for net in nets:
+        net.train()(torch.randn(8, 3, 8, 8, dtype=torch.float64))  # statistics of its own
+        net.eval()
+    joined = combine_models(nets)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(joined(x.repeat(1, 2, 1, 1)), torch.cat([net(x) for net in nets], dim=1))
+    assert nets[0].conv1.in_channels == 3 and joined.conv1.in_channels == 6
+    with pytest.raises(ValueError, match='same modules'):
+        combine_models([build('resnet8', 5), build('resnet14', 5)])
+
+
+# ------------------------------------------------------------------------------------------------- trainer
+
+
+@pytest.fixture
+def halves(script, tmp_path):
+    """Two resnet8, each trained for an epoch on half of the classes."""
+    for part in (0, 1):
+        done = script('train_base', '--net_name', 'resnet8', *DATA, '--epochs', 1, '--num_parts', 2, '--part',
+                      part, '--note', f'half{part}')  # fmt: skip
+        assert done.code == 0, done.err
+    return [tmp_path / f'half{part}' / 'net.pt' for part in (0, 1)]
+
+
+@pytest.fixture
+def ka(script, halves):
+    def call(*words, epochs=2):
+        teachers = ('--t_name', 'resnet8', '--t_model', *halves)
+        data = () if '--data_name' in words else (*DATA, '--epochs', epochs)
+        return script('train_ka', *teachers, *data, '--ka_mode', *words)
+
+    return call
+
+
+def test_every_mode_trains_and_reports(ka, tmp_path):
+    done = ka(*CLASS_MODES, '--note', 'all')
+    assert done.code == 0, done.err
+    assert 'selected on test data' in done.out
+    for mode in CLASS_MODES:
+        result = json.loads((tmp_path / 'all' / mode / 'results.json').read_text())
+        assert {'top1', 'part1', 'part2', 'part1_joint', 'epoch'} <= result['last'].keys()
+        assert len(result['routing']) == 2 and result['command'] and result['commit']
+        assert result['parts'] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] and len(result['teachers']) == 2
+        assert np.allclose(np.sum(result['routing'], axis=1), 100)
+    ensemble = json.loads((tmp_path / 'all' / 'ensemble' / 'results.json').read_text())
+    assert set(ensemble['ensembles']) == {'A', 'B', 'C'}
+    # softmax and centring leave the order inside a part alone
+    parts = [[form[key] for key in ('part1', 'part2')] for form in ensemble['ensembles'].values()]
+    assert parts[0] == parts[1] == parts[2] == [teacher['top1'] for teacher in ensemble['teachers']]
+    metrics = rows(tmp_path / 'all' / 'layerwise')
+    assert {'loss', 'kd', 'amal', 'recons', 'test_top1', 'test_part1'} <= metrics[0].keys()
+    block = torch.load(tmp_path / 'all' / 'cfl' / 'ka.pt', weights_only=True)
+    assert any(key.startswith('0.align_t') for key in block)
+
+
+def test_alone_equals_beside_others(ka, tmp_path):
+    for words, note in ((['layerwise', 'soka', 'cfl', 'customize_target'], 'many'), (['soka'], 'soka'),
+                        (['cfl'], 'cfl')):  # fmt: skip
+        assert ka(*words, '--note', note).code == 0
+    for mode in ('soka', 'cfl'):
+        a, b = weights(tmp_path / 'many' / mode), weights(tmp_path / mode / mode)
+        assert same(a['net'], b['net']) and same(a['ka'], b['ka'])
+
+
+def test_labels_are_not_read(ka, tmp_path, monkeypatch):
+    """With every label of the training batches replaced by -1: the same weights, but for the reference."""
+    modes = [mode for mode in CLASS_MODES if not METHODS[mode].labels]
+    assert ka(*modes, '--note', 'with').code == 0
+    real = dataset.Resident.train_batches
+
+    def without(self, *words):
+        for img, target, index, views in real(self, *words):
+            yield img, torch.full_like(target, -1), index, views
+
+    monkeypatch.setattr(dataset.Resident, 'train_batches', without)
+    assert ka(*modes, '--note', 'without').code == 0
+    for mode in modes:
+        assert same(weights(tmp_path / 'with' / mode)['net'], weights(tmp_path / 'without' / mode)['net']), (
+            mode
+        )
+    with pytest.raises((IndexError, RuntimeError)):  # cross-entropy notices: the test can fail
+        ka('scratch', '--note', 'reference')
+
+
+def test_resumed_equals_undisturbed(ka, tmp_path, monkeypatch):
+    modes = ['concat', 'soka', 'cfl', 'customize_target']
+    assert ka(*modes, '--note', 'whole', epochs=3).code == 0
+    real, wrote = utils.write_atomic, []
+
+    class Killed(BaseException):
+        pass
+
+    def dies(path, content):
+        wrote.append(path)
+        if path.name == 'last.pt' and len([p for p in wrote if p.name == 'last.pt']) == 6:
+            raise Killed  # in the second epoch, when the second student is due
+        real(path, content)
+
+    monkeypatch.setattr(utils, 'write_atomic', dies)
+    with pytest.raises(Killed):
+        ka(*modes, '--note', 'cut', '--resume', 'auto', epochs=3)
+    monkeypatch.setattr(utils, 'write_atomic', real)
+    done = ka(*modes, '--note', 'cut', '--resume', 'auto', epochs=3)
+    assert done.code == 0 and '1 of 3 epochs done' in done.out
+    for mode in modes:
+        a, b = weights(tmp_path / 'whole' / mode), weights(tmp_path / 'cut' / mode)
+        for key in set(a) - {'args', 'origin', 'history'}:
+            assert str(a[key]) == str(b[key]), f'{mode}: {key}'
+        assert same(a['net'], b['net']) and same(a['ka'], b['ka'])
+        assert rows(tmp_path / 'whole' / mode) == rows(tmp_path / 'cut' / mode)
+
+
+def test_sources_to_component_to_target(script, tmp_path):
+    """The two rounds of customize: sources share the wanted classes, components do not."""
+    for note, classes in (('s1', '0-2,6-7'), ('s2', '0-2,8-9'), ('s3', '3-5,6-7'), ('s4', '3-5,8-9')):
+        done = script('train_base', '--net_name', 'resnet8', *DATA, '--epochs', 1, '--classes', classes,
+                      '--note', note)  # fmt: skip
+        assert done.code == 0, done.err
+    for note, sources, wanted, classes in (
+        ('a', ('s1', 's2'), '0-2', ('0-2,6-7', '0-2,8-9')),
+        ('b', ('s3', 's4'), '3-5', ('3-5,6-7', '3-5,8-9')),
+    ):
+        models = [tmp_path / source / 'net.pt' for source in sources]
+        done = script('train_ka', '--ka_mode', 'customize', '--t_name', 'resnet8', '--t_model', *models,
+                      '--t_classes', *classes, '--wanted', wanted, *DATA, '--epochs', 1,
+                      '--note', note)  # fmt: skip
+        assert done.code == 0, done.err
+        result = json.loads((tmp_path / note / 'customize' / 'results.json').read_text())
+        assert len(result['classes']) == 3 and 'part2' not in result['last']
+    models = [tmp_path / note / 'customize' / 'student.pt' for note in 'ab']
+    done = script('train_ka', '--ka_mode', 'customize_target', '--t_name', 'resnet8', '--t_model', *models,
+                  '--t_classes', '0-2', '3-5', *DATA, '--epochs', 1, '--note', 'target')  # fmt: skip
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / 'target' / 'customize_target' / 'results.json').read_text())
+    assert result['classes'] == [0, 1, 2, 3, 4, 5] and {'part1', 'part2'} <= result['last'].keys()
+
+
+def test_sources_only_see_images_they_are_sure_of():
+    """Every image trains with exactly one source: the one of least entropy."""
+    from types import SimpleNamespace
+
+    from ka_losses import chosen
+
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, fms_s, fms_t, out_s, out_t, return_terms):
+            seen.append(out_s[:, 0].tolist())
+            return out_s.sum(), {'soft': out_s.sum()}
+
+    out = torch.arange(4.0)[:, None].repeat(1, 2)
+    sure, unsure = torch.tensor([9.0, 0]), torch.tensor([1.0, 0])
+    logits = [sure, unsure, sure, unsure], [unsure, sure, unsure, sure]
+    ts = [SimpleNamespace(out=torch.stack(rows_of), pres=[out]) for rows_of in logits]
+    chosen([Spy(), Spy()], SimpleNamespace(out=out, pres=[out]), ts, SimpleNamespace(layers=(0,)))
+    assert seen == [[0.0, 2.0], [1.0, 3.0]]
+
+
+def test_other_images(ka, tmp_path):
+    done = ka('concat', 'layerwise', '--unlabeled', 'shapes:40', '--note', 'other')
+    assert done.code == 0 and '40 + 24 images' in done.out
+    done = ka('concat', '--limit_train', 50, '--limit_test', 12, '--note', 'few')
+    assert done.code == 0 and '50 + 12 images' in done.out
+
+
+def test_optimisers_and_layers(ka, tmp_path):
+    done = ka('layerwise', '--optim', 'sgd', '--ka_layers', 'rb2', '--note', 'sgd')
+    assert done.code == 0, done.err
+    recipe = json.loads((tmp_path / 'sgd' / 'layerwise' / 'results.json').read_text())['recipe']
+    assert recipe['lr'] == 0.1 and recipe['lr_ka'] == 0.01 and recipe['layers'] == [2]
+    done = ka(
+        'cfl', '--ka_args', 'block=fc', 'h_channels=8', '--lambda_kd', 0.5, '--lambda_ka', 3, '--note', 'fc'
+    )
+    assert done.code == 0, done.err
+    recipe = json.loads((tmp_path / 'fc' / 'cfl' / 'results.json').read_text())['recipe']
+    assert recipe['method'] == ['cfl', 3.0, 0.5, {'block': 'fc', 'h_channels': 8}]
+
+
+def test_two_processes(halves, img_root, tmp_path):
+    root = ('--img_root', img_root, '--save_root', tmp_path, '--threads', 1)
+    words = ('--t_name', 'resnet8', '--t_model', *halves, *DATA[:2], '--batch_size', 16, '--epochs', 1, *root)
+    done = torchrun('train_ka.py', '--ka_mode', 'layerwise', 'cfl', *words, '--note', 'two')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'two' / 'cfl' / 'results.json').read_text())['processes'] == 2
+    rooms = (
+        '--data_name',
+        'scenes:24',
+        '--size',
+        32,
+        '--batch_size',
+        8,
+        '--epochs',
+        1,
+        '--epochs_ft',
+        0,
+        *root,
+    )
+    done = torchrun('train_ka.py', '--ka_mode', 'scratch', *rooms, '--note', 'rooms')
+    assert done.returncode == 0, done.stderr
+    done = torchrun('train_ka.py', '--ka_mode', 'soka', *words, '--note', 'soka')
+    assert done.returncode != 0 and 'soka runs in one process only' in done.stderr
+
+
+@pytest.fixture
+def room_teachers(script, tmp_path):
+    for task in ('seg', 'depth', 'normal'):
+        words = ('--tasks', task, '--epochs', 1, '--epochs_ft', 0, '--note', task)
+        done = script('train_ka', '--ka_mode', 'scratch', *ROOMS, *words)
+        assert done.code == 0, done.err
+    return [tmp_path / task / 'scratch' / 'student.pt' for task in ('seg', 'depth', 'normal')]
+
+
+def test_rooms_block_phase_selection_fine_tuning(script, room_teachers, tmp_path, monkeypatch):
+    words = (
+        '--ka_mode',
+        'sbm',
+        'scratch',
+        *ROOMS,
+        '--t_model',
+        *room_teachers,
+        '--epochs',
+        2,
+        '--epochs_ft',
+        2,
+    )
+    done = script('train_ka', *words, '--note', 'whole')
+    assert done.code == 0, done.err
+    assert 'sbm: phase 1' in done.out and 'sbm: phase 2, branch points' in done.out
+    result = json.loads((tmp_path / 'whole' / 'sbm' / 'results.json').read_text())
+    assert {'miou', 'rmse', 'angle_mean', 'within_11', 'score'} <= result['last'].keys()
+    assert len(result['branch_points']) == 3 and result['parameters'] < result['parameters_of_teachers']
+    assert [teacher['task'] for teacher in result['teachers']] == ['seg', 'depth', 'normal']
+
+    for count in (2, 3, 5):  # killed in the block phase, at its end, and while fine-tuning
+        real, wrote = utils.write_atomic, []
+
+        class Killed(BaseException):
+            pass
+
+        def dies(path, content, wrote=wrote, real=real, count=count, killed=Killed):
+            wrote.append(path.name)
+            if wrote.count('last.pt') == count:
+                raise killed
+            real(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(utils, 'write_atomic', dies)
+            with pytest.raises(Killed):
+                script('train_ka', *words, '--note', f'cut{count}', '--resume', 'auto')
+        assert script('train_ka', *words, '--note', f'cut{count}', '--resume', 'auto').code == 0
+        for mode in ('sbm', 'scratch'):
+            a, b = weights(tmp_path / 'whole' / mode), weights(tmp_path / f'cut{count}' / mode)
+            assert same(a['net'], b['net']) and str(a['opt_all']) == str(b['opt_all'])
+
+
+def test_rooms_without_labels(script, room_teachers, tmp_path, monkeypatch):
+    words = ('--ka_mode', 'sbm', *ROOMS, '--t_model', *room_teachers, '--epochs', 1, '--epochs_ft', 1)
+    assert script('train_ka', *words, '--note', 'with').code == 0
+    real = dataset.Dense.train_batches
+
+    def without(self, *rest):
+        for img, labels, index, views in real(self, *rest):
+            yield img, {task: torch.full_like(label, -1) for task, label in labels.items()}, index, views
+
+    monkeypatch.setattr(dataset.Dense, 'train_batches', without)
+    assert script('train_ka', *words, '--note', 'without').code == 0
+    assert same(weights(tmp_path / 'with' / 'sbm')['net'], weights(tmp_path / 'without' / 'sbm')['net'])
+
+
+MISTAKES = [
+    (['concat', '--t_classes', '0-4', '4-9'], ['share the classes [4]']),
+    (['concat', '--t_classes', '0-3', '4-9'], ['teacher 1', '[0, 1, 2, 3]', 'does not fit']),
+    (['concat', '--num_parts', '3'], ['3 parts of the classes for 2 teachers']),
+    (['concat', '--wanted', '0-3,77'], ['classes must be distinct']),
+    (['customize'], ['wants teachers that share the classes']),
+    (['concat', '--s_name', 'resnet9'], ['depth must be 6n + 2']),
+    (['cofl'], ["no method is called 'cofl'"]),
+    (['cfl', 'cfl'], ['named twice']),
+    (['sbm'], ['not for --data_name shapes:96']),
+    (['layerwise', '--ka_layers', 'rb5'], ['attaches to stage 5, a network has 3']),
+    (['layerwise', '--ka_layers', '3'], ['expected rb1']),
+    (['layerwise', '--s_name', 'ShuffleV1'], ['LayerwiseKA', 'must be']),
+    (['cfl', '--ka_args', 'block=rnn'], ["block must be 'conv' or 'fc'"]),
+    (['cfl', '--ka_args', 'width=3'], ["no argument 'width'"]),
+    (['cfl', '--ka_args', 's_channels=3'], ['--ka_args: cfl']),
+    (['concat', '--unlabeled', 'svhn'], ["no data set is called 'svhn'"]),
+    (['concat', '--data_name', 'scenes', '--size', '40'], ['not for --data_name scenes']),
+]
+
+
+@pytest.mark.parametrize('words, said', MISTAKES, ids=lambda x: ' '.join(x)[:40])
+def test_mistakes_are_one_line(ka, words, said):
+    done = ka(*words)
+    assert done.code == 2 and done.err.count('\n') == 1 and 'Traceback' not in done.err, done.err
+    for part in said:
+        assert part in done.err, done.err
+
+
+def test_bad_teachers_are_one_line(script, halves, tmp_path):
+    base = ('train_ka', '--ka_mode', 'concat', '--t_name', 'resnet8', *DATA, '--epochs', 1)
+    done = script(*base, '--t_model', halves[0])
+    assert done.code == 2 and 'two teachers or more' in done.err
+    done = script(*base, '--t_model', halves[0], tmp_path / 'nowhere.pt')
+    assert done.code == 2 and 'teacher 2' in done.err and 'no such checkpoint' in done.err
+    state = torch.load(halves[1], weights_only=True)
+    state['fc.bias'][2] = float('nan')
+    torch.save(state, tmp_path / 'nan.pt')
+    done = script(*base, '--t_model', halves[0], tmp_path / 'nan.pt')
+    assert done.code == 2 and 'not finite' in done.err and done.err.count('\n') == 1
+    done = script('train_ka', '--ka_mode', 'sbm', *ROOMS, '--epochs', 1)
+    assert done.code == 2 and 'one teacher per task' in done.err
+    done = script('train_ka', '--ka_mode', 'sbm', *ROOMS[:2], '--size', '40', '--epochs', 1)
+    assert done.code == 2 and 'multiples of 16' in done.err
+
+
+def test_nothing_trained_with_ensemble_alone(ka, tmp_path):
+    done = ka('ensemble', '--note', 'only')
+    assert done.code == 0 and (tmp_path / 'only' / 'ensemble' / 'results.json').exists()
+    assert [p.name for p in (tmp_path / 'only').iterdir() if p.is_dir()] == ['ensemble']
+
+
+def test_a_loss_that_explodes_is_named(ka, monkeypatch):
+    done = ka('concat', 'mse', '--lambda_ka', 'concat=1', 'mse=1e40', '--note', 'boom')
+    assert done.code == 1 and 'mse: the loss' in done.err and 'not finite' in done.err
+
+
+def test_help_names_every_mode(script):
+    done = script('train_ka', '--help')
+    assert done.code == 0 and all(name in done.out for name in METHODS)
+
+
+def test_main_is_flat():
+    """The loop reads rows: no string of the script is the name of a method ("parts" is a word)."""
+    import ast
+
+    tree = ast.parse((ROOT / 'train_ka.py').read_text())
+    words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    assert not words & set(METHODS) - {'parts'}
+    assert train_ka.ENSEMBLE not in METHODS
