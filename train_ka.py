@@ -247,6 +247,8 @@ def main():
         facts = {'script': 'train_ka', 'method': run.name, 'student': world.student_name, **world.facts,
                  'data': args.data_name, 'seed': args.seed, 'epochs': total, 'trained_with': list(wanted),
                  'processes': utils.processes(), **world.details(run.net)}  # fmt: skip
+        if len(ends) > 1:
+            facts['after_first_phase'] = utils.tested(run.record.history[ends[0] - 1])
         utils.save_checkpoint(folder / run.name / 'ka.pt', run.ka.state_dict())
         log(f'{run.name}: {run.record.finish("student.pt", facts)}')
     if failures:

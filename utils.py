@@ -804,27 +804,26 @@ class Record:
         last, best = self.history[-1], self.best
         half, _, key = self.key.partition('_')
         selected_on = {'val': 'validation split', 'test': 'test data'}[half]
-        tested = f'test_{key}'
+        name = f'test_{key}'
         write_json(self.folder / 'results.json', facts | {
-            'last': _tested(last),
-            'best': _tested(best) | {'selected_on': selected_on},
-            'curve': [round(row[tested], 4) for row in self.history if tested in row],
+            'last': tested(last),
+            'best': tested(best) | {'selected_on': selected_on},
+            'curve': [round(row[name], 4) for row in self.history if name in row],
             'seconds': round(sum(row['seconds'] for row in self.history), 1),
             'recipe': self.math_args,
             **self.origin,
         })  # fmt: skip
-        name = {'top1': 'top-1'}.get(key, key)
+        headline = {'top1': 'top-1'}.get(key, key)
         return (
-            f'{name} {last[tested]:.2f} at the last epoch; best {best[tested]:.2f} '
+            f'{headline} {last[name]:.2f} at the last epoch; best {best[name]:.2f} '
             f'at epoch {best["epoch"]}, selected on {selected_on}'
         )
 
 
-def _tested(row: dict) -> dict:
+def tested(row: dict) -> dict:
     """What an epoch's row says of the test set."""
-    return {k.removeprefix('test_'): v for k, v in row.items() if k.startswith('test_')} | {
-        'epoch': row['epoch']
-    }
+    figures = {k.removeprefix('test_'): v for k, v in row.items() if k.startswith('test_')}
+    return figures | {'epoch': row['epoch']}
 
 
 def deployed(net: nn.Module) -> nn.Module:

@@ -1,0 +1,182 @@
+"""Tables of amalgamation runs: `python tools/ka_table.py FOLDER... --out FOLDER`.
+
+Reads every result file of train_ka.py below the folders, joins runs that differ in the seed only, and writes
+table.md and table.csv, a table per experiment. With --readme FILE the tables also replace what stands between
+`<!-- NAME:begin -->` and `<!-- NAME:end -->` there.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tools.table import insert  # noqa: E402
+
+
+def read_results(folders: list[str]) -> list[dict]:
+    """Every result of train_ka.py below the folders, with its experiment: the folder that it lies in."""
+    results = []
+    for folder in map(Path, folders):
+        for path in sorted(folder.rglob('*.json')):
+            content = json.loads(path.read_text())
+            if isinstance(content, dict) and content.get('script') == 'train_ka':
+                place = path.parent.parent if path.name == 'results.json' else path.parent
+                results.append(content | {'experiment': place.name})
+    return results
+
+
+def group(results: list[dict]) -> dict[tuple, list[dict]]:
+    """{(data, teachers, experiment, method): runs of several seeds}, by method's order of appearance."""
+    groups = {}
+    for r in results:
+        groups.setdefault((r['data'], r.get('teacher') or '', r['experiment'], r['method']), []).append(r)
+    return groups
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    deviation = f' +- {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{deviation}'
+
+
+def parts_table(results: list[dict]) -> list[list[str]]:
+    """Joint accuracy, accuracy with the part known, and what share of the images goes to their own part."""
+    columns = 'joint top-1', 'each part, if known', 'sent to the right part', 'best joint*'
+    rows = [['', *columns, 'epochs', 'seeds', 'minutes']]
+    for runs in group([r for r in results if r['method'] == 'ensemble']).values():
+        first = runs[0]
+        for i, teacher in enumerate(first['teachers'], 1):
+            name = f'teacher {i}, {teacher["name"]}: {", ".join(map(str, teacher["classes"]))}'
+            rows.append([name, '', f'{teacher["top1"]:.2f}', '', '', '', len(runs), ''])
+        names = {'A': 'raw logits', 'B': 'softmax each', 'C': 'logits - mean'}
+        for key, form in first['ensembles'].items():
+            rows.append([f'ensemble {key}, {names[key]}', f'{form["top1"]:.2f}', _parts(form),
+                         _routed(form['routing']), '', '', len(runs), ''])  # fmt: skip
+    trained = group([r for r in results if r['method'] != 'ensemble'])
+    order = sorted(trained, key=lambda k: (k[3] != 'scratch', -statistics.mean(_last(trained[k], 'top1'))))
+    for key in order:
+        runs = trained[key]
+        name = f'{key[3]} ({"reads labels" if key[3] == "scratch" else runs[0]["student"]})'
+        rows.append([
+            name, spread(_last(runs, 'top1')), _parts(runs[0]['last']), _routed(runs[0]['routing']),
+            spread([r['best']['top1'] for r in runs]), runs[0]['epochs'], len(runs),
+            f'{statistics.mean(r["seconds"] for r in runs) / 60:.0f}',
+        ])  # fmt: skip
+    return rows
+
+
+def dense_table(results: list[dict]) -> list[list[str]]:
+    keys = {
+        'miou': 'mIoU %',
+        'accuracy': 'pixels %',
+        'rmse': 'depth RMSE m',
+        'abs_rel': 'abs rel',
+        'delta125': '< 1.25 %',
+        'angle_mean': 'normals, mean angle',
+        'angle_median': 'median',
+        'within_11': '< 11.25 %',
+        'within_22': '< 22.5 %',
+        'within_30': '< 30 %',
+    }
+    rows = [['', *keys.values(), 'parameters', 'epochs', 'seeds']]
+
+    def cells(figures: dict) -> list[str]:
+        small = {'rmse', 'abs_rel'}
+        return [f'{figures[k]:.{3 if k in small else 1}f}' if k in figures else '' for k in keys]
+
+    for runs in group(results).values():
+        first = runs[0]
+        if first['method'] == 'ensemble':
+            joined = {k: v for teacher in first['teachers'] for k, v in teacher.items() if k in keys}
+            if len(first['teachers']) > 1:
+                rows.append(['the teachers, one per task', *cells(joined), '', '', len(runs)])
+        elif len(first['tasks']) > 1:
+            if first['method'] == 'sbm':
+                block = first.get('after_first_phase')
+                if block:
+                    rows.append(['sbm, after the block phase', *cells(block), '', block['epoch'], len(runs)])
+            points = ', '.join(map(str, first['branch_points']))
+            name = 'one network, labels' if first['method'] == 'scratch' else first['method']
+            mean = {k: statistics.mean(r['last'][k] for r in runs) for k in keys if k in first['last']}
+            rows.append([f'{name} (branches at {points})', *cells(mean), f'{first["parameters"]:,}',
+                         first['epochs'], len(runs)])  # fmt: skip
+            if first['method'] == 'sbm':
+                rows[1][-3] = f'{first["parameters_of_teachers"]:,}'
+    return rows
+
+
+def _last(runs: list[dict], key: str) -> list[float]:
+    return [r['last'][key] for r in runs]
+
+
+def _parts(figures: dict) -> str:
+    found = [figures[f'part{i}'] for i in range(1, 20) if f'part{i}' in figures]
+    return ' / '.join(f'{x:.2f}' for x in found)
+
+
+def _routed(matrix: list[list[float]]) -> str:
+    return ' / '.join(f'{row[i]:.1f}' for i, row in enumerate(matrix))
+
+
+def markdown(rows: list[list]) -> str:
+    lines = ['| ' + ' | '.join(map(str, row)) + ' |' for row in rows]
+    return '\n'.join([lines[0], '|---' * len(rows[0]) + '|', *lines[1:]]) + '\n'
+
+
+def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
+    """[(title, rows)]: one per experiment."""
+    made = []
+    experiments = dict.fromkeys((r['data'], r.get('teacher') or '', r['experiment']) for r in results)
+    for data, teacher, experiment in experiments:
+        mine = [
+            r
+            for r in results
+            if (r['data'], r.get('teacher') or '', r['experiment']) == (data, teacher, experiment)
+        ]
+        if 'tasks' in mine[0]:
+            rows, title = dense_table(mine), f'{data}: {", ".join(mine[0]["tasks"])}'
+        else:
+            rows, title = parts_table(mine), f'{data}, {len(mine[0]["parts"])} teachers ({teacher})'
+        if len(rows) > 1:
+            made.append((title, rows))
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('folders', nargs='+', help='where result files are')
+    parser.add_argument('--out', required=True, help='folder for table.md and table.csv')
+    parser.add_argument('--readme', help='file to put the tables into')
+    parser.add_argument('--name', default='ka', help='name of the place in that file')
+    args = parser.parse_args()
+    results = read_results(args.folders)
+    if not results:
+        print(
+            f'ka_table.py: error: no results of train_ka.py below {", ".join(args.folders)}', file=sys.stderr
+        )
+        return 2
+    made = tables(results)
+    note = (
+        'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax '
+        'among the classes of the part, which is known. *selected on test data.'
+    )
+    text = '\n'.join(f'**{title}**\n\n{markdown(rows)}' for title, rows in made) + f'\n{note}\n'
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'table.md').write_text(text)
+    with open(out / 'table.csv', 'w', newline='') as file:
+        for title, rows in made:
+            csv.writer(file).writerows([[title], *rows, []])
+    if args.readme:
+        insert(Path(args.readme), args.name, text)
+    print(text)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
