@@ -7,6 +7,7 @@
 #   bash example_train_script.sh base         ... only the teacher and the baseline
 #   bash example_train_script.sh kd AT ...    ... only these methods, e.g. kd at rkd st+pkt
 #   bash example_train_script.sh dml [NAME..] ... only these methods for networks that learn from each other
+#   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, tables, figures
 #   bash example_train_script.sh METHOD       ... the block of one method
 #   bash example_train_script.sh --dry-run quick      print the commands instead of running them
 #   bash example_train_script.sh --help
@@ -25,6 +26,9 @@ EPOCHS=${EPOCHS:-200}
 SEED=${SEED:-2}
 GROUP=${GROUP:-8}                 # students per process: they share batches and the teacher's forward
 RETRAIN=${RETRAIN:-}              # 1: train also what results/ holds already
+PARTS=${PARTS:-2}                 # ka: teachers, each with its part of the classes
+KA_EPOCHS=${KA_EPOCHS:-100}       # ka: epochs of the students
+ROOM_EPOCHS=${ROOM_EPOCHS:-10}    # ka: epochs on the rooms, and half as many of fine-tuning
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -49,6 +53,8 @@ names() {
     S_RUN=base-$DATA-$S_NAME-s$SEED
     KD_RUN=kd-$DATA-$T_NAME-$S_NAME-s$SEED
     DML_RUN=$DATA-$S_NAME-s$SEED
+    KA_RUN=ka-$DATA-$PARTS-$T_NAME-$S_NAME-s$SEED
+    ROOM_RUN=ka-rooms-s$SEED
 }
 names
 
@@ -179,6 +185,38 @@ METHODS="$METHODS pad cd cd_edt reviewkd dkd dot dist nkd lskd mlkd mlkd_strong 
 METHODS="$METHODS fcfd vkd ofakd ickd semckd ikd dgkd tfkd_self adain mhgd cskd uskd byot ddgsd pskd tfkd sla sad dlb"
 PEERS='dml dcm onadvfd kdcl one okddip'
 
+# Amalgamation: teachers that know a part of the classes each, students that know them all and read no label.
+ka() {
+    local part models=()
+    for part in $(seq 0 $((PARTS - 1))); do
+        models+=("$SAVE_ROOT/$KA_RUN-teacher$part/net.pt")
+        run train_base.py --net_name "$T_NAME" --num_parts "$PARTS" --part "$part" --note "$KA_RUN-teacher$part"
+    done
+    EPOCHS=$KA_EPOCHS run train_ka.py --ka_mode $KA_MODES --t_name "$T_NAME" --t_model "${models[@]}" \
+        --s_name "$S_NAME" --note "$KA_RUN"
+    ka_report "$KA_RUN"
+}
+
+# Three teachers of one dense task each, then one network for all three.
+rooms() {
+    local task models=() flags=(--batch_size 32 --lr 2e-3)
+    for task in seg depth normal; do
+        models+=("$SAVE_ROOT/$ROOM_RUN-$task/scratch/student.pt")
+        DATA=$ROOMS EPOCHS=$ROOM_EPOCHS run train_ka.py --ka_mode scratch --tasks "$task" --epochs_ft 0 \
+            --note "$ROOM_RUN-$task" "${flags[@]}"
+    done
+    DATA=$ROOMS EPOCHS=$ROOM_EPOCHS run train_ka.py --ka_mode sbm scratch --t_model "${models[@]}" \
+        --epochs_ft $((ROOM_EPOCHS / 2)) --note "$ROOM_RUN" "${flags[@]}"
+    ka_report "$ROOM_RUN"
+}
+
+ka_report() {
+    py tools/ka_table.py "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
+    py tools/ka_figures.py "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
+}
+KA_MODES='concat parts mse layerwise cfl soka customize_target scratch'
+ROOMS=scenes
+
 # All methods, in processes of GROUP students.
 every_method() {
     local group=()
@@ -209,14 +247,19 @@ quick() {
     base
     kd st at sp
     table
+
+    # two teachers with half of the shapes each, students that know all ten
+    DATA=shapes:3000 T_NAME=resnet8 PARTS=2 KA_EPOCHS=8 EPOCHS=8 KA_RUN=amalgamated KA_MODES='concat cfl scratch'
+    FLAGS="--batch_size 64"
+    ka
 }
 
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], ka, rooms, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd ka rooms $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in
@@ -248,5 +291,9 @@ dml)
         esac
     done ;;
 cd) cd_ ;;    # cd is the shell's own word
+ka)
+    data
+    ka
+    rooms ;;
 *) "$command" ;;
 esac

@@ -14,8 +14,10 @@ import torch
 import models
 import train_base
 import train_dml
+import train_ka
 import train_kd as train_kd_module
 import utils
+from ka_losses import METHODS as KA_METHODS
 from kd_losses import METHODS
 from tests.conftest import ROOT, TINY
 from tests.test_data import write_folder
@@ -83,19 +85,33 @@ def flags_of(module, monkeypatch) -> set[str]:
 
 def test_the_flags_are_frozen(monkeypatch):
     """A new flag is a decision: it must serve several methods. Then change this list."""
-    assert flags_of(train_base, monkeypatch) == COMMON | {'--net_name', '--init', '--keep'}
+    part = {'--num_parts', '--part', '--split', '--classes'}
+    assert flags_of(train_base, monkeypatch) == COMMON | part | {'--net_name', '--init', '--keep'}
     loss = {'--kd_mode', '--lambda_kd', '--kd_args'}
     own = {'--t_name', '--t_model', '--s_name', '--s_init', '--init_epochs', '--pretrain_epochs'}
     own |= {'--global_relations'}
     assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
     assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits'}
+    ka = {'--ka_mode', '--lambda_ka', '--lambda_kd', '--T', '--ka_args', '--ka_layers', '--optim', '--lr_ka'}
+    ka |= {'--t_name', '--t_model', '--s_name', '--s_init', '--num_parts', '--split', '--t_classes'}
+    ka |= {
+        '--wanted',
+        '--unlabeled',
+        '--limit_train',
+        '--limit_test',
+        '--tasks',
+        '--size',
+        '--labelled',
+        '--epochs_ft',
+    }
+    assert flags_of(train_ka, monkeypatch) == COMMON | ka
 
 
 def test_the_readme_describes_every_flag_once(monkeypatch):
     readme = (ROOT / 'README.md').read_text()
     described = [flag for line in readme.splitlines() if line.startswith('| `--')
                  for flag in re.findall(r'--\w+', line.split('|')[1])]  # fmt: skip
-    modules = (train_base, train_kd_module, train_dml)
+    modules = (train_base, train_kd_module, train_dml, train_ka)
     there = set().union(*(flags_of(module, monkeypatch) for module in modules)) - {'-h', '--help'}
     assert sorted(described) == sorted(there)
 
@@ -426,6 +442,8 @@ def parsed(call: list[str], monkeypatch) -> argparse.Namespace:
     if call[0] == 'train_dml.py':
         _, weight, options = module.read_method(args)
         args.methods = {args.kd_mode[0]: [(args.kd_mode[0], weight, options)]}
+    if call[0] == 'train_ka.py':
+        args.methods, *_ = module.read_methods(args)
     return args
 
 
@@ -442,6 +460,19 @@ def test_the_example_commands_parse(tmp_path, monkeypatch):
         assert run.t_model == [f'./save/{student.note if own else teacher.note}/net.pt']
     trained = [name for run in (kd, *others) for name in run.methods]
     assert sorted(trained) == sorted(METHODS), 'the script trains every method of the table, once'
+
+
+def test_the_amalgamation_commands_parse(tmp_path, monkeypatch):
+    """Teachers of all parts, every mode for parts that do not overlap; then the rooms."""
+    calls = [call for call in commands(tmp_path, 'ka') if call[0].startswith('train_')]
+    scripts = [parsed(call, monkeypatch) for call in calls]
+    teachers, parts, rooms, joint = scripts[:2], scripts[2], scripts[3:6], scripts[6]
+    assert [t.part for t in teachers] == [0, 1] and all(t.num_parts == 2 for t in teachers)
+    assert parts.t_model == [f'./save/{t.note}/net.pt' for t in teachers]
+    assert set(parts.methods) == {name for name, m in KA_METHODS.items() if not m.dense and not m.shared}
+    assert [room.tasks for room in rooms] == [['seg'], ['depth'], ['normal']]
+    assert joint.t_model == [f'./save/{room.note}/scratch/student.pt' for room in rooms]
+    assert set(joint.methods) == {'sbm', 'scratch'} and joint.epochs_ft == 5
 
 
 def test_dry_run_prints_and_does_nothing(tmp_path, monkeypatch):
@@ -506,8 +537,9 @@ def test_the_readme_has_commands():
 
 def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):
     calls = commands(tmp_path, 'quick')
-    scripts = [parsed(call, monkeypatch) for call in calls[:-1]]
-    assert all(a.data_name.startswith('shapes') for a in scripts) and len(scripts[-1].methods) >= 3
+    scripts = [parsed(call, monkeypatch) for call in calls if call[0].startswith('train_')]
+    assert all(a.data_name.startswith('shapes') for a in scripts)
+    assert len(scripts[2].methods) >= 3 and set(scripts[-1].methods) == {'concat', 'cfl', 'scratch'}
     for words in ([], ['nonsense']):
         done = subprocess.run(
             ['bash', str(ROOT / 'example_train_script.sh'), *words], capture_output=True, text=True

@@ -154,7 +154,8 @@ def test_dense_metrics_by_hand():
 
 def test_nyu_in_its_own_format(tmp_path):
     """A small file as MATLAB 7.3 writes it: axes reversed."""
-    h5py = pytest.importorskip('h5py')
+    import h5py
+
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (6, 3, 640, 480), dtype=np.uint8)
     depths = np.full((6, 640, 480), 2.0, np.float32)
@@ -584,3 +585,186 @@ def test_main_is_flat():
     words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     assert not words & set(METHODS) - {'parts'}
     assert train_ka.ENSEMBLE not in METHODS
+
+
+# ------------------------------------------------------------------------------------------------- the rest
+
+
+def test_federation(script, halves, tmp_path):
+    """Rounds, selection, averaging; resumed equals undisturbed; labels of clients are not read."""
+    words = ('--t_name', 'resnet8', '--t_model', *halves, '--s_name', 'resnet8', *DATA, '--epochs', 3,
+             '--local_epochs', 1, '--select_every', 2, '--adapt_every', 2, '--adapt_epochs', 1)  # fmt: skip
+    place = ('--img_root', tmp_path, '--save_root', tmp_path)
+    done = script('tools.fedka', *words, *place, '--note', 'whole')
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / 'whole' / 'results.json').read_text())
+    assert result['probe'] == 50 and 'probe_alone' in result and result['last']['epoch'] == 3
+    drawn = [row['clients'] for row in rows(tmp_path / 'whole')]
+    assert drawn[0] == drawn[1] and len(json.loads(drawn[0])) == 2
+    real = utils.write_atomic
+
+    class Killed(BaseException):
+        pass
+
+    def dies(path, content, count=[]):  # noqa: B006
+        count.append(path.name)
+        if count.count('last.pt') == 2:
+            raise Killed
+        real(path, content)
+
+    from unittest import mock
+
+    with mock.patch.object(utils, 'write_atomic', dies), pytest.raises(Killed):
+        script('tools.fedka', *words, *place, '--note', 'cut')
+    assert script('tools.fedka', *words, *place, '--note', 'cut', '--resume', 'auto').code == 0
+    assert same(weights(tmp_path / 'whole')['net'], weights(tmp_path / 'cut')['net'])
+
+
+def test_table_and_figures(ka, script, room_teachers, tmp_path):
+    assert ka('cfl', 'scratch', '--note', 'run').code == 0
+    done = script('tools.ka_table', tmp_path / 'run', '--out', tmp_path / 'table')
+    assert done.code == 0
+    text = (tmp_path / 'table' / 'table.md').read_text()
+    for word in ('teacher 1, resnet8', 'ensemble A', 'ensemble C', 'scratch (reads labels)', 'cfl'):
+        assert word in text
+    done = script('tools.ka_figures', tmp_path / 'run', '--out', tmp_path / 'figures')
+    assert done.code == 0, done.err
+    for name in ('space', 'curves', 'routing'):
+        assert (tmp_path / 'figures' / f'{name}.png').stat().st_size > 5000
+    with np.load(tmp_path / 'figures' / 'space.npz') as file:
+        assert file['common'].shape == file['raw'].shape == (3 * len(file['label']), 2)
+    drawn = script('tools.ka_figures', tmp_path, '--out', tmp_path / 'figures')  # from the arrays alone
+    assert drawn.code == 0 and drawn.out.count('figure:') == 3
+    words = ('--ka_mode', 'sbm', *ROOMS, '--t_model', *room_teachers, '--epochs', 1, '--epochs_ft', 1)
+    assert script('train_ka', *words, '--note', 'rooms').code == 0
+    assert script('tools.ka_figures', tmp_path / 'rooms', '--out', tmp_path / 'panels').code == 0
+    assert (tmp_path / 'panels' / 'panels.png').stat().st_size > 5000
+    assert script('tools.ka_table', tmp_path / 'rooms', '--out', tmp_path / 'panels').code == 0
+    text = (tmp_path / 'panels' / 'table.md').read_text()
+    assert 'the teachers, one per task' in text and 'sbm, after the block phase' in text
+
+
+class Detector(nn.Module):
+    """A DETR for toys: three convolutions, two encoder and two decoder layers, ten queries."""
+
+    def __init__(self, classes: int, chunks: int = 1, dim: int = 32) -> None:
+        super().__init__()
+        sizes = ((3, 16), (16, 32), (32, dim))
+        self.body = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in sizes)
+        )
+        self.proj = nn.Conv2d(dim, chunks * dim, 1)
+        self.position = nn.Parameter(torch.randn(1, 16, dim) * 0.1)
+        layers = {'d_model': dim, 'nhead': 4, 'dim_feedforward': 64, 'dropout': 0.0, 'batch_first': True}
+        self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(**layers) for _ in range(2))
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layers), 2)
+        self.queries = nn.Parameter(torch.randn(1, 10, dim))
+        self.kind, self.box, self.chunks = nn.Linear(dim, 1 + classes), nn.Linear(dim, 4), chunks
+
+    def forward(self, img):
+        chunks = self.proj(self.body(img)).flatten(2).transpose(1, 2).chunk(self.chunks, dim=2)
+        tokens = torch.cat([chunk + self.position for chunk in chunks], dim=1)
+        levels = [tokens]
+        for layer in self.encoder:
+            levels.append(layer(levels[-1]))
+        found = self.decoder(self.queries.expand(len(img), -1, -1), levels[-1])
+        sequences = [level.transpose(0, 1) for level in levels]
+        return {'logits': self.kind(found), 'boxes': self.box(found).sigmoid()}, sequences
+
+
+def detection_loss(out, kinds, boxes, columns):
+    """DETR's loss with labels, on the classes that a teacher knows."""
+    from ka_losses.transformer_ka import TaskAmalgamation, detr_ce, giou
+
+    loss = TaskAmalgamation([list(range(out['logits'].shape[2] - 1))], out['logits'].shape[2] - 1)
+    targets = []
+    for kind, box in zip(kinds, boxes):
+        known = [i for i, k in enumerate(kind.tolist()) if k in columns]
+        label = torch.tensor([columns[int(kind[i])] for i in known], dtype=torch.long)
+        targets.append({'labels': label, 'boxes': box[known], 'logits': None})
+    pairs = loss.match(out, targets)
+    labels = torch.zeros(out['logits'].shape[:2], dtype=torch.long)
+    distance = out['boxes'].sum() * 0
+    for n, ((source, wanted), target) in enumerate(zip(pairs, targets)):
+        labels[n, source] = target['labels'][wanted]
+        got, want = out['boxes'][n, source], target['boxes'][wanted]
+        distance = distance + 5 * (got - want).abs().sum() + 2 * (1 - giou(got, want)).sum()
+    return detr_ce(out['logits'], labels) + distance / max(sum(len(t['labels']) for t in targets), 1)
+
+
+def test_detectors_are_amalgamated():
+    """Two toy DETRs, one for boxes, one for spheres and cylinders; a student learns both without labels."""
+    from ka_losses.transformer_ka import SeqHint, TaskAmalgamation, compress_tokens
+
+    torch.manual_seed(0)
+    scenes = [scene(i, size=32)[0] for i in range(24)]
+    img = torch.from_numpy(np.stack(scenes)) - 0.5
+    kinds, boxes = zip(*[map(torch.from_numpy, objects(i, size=32)) for i in range(24)])
+    teachers = []
+    for columns in ({0: 1}, {1: 1, 2: 2}):
+        net = Detector(len(columns))
+        opt = torch.optim.AdamW(net.parameters(), 2e-3)
+        for _ in range(60):
+            opt.zero_grad()
+            detection_loss(net(img)[0], kinds, boxes, columns).backward()
+            opt.step()
+        teachers.append(net.eval().requires_grad_(False))
+    tasks = [[0], [1, 2]]
+    student = Detector(3, chunks=2)
+    amalgamation, hints = TaskAmalgamation(tasks, 3), nn.ModuleList(SeqHint(2, 32) for _ in range(3))
+    opt = torch.optim.AdamW([*student.parameters(), *hints.parameters()], 2e-3)
+    looked = [net(img) for net in teachers]
+    outs_t, sequences = [out for out, _ in looked], list(zip(*(levels for _, levels in looked)))
+    assert sum(len(t['labels']) for t in amalgamation.targets(outs_t)) > 20  # the teachers find something
+    history = []
+    for _ in range(100):
+        opt.zero_grad()
+        out, levels = student(img)
+        loss, terms = amalgamation(out, outs_t, return_terms=True)
+        hint = sum(h(seq, seqs) for h, seq, seqs in zip(hints, levels, sequences))
+        (loss + hint).backward()
+        opt.step()
+        history.append([float(loss.detach()), float(hint.detach()), float(terms['giou'].detach())])
+    first, last = np.mean(history[:3], axis=0), np.mean(history[-3:], axis=0)
+    assert (last < 0.8 * first).all(), (first, last)
+    targets = amalgamation.targets(outs_t)
+    agree = []  # on objects of either teacher, in the student's numbering
+    for n, (source, wanted) in enumerate(amalgamation.match(out, targets)):
+        likely = out['logits'][n, source, 1:].argmax(dim=1) + 1
+        agree += list(zip(targets[n]['labels'][wanted].tolist(), likely.tolist()))
+    assert {label for label, _ in agree} >= {1, 2} and np.mean([a == b for a, b in agree]) > 0.6
+    assert compress_tokens(list(sequences[0])).shape == (24, 16)
+
+
+def test_unlearnt_classes_leave_the_feature():
+    """Sub-task extraction on clusters: wanted classes are kept, the others become hard to read."""
+    from ka_losses.subtask import SubTask
+
+    def left(lam: float) -> tuple[float, float]:
+        torch.manual_seed(0)
+        target = torch.arange(240) % 4
+        centres = torch.randn(4, 8) * 3
+        x = centres[target] + torch.randn(240, 8)
+        out_t = 4 * torch.nn.functional.one_hot(target, 4).float()
+        body, head, spy = nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Linear(16, 2), nn.Linear(16, 2)
+        loss = SubTask([0, 1], 4, lambda_adv=lam, adv_cap=1.5)
+        opt = torch.optim.Adam([*body.parameters(), *head.parameters()], 5e-3)
+        opt_spy = torch.optim.Adam(spy.parameters(), 2e-2)
+        for _ in range(400):
+            feat = body(x)
+            opt.zero_grad()
+            loss(head(feat), spy(feat), out_t).backward()
+            opt.step()
+            opt_spy.zero_grad()
+            (loss.adv_loss(spy(feat.detach()), out_t) / max(lam, 1e-9)).backward()
+            opt_spy.step()
+        kept = (head(body(x)).argmax(1) == target)[target < 2].float().mean()
+        with torch.no_grad():
+            distance = torch.nn.functional.kl_div(
+                spy(body(x)).log_softmax(1), out_t[:, 2:].softmax(1), reduction='batchmean'
+            )
+        return float(kept), float(distance)
+
+    kept, known = left(1e-9)
+    kept_too, unknown = left(2.0)
+    assert kept > 0.95 and kept_too > 0.9 and unknown > 2 * known

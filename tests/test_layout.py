@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 
+from ka_losses import METHODS as KA_METHODS
 from kd_losses import METHODS
 from tests.conftest import ROOT
 
@@ -112,3 +113,25 @@ def test_the_package_is_the_losses_only():
     """pip install . must offer kd_losses and nothing that would clash, like models or utils."""
     pyproject = (ROOT / 'pyproject.toml').read_text()
     assert 'include = ["kd_losses", "ka_losses"]' in pyproject and 'dependencies = ["torch>=' in pyproject
+
+
+def test_the_readme_lists_every_amalgamation():
+    """Every file and every row of ka_losses, in the table of that section."""
+    section = README.split('## Amalgamation')[1].split('\n## ')[0]
+    rows = [line.split('|') for line in section.splitlines() if 'ka_losses/' in line and line.startswith('|')]
+    files = {p.stem for p in (ROOT / 'ka_losses').glob('[!_]*.py')}
+    assert {re.search(r'ka_losses/(\w+)\.py', row[2])[1] for row in rows} == files
+    named = {word.strip() for row in rows for word in row[1].split(',')} - {'-'}
+    assert named | {'scratch'} == set(KA_METHODS)
+
+
+def test_the_readme_amalgamation_tables_are_those_of_the_results():
+    from tools.ka_table import NOTE, read_results, tables, text_of
+
+    names = re.findall(r'<!-- (ka-[\w-]+):begin -->', README)
+    assert names, 'no results of train_ka.py in the README'
+    for name in names:
+        results = read_results([str(ROOT / 'results' / name)])
+        shown = README.split(f'<!-- {name}:begin -->\n')[1].split(f'<!-- {name}:end -->')[0]
+        assert shown == text_of(tables(results)), f'{name}: run tools/ka_table.py with --readme'
+        assert NOTE in shown

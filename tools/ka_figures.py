@@ -171,16 +171,20 @@ def draw_panels(arrays: dict, path: Path, plt) -> None:
     tasks, images = [str(task) for task in arrays['tasks']], arrays['image'].transpose(0, 2, 3, 1)
     columns = ('student', 'teacher', 'truth')
     names = {'seg': 'segmentation', 'depth': 'depth', 'normal': 'normals'}
+    across = 2 if len(images) > 1 else 1  # scenes side by side
+    down = -(-len(images) // across)
     fig, axes = plt.subplots(
-        len(images) * len(tasks), 4, figsize=(6.4, 1.58 * len(images) * len(tasks)), layout='constrained',
+        down * len(tasks), across * 4, figsize=(6.4 * across, 1.62 * down * len(tasks)), layout='constrained',
         squeeze=False,
     )  # fmt: skip
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for n, image in enumerate(images):
         deep = max(arrays['depth_truth'][n].max(), 1e-3) if 'depth' in tasks else 1
+        left = n % across * 4
         for row, task in enumerate(tasks):
-            line = axes[n * len(tasks) + row]
-            line[0].set_ylabel(names[task], fontsize=8)
+            line = axes[n // across * len(tasks) + row, left : left + 4]
+            if left == 0:
+                line[0].set_ylabel(names[task], fontsize=8)
             line[0].imshow(np.clip(image, 0, 1))
             for axis, who in zip(line[1:], columns):
                 x = arrays[f'{task}_{who}'][n]
@@ -190,7 +194,7 @@ def draw_panels(arrays: dict, path: Path, plt) -> None:
                     axis.imshow(x[0], vmin=0, vmax=deep, cmap='viridis')
                 else:
                     axis.imshow(np.clip((x.transpose(1, 2, 0) * [1, 1, -1] + 1) / 2, 0, 1))
-    for axis, title in zip(axes[0], ('image', *columns)):
+    for axis, title in zip(axes[0], ('image', *columns) * across):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -220,7 +224,7 @@ def draw_curves(arrays: dict, path: Path, plt) -> None:
 
 def draw_routing(arrays: dict, path: Path, plt) -> None:
     names = list(arrays)
-    across = min(len(names), 4)
+    across = min(len(names), 5)
     down = -(-len(names) // across)
     fig, axes = plt.subplots(
         down, across, figsize=(2.3 * across, 2.5 * down), layout='constrained', squeeze=False

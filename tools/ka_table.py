@@ -16,6 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tools.table import insert  # noqa: E402
 
+NOTE = (
+    'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax among the '
+    'classes of the part, which is known. *selected on test data.'
+)
+
 
 def read_results(folders: list[str]) -> list[dict]:
     """Every result of train_ka.py below the folders, with its experiment: the folder that it lies in."""
@@ -145,6 +150,10 @@ def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
     return made
 
 
+def text_of(made: list[tuple[str, list[list]]]) -> str:
+    return '\n'.join(f'**{title}**\n\n{markdown(rows)}' for title, rows in made) + f'\n{NOTE}\n'
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,11 +170,7 @@ def main() -> int:
         )
         return 2
     made = tables(results)
-    note = (
-        'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax '
-        'among the classes of the part, which is known. *selected on test data.'
-    )
-    text = '\n'.join(f'**{title}**\n\n{markdown(rows)}' for title, rows in made) + f'\n{note}\n'
+    text = text_of(made)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / 'table.md').write_text(text)

@@ -1,0 +1,185 @@
+"""Federated selective aggregation, simulated: K private teachers in one process (ka_losses/fedka.py).
+
+    python tools/fedka.py --t_name resnet20 --t_model part0.pt part1.pt part2.pt part3.pt --s_name resnet8 \\
+        --data_name cifar10 --probe 50
+
+Client i has teacher i and the images of its part of the classes, without labels. The server has --probe
+labelled images of every class. A round: the drawn clients train a copy of the student each, its last map
+against the teacher's through a translator of their own; the server averages. Every --select_every rounds
+clients are drawn again, by how alike student and teacher look at the probe images; every --adapt_every rounds
+a copy of the student gets a new classifier, learns the probe set, and is measured. The reference: a fresh
+student on the probe set.
+
+Writes to SAVE_ROOT/NOTE: log.txt, args.json, last.pt (continued by --resume auto), best.pt, student.pt,
+metrics.csv, results.json.
+"""
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import dataset  # noqa: E402
+import models  # noqa: E402
+import utils  # noqa: E402
+from ka_losses.fedka import FedKA, fed_average, saliency, selection_prob, transferability  # noqa: E402
+
+
+def parse_args():
+    parser = utils.Parser(__doc__)
+    # fmt: off
+    flag = parser.add_argument_group('federation').add_argument
+    flag('--t_name', required=True, metavar='NAME', help=f'all teachers: {models.NAMES}')
+    flag('--t_model', nargs='+', required=True, metavar='FILE', help='checkpoints, one per client')
+    flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
+    flag('--split', choices=('contiguous', 'interleaved', 'random'), default='contiguous',
+         help='how the classes go to the clients, as for train_base.py')
+    flag('--probe', type=utils.positive_int, default=5, help='labelled images per class, default 5')
+    flag('--topk', type=utils.positive_int, default=2, help='clients drawn per round, default 2')
+    flag('--local_epochs', type=utils.positive_int, default=10, help='of a client per round, default 10')
+    flag('--select_every', type=utils.positive_int, default=10, help='rounds between selections, default 10')
+    flag('--adapt_every', type=utils.positive_int, default=10, help='rounds between measurements, default 10')
+    flag('--adapt_epochs', type=utils.positive_int, default=30, help='epochs on the probe set, default 30')
+    flag('--local_images', type=utils.positive_int, metavar='N', help='at most N images per client')
+    # fmt: on
+    utils.add_common_flags(parser, epochs=50, lr=1e-3, rate="Adam's, default 0.001; --epochs counts rounds")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = utils.setup(args)
+    amp = utils.autocast(device, args.amp)
+    name = f'fedka-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}'
+    folder = utils.output_folder(Path(args.save_root) / (args.note or name))
+    log = utils.Log(folder)
+    train, _, test = utils.load_data(args, device)
+    clients = len(args.t_model)
+    with utils.user_errors():
+        parts = dataset.split_classes(train.num_classes, clients, args.split, args.seed)
+        homes = [dataset.take_classes(train, part) for part in parts]
+        teachers = [models.build(args.t_name, len(part)) for part in parts]
+        torch.manual_seed(args.seed)
+        student = models.build(args.s_name, train.num_classes).to(device)
+    for part, teacher, path in zip(parts, teachers, args.t_model):
+        read = utils.load_teacher(teacher, path, dataset.take_classes(test, part), amp)
+        log(f'client {part}: {read["said"]}, top-1 there {read["top1"]:.2f}')
+    if args.local_images:
+        homes = [home.subset(torch.arange(min(args.local_images, len(home)))) for home in homes]
+    probe = probe_set(train, args.probe, args.seed)
+    look, _, _ = next(probe.test_batches(min(len(probe), 200)))
+    with torch.no_grad():
+        c_s, c_t = (net.eval()(look[:2], True).fms[-1].shape[1] for net in (student, teachers[0]))
+    losses = nn.ModuleList(FedKA(c_s, c_t) for _ in range(clients)).to(device)
+
+    origin = utils.provenance(device)
+    math_args = utils.math_args(
+        args, script='fedka', student=args.s_name, teachers=[utils.fingerprint(t) for t in teachers],
+        parts=parts, **{key: getattr(args, key) for key in ('probe', 'topk', 'local_epochs', 'select_every',
+                                                             'adapt_every', 'adapt_epochs', 'local_images')},
+    )  # fmt: skip
+    record = utils.Record(folder, {'net': student, 'losses': losses}, math_args, origin, 'test')
+    record.resume(utils.resume_point(args.resume, folder))
+    utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
+    log(f'{clients} clients, probe set of {len(probe)}, {record.epoch} of {args.epochs} rounds done')
+    drawn = record.history[-1]['clients'] if record.epoch else []
+
+    for number in range(record.epoch, args.epochs):
+        started = time.time()
+        if number % args.select_every == 0:
+            drawn = select(student, teachers, look, args, number)
+        copies, loss = [], 0.0
+        for turn, i in enumerate(drawn):
+            one, value = at_home(copy.deepcopy(student), losses[i], teachers[i], homes[i], args, amp,
+                                 number * args.topk + turn)  # fmt: skip
+            copies.append(one.state_dict())
+            loss += value / len(drawn)
+        student.load_state_dict(fed_average(copies, [1 / len(copies)] * len(copies)))
+        row = {'epoch': number + 1, 'clients': drawn, 'loss': loss}
+        if (number + 1) % args.adapt_every == 0 or number + 1 == args.epochs:
+            row |= utils.measure(adapted(student, probe, args, number), None, test, amp)
+        row['seconds'] = time.time() - started
+        record.epoch_done(row)
+        said = f'  test {row["test_top1"]:.2f}' if 'test_top1' in row else ''
+        log(f'round {number + 1}/{args.epochs}  clients {drawn}  loss {loss:.4f}{said}')
+
+    torch.manual_seed(args.seed)
+    fresh = models.build(args.s_name, train.num_classes).to(device)
+    alone = utils.measure(adapted(fresh, probe, args, 0), None, test, amp)['test_top1']
+    log(f'the same student on the probe set alone: top-1 {alone:.2f}')
+    facts = {'script': 'fedka', 'method': 'fedka', 'student': args.s_name, 'teacher': args.t_name,
+             'data': args.data_name, 'parts': parts, 'seed': args.seed, 'epochs': args.epochs,
+             'probe': len(probe), 'probe_alone': alone}  # fmt: skip
+    log(f'fedka: {record.finish("student.pt", facts)}')
+
+
+def probe_set(train, per_class: int, seed: int):
+    """per_class labelled images of every class."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
+    labels = train.targets[order]
+    return train.subset(torch.cat([order[labels == c][:per_class] for c in range(train.num_classes)]))
+
+
+def select(student: nn.Module, teachers: list, look, args, number: int) -> list[int]:
+    """Clients of the next rounds, drawn with replacement: rather those that look where the student looks."""
+    maps = [saliency_of(net, look) for net in (student, *teachers)]
+    size = max(m.shape[1] for m in maps)
+    if any(m.shape[1] != size for m in maps):
+        raise utils.UserError('student and teachers must have last maps of one size')
+    prob = selection_prob(transferability(maps[0], torch.stack(maps[1:])))
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
+    return torch.multinomial(prob.cpu(), args.topk, replacement=True, generator=generator).tolist()
+
+
+def saliency_of(net: nn.Module, img):
+    net.eval()
+    with torch.no_grad():
+        fms = net(img, True).fms
+    fm = fms[-1].requires_grad_()
+    return saliency(fm, net.after(len(fms) - 1, fm).out)
+
+
+def at_home(student, loss, teacher, home, args, amp, number: int):
+    """A client's epochs: no label is read."""
+    opt = torch.optim.Adam([*student.parameters(), *loss.parameters()], args.lr)
+    student.train(), loss.train()
+    for epoch in range(args.local_epochs):
+        total = steps = 0
+        for img, *_ in home.train_batches(args.batch_size, args.seed, number * args.local_epochs + epoch):
+            with torch.no_grad(), amp:
+                fm_t = teacher(img, True).fms[-1]
+            with amp:
+                fm_s = student(img, True).fms[-1]
+            value = loss(fm_s, fm_t)
+            if not torch.isfinite(value):
+                raise utils.NonFinite(f'fedka: the loss is not finite in local epoch {epoch + 1}')
+            opt.zero_grad(set_to_none=True)
+            value.backward()
+            opt.step()
+            total, steps = total + float(value.detach()), steps + 1
+    return student, total / max(steps, 1)
+
+
+def adapted(student: nn.Module, probe, args, number: int) -> nn.Module:
+    """A copy with a new classifier, trained on the labelled probe set."""
+    net = copy.deepcopy(student).train()
+    torch.manual_seed(args.seed)
+    net.classifier_layer().reset_parameters()
+    opt = torch.optim.Adam(net.parameters(), args.lr)
+    for epoch in range(args.adapt_epochs):
+        for img, target, *_ in probe.train_batches(min(64, len(probe)), args.seed, number + epoch):
+            loss = F.cross_entropy(net(img), target)
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            opt.step()
+    return net
+
+
+if __name__ == '__main__':
+    utils.run(main)
