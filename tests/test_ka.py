@@ -404,6 +404,26 @@ def test_sources_only_see_images_they_are_sure_of():
     assert seen == [[0.0, 2.0], [1.0, 3.0]]
 
 
+def test_many_unlike_teachers(script, tmp_path):
+    """Five teachers of three architectures with two classes each, interleaved."""
+    nets = ['resnet8', 'wrn_16_1', 'resnet8x4', 'resnet8', 'wrn_16_1']
+    for part, net in enumerate(nets):
+        done = script('train_base', '--net_name', net, *DATA, '--epochs', 1, '--num_parts', 5, '--part', part,
+                      '--split', 'interleaved', '--note', f'part{part}')  # fmt: skip
+        assert done.code == 0, done.err
+    models = [tmp_path / f'part{part}' / 'net.pt' for part in range(5)]
+    words = ('--t_name', *nets, '--t_model', *models, '--split', 'interleaved', '--s_name', 'resnet8')
+    modes = ('concat', 'layerwise', 'cfl', 'customize_target', 'parts')
+    done = script('train_ka', '--ka_mode', *modes, *words, *DATA, '--epochs', 1, '--note', 'five')
+    assert done.code == 0, done.err
+    for mode in modes:
+        result = json.loads((tmp_path / 'five' / mode / 'results.json').read_text())
+        assert result['classes'] == [0, 5, 1, 6, 2, 7, 3, 8, 4, 9] and len(result['routing']) == 5
+    # a level whose widths differ between student and teachers has no weighted sum
+    done = script('train_ka', '--ka_mode', 'soka', *words, *DATA, '--epochs', 1, '--note', 'soka')
+    assert done.code == 2 and 'SOKAFeature' in done.err and done.err.count('\n') == 1
+
+
 def test_other_images(ka, tmp_path):
     done = ka('concat', 'layerwise', '--unlabeled', 'shapes:40', '--note', 'other')
     assert done.code == 0 and '40 + 24 images' in done.out

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.test_train import rows, same
 
 KILLS = int(os.environ.get('KILLS', 1))
@@ -30,6 +30,7 @@ KINDS = {
     'peers': ['dml'],
     'peers and adversaries': ['onadvfd'],
     'many at once': ['at', 'rkd', 'pkt+st', 'ab', 'sla'],
+    'amalgamation': ['cfl', 'soka', 'customize_target'],
 }
 
 
@@ -39,6 +40,10 @@ def command(kind, words, teacher, img_root, root, note):
     if kind.startswith('peers'):
         nets = ['--net_names', 'resnet8', 'resnet8']
         return [sys.executable, 'train_dml.py', '--kd_mode', *words, *nets, *data, *place]
+    if kind == 'amalgamation':
+        halves = [str(root / f'half{part}' / 'net.pt') for part in (0, 1)]
+        pair = ['--t_name', 'resnet8', '--t_model', *halves]
+        return [sys.executable, 'train_ka.py', '--ka_mode', *words, *pair, *data, *place]
     pair = ['--t_name', 'resnet8', '--t_model', str(teacher), '--s_name', 'resnet8']
     return [sys.executable, 'train_kd.py', '--kd_mode', *words, *pair, *data, *place]
 
@@ -55,9 +60,15 @@ def run(words, seconds=None):
     return process.returncode, out.decode()
 
 
-@pytest.mark.parametrize('kind', KINDS if 'KILLS' in os.environ else ('memory bank', 'peers', 'many at once'))
-def test_killed_at_random_moments(kind, teacher, img_root, tmp_path):
+@pytest.mark.parametrize(
+    'kind', KINDS if 'KILLS' in os.environ else ('memory bank', 'peers', 'many at once', 'amalgamation')
+)
+def test_killed_at_random_moments(kind, teacher, script, img_root, tmp_path):
     words = KINDS[kind]
+    if kind == 'amalgamation':
+        for part in (0, 1):
+            flags = ('--num_parts', 2, '--part', part, '--note', f'half{part}')
+            assert script('train_base', '--net_name', 'resnet8', *TINY, *flags).code == 0
     start = time.time()
     code, out = run(command(kind, words, teacher, img_root, tmp_path, 'whole'))
     assert code == 0, out
@@ -79,7 +90,7 @@ def test_killed_at_random_moments(kind, teacher, img_root, tmp_path):
         for path in found:
             other = tmp_path / note / path.relative_to(tmp_path / 'whole')
             a, b = (torch.load(p, weights_only=True) for p in (path, other))
-            for part in ('net', 'kd', 'opt'):
+            for part in a.keys() - {'args', 'origin', 'history', 'epoch'}:
                 assert same(plain(a[part]), plain(b[part])), f'{kind}: {part} differs'
             assert rows(path.parent) == rows(other.parent)
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import models  # noqa: E402
 from tools.table import insert  # noqa: E402
 
 NOTE = (
-    'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax among the '
-    'classes of the part, which is known. *selected on test data.'
+    'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax among '
+    'the classes of the part, which is known. *selected on test data.'
 )
 
 
@@ -50,12 +51,13 @@ def spread(values: list[float], digits: int = 2) -> str:
 def parts_table(results: list[dict]) -> list[list[str]]:
     """Joint accuracy, accuracy with the part known, and what share of the images goes to their own part."""
     columns = 'joint top-1', 'each part, if known', 'sent to the right part', 'best joint*'
-    rows = [['', *columns, 'epochs', 'seeds', 'minutes']]
+    rows = [['', *columns, 'epochs', 'seeds', 'parameters']]
     for runs in group([r for r in results if r['method'] == 'ensemble']).values():
         first = runs[0]
         for i, teacher in enumerate(first['teachers'], 1):
             name = f'teacher {i}, {teacher["name"]}: {", ".join(map(str, teacher["classes"]))}'
-            rows.append([name, '', f'{teacher["top1"]:.2f}', '', '', '', len(runs), ''])
+            size = _size(teacher['name'], len(teacher['classes']))
+            rows.append([name, '', f'{teacher["top1"]:.2f}', '', '', '', len(runs), size])
         names = {'A': 'raw logits', 'B': 'softmax each', 'C': 'logits - mean'}
         for key, form in first['ensembles'].items():
             rows.append([f'ensemble {key}, {names[key]}', f'{form["top1"]:.2f}', _parts(form),
@@ -68,7 +70,7 @@ def parts_table(results: list[dict]) -> list[list[str]]:
         rows.append([
             name, spread(_last(runs, 'top1')), _parts(runs[0]['last']), _routed(runs[0]['routing']),
             spread([r['best']['top1'] for r in runs]), runs[0]['epochs'], len(runs),
-            f'{statistics.mean(r["seconds"] for r in runs) / 60:.0f}',
+            _size(runs[0]['student'], len(runs[0]['classes'])),
         ])  # fmt: skip
     return rows
 
@@ -111,6 +113,10 @@ def dense_table(results: list[dict]) -> list[list[str]]:
             if first['method'] == 'sbm':
                 rows[1][-3] = f'{first["parameters_of_teachers"]:,}'
     return rows
+
+
+def _size(name: str, classes: int) -> str:
+    return f'{sum(p.numel() for p in models.build(name, classes).parameters()):,}'
 
 
 def _last(runs: list[dict], key: str) -> list[float]:
