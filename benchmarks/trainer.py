@@ -1,0 +1,274 @@
+"""The training loop of train_kd.py against the loop of the old zoos, in images per second.
+
+    python -m benchmarks.trainer                all goals, about ten minutes on two cores
+    python -m benchmarks.trainer T2 T4          only these
+    python -m benchmarks.trainer --quick        one round
+
+The old way (plain_loop below, our own code): images through PIL and torchvision transforms in two loader
+processes, float32 and contiguous, one method per run, `.item()` at every step. Ours: images as bytes on the
+device, channels_last, bfloat16 networks (float32 beside it), no read-back, several students on one teacher
+forward. Both sides take turns in this run; ratio = ours / theirs in images per second, all cores, median over
+rounds. Weights and images are random: only time is looked at. Writes JSON with --out FILE.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as transforms
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+import models
+import train_kd
+import utils
+from dataset import Resident
+from kd_losses import METHODS
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+EIGHT = ('logits', 'st', 'at', 'fitnet', 'nst', 'pkt', 'rkd', 'cc')
+BATCH = 128
+
+
+class Pictures(Dataset):
+    """The same images as PIL, with the recipe's augmentation."""
+
+    def __init__(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        self.images, self.targets = [Image.fromarray(x.numpy()) for x in images], targets.tolist()
+        self.transform = transforms.Compose([
+            transforms.Pad(4, padding_mode='reflect'), transforms.RandomCrop(32),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD),
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int):
+        return self.transform(self.images[i]), self.targets[i]
+
+
+def data(n: int = 20 * BATCH) -> Resident:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (n, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    return Resident(images, torch.randint(10, (n,), generator=generator), 10, MEAN, STD, 'cpu')
+
+
+def plain_loop(method: str, teacher: str, train: Resident):
+    """An endless training run, a step per next()."""
+    torch.manual_seed(0)
+    net_t, net_s = models.build(teacher, 10), models.build('resnet20', 10)
+    net_t.requires_grad_(False).eval()
+    row = METHODS[method]
+    loader = DataLoader(
+        Pictures(train.images, train.targets), BATCH, shuffle=True, num_workers=2, drop_last=True
+    )
+    img, target = next(iter(loader))
+    with torch.no_grad():
+        e = SimpleNamespace(s=net_s(img[:2], True), t=net_t(img[:2], True), net_s=net_s, net_t=net_t)
+    loss_kd = row.build(row.loss, e)
+    opt = torch.optim.SGD(
+        [*net_s.parameters(), *loss_kd.parameters()], 0.1, 0.9, weight_decay=1e-4, nesterov=True
+    )
+    while True:
+        for img, target in loader:
+            s = net_s(img, True)
+            with torch.no_grad():
+                t = net_t(img, True)
+            loss_ce = F.cross_entropy(s.out, target)
+            loss = loss_ce + row.weight * row.feed(loss_kd, s, t, SimpleNamespace(target=target))
+            loss_ce.item(), loss.item()
+            (s.out.argmax(dim=1) == target).float().mean().item()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            yield
+
+
+def our_loop(methods, teacher: str, train: Resident, amp: str):
+    """The same with the parts and in the order of train_kd.py."""
+    args = argparse.Namespace(
+        t_name=[teacher], t_model=['-'], s_name='resnet20', s_init=None, kd_mode=list(methods), lambda_kd=[],
+        kd_args=[], amp=amp, batch_size=BATCH, epochs=200, seed=0, lr=0.1, momentum=0.9, weight_decay=1e-4,
+        milestones=[0.5, 0.75], lr_decay=0.1, init_epochs=0, pretrain_epochs=0, global_relations=False,
+        resume='never', data_name='-', image_size=32, val_split=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    device = torch.device('cpu')
+    net_t = models.build(teacher, 10).requires_grad_(False).to(memory_format=torch.channels_last).eval()
+    world = train_kd.Look([net_t], utils.autocast(device, amp), [])
+    wanted = train_kd.read_methods(args)
+    with tempfile.TemporaryDirectory() as folder:
+        origin = {'commit': None}
+        net_s = models.build('resnet20', 10)
+        runs = train_kd.build_runs(args, wanted, Path(folder), origin, net_s, world, train, 'test', device)
+    epoch = 0
+    while True:
+        for run in runs:
+            train_kd.begin_epoch(run, epoch, args, device)
+        for img, target, index, more in train.train_batches(BATCH, 0, epoch):
+            ts = world.teachers_on(img)
+            b = SimpleNamespace(img=img, target=target, index=index, views=more, epoch=epoch, epochs=200,
+                                teacher=world.teacher, net_t=net_t)  # fmt: skip
+            b.shared = world.prepared(runs, ts, b)
+            for run in runs:
+                own = SimpleNamespace(**vars(b), generator=run.generator, rng=random.Random(0))
+                out, loss_ce, loss_kd = run.step(own, ts, 'train')
+                loss = run.ce * loss_ce + loss_kd
+                run.meter.guard(loss, run.opt, ts[0].out)
+                run.opt.zero_grad(set_to_none=True)
+                loss.backward()
+                run.opt.step()
+                run.meter.add(out, target, ce=loss_ce, kd=loss_kd)
+            yield
+        epoch += 1
+
+
+def seconds(loop, steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+        next(loop)
+    return time.perf_counter() - started
+
+
+def race(
+    goal: str, what: str, wanted: float, plain: list, ours, students: int, rounds: int, steps: int
+) -> dict:
+    """plain: loops that are run one after another; ours: one loop that trains as many students."""
+    for loop in (*plain, ours):
+        seconds(loop, 1)  # start of loader processes, first allocations
+    ratios, rates = [], []
+    for _ in range(rounds):
+        theirs = sum(seconds(loop, steps) for loop in plain)
+        mine = seconds(ours, steps)
+        ratios.append(theirs / mine)
+        rates.append(students * steps * BATCH / mine)
+    return report(goal, what, statistics.median(ratios), min(ratios), max(ratios), wanted,
+                  images_per_second=round(statistics.median(rates)))  # fmt: skip
+
+
+def report(goal, what, value, low, high, wanted, at_most=False, **more) -> dict:
+    met = value <= wanted if at_most else value >= wanted
+    sign = '<=' if at_most else '>='
+    print(f'{goal:4s} {what:44s} {value:6.2f}  {low:5.2f}-{high:5.2f}  {sign} {wanted:4.2f}'
+          f'{"" if met else "  missed"}', flush=True)  # fmt: skip
+    figures = {'value': round(value, 3), 'low': round(low, 3), 'high': round(high, 3)}
+    return {'goal': goal, 'what': what, **figures, 'wanted': wanted, 'at_most': at_most, 'met': met, **more}
+
+
+def pipeline(rounds: int) -> dict:
+    """T1: CPU time of a batch, ours against PIL in this process."""
+    train, ratios = data(8 * BATCH), []
+    pictures = Pictures(train.images, train.targets)
+    for epoch in range(rounds + 1):
+        started = time.process_time()
+        for i in range(BATCH * 4):
+            pictures[i]
+        theirs = (time.process_time() - started) / (BATCH * 4)
+        started = time.process_time()
+        for _ in train.train_batches(BATCH, 0, epoch):
+            pass
+        ours = (time.process_time() - started) / len(train)
+        ratios.append(theirs / ours)
+    ratios = ratios[1:]
+    return report('T1', 'batch pipeline, CPU time', statistics.median(ratios), min(ratios), max(ratios), 8)
+
+
+def loops(goals: set, rounds: int) -> list[dict]:
+    """T2 to T6."""
+    rows, train = [], data()
+    cases = [
+        ('T2', ['st'], 'resnet20', {'bf16': 2.0, 'off': 1.3}, 6),
+        ('T3', ['nst'], 'resnet20', {'bf16': 3.0}, 4),
+        ('T4', ['st'], 'resnet110', {'bf16': 2.2, 'off': 1.3}, 4),
+        ('T5', EIGHT, 'resnet20', {'bf16': 2.8, 'off': 1.8}, 2),
+        ('T6', EIGHT, 'resnet110', {'bf16': 4.5, 'off': 3.0}, 2),
+    ]
+    for goal, methods, teacher, wanted, steps in cases:
+        if goals and goal not in goals:
+            continue
+        for amp, ratio in wanted.items():
+            plain = [plain_loop(method, teacher, train) for method in methods]
+            ours = our_loop(methods, teacher, train, amp)
+            name = methods[0] if len(methods) == 1 else f'{len(methods)} students'
+            what = f'{name}, resnet20 from {teacher}, {"float32" if amp == "off" else amp}'
+            rows.append(race(goal, what, ratio, plain, ours, len(methods), rounds, steps))
+    return rows
+
+
+def group_cost(rounds: int) -> dict:
+    """T7: a batch of M students costs at most 1.1 (M s + T + d): s alone, T teacher, d data."""
+    train = data()
+    group = our_loop(EIGHT, 'resnet20', train, 'bf16')
+    alone = [our_loop([method], 'resnet20', train, 'bf16') for method in EIGHT]
+    net_t = models.build('resnet20', 10).eval().to(memory_format=torch.channels_last)
+    amp, ratios = utils.autocast(torch.device('cpu'), 'bf16'), []
+    for loop in (group, *alone):
+        seconds(loop, 1)
+    for epoch in range(rounds):
+        started = time.perf_counter()
+        batches = [img for img, *_ in train.train_batches(BATCH, 1, epoch)]
+        d = (time.perf_counter() - started) / len(batches)
+        started = time.perf_counter()
+        for img in batches[:4]:
+            with torch.no_grad(), amp:
+                net_t(img, True)
+        t = (time.perf_counter() - started) / 4
+        s = [seconds(loop, 2) / 2 - t - d for loop in alone]
+        ratios.append(seconds(group, 2) / 2 / (sum(s) + t + d))
+    middle = statistics.median(ratios)
+    return report(
+        'T7', 'eight students / (sum of s + T + d)', middle, min(ratios), max(ratios), 1.1, at_most=True
+    )
+
+
+def overhead(rounds: int) -> dict:
+    """T9: evaluation of 10 000 images and a checkpoint, as a share of an epoch of 50 000, one student, st."""
+    train, test = data(), data(16 * BATCH)
+    loop = our_loop(['st'], 'resnet20', train, 'bf16')
+    net, amp, shares = models.build('resnet20', 10), utils.autocast(torch.device('cpu'), 'bf16'), []
+    net.to(memory_format=torch.channels_last)
+    seconds(loop, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            epoch = seconds(loop, 6) / (6 * BATCH) * 50_000
+            started = time.perf_counter()
+            utils.evaluate(net, test, amp)
+            extra = (time.perf_counter() - started) / len(test) * 10_000
+            started = time.perf_counter()
+            utils.save_checkpoint(
+                Path(folder) / 'last.pt', {'net': net.state_dict(), 'opt': net.state_dict()}
+            )
+            extra += time.perf_counter() - started
+            shares.append(extra / (epoch + extra))
+    what, middle = 'evaluation and checkpoint, share of an epoch', statistics.median(shares)
+    return report('T9', what, middle, min(shares), max(shares), 0.06, at_most=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('goals', nargs='*', help='T1 ... T9, default all (T8 is a test)')
+    parser.add_argument('--quick', action='store_true', help='1 round instead of 3')
+    parser.add_argument('--out', help='also write the results here, as JSON')
+    args = parser.parse_args()
+    rounds, goals = 1 if args.quick else 3, set(args.goals)
+    print('goal what                                          ratio       spread   wanted')
+    rows = [pipeline(rounds)] if not goals or 'T1' in goals else []
+    rows += loops(goals, rounds)
+    rows += [group_cost(rounds)] if not goals or 'T7' in goals else []
+    rows += [overhead(rounds)] if not goals or 'T9' in goals else []
+    if args.out:
+        origin = utils.provenance(torch.device('cpu'))
+        origin['command'] = ' '.join(['python -m benchmarks.trainer', *args.goals])
+        utils.write_json(Path(args.out), {'rows': rows, **origin})
+
+
+if __name__ == '__main__':
+    main()
