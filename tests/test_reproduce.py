@@ -1,0 +1,67 @@
+"""The tables fill themselves: what is there is not trained again, what was stopped continues."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def reproduce(tmp_path, img_root):
+    grid = [{'name': 'tiny', 'data': 'shapes:96', 'teacher': 'resnet8', 'student': 'resnet8', 'epochs': 2,
+             'seeds': [2, 3], 'methods': ['st', 'at', 'rkd'], 'group': 2,
+             'flags': '--batch_size 32 --threads 1'}]  # fmt: skip
+    grid[0]['teacher'] = 'resnet14'
+    (tmp_path / 'grid.json').write_text(json.dumps(grid))
+
+    def call(*words):
+        places = ['--grid', tmp_path / 'grid.json', '--results', tmp_path / 'results', '--img_root', img_root,
+                  '--save_root', tmp_path / 'save']  # fmt: skip
+        command = [sys.executable, ROOT / 'tools' / 'reproduce.py', *places, *words]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+
+    return call
+
+
+def test_what_is_missing_is_trained_once(reproduce, tmp_path):
+    planned = reproduce('--dry_run').stdout.splitlines()
+    assert len(planned) == 8  # per seed: teacher, student, two groups
+    done = reproduce()
+    assert done.returncode == 0, done.stderr
+    kept = sorted(path.name for path in (tmp_path / 'results' / 'tiny').iterdir())
+    names = ('at', 'st', 'rkd', 'baseline-resnet8', 'teacher-resnet14')
+    assert kept == sorted(f'{name}-s{seed}.json' for seed in (2, 3) for name in names)
+    assert reproduce('--dry_run').stdout == ''
+    (tmp_path / 'results' / 'tiny' / 'at-s3.json').unlink()
+    again = reproduce('--dry_run').stdout.splitlines()
+    assert len(again) == 3 and '--kd_mode at --t_name' in again[-1] and '--seed 3' in again[-1]
+
+
+def test_budget_stops_at_a_checkpoint_and_continues(reproduce, tmp_path):
+    first = reproduce('--budget', 0.05)  # three seconds
+    assert first.returncode == 128 + signal.SIGTERM, first.stderr
+    assert not (tmp_path / 'results' / 'tiny' / 'rkd-s3.json').exists()
+    for _ in range(20):
+        done = reproduce('--budget', 0.2)
+        if done.returncode == 0:
+            break
+        assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert (tmp_path / 'results' / 'tiny' / 'rkd-s3.json').exists()
+
+
+def test_mistakes(reproduce, tmp_path):
+    assert 'no table is called huge' in reproduce('--only', 'huge').stderr
+    (tmp_path / 'grid.json').write_text('[')
+    done = reproduce()
+    assert done.returncode == 2 and 'grid.json' in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_the_grid_of_the_project_parses():
+    from kd_losses import METHODS
+
+    for table in json.loads((ROOT / 'results' / 'grid.json').read_text()):
+        assert table['methods'] == 'all' or set(table['methods']) <= set(METHODS), table['name']
