@@ -12,10 +12,9 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def reproduce(tmp_path, img_root):
-    grid = [{'name': 'tiny', 'data': 'shapes:96', 'teacher': 'resnet8', 'student': 'resnet8', 'epochs': 2,
+    grid = [{'name': 'tiny', 'data': 'shapes:60', 'teacher': 'resnet14', 'student': 'resnet8', 'epochs': 2,
              'seeds': [2, 3], 'methods': ['st', 'at', 'rkd'], 'group': 2,
              'flags': '--batch_size 32 --threads 1'}]  # fmt: skip
-    grid[0]['teacher'] = 'resnet14'
     (tmp_path / 'grid.json').write_text(json.dumps(grid))
 
     def call(*words):
@@ -42,11 +41,13 @@ def test_what_is_missing_is_trained_once(reproduce, tmp_path):
 
 
 def test_budget_stops_at_a_checkpoint_and_continues(reproduce, tmp_path):
+    (table,) = json.loads((tmp_path / 'grid.json').read_text())
+    (tmp_path / 'grid.json').write_text(json.dumps([table | {'seeds': [3], 'methods': ['rkd']}]))
     first = reproduce('--budget', 0.05)  # three seconds
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert not (tmp_path / 'results' / 'tiny' / 'rkd-s3.json').exists()
     for _ in range(20):
-        done = reproduce('--budget', 0.2)
+        done = reproduce('--budget', 0.15)
         if done.returncode == 0:
             break
         assert done.returncode == 128 + signal.SIGTERM, done.stderr
