@@ -15,6 +15,7 @@ student a folder with last.pt, best.pt, student.pt (plain weights of the last ep
 modules), metrics.csv, results.json.
 """
 
+import argparse
 import copy
 import math
 import random
@@ -89,7 +90,9 @@ def parse_args():
     flag('--lr_ka', type=utils.positive_float, metavar='LR',
          help="learning rate of the loss's own modules; default as --lr with adam, 0.01 with sgd")
     # fmt: on
-    utils.add_common_flags(parser, epochs=100, lr=None, rate='default 0.001 with adam, 0.1 with sgd')
+    rooms = '; dense tasks: scenes (embedded; scenes:N for N training images) or nyuv2'
+    rate = 'default 0.001 with adam, 0.1 with sgd'
+    utils.add_common_flags(parser, epochs=100, lr=None, rate=rate, more_data=rooms)
     args = parser.parse_args()
     args.lr = args.lr or {'adam': 1e-3, 'sgd': 0.1}[args.optim]
     args.lr_ka = args.lr_ka or {'adam': args.lr, 'sgd': 0.01}[args.optim]
@@ -99,7 +102,7 @@ def parse_args():
 def stage(text: str) -> int:
     if text.startswith('rb') and text[2:].isdigit() and int(text[2:]) > 0:
         return int(text[2:])
-    raise utils.argparse.ArgumentTypeError(f'expected rb1, rb2, ..., got {text!r}')
+    raise argparse.ArgumentTypeError(f'expected rb1, rb2, ..., got {text!r}')
 
 
 class Step(nn.Module):

@@ -84,10 +84,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common_flags(
-    parser: Parser, epochs: int = 200, lr: float | None = 0.1, rate: str = 'default 0.1'
+    parser: Parser, epochs: int = 200, lr: float | None = 0.1, rate: str = 'default 0.1', more_data: str = ''
 ) -> None:
-    """The flags that every training script has; rate: what --help says of the learning rate."""
-    add_data_flags(parser)
+    """The flags that every training script has; rate, more_data: what --help says besides."""
+    add_data_flags(parser, more_data)
     # fmt: off
     flag = parser.add_argument_group("recipe (the defaults are the seed zoo's)").add_argument
     flag('--val_split', type=fraction, default=0.0, metavar='F',
@@ -117,13 +117,13 @@ def add_common_flags(
     # fmt: on
 
 
-def add_data_flags(parser: Parser) -> None:
+def add_data_flags(parser: Parser, more: str = '') -> None:
     """Which images, where they lie."""
     # fmt: off
     flag = parser.add_argument_group('data').add_argument
     flag('--data_name', default='shapes', metavar='NAME',
          help='shapes (embedded, no download; shapes:N for N training images), cifar10, cifar100, or folder '
-              '(IMG_ROOT/train and IMG_ROOT/val with one folder per class); default shapes')
+              f'(IMG_ROOT/train and IMG_ROOT/val with one folder per class){more}; default shapes')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
     flag('--image_size', type=positive_int, default=224, help='folder only: side of the crops, default 224')
     flag('--workers', type=int, default=4, help='folder only: decoding processes, default 4')

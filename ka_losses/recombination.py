@@ -16,8 +16,8 @@ Tap: the teachers' outputs. For classifiers use concat_kd instead of the soft fo
 
 Differences: KamalEngine's code does not run (it writes into leaf parameters and never advances the input
 offset) and its 2019 version prunes the LARGEST filters; we do what is meant. The task of compression, an
-MS-SSIM term, is not here. The power's base is kept at 1e-12 or above: its slope at 0 is infinite for gamma <
-1.
+MS-SSIM term, is not here. The power's base is kept at 1e-12 or above: its slope at 0 is infinite for
+gamma < 1.
 """
 
 import torch
