@@ -135,3 +135,10 @@ def test_the_readme_amalgamation_tables_are_those_of_the_results():
         shown = README.split(f'<!-- {name}:begin -->\n')[1].split(f'<!-- {name}:end -->')[0]
         assert shown == text_of(tables(results)), f'{name}: run tools/ka_table.py with --readme'
         assert NOTE in shown
+
+
+def test_the_readme_benchmarks_are_those_of_the_results():
+    from benchmarks.table import table
+
+    shown = README.split('<!-- benchmarks:begin -->\n')[1].split('<!-- benchmarks:end -->')[0]
+    assert shown == table(), 'run python -m benchmarks.table --readme README.md'
