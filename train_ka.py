@@ -388,12 +388,17 @@ class Classes:
         return {'routing': self.split.routing(*self._logits([net], self.test))}
 
     def ensembles(self) -> dict:
-        """The teachers side by side: A, raw logits; B, each teacher's softmax; C, logits minus their mean."""
-        if self.split.overlap:
-            return {}
+        """The teachers side by side: A, raw logits; B, each one's softmax; C, logits minus their mean.
+
+        Of teachers that share classes: each by itself, cut to the wanted classes.
+        """
         out, target = self._logits(self.nets, self.test)
-        each = [x[:, cols] for x, cols in zip(out.split([len(p) for p in self.split.parts], dim=1),
-                                              self.split.columns)]  # fmt: skip
+        whole = out.split([len(part) for part in self.split.parts], dim=1)
+        each = [x[:, columns] for x, columns in zip(whole, self.split.columns)]
+        if self.split.overlap:  # each source by itself, where it knows all that is wanted
+            everything = list(range(len(self.split.classes)))
+            return {f'source {i}': self.split.metrics(x, target) | {'routing': self.split.routing(x, target)}
+                    for i, (x, block) in enumerate(zip(each, self.blocks), 1) if block == everything}  # fmt: skip
         forms = {
             'A': lambda x: x,
             'B': lambda x: x.softmax(dim=1),

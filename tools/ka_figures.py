@@ -258,7 +258,10 @@ def collect(folder: Path) -> dict[str, dict]:
         curves = {name: np.array(r['curve']) for name, r in results.items()}
         forms = ensemble['ensembles']
         if forms:
-            curves['level ensemble A'] = np.array(forms['A']['top1'])
+            name, form = next(iter(forms.items()))
+            curves[f'level {name if name.startswith("source") else "ensemble " + name}'] = np.array(
+                form['top1']
+            )
         made['curves'] = curves
         shown = {f'ensemble {key}': form['routing'] for key, form in forms.items() if key == 'A'}
         shown |= {name: r['routing'] for name, r in results.items()}

@@ -60,7 +60,8 @@ def parts_table(results: list[dict]) -> list[list[str]]:
             rows.append([name, '', f'{teacher["top1"]:.2f}', '', '', '', len(runs), size])
         names = {'A': 'raw logits', 'B': 'softmax each', 'C': 'logits - mean'}
         for key, form in first['ensembles'].items():
-            rows.append([f'ensemble {key}, {names[key]}', f'{form["top1"]:.2f}', _parts(form),
+            name = f'ensemble {key}, {names[key]}' if key in names else f'{key}, cut to the wanted classes'
+            rows.append([name, f'{form["top1"]:.2f}', _parts(form),
                          _routed(form['routing']), '', '', len(runs), ''])  # fmt: skip
     trained = group([r for r in results if r['method'] != 'ensemble'])
     order = sorted(trained, key=lambda k: (k[3] != 'scratch', -statistics.mean(_last(trained[k], 'top1'))))
@@ -150,7 +151,8 @@ def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
         if 'tasks' in mine[0]:
             rows, title = dense_table(mine), f'{data}: {", ".join(mine[0]["tasks"])}'
         else:
-            rows, title = parts_table(mine), f'{data}, {len(mine[0]["parts"])} teachers ({teacher})'
+            rows, classes = parts_table(mine), len(mine[0]['classes'])
+            title = f'{data}, {len(mine[0]["parts"])} teachers ({teacher}), {classes} classes'
         if len(rows) > 1:
             made.append((title, rows))
     return made
