@@ -396,9 +396,12 @@ class Classes:
         whole = out.split([len(part) for part in self.split.parts], dim=1)
         each = [x[:, columns] for x, columns in zip(whole, self.split.columns)]
         if self.split.overlap:  # each source by itself, where it knows all that is wanted
-            everything = list(range(len(self.split.classes)))
-            return {f'source {i}': self.split.metrics(x, target) | {'routing': self.split.routing(x, target)}
-                    for i, (x, block) in enumerate(zip(each, self.blocks), 1) if block == everything}  # fmt: skip
+            knows_all = list(range(len(self.split.classes)))
+            return {
+                f'source {i}': self.split.metrics(x, target) | {'routing': self.split.routing(x, target)}
+                for i, (x, block) in enumerate(zip(each, self.blocks), 1)
+                if block == knows_all
+            }
         forms = {
             'A': lambda x: x,
             'B': lambda x: x.softmax(dim=1),
