@@ -229,6 +229,7 @@ def draw_routing(arrays: dict, path: Path, plt) -> None:
     fig, axes = plt.subplots(
         down, across, figsize=(2.3 * across, 2.5 * down), layout='constrained', squeeze=False
     )
+    fig.get_layout_engine().set(h_pad=0.12)
     for axis, name in zip(axes.flat, names):
         matrix = arrays[name]
         axis.imshow(matrix, vmin=0, vmax=100, cmap='Blues')
