@@ -94,6 +94,7 @@ def main():
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
+    utils.compile_networks(args, net)
     steps, step = train.steps(args.batch_size), utils.distributed(net, device)
     bar = utils.progress_bar(steps * args.epochs, steps * record.epoch, log)
     for epoch in range(record.epoch, args.epochs):

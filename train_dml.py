@@ -115,6 +115,7 @@ def main():
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
+    utils.compile_networks(args, *step.peers.nets)
     reading, whole = Reading(step), utils.distributed(step, device)
     steps = train.steps(args.batch_size)
     bar = utils.progress_bar(steps * args.epochs, steps * record.epoch, log)

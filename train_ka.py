@@ -163,6 +163,7 @@ def main():
         build_run(args, name, method, weights[name], options[name], world, folder, origin)
         for name, method in wanted.items()
     ]
+    utils.compile_networks(args, *world.nets, *(run.net for run in runs))
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
     if not runs:
         return None

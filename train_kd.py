@@ -171,6 +171,7 @@ def main():
     world = Look(teachers, amp, views)
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, device)
+    utils.compile_networks(args, *teachers, *(run.net for run in runs))
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
     board = utils.tensorboard(folder, args.tensorboard)
     stop = utils.StopAfterEpoch()

@@ -96,7 +96,7 @@ def our_loop(methods, teacher: str, train: Resident, amp: str):
         t_name=[teacher], t_model=['-'], s_name='resnet20', s_init=None, kd_mode=list(methods), lambda_kd=[],
         kd_args=[], amp=amp, batch_size=BATCH, epochs=200, seed=0, lr=0.1, momentum=0.9, weight_decay=1e-4,
         milestones=[0.5, 0.75], lr_decay=0.1, init_epochs=0, pretrain_epochs=0, global_relations=False,
-        resume='never', data_name='-', image_size=32, val_split=0.0,
+        resume='never', compile=False, data_name='-', image_size=32, val_split=0.0,
     )  # fmt: skip
     torch.manual_seed(0)
     device = torch.device('cpu')

@@ -41,6 +41,7 @@ COMMON = {
     '--amp',
     '--threads',
     '--deterministic',
+    '--compile',
     '--save_root',
     '--note',
     '--resume',

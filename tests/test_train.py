@@ -434,3 +434,32 @@ def test_a_method_of_the_users_own(train_kd, tmp_path, monkeypatch):
     assert json.loads((tmp_path / 'm' / 'mine' / 'results.json').read_text())['recipe']['methods'] == [
         ['mine', 1.0, {}]
     ]
+
+
+def test_compiled_networks_train_alike(script, teacher, tmp_path, monkeypatch):
+    """--compile reaches every network; here with a backend that only traces, so the numbers stay."""
+    real, compiled = torch.nn.Module.compile, []
+
+    def traced(net):
+        compiled.append(type(net).__name__)
+        real(net, backend='eager')
+
+    monkeypatch.setattr(torch.nn.Module, 'compile', traced)
+    pair = ('--t_name', 'resnet8', '--t_model', teacher, '--s_name', 'resnet8')
+    for note, flags in (('plain', ()), ('compiled', ('--compile',))):
+        words = ('--kd_mode', 'st', 'at', 'norm', *pair, *TINY, '--note', note, *flags)
+        assert script('train_kd', *words).code == 0
+    assert sorted(compiled) == ['NORMStudent', 'ResNet', 'ResNet', 'ResNet']
+    for token in ('st', 'at', 'norm'):
+        a, b = weights(tmp_path / 'plain' / token), weights(tmp_path / 'compiled' / token)
+        assert a['net'].keys() == b['net'].keys()
+        assert all(
+            torch.allclose(x.double(), y.double(), atol=1e-5)
+            for x, y in zip(a['net'].values(), b['net'].values())
+        )
+        assert b['args']['compile'] is True and 'compile' not in a['args']
+    compiled.clear()
+    assert script('train_base', '--net_name', 'resnet8', *TINY, '--note', 'base', '--compile').code == 0
+    peers = ('--kd_mode', 'dml', '--net_names', 'resnet8', 'resnet8')
+    assert script('train_dml', *peers, *TINY, '--note', 'peers', '--compile').code == 0
+    assert compiled == ['ResNet'] * 3
