@@ -343,7 +343,9 @@ class Classes:
         with utils.user_errors():
             net = models.build(name, len(part))
         try:
-            read = utils.load_teacher(net, path, dataset.take_classes(test, part), self.amp)
+            with utils.user_errors():
+                mine = dataset.take_classes(test, part)
+            read = utils.load_teacher(net, path, mine, self.amp)
         except utils.UserError as error:
             raise utils.UserError(f'teacher {i} ({name} for the classes {part}): {error}') from None
         log(f'teacher {i}, {name}: {read["said"]}; classes {part}, top-1 there {read["top1"]:.2f}')
