@@ -46,8 +46,8 @@ def test_budget_stops_at_a_checkpoint_and_continues(reproduce, tmp_path):
     first = reproduce('--budget', 0.05)  # three seconds
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert not (tmp_path / 'results' / 'tiny' / 'rkd-s3.json').exists()
-    for _ in range(20):
-        done = reproduce('--budget', 0.15)
+    for attempt in range(1, 9):  # a slow machine needs longer to get through an epoch
+        done = reproduce('--budget', 0.15 * attempt)
         if done.returncode == 0:
             break
         assert done.returncode == 128 + signal.SIGTERM, done.stderr
