@@ -647,8 +647,11 @@ def provenance(device: torch.device) -> dict:
     commit = git('rev-parse', 'HEAD')
     if commit and git('status', '--porcelain', '--untracked-files=no'):
         commit += '-dirty'
+    script = Path(sys.argv[0]).resolve()
+    here = Path(__file__).resolve().parent
+    script = script.relative_to(here) if script.is_relative_to(here) else script.name
     return {
-        'command': ' '.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+        'command': ' '.join(['python', str(script), *sys.argv[1:]]),
         'commit': commit,
         'machine': {
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
