@@ -28,6 +28,7 @@ GROUP=${GROUP:-8}                 # students per process: they share batches and
 RETRAIN=${RETRAIN:-}              # 1: train also what results/ holds already
 PARTS=${PARTS:-2}                 # ka: teachers, each with its part of the classes
 KA_EPOCHS=${KA_EPOCHS:-100}       # ka: epochs of the students
+KA_FLAGS=${KA_FLAGS:-}            # ka: anything else for train_ka.py
 ROOM_EPOCHS=${ROOM_EPOCHS:-10}    # ka: epochs on the rooms, and half as many of fine-tuning
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
 
@@ -192,8 +193,9 @@ ka() {
         models+=("$SAVE_ROOT/$KA_RUN-teacher$part/net.pt")
         run train_base.py --net_name "$T_NAME" --num_parts "$PARTS" --part "$part" --note "$KA_RUN-teacher$part"
     done
+    # shellcheck disable=SC2086  # KA_MODES and KA_FLAGS are several words
     EPOCHS=$KA_EPOCHS run train_ka.py --ka_mode $KA_MODES --t_name "$T_NAME" --t_model "${models[@]}" \
-        --s_name "$S_NAME" --note "$KA_RUN"
+        --s_name "$S_NAME" --note "$KA_RUN" $KA_FLAGS
     ka_report "$KA_RUN"
 }
 
@@ -249,8 +251,7 @@ quick() {
     table
 
     # two teachers with half of the shapes each, students that know all ten
-    DATA=shapes:3000 T_NAME=resnet8 PARTS=2 KA_EPOCHS=8 EPOCHS=8 KA_RUN=amalgamated KA_MODES='concat cfl scratch'
-    FLAGS="--batch_size 64"
+    T_NAME=resnet8 PARTS=2 KA_EPOCHS=$EPOCHS KA_RUN=amalgamated KA_MODES='concat cfl scratch' KA_FLAGS='--optim sgd'
     ka
 }
 
