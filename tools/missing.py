@@ -16,13 +16,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils  # noqa: E402
 
 
-def wanted(script: str, token: str, words: list[str]) -> dict:
-    """The recipe that a run of this method would note down, as far as the command line tells."""
+def wanted(script: str, token: str | None, words: list[str]) -> dict:
+    """The recipe that a run of this method (None: without one) would note down, as far as the words tell."""
     module = importlib.import_module(script.removesuffix('.py'))
-    sys.argv = [script, '--kd_mode', token, *words]
+    sys.argv = [script, *(['--kd_mode', token] if token else []), *words]
     args = module.parse_args()
     recipe = utils.math_args(args, script=module.__name__)
-    if hasattr(args, 's_name'):
+    if token is None:
+        recipe |= {'net': args.net_name}
+    elif hasattr(args, 's_name'):
         parts = module.read_methods(args)[token]
         recipe |= {'student': args.s_name, 'teacher': '+'.join(args.t_name),
                    'methods': [[part.name, part.weight, part.options] for part in parts]}  # fmt: skip

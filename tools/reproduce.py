@@ -4,12 +4,16 @@
     python tools/reproduce.py --budget 60          train for an hour at most, then stop at a checkpoint
     python tools/reproduce.py --only NAME          one table of the grid
 
-The grid is a list of tables: {"name", "data", "teacher", "student", "epochs", "seeds", "methods" (a list, or
-"all" rows of METHODS), "flags", "group" (students per process)}. Per seed the teacher and the student alone
-are trained first (their weights stay in SAVE_ROOT), then the missing methods in groups that share the
-teacher's forward. A finished run's results.json is copied to results/NAME. Kill it at any moment and start it
-again: every training continues from its last epoch. A method that results/NAME has for this seed, these
-networks, this data and length is not trained again.
+The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
+"student", "epochs", "seeds", "methods" (a list, or "all" rows of METHODS that one teacher suffices for),
+"flags", "group" (students per process)}, and, where the teachers are not trained like the students,
+"teacher_epochs", "teacher_seed" and "teacher_flags". A table of networks that learn from each other has
+"nets", a list, instead of teacher and student. Tables of the same name are parts of one.
+
+Per seed the teachers and the student alone are trained first (their weights stay in SAVE_ROOT), then the
+missing methods in groups that share the teacher's forward. A finished run's results.json is copied to
+results/NAME. Kill it at any moment and start it again: every training continues from its last epoch. What
+results/NAME holds with the same recipe, as tools/missing.py compares them, is not trained again.
 """
 
 import json
@@ -22,6 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import missing  # noqa: E402
 
 import utils  # noqa: E402
 from kd_losses import METHODS  # noqa: E402
@@ -91,50 +97,61 @@ class Job:
 
 def jobs(table: dict, seed: int, args) -> list[Job]:
     """The trainings that a seed of a table still lacks, in order; none if it is complete."""
-    root, place = Path(args.save_root).resolve(), args.results / table['name']
-    common = ['--data_name', table['data'], '--img_root', args.img_root, '--save_root', str(args.save_root),
-              '--epochs', str(table['epochs']), '--seed', str(seed), '--resume', 'auto',
-              *shlex.split(table.get('flags', ''))]  # fmt: skip
+    save, place = Path(args.save_root), args.results / table['name']
+    root = save.resolve()
 
-    def run_name(net: str) -> str:
-        return f'base-{table["data"].replace(":", "")}-{net}-e{table["epochs"]}-s{seed}'
+    flags = table.get('flags', '')
 
-    def base(kind: str, net: str) -> Job:
-        name = run_name(net)
-        wanted = ['train_base.py', '--net_name', net, '--note', name, *common]
-        return Job(wanted, {root / name / 'results.json': place / f'{kind}-{net}-s{seed}.json'})
+    def common(epochs: int, seed: int, flags: str = flags) -> list[str]:
+        return ['--data_name', table['data'], '--img_root', args.img_root, '--save_root', str(save),
+                '--epochs', str(epochs), '--seed', str(seed), '--resume', 'auto',
+                *shlex.split(flags)]  # fmt: skip
 
-    methods = [name for name, m in METHODS.items() if not m.peers and name != 'tfkd_self' and not m.team]
-    methods = methods if table['methods'] == 'all' else table['methods']
-    save = Path(args.save_root)
-    pair = ['--t_name', table['teacher'], '--t_model', str(save / run_name(table['teacher']) / 'net.pt'),
-            '--s_name', table['student'],
-            '--s_init', str(save / run_name(table['student']) / 'initial.pt')]  # fmt: skip
-    missing = [name for name in methods if not finished(place, name, seed, table)]
-    if not missing and finished(place, 'baseline', seed, table):
-        return []
-    todo = [base('teacher', table['teacher']), base('baseline', table['student'])]
-    group = table.get('group', 8)
-    for first in range(0, len(missing), group):
-        part = missing[first : first + group]
-        note = f'kd-{table["name"]}-s{seed}-{part[0]}'
-        words = ['train_kd.py', '--kd_mode', *part, *pair, '--note', note, *common]
-        todo.append(
-            Job(words, {root / note / name / 'results.json': place / f'{name}-s{seed}.json' for name in part})
+    def run_name(net: str, epochs: int, seed: int) -> str:
+        return f'base-{table["data"].replace(":", "")}-{net}-e{epochs}-s{seed}'
+
+    def base(kind: str, net: str, epochs: int, seed: int, flags: str) -> Job:
+        name = run_name(net, epochs, seed)
+        words = ['train_base.py', '--net_name', net, '--note', name, *common(epochs, seed, flags)]
+        return Job(words, {root / name / 'results.json': place / f'{kind}-{net}-s{seed}.json'})
+
+    def trained(script: str, part: list[str], words: list[str]) -> Job:
+        note = f'{table["name"]}-s{seed}-{part[0]}'
+        results = {name: root / note / name if script == 'train_kd.py' else root / note for name in part}
+        words = [script, '--kd_mode', *part, *words, '--note', note, *common(table['epochs'], seed)]
+        return Job(
+            words,
+            {folder / 'results.json': place / f'{name}-s{seed}.json' for name, folder in results.items()},
         )
+
+    def lacking(script: str, names: list, words: list[str]) -> list:
+        known = [json.loads(path.read_text()) for path in sorted(place.glob('*.json'))]
+        recipes = [r['recipe'] for r in known if 'recipe' in r]
+        words = [*words, *common(table['epochs'], seed)]
+        return [name for name in names if not missing.done(missing.wanted(script, name, words), recipes)]
+
+    epochs, methods = table['epochs'], table['methods']
+    if 'nets' in table:
+        words = ['--net_names', *table['nets']]
+        return [trained('train_dml.py', [name], words) for name in lacking('train_dml.py', methods, words)]
+
+    student = table['student'], epochs, seed, flags
+    names = [table['teacher']] if isinstance(table['teacher'], str) else table['teacher']
+    schooling = table.get('teacher_epochs', epochs), table.get('teacher_seed', seed)
+    teachers = [(name, *schooling, table.get('teacher_flags', flags)) for name in names]
+    words = ['--t_name', *names, '--t_model', *(str(save / run_name(*t[:3]) / 'net.pt') for t in teachers),
+             '--s_name', table['student'],
+             '--s_init', str(save / run_name(*student[:3]) / 'initial.pt')]  # fmt: skip
+    if methods == 'all':
+        methods = [name for name, m in METHODS.items() if not m.peers and name != 'tfkd_self' and not m.team]
+    methods = lacking('train_kd.py', methods, words)
+    if not methods and not lacking('train_base.py', [None], ['--net_name', table['student']]):
+        return []
+    todo = [base('teacher', *t) for t in teachers if t != student] + [base('baseline', *student)]
+    group = table.get('group', 8)
+    for first in range(0, len(methods), group):
+        todo.append(trained('train_kd.py', methods[first : first + group], words))
     return todo
-
-
-def finished(place: Path, method: str, seed: int, table: dict) -> bool:
-    """Whether results/NAME has this method with this seed, networks, data and length."""
-    for path in place.glob('*.json'):
-        r = json.loads(path.read_text())
-        student = table['student']
-        if (r.get('method'), r.get('seed'), r.get('student'), r.get('data'), r.get('epochs')) == (
-            method, seed, student, table['data'], table['epochs'],
-        ):  # fmt: skip
-            return True
-    return False
 
 
 if __name__ == '__main__':
