@@ -11,6 +11,7 @@ from torch import nn
 
 from .checkpoint import load_weights
 from .feats import Feats
+from .folding import folded
 from .hooks import tap_torchvision
 from .mobilenetv1 import MobileNetV1
 from .mobilenetv2 import MobileNetV2
@@ -22,7 +23,7 @@ from .shufflenetv2 import ShuffleV2
 from .vgg import VGG
 from .wrn import wrn
 
-__all__ = ['MODELS', 'NAMES', 'Feats', 'build', 'load_weights']
+__all__ = ['MODELS', 'NAMES', 'Feats', 'build', 'folded', 'load_weights']
 
 MODELS = {f'resnet{depth}': partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)}
 MODELS |= {f'resnet{depth}x4': partial(resnet, depth, wide=True) for depth in (8, 32)}

@@ -430,3 +430,57 @@ def test_a_layer_that_is_not_called_is_named():
     net.forward = lambda x: net[3](net[2](net[1](net[0](x))))
     with pytest.raises(RuntimeError, match='spare was not called'):
         Tap(net, ['0', 'spare'], classifier='3')(torch.randn(2, 3, 8, 8), True)
+
+
+@pytest.mark.parametrize(
+    'name, many', [('resnet8', 9), ('resnet8x4', 10), ('wrn_16_1', 6), ('vgg8', 5), ('ShuffleV2', 56),
+                   ('MobileNetV2', 53), ('torchvision:resnet18', 20), ('torchvision:densenet121', 59)]
+)  # fmt: skip
+def test_folded_is_the_same_network(name, many):
+    """Batch norms after a convolution vanish, but not where something else reads the convolution's output
+    (wrn_16_1: the first convolution feeds a shortcut)."""
+    torch.manual_seed(0)
+    net, img = models.build(name, 10), torch.randn(2, 3, 64, 64)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for x, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5)):
+                torch.nn.init.uniform_(x, low, low + 1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    net.train()
+    fast = models.folded(net, img)
+    assert net.training and all(torch.equal(value, net.state_dict()[key]) for key, value in state.items())
+    s, t = fast(img, True), net.eval()(img, True)
+    for x, y in zip([s.out, s.feat, *s.fms, *s.pres], [t.out, t.feat, *t.fms, *t.pres], strict=True):
+        assert (x - y).abs().max() < 1e-4 * y.abs().max()
+    norms = [module for module in fast.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    ran = []
+    for norm in norms:
+        norm.register_forward_hook(lambda _, inputs, out: ran.append(inputs[0] is out))
+    fast(img)
+    assert sum(ran) == many
+
+
+def test_folded_casts_once():
+    net, img = models.build('resnet8', 10).eval(), torch.randn(2, 3, 32, 32)
+    fast = models.folded(net, img, torch.bfloat16)
+    assert fast.classifier_layer().weight.dtype == torch.bfloat16 != net.classifier_layer().weight.dtype
+    with torch.autocast('cpu', torch.bfloat16):
+        assert (fast(img) - net(img)).abs().max() < 0.02 * net(img).abs().max()
+
+
+def test_folded_leaves_what_is_called_twice():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+
+        def forward(self, x, _):
+            x = self.bn(self.conv(self.bn(self.conv(x))))
+            return models.Feats(x.mean(dim=(2, 3)), x.mean(dim=(2, 3)), [], [])
+
+    torch.manual_seed(0)
+    net, img = Twice(), torch.randn(2, 3, 8, 8)
+    net(img, True)  # running statistics of its own
+    fast = models.folded(net, img)
+    torch.testing.assert_close(fast(img, True).out, net.eval()(img, True).out)
