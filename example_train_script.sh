@@ -27,6 +27,7 @@ SEED=${SEED:-2}
 GROUP=${GROUP:-8}                 # students per process: they share batches and the teacher's forward
 RETRAIN=${RETRAIN:-}              # 1: train also what results/ holds already
 PARTS=${PARTS:-2}                 # ka: teachers, each with its part of the classes
+SPLIT=${SPLIT:-contiguous}        # ka: which classes go together: contiguous, interleaved, random
 KA_EPOCHS=${KA_EPOCHS:-100}       # ka: epochs of the students
 KA_FLAGS=${KA_FLAGS:-}            # ka: anything else for train_ka.py
 ROOM_EPOCHS=${ROOM_EPOCHS:-10}    # ka: epochs on the rooms, and half as many of fine-tuning
@@ -191,11 +192,12 @@ ka() {
     local part models=()
     for part in $(seq 0 $((PARTS - 1))); do
         models+=("$SAVE_ROOT/$KA_RUN-teacher$part/net.pt")
-        run train_base.py --net_name "$T_NAME" --num_parts "$PARTS" --part "$part" --note "$KA_RUN-teacher$part"
+        run train_base.py --net_name "$T_NAME" --num_parts "$PARTS" --split "$SPLIT" --part "$part" \
+            --note "$KA_RUN-teacher$part"
     done
     # shellcheck disable=SC2086  # KA_MODES and KA_FLAGS are several words
     EPOCHS=$KA_EPOCHS run train_ka.py --ka_mode $KA_MODES --t_name "$T_NAME" --t_model "${models[@]}" \
-        --s_name "$S_NAME" --note "$KA_RUN" $KA_FLAGS
+        --s_name "$S_NAME" --split "$SPLIT" --note "$KA_RUN" $KA_FLAGS
     ka_report "$KA_RUN"
 }
 
@@ -250,8 +252,8 @@ quick() {
     kd st at sp
     table
 
-    # two teachers with half of the shapes each, students that know all ten
-    T_NAME=resnet8 PARTS=2 KA_EPOCHS=$EPOCHS KA_RUN=amalgamated KA_MODES='concat cfl scratch' KA_FLAGS='--optim sgd'
+    # two teachers with every other shape each, students that know all ten
+    T_NAME=resnet8 PARTS=2 SPLIT=interleaved KA_EPOCHS=$EPOCHS KA_RUN=amalgamated KA_MODES='concat cfl scratch' KA_FLAGS='--optim sgd'
     ka
 }
 
