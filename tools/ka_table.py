@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models  # noqa: E402
-from tools.table import insert  # noqa: E402
+from tools.table import insert, spread  # noqa: E402
 
 NOTE = (
     'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax among '
@@ -41,11 +41,6 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     for r in results:
         groups.setdefault((r['data'], r.get('teacher') or '', r['experiment'], r['method']), []).append(r)
     return groups
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    deviation = f' +- {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.{digits}f}{deviation}'
 
 
 def parts_table(results: list[dict]) -> list[list[str]]:

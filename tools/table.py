@@ -12,8 +12,12 @@ import statistics
 import sys
 from pathlib import Path
 
-COLUMNS = ('method', 'teacher -> student', 'last epoch', 'against the baseline', 'best test epoch*', 'seeds')
-COLUMNS += ('published',)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from kd_losses import METHODS  # noqa: E402
+
+COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
+COLUMNS += ('schedule', 'device', 'published')
 PUBLISHED = Path(__file__).parent.parent / 'results' / 'published.json'
 
 
@@ -32,7 +36,9 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     """Runs of the same experiment, which differ in the seed only; baselines first, then by last accuracy."""
     groups = {}
     for r in results:
-        key = (r['data'], r['teacher'] or '', r['student'], r['method'], r['epochs'])
+        # a student that teaches itself may have been trained beside others, in a process with a teacher
+        taught = any(METHODS[part].teacher for part in r['method'].split('+') if part in METHODS)
+        key = (r['data'], r['teacher'] if taught else '', r['student'], r['method'], r['epochs'])
         groups.setdefault(key, []).append(r)
     return dict(sorted(groups.items(), key=lambda item: (item[0][3] != 'baseline', -mean(item[1], 'last'))))
 
@@ -41,20 +47,35 @@ def mean(runs: list[dict], which: str) -> float:
     return statistics.mean(r[which]['top1'] for r in runs)
 
 
-def spread(runs: list[dict], which: str) -> str:
-    deviation = f' +- {statistics.stdev(r[which]["top1"] for r in runs):.2f}' if len(runs) > 1 else ''
-    return f'{mean(runs, which):.2f}{deviation}'
+def spread(values: list[float], digits: int = 2) -> str:
+    deviation = f' +- {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{deviation}'
 
 
 def baseline_of(groups: dict, key: tuple) -> list[dict] | None:
-    """The student's own training without a teacher, on the same data for as many epochs."""
+    """The student's own training without a teacher, on the same data for as many epochs.
+
+    Networks that learn from each other are compared with one of them, if they are of one kind.
+    """
     data, _, student, method, epochs = key
-    return groups.get((data, '', student, 'baseline', epochs)) if method != 'baseline' else None
+    kinds = set(student.split('+'))
+    if method == 'baseline' or len(kinds) > 1:
+        return None
+    return groups.get((data, '', kinds.pop(), 'baseline', epochs))
 
 
 def students_of(groups: dict) -> set[str]:
     """The networks that a method trained; any other network trained alone is a teacher."""
-    return {key[2] for key in groups if key[3] != 'baseline'} or {key[2] for key in groups}
+    trained = [key[2] for key in groups if key[3] != 'baseline'] or [key[2] for key in groups]
+    return {name for student in trained for name in student.split('+')}
+
+
+def schedule(runs: list[dict]) -> str:
+    """Epochs, and what else differs from the scripts' defaults."""
+    recipe = runs[0]['recipe']
+    usual = {'batch_size': ('batch', 128), 'lr': ('lr', 0.1), 'amp': ('', 'off')}
+    more = [f'{word} {recipe[key]}' for key, (word, default) in usual.items() if recipe[key] != default]
+    return ', '.join([f'{runs[0]["epochs"]} epochs', *(text.strip() for text in more)])
 
 
 def published(key: tuple) -> str:
@@ -90,7 +111,9 @@ def table(results: list[dict]) -> str:
         pair = f'{teacher} -> {student}' if teacher else student
         if method == 'baseline' and student not in students_of(groups):
             method = 'teacher'
-        cells = (method, pair, spread(runs, 'last'), gain, spread(runs, 'best'), len(runs), published(key))
+        last, best = (spread([r[which]['top1'] for r in runs]) for which in ('last', 'best'))
+        cells = (method, pair, last, len(runs), gain, best, schedule(runs),
+                 ', '.join(sorted({r['machine']['device'] for r in runs})), published(key))  # fmt: skip
         lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
     selected = sorted({r['best']['selected_on'] for r in results})
     note = f'*selected on {" or ".join(selected)}. Published: by others, with their schedules.'
@@ -99,7 +122,7 @@ def table(results: list[dict]) -> str:
 
 
 def figure(results: list[dict], path: Path) -> None:
-    """Test accuracy per epoch: the student alone in black, teachers as dashed levels, methods in colour."""
+    """Test accuracy per epoch, or, where curves would be too many or too short to read, of the last epoch."""
     try:
         import matplotlib
 
@@ -110,6 +133,41 @@ def figure(results: list[dict], path: Path) -> None:
             'table.py: no figure, matplotlib is not installed (pip install matplotlib)'
         ) from None
     groups = group(results)
+    methods = [key for key in groups if key[3] != 'baseline']
+    short = max((key[4] for key in methods), default=9) < 4
+    (last_epochs if len(methods) > 24 or short else curves)(groups, path, plt)
+
+
+def last_epochs(groups: dict, path: Path, plt) -> None:
+    """A dot per run, methods ordered by their mean; the student alone as a line, with its runs as dots."""
+    students = students_of(groups)
+    rows = [key for key in groups if key[3] != 'baseline' or key[2] in students][::-1]
+    rows.sort(key=lambda key: mean(groups[key], 'last'))
+    fig, axes = plt.subplots(figsize=(7, 1.2 + 0.19 * len(rows)), layout='constrained')
+    for height, key in enumerate(rows):
+        alone = key[3] == 'baseline'
+        values = [r['last']['top1'] for r in groups[key]]
+        colour = 'black' if alone else 'tab:orange' if '+' in key[2] or not key[1] else 'tab:blue'
+        axes.plot(values, [height] * len(values), 'o', color=colour, markersize=4)
+        if alone:
+            axes.axvline(mean(groups[key], 'last'), color='black', linewidth=0.8)
+    names = [f'{key[2]} alone' if key[3] == 'baseline' else key[3] for key in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set(
+        xlabel='test top-1 of the last epoch (%)', ylim=(-0.7, len(rows) - 0.3),
+        title=f'{title(groups)}\na dot is a run; orange: trained without a teacher',
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def title(groups: dict) -> str:
+    return f'{", ".join(sorted({key[0] for key in groups}))}: {", ".join(sorted(students_of(groups)))}'
+
+
+def curves(groups: dict, path: Path, plt) -> None:
+    """Test accuracy per epoch: the student alone in black, teachers as dashed levels, methods in colour."""
     students = students_of(groups)
     fig, axes = plt.subplots(figsize=(8, 5), layout='constrained')
     colours, number = plt.get_cmap('tab20').colors, 0
@@ -134,12 +192,7 @@ def figure(results: list[dict], path: Path) -> None:
                 range(1, epochs + 1), curve, style, color=colours[number * 2 % 20], linewidth=1.5, label=label
             )
             number += 1
-    data = ', '.join(sorted({key[0] for key in groups}))
-    axes.set(
-        xlabel='epoch',
-        ylabel='test top-1 (%)',
-        title=f'{data}: {", ".join(sorted(students))}, last epoch in the legend',
-    )
+    axes.set(xlabel='epoch', ylabel='test top-1 (%)', title=f'{title(groups)}, last epoch in the legend')
     axes.grid(alpha=0.3)
     fig.legend(loc='outside right upper', frameon=False)
     fig.savefig(path, dpi=130)
