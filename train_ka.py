@@ -218,7 +218,7 @@ def main():
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
             if not active:
                 break
-            if not bar.disable and active[0].meter.steps % args.print_freq == 0:
+            if not bar.disable and (k + 1) % args.print_freq == 0:
                 losses = '  '.join(f'{run.name} {run.meter.read().get("loss", 0):.3f}' for run in active)
                 bar.set_postfix_str(f'epoch {epoch + 1}, loss: {losses}')
 
@@ -324,7 +324,6 @@ class Classes:
                 other, _ = dataset.load(args.unlabeled, args.img_root, device)
                 self.train = self.train.pictures(other)
         self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
-        utils.share(self.train, self.val, self.test)
         self.args, self.student_name = args, args.s_name or names[0]
         self.shown = ('top1', *(f'part{i + 1}' for i in range(len(self.split.distinct()))))
 
@@ -647,12 +646,10 @@ def check_stages(name: str, e: SimpleNamespace, layers: tuple) -> None:
 
 def optimiser(args, net: list, ka: list) -> torch.optim.Optimizer:
     groups = [{'params': params, 'role': role} for role, params in (('net', net), ('ka', ka)) if params]
-    cuda = groups[0]['params'][0].is_cuda
     if args.optim == 'adam':
+        cuda = groups[0]['params'][0].is_cuda
         return torch.optim.Adam(groups, args.lr, weight_decay=args.weight_decay, fused=cuda)
-    return torch.optim.SGD(
-        groups, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0, fused=cuda
-    )
+    return utils.sgd(groups, args)
 
 
 if __name__ == '__main__':

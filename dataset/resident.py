@@ -135,17 +135,15 @@ class Resident:
         self, index: Tensor, targets: Tensor | None = None, num_classes: int | None = None
     ) -> 'Resident':
         """These images, with other labels (for all images of this set) if wanted."""
-        targets = self.targets if targets is None else targets
-        return Resident(
-            self.images[index],
-            targets[index],
-            num_classes or self.num_classes,
-            self.mean,
-            self.std,
-            self.device,
-        )
+        targets = (self.targets if targets is None else targets)[index]
+        return self._like_this(self.images[index], targets, num_classes or self.num_classes)
 
     def pictures(self, other: 'Resident') -> 'Resident':
         """Another set's images, read as this one's: no labels (-1), this one's classes, mean and std."""
         targets = torch.full_like(other.targets, -1)
-        return Resident(other.images, targets, self.num_classes, self.mean, self.std, self.device)
+        return self._like_this(other.images, targets, self.num_classes)
+
+    def _like_this(self, images: Tensor, targets: Tensor, num_classes: int) -> 'Resident':
+        other = Resident(images, targets, num_classes, self.mean, self.std, self.device)
+        other.shard = self.shard
+        return other
