@@ -8,6 +8,7 @@ net.pt (plain weights of the last epoch), metrics.csv, log.txt, args.json, resul
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def parse_args():
     flag('--classes', metavar='LIST', help='or the classes themselves, e.g. 0-2,7')
     # fmt: on
     utils.add_common_flags(parser)
+    utils.add_graph_flag(parser)
     return parser.parse_args()
 
 
@@ -55,6 +57,7 @@ def chosen_classes(args, num_classes: int) -> list[int] | None:
 def main():
     args = parse_args()
     device = utils.setup(args)
+    graphs = utils.graphs_wanted(args, device)
     part = f'-classes{args.classes}' if args.classes else ''
     part = f'-part{args.part}of{args.num_parts}' if args.num_parts else part
     name = f'base-{args.data_name.replace(":", "")}-{args.net_name}{part}-s{args.seed}'
@@ -66,7 +69,6 @@ def main():
         log(f'classes {", ".join(map(str, classes))} of {train.num_classes}')
         with utils.user_errors():
             train, val, test = (data and dataset.take_classes(data, classes) for data in (train, val, test))
-        utils.share(train, val, test)
     torch.manual_seed(args.seed)
     with utils.user_errors():
         net = models.build(args.net_name, train.num_classes)
@@ -78,7 +80,7 @@ def main():
     )
     net.to(device, memory_format=torch.channels_last)
     opt = utils.sgd(net.parameters(), args)
-    amp = utils.autocast(device, args.amp)
+    amp = utils.autocast(device, args.amp, cache=not graphs)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
 
     origin = utils.provenance(device)
@@ -104,19 +106,14 @@ def main():
             group['lr'] = lr
         meter = utils.Meter(args.net_name, epoch, device)
         net.train()
-        for img, target, *_ in train.train_batches(args.batch_size, args.seed, epoch):
-            with amp:
-                out = step(img)
-            loss = F.cross_entropy(out.float(), target)
-            if not meter.guard(loss, opt):
+        recorder = utils.cuda_graph([]) if graphs else None
+        replayed = utils.Replayed(partial(train_step, step, opt, scaler, amp, meter), recorder)
+        for number, batch in enumerate(train.train_batches(args.batch_size, args.seed, epoch), 1):
+            replayed(*batch)
+            if meter.failure:
                 break
-            opt.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(opt)
-            scaler.update()
-            meter.add(out, target, ce=loss)
             bar.update()
-            if not bar.disable and meter.steps % args.print_freq == 0:
+            if not bar.disable and number % args.print_freq == 0:
                 bar.set_postfix_str(f'epoch {epoch + 1}, loss {meter.read().get("ce", 0):.3f}')
 
         row = {'epoch': epoch + 1, 'lr': lr, **meter.read(net)}
@@ -145,6 +142,20 @@ def main():
              'epochs': args.epochs}  # fmt: skip
     log(f'{args.net_name}: {record.finish("net.pt", facts)}')
     log(f'weights: {folder / "net.pt"}')
+
+
+def train_step(net, opt, scaler, amp, meter, img, target, *_) -> None:
+    """Forward, backward, update."""
+    with amp:
+        out = net(img)
+    loss = F.cross_entropy(out.float(), target)
+    if not meter.guard(loss, opt):
+        return
+    opt.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(opt)
+    scaler.update()
+    meter.add(out, target, ce=loss)
 
 
 if __name__ == '__main__':

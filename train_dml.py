@@ -134,7 +134,8 @@ def main():
         meters = [utils.Meter(f'net{k}', epoch, device) for k in range(1, len(nets) + 1)]
         step.train()
 
-        for img, target, index, more in train.train_batches(args.batch_size, args.seed, epoch, views):
+        batches = train.train_batches(args.batch_size, args.seed, epoch, views)
+        for number, (img, target, index, more) in enumerate(batches, 1):
             own_views = [img, *(more[view] for view in views)] if views else None
             b = SimpleNamespace(img=img, target=target, index=index, views=more, own_views=own_views,
                                 epoch=epoch, epochs=args.epochs, generator=generator)  # fmt: skip
@@ -151,7 +152,7 @@ def main():
             for meter, out in zip(meters, outs):
                 meter.add(out, target, ce=F.cross_entropy(out.detach(), target), kd=loss_kd)
             bar.update()
-            if not bar.disable and meters[0].steps % args.print_freq == 0:
+            if not bar.disable and number % args.print_freq == 0:
                 bar.set_postfix_str(f'epoch {epoch + 1}, ce of net1: {meters[0].read().get("ce", 0):.3f}')
 
         means = [meter.read(step) for meter in meters]

@@ -62,6 +62,7 @@ def parse_args():
               'all processes, not only their own')
     # fmt: on
     utils.add_common_flags(parser)
+    utils.add_graph_flag(parser)
     return parser.parse_args()
 
 
@@ -135,6 +136,7 @@ class Run:
     generator: torch.Generator  # for losses that draw on the device
     record: utils.Record
     before: tuple[int, int]  # epochs of pretraining and of initialisation
+    batch_size: int
     rng: random.Random = None  # for losses that draw a choice
     meter: utils.Meter | None = None
 
@@ -151,7 +153,8 @@ def main():
     args = parse_args()
     wanted = read_methods(args)
     device = utils.setup(args)
-    amp = utils.autocast(device, args.amp)
+    graphs = utils.graphs_wanted(args, device)
+    amp = utils.autocast(device, args.amp, cache=not graphs)
     name = (
         f'kd-{args.data_name.replace(":", "")}-{"-".join(args.t_name) or "self"}-{args.s_name}-s{args.seed}'
     )
@@ -168,10 +171,10 @@ def main():
 
     origin = utils.provenance(device)
     views = sorted({view for parts in wanted.values() for part in parts for view in part.method.views})
-    world = Look(teachers, amp, views)
+    world = Look(teachers, amp, views, next(train.test_batches(2))[0])
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, device)
-    utils.compile_networks(args, *teachers, *(run.net for run in runs))
+    utils.compile_networks(args, *world.fast, *(run.net for run in runs))
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
     board = utils.tensorboard(folder, args.tensorboard)
     stop = utils.StopAfterEpoch()
@@ -192,38 +195,32 @@ def main():
         active = [run for run in runs if run.epoch == epoch]  # others begin later, or a kill left them ahead
         lrs = {run.name: begin_epoch(run, epoch, args, device) for run in active}
 
-        for img, target, index, more in train.train_batches(args.batch_size, args.seed, epoch, views):
+        recorded = [run for run in active if graphs and not any(part.method.eager for part in run.parts)]
+        others = [run for run in active if run not in recorded]
+
+        def shared_step(img, target, index, more, epoch=epoch, active=active, recorded=recorded):
+            """What all students need of a batch, and the students that a CUDA graph can train."""
             ts = world.teachers_on(img)
             b = SimpleNamespace(img=img, target=target, index=index, views=more, epoch=epoch,
                                 epochs=args.epochs, teacher=world.teacher, net_t=world.net_t)  # fmt: skip
             b.shared = world.prepared(active, ts, b)
+            for run in recorded:
+                train_student(run, b, ts)
+            return b, ts
 
-            for run in list(active):
-                if len(img) < args.batch_size and any(part.method.whole for part in run.parts):
-                    continue
-                own = SimpleNamespace(**vars(b), generator=run.generator, rng=run.rng)
-                out, loss_ce, loss_kd = run.step(own, ts, run.phase(epoch))
-                losses = {'kd': loss_kd} if loss_ce is None else {'ce': loss_ce, 'kd': loss_kd}
-                # without a weight, cross-entropy stays out: 0 times it would still move the classifier
-                loss = loss_kd if loss_ce is None or run.ce == 0 else run.ce * loss_ce + loss_kd
-
-                if not run.meter.guard(loss, run.opt, ts[0].out if ts else None):
-                    continue
-                special = [part.method.step for part in run.parts if part.method.step]
-                if special and run.phase(epoch) == 'train':
-                    special[0](run.opt, run.ce * loss_ce, loss_kd, epoch)
-                else:
-                    run.opt.zero_grad(set_to_none=True)
-                    run.scaler.scale(loss).backward()
-                    run.scaler.step(run.opt)
-                    run.scaler.update()
-                run.meter.add(out, target, **losses)
+        recorder = utils.cuda_graph([run.generator for run in recorded]) if recorded else None
+        step = utils.Replayed(shared_step, recorder)
+        batches = train.train_batches(args.batch_size, args.seed, epoch, views)
+        for number, batch in enumerate(batches, 1):
+            b, ts = step(*batch)
+            for run in others:
+                train_student(run, b, ts)
 
             bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
             if not active:
                 break
-            if not bar.disable and active[0].meter.steps % args.print_freq == 0:
+            if not bar.disable and number % args.print_freq == 0:
                 losses = '  '.join(f'{run.name} {run.meter.read().get("ce", 0):.3f}' for run in active)
                 bar.set_postfix_str(f'epoch {epoch + 1}, ce: {losses}')
 
@@ -260,6 +257,31 @@ def main():
         log(f'{run.name}: {run.record.finish("student.pt", facts)}')
     if failures:
         raise utils.NonFinite('; '.join(failures))
+
+
+def train_student(run: Run, b: SimpleNamespace, ts: list) -> None:
+    """One step of one student: forward, backward, update."""
+    incomplete = len(b.img) < run.batch_size and any(part.method.whole for part in run.parts)
+    if run.meter.failure or incomplete:
+        return
+    phase = run.phase(b.epoch)
+    own = SimpleNamespace(**vars(b), generator=run.generator, rng=run.rng)
+    out, loss_ce, loss_kd = run.step(own, ts, phase)
+    losses = {'kd': loss_kd} if loss_ce is None else {'ce': loss_ce, 'kd': loss_kd}
+    # without a weight, cross-entropy stays out: 0 times it would still move the classifier
+    loss = loss_kd if loss_ce is None or run.ce == 0 else run.ce * loss_ce + loss_kd
+
+    if not run.meter.guard(loss, run.opt, ts[0].out if ts else None):
+        return
+    special = [part.method.step for part in run.parts if part.method.step]
+    if special and phase == 'train':
+        special[0](run.opt, run.ce * loss_ce, loss_kd, b.epoch)
+    else:
+        run.opt.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.opt)
+        run.scaler.update()
+    run.meter.add(out, b.target, **losses)
 
 
 def begin_epoch(run: Run, epoch: int, args, device) -> float:
@@ -299,22 +321,26 @@ def epoch_line(run: Run, row: dict, epochs: int) -> str:
 
 
 class Look:
-    """What the teachers give for a batch: once for all students."""
+    """What the teachers give for a batch: once for all students.
 
-    def __init__(self, nets: list[nn.Module], amp: torch.autocast, views: list[str]) -> None:
+    nets: the teachers; img: a few images, on which their faster forms are made.
+    """
+
+    def __init__(self, nets: list[nn.Module], amp: torch.autocast, views: list[str], img: Tensor) -> None:
         self.nets, self.amp, self.views = nets, amp, views
         self.net_t = nets[0] if nets else None
+        self.fast = [models.folded(net, img, utils.precision(amp, img.device)) for net in nets]
 
     def teacher(self, img: Tensor):
         """The main teacher's features; differentiable with respect to img where that requires grad."""
         with self.amp:
-            t = self.net_t(img, True)
+            t = self.fast[0](img, True)
         return utils.as_float(t)
 
     @torch.no_grad()
     def teachers_on(self, img: Tensor) -> list:
         with self.amp:
-            ts = [net(img, True) for net in self.nets]
+            ts = [net(img, True) for net in self.fast]
         return [utils.as_float(t) for t in ts]
 
     @torch.no_grad()
@@ -431,7 +457,9 @@ def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, d
         )  # fmt: skip
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = utils.Record(folder / token, state, math_args, origin, selected_on)
-        run = Run(token, step, parts, ce, net, opt, scaler, torch.Generator(device), record, before)
+        run = Run(
+            token, step, parts, ce, net, opt, scaler, torch.Generator(device), record, before, args.batch_size
+        )
         try_once(run, step, b, ts, world)
         record.resume(utils.resume_point(args.resume, folder / token))
         if not record.epoch and utils.rank() == 0:  # the other processes are sent the result

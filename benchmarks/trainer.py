@@ -12,7 +12,6 @@ rounds. Weights and images are random: only time is looked at. Writes JSON with 
 """
 
 import argparse
-import random
 import statistics
 import tempfile
 import time
@@ -53,10 +52,10 @@ class Pictures(Dataset):
         return self.transform(self.images[i]), self.targets[i]
 
 
-def data(n: int = 20 * BATCH) -> Resident:
+def data(n: int = 20 * BATCH, device: str | torch.device = 'cpu') -> Resident:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (n, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    return Resident(images, torch.randint(10, (n,), generator=generator), 10, MEAN, STD, 'cpu')
+    return Resident(images, torch.randint(10, (n,), generator=generator), 10, MEAN, STD, device)
 
 
 def plain_loop(method: str, teacher: str, train: Resident):
@@ -90,41 +89,43 @@ def plain_loop(method: str, teacher: str, train: Resident):
             yield
 
 
-def our_loop(methods, teacher: str, train: Resident, amp: str):
-    """The same with the parts and in the order of train_kd.py."""
+def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: int = BATCH):
+    """(runs, world) as train_kd.py builds them, of untrained networks, at the start of an epoch."""
     args = argparse.Namespace(
         t_name=[teacher], t_model=['-'], s_name='resnet20', s_init=None, kd_mode=list(methods), lambda_kd=[],
-        kd_args=[], amp=amp, batch_size=BATCH, epochs=200, seed=0, lr=0.1, momentum=0.9, weight_decay=1e-4,
-        milestones=[0.5, 0.75], lr_decay=0.1, init_epochs=0, pretrain_epochs=0, global_relations=False,
-        resume='never', compile=False, data_name='-', image_size=32, val_split=0.0,
+        kd_args=[], amp=amp, batch_size=batch_size, epochs=200, seed=0, lr=0.1, momentum=0.9,
+        weight_decay=1e-4, milestones=[0.5, 0.75], lr_decay=0.1, init_epochs=0, pretrain_epochs=0,
+        global_relations=False, resume='never', compile=False, data_name='-', image_size=32, val_split=0.0,
     )  # fmt: skip
     torch.manual_seed(0)
-    device = torch.device('cpu')
-    net_t = models.build(teacher, 10).requires_grad_(False).to(memory_format=torch.channels_last).eval()
-    world = train_kd.Look([net_t], utils.autocast(device, amp), [])
+    device = train.device
+    net_t = models.build(teacher, 10).requires_grad_(False).eval()
+    net_t.to(device, memory_format=torch.channels_last)
     wanted = train_kd.read_methods(args)
+    views = sorted({view for parts in wanted.values() for part in parts for view in part.method.views})
+    img = next(train.test_batches(2))[0]
+    world = train_kd.Look([net_t], utils.autocast(device, amp), views, img)
     with tempfile.TemporaryDirectory() as folder:
         origin = {'commit': None}
         net_s = models.build('resnet20', 10)
         runs = train_kd.build_runs(args, wanted, Path(folder), origin, net_s, world, train, 'test', device)
+    for run in runs:
+        train_kd.begin_epoch(run, 0, args, device)
+    return runs, world
+
+
+def our_loop(methods, teacher: str, train: Resident, amp: str):
+    """The same with the parts and in the order of train_kd.py."""
+    runs, world = students_of(methods, teacher, train, amp)
     epoch = 0
     while True:
-        for run in runs:
-            train_kd.begin_epoch(run, epoch, args, device)
         for img, target, index, more in train.train_batches(BATCH, 0, epoch):
             ts = world.teachers_on(img)
             b = SimpleNamespace(img=img, target=target, index=index, views=more, epoch=epoch, epochs=200,
-                                teacher=world.teacher, net_t=net_t)  # fmt: skip
+                                teacher=world.teacher, net_t=world.net_t)  # fmt: skip
             b.shared = world.prepared(runs, ts, b)
             for run in runs:
-                own = SimpleNamespace(**vars(b), generator=run.generator, rng=random.Random(0))
-                out, loss_ce, loss_kd = run.step(own, ts, 'train')
-                loss = run.ce * loss_ce + loss_kd
-                run.meter.guard(loss, run.opt, ts[0].out)
-                run.opt.zero_grad(set_to_none=True)
-                loss.backward()
-                run.opt.step()
-                run.meter.add(out, target, ce=loss_ce, kd=loss_kd)
+                train_kd.train_student(run, b, ts)
             yield
         epoch += 1
 

@@ -480,10 +480,12 @@ class Method:
     team: bool = False  # uses all teachers, not only the first
     relational: bool = False  # relates samples: --global_relations gathers those of all processes
     one_process: str = ''  # why it cannot run on several processes; empty: it can
+    eager: str = ''  # why a CUDA graph cannot repeat its step; empty: it can
 
 
 BANK = 'its memory of the training set would differ between processes'
 STEP = 'it has a training step of its own, which does not average over processes'
+SOLVER = 'its linear algebra reads back from the device'
 
 # fmt: off
 # Weights are the seed zoo's (Knowledge-Distillation-Zoo, CIFAR-10, losses averaged over the stages) where it
@@ -507,11 +509,13 @@ METHODS = {
     'dgkd':     Method(DGKD, team, 1.0, ce=0, team=True),
     'dist':     Method(DIST, logits, 2.0, relational=True),
     'dkd':      Method(DKD, labelled, 1.0, ramp=warm_up),
-    'dlb':      Method(DLB, last_batch, 1.0, ce=0, teacher=False, views=('second',), one_process=BANK),
+    'dlb':      Method(DLB, last_batch, 1.0, ce=0, teacher=False, views=('second',), one_process=BANK,
+                       eager='what it keeps of a batch is another tensor at every step'),
     'dml':      Method(DML, mutual, 1.0, teacher=False, peers=separate),
-    'dot':      Method(SoftTarget, logits, 0.9, ce=0.1, optimiser=two_momenta, step=apart, one_process=STEP),
+    'dot':      Method(SoftTarget, logits, 0.9, ce=0.1, optimiser=two_momenta, step=apart, one_process=STEP,
+                       eager='its optimiser cannot skip a step on the device'),
     'eel':      Method(EEL, metric, 1.0, dims, relational=True),
-    'fcfd':     Method(FCFD, mixed, 1.0, bridges),
+    'fcfd':     Method(FCFD, mixed, 1.0, bridges, eager='its paths are drawn by the host'),
     'fitnet':   Method(FitNet, met_map, 0.1, last_ch),
     'fsp':      Method(FSP, flow, 1.0, stages, init=50),
     'ft':       Method(FactorTransfer, met_map, 200.0, with_bn, pretrain=30, pretrain_feed=paraphrase),
@@ -520,13 +524,13 @@ METHODS = {
     'irg':      Method(IRG, graph, 1.0, relational=True),
     'kdcl':     Method(KDCL, pooled, 1.0, equal_say, ce=0, teacher=False, peers=separate, views=('each',),
                        refresh=on_held_out),
-    'kdsvd':    Method(KDSVD, all_maps, 1.0),
+    'kdsvd':    Method(KDSVD, all_maps, 1.0, eager=SOLVER),
     'logits':   Method(Logits, logits, 0.1),
     'lskd':     Method(LSKD, logits, 9.0, ce=0.1),
     'lwm':      Method(LwM, focus, 0.4, prepare=last_cam),
     'mgd':      Method(MGD, masked, 0.0012, last_ch),
     'mhgd':     Method(MHGD, all_maps, 1.0, depths, pretrain=40, pretrain_feed=attend, step=no_longer,
-                       one_process=STEP),
+                       one_process=STEP, eager=SOLVER),
     'mlkd':     Method(MLKD, logits, 0.9, ce=0.1, relational=True),
     'mlkd_strong': Method(MLKD, strong, 0.9, two_view, ce=0.1, views=('strong',)),
     'nkd':      Method(NKD, labelled, 1.0),
@@ -558,6 +562,6 @@ METHODS = {
     'ttm':      Method(TTM, logits, 45.0),
     'uskd':     Method(USKD, middle, 1.0, weak_head, teacher=False),
     'vid':      Method(VID, each_map, 1.0, stage_ch),
-    'vkd':      Method(VkD, embed, 1.0, dims),
+    'vkd':      Method(VkD, embed, 1.0, dims, eager=SOLVER),
     'wsld':     Method(WSLD, labelled, 2.25),
 }

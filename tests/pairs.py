@@ -89,7 +89,7 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
     n = 4
     img, target = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
     amp = utils.autocast(torch.device('cpu'), 'off')
-    world = train_kd.Look([net_t], amp, [])
+    world = train_kd.Look([net_t], amp, [], img)
     ts = world.teachers_on(img)
     with torch.no_grad():
         s = net_s.eval()(img, True)
