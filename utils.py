@@ -435,7 +435,8 @@ class Meter:
     def __init__(self, name: str, epoch: int, device: torch.device) -> None:
         self.name, self.epoch, self.failure = name, epoch, ''
         self.sums = {}
-        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.zero = torch.zeros((), device=device)
+        self.steps = torch.zeros_like(self.zero, dtype=torch.int64)
         self.bad_step = torch.full_like(self.steps, -1)
 
     def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> bool:
@@ -460,8 +461,10 @@ class Meter:
     def add(self, out: Tensor | None, target: Tensor, **losses: Tensor | float) -> None:
         """out: logits for the training accuracy; None in phases without a student."""
         n = len(target)
+        # a plain number is filled in on the device: copying it there would wait
         values = {
-            key: torch.as_tensor(loss, device=target.device).detach() * n for key, loss in losses.items()
+            key: (loss.detach() if isinstance(loss, Tensor) else torch.full_like(self.zero, loss)) * n
+            for key, loss in losses.items()
         }
         if out is not None:
             values['hits'] = (out.detach().argmax(dim=1) == target).sum()

@@ -3,6 +3,7 @@ must be like for a recording to be right. A stand-in records: it runs nothing at
 
 import argparse
 import copy
+import json
 import sys
 
 import pytest
@@ -192,3 +193,36 @@ def test_a_step_that_moves_its_state_is_noticed(runs):
         for key, buffer in list(module._buffers.items()):
             module._buffers[key] = buffer.clone()
     assert places(run) != before
+
+
+def test_the_gpu_benchmark_rehearses(monkeypatch, capsys, tmp_path):
+    from benchmarks import cuda
+
+    monkeypatch.setattr(cuda, 'ROWS', ['st', 'crd', 'kdsvd'])
+    out = tmp_path / 'cuda.json'
+    monkeypatch.setattr(sys, 'argv', ['cuda', 'agree', 'G3', '--device', 'cpu', '--out', str(out)])
+    assert cuda.main() == 0
+    rows = json.loads(out.read_text())['rows']
+    assert [(r['goal'], r['what'], r['met']) for r in rows] == [
+        (goal, name, True) for goal in ('agree', 'G3') for name in cuda.ROWS
+    ]
+    assert [r['draws'] for r in rows[:3]] == [False, True, False] and rows[0]['gradient'] == 0
+
+    gradient = cuda.student_gradient
+
+    def another(name, n, device):  # the device adds up differently
+        loss, gradients, drawn = gradient(name, n, torch.device('cpu'))
+        away = 0.01 if device.type == 'meta' else 0
+        return loss, {key: g + away * g.abs().max() for key, g in gradients.items()}, drawn
+
+    monkeypatch.setattr(cuda, 'student_gradient', another)
+    met = {row['what']: row['met'] for row in cuda.agree(torch.device('meta'))}
+    assert met == {'st': False, 'crd': True, 'kdsvd': False}
+
+    monkeypatch.setattr(sys, 'argv', ['cuda', 'G9', '--device', 'cpu'])
+    assert cuda.main() == 2
+    assert 'no goal is called G9' in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(sys, 'argv', ['cuda'])
+        assert cuda.main() == 2
+        assert 'no CUDA device here' in capsys.readouterr().err
