@@ -87,10 +87,15 @@ def flags_of(module, monkeypatch) -> set[str]:
 def test_the_flags_are_frozen(monkeypatch):
     """A new flag is a decision: it must serve several methods. Then change this list."""
     part = {'--num_parts', '--part', '--split', '--classes'}
-    assert flags_of(train_base, monkeypatch) == COMMON | part | {'--net_name', '--init', '--keep'}
+    assert flags_of(train_base, monkeypatch) == COMMON | part | {
+        '--net_name',
+        '--init',
+        '--keep',
+        '--cuda_graphs',
+    }
     loss = {'--kd_mode', '--lambda_kd', '--kd_args'}
     own = {'--t_name', '--t_model', '--s_name', '--s_init', '--init_epochs', '--pretrain_epochs'}
-    own |= {'--global_relations'}
+    own |= {'--global_relations', '--cuda_graphs'}
     assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
     assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits'}
     ka = {'--ka_mode', '--lambda_ka', '--lambda_kd', '--T', '--ka_args', '--ka_layers', '--optim', '--lr_ka'}
