@@ -370,7 +370,7 @@ def test_table_and_figure(train_kd, script, tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / 'kd' / 'st' / 'results.json').read_text())
     alone = json.loads((tmp_path / 'base' / 'results.json').read_text())
     gain = result['last']['top1'] - alone['last']['top1']
-    assert f'| st | resnet8 -> resnet8 | {result["last"]["top1"]:.2f} | {gain:+.2f} |' in text
+    assert f'| st | resnet8 -> resnet8 | {result["last"]["top1"]:.2f} | 1 | {gain:+.2f} |' in text
     assert 'selected on test data' in text
     readme = (tmp_path / 'R.md').read_text()
     assert text in readme and readme.startswith('before') and readme.endswith('after') and 'old' not in readme
@@ -398,6 +398,8 @@ def test_table_over_seeds():
             'last': {'top1': top1},
             'best': {'top1': top1 + 1, 'selected_on': 'test data'},
             'curve': [1, top1],
+            'recipe': {'batch_size': 64, 'lr': 0.1, 'amp': 'bf16'},
+            'machine': {'device': 'cpu'},
         }
 
     text = tools.table.table(
@@ -412,9 +414,10 @@ def test_table_over_seeds():
     lines = text.splitlines()
     lines_of = tools.table.published(('cifar10', 'resnet110', 'resnet20', 'at', 200))
     assert lines_of == '93.21 (Knowledge-Distillation-Zoo, 200 epochs)'
-    assert '| baseline | s | 51.00 +- 1.41 |  | 52.00 +- 1.41 | 2 |  |' == lines[2]
-    assert '| at | t -> s | 60.00 | +9.00 | 61.00 | 1 |  |' == lines[3]
-    assert '| st | t -> s | 54.00 +- 1.41 | +3.00 | 55.00 +- 1.41 | 2 |  |' == lines[4]
+    end = '| 2 epochs, batch 64, bf16 | cpu |  |'
+    assert f'| baseline | s | 51.00 +- 1.41 | 2 |  | 52.00 +- 1.41 {end}' == lines[2]
+    assert f'| at | t -> s | 60.00 | 1 | +9.00 | 61.00 {end}' == lines[3]
+    assert f'| st | t -> s | 54.00 +- 1.41 | 2 | +3.00 | 55.00 +- 1.41 {end}' == lines[4]
 
 
 def test_a_method_of_the_users_own(train_kd, tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ def last_epochs(groups: dict, path: Path, plt) -> None:
     students = students_of(groups)
     rows = [key for key in groups if key[3] != 'baseline' or key[2] in students][::-1]
     rows.sort(key=lambda key: mean(groups[key], 'last'))
-    fig, axes = plt.subplots(figsize=(7, 1.2 + 0.19 * len(rows)), layout='constrained')
+    fig, axes = plt.subplots(figsize=(7, max(3.2, 1.2 + 0.19 * len(rows))), layout='constrained')
     for height, key in enumerate(rows):
         alone = key[3] == 'baseline'
         values = [r['last']['top1'] for r in groups[key]]
