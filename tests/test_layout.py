@@ -84,8 +84,10 @@ def test_the_readme_has_code():
 
 
 def test_the_readme_tables_are_those_of_the_results():
-    """What stands between the markers is what tools/table.py makes of results/ today."""
-    from tools.table import read_results, table
+    """What stands between the markers is what tools/table.py makes of results/ today; so is the figure."""
+    from PIL import Image
+
+    from tools.table import read_results, source_of_figure, table
 
     names = [n for n in re.findall(r'<!-- ([\w/-]+):begin -->', README) if n.startswith('cifar')]
     assert names
@@ -95,7 +97,9 @@ def test_the_readme_tables_are_those_of_the_results():
         assert shown == table(results), f'run tools/table.py for {name}'
         for r in results:
             check_origin(r)
-        assert (ROOT / 'results' / name / 'accuracy.png').is_file()
+        with Image.open(ROOT / 'results' / name / 'accuracy.png') as figure:
+            assert figure.info['Source'] == source_of_figure(results), f'draw the figure of {name} again'
+        assert f'](results/{name}/accuracy.png)' in README
 
 
 def check_origin(result: dict) -> None:

@@ -7,6 +7,7 @@ table also replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -135,10 +136,19 @@ def figure(results: list[dict], path: Path) -> None:
     groups = group(results)
     methods = [key for key in groups if key[3] != 'baseline']
     short = max((key[4] for key in methods), default=9) < 4
-    (last_epochs if len(methods) > 24 or short else curves)(groups, path, plt)
+    fig = (last_epochs if len(methods) > 24 or short else curves)(groups, plt)
+    fig.savefig(path, dpi=130, metadata={'Source': source_of_figure(results)})
+    plt.close(fig)
 
 
-def last_epochs(groups: dict, path: Path, plt) -> None:
+def source_of_figure(results: list[dict]) -> str:
+    """A sum over what a figure shows. It is written into the PNG, so that a test can tell an old figure."""
+    keys = ('data', 'teacher', 'student', 'method', 'seed', 'curve')
+    shown = sorted(json.dumps([r[key] for key in keys]) for r in results)
+    return hashlib.sha256('\n'.join(shown).encode()).hexdigest()
+
+
+def last_epochs(groups: dict, plt):
     """A dot per run, methods ordered by their mean; the student alone as a line, with its runs as dots."""
     students = students_of(groups)
     rows = [key for key in groups if key[3] != 'baseline' or key[2] in students][::-1]
@@ -158,15 +168,14 @@ def last_epochs(groups: dict, path: Path, plt) -> None:
         title=f'{title(groups)}\na dot is a run; orange: trained without a teacher',
     )  # fmt: skip
     axes.grid(alpha=0.3)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
 def title(groups: dict) -> str:
     return f'{", ".join(sorted({key[0] for key in groups}))}: {", ".join(sorted(students_of(groups)))}'
 
 
-def curves(groups: dict, path: Path, plt) -> None:
+def curves(groups: dict, plt):
     """Test accuracy per epoch: the student alone in black, teachers as dashed levels, methods in colour."""
     students = students_of(groups)
     fig, axes = plt.subplots(figsize=(8, 5), layout='constrained')
@@ -195,8 +204,7 @@ def curves(groups: dict, path: Path, plt) -> None:
     axes.set(xlabel='epoch', ylabel='test top-1 (%)', title=f'{title(groups)}, last epoch in the legend')
     axes.grid(alpha=0.3)
     fig.legend(loc='outside right upper', frameon=False)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
 def insert(readme: Path, name: str, text: str) -> None:
