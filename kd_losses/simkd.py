@@ -56,7 +56,8 @@ class SimKD(nn.Module):
                 f'SimKD: fm_t must be ({len(fm_s)}, {self.t_channels}, H, W) as fm_s and t_channels say, '
                 f'got {tuple(fm_t.shape)}'
             )
-        self.size.copy_(torch.tensor(fm_t.shape[2:]))
+        for i, side in enumerate(fm_t.shape[2:]):
+            self.size[i].fill_(side)  # a tensor copied from the host would wait on a GPU
         return self.distance(self.project(fm_s, tuple(fm_t.shape[2:])), fm_t)
 
     def project(self, fm_s: Tensor, size: tuple[int, int] | None = None) -> Tensor:
