@@ -67,14 +67,14 @@ class QuEST(nn.Module):
             s, t = _positions(_full(fm_s)), _positions(_full(fm_t.detach()))
             with torch.no_grad():
                 c = self.centroids.to(t.dtype)
-                nearness = torch.addmm(
-                    c.square().sum(dim=1), t, c.T, beta=-1, alpha=2
-                )  # -||t - c||^2 + |t|^2
-                log_p = F.log_softmax(self.tau * nearness, dim=1)
-                p = log_p.exp()
-                negative_entropy = (p * log_p).sum(dim=1).mean()
-            z = self.scale * (_unit(s) @ _unit(self.weight.to(s.dtype)).T)
-            return negative_entropy + F.cross_entropy(z, p)
+                # -tau (||t - c||^2 - |t|^2)
+                nearness = torch.addmm(c.square().sum(dim=1), t, c.T, beta=-self.tau, alpha=2 * self.tau)
+                log_p = F.log_softmax(nearness, dim=1)
+                p = log_p.exp().flatten()
+                negative_entropy = torch.dot(p, log_p.flatten())
+            log_q = F.log_softmax(self.scale * _unit(s) @ _unit(self.weight.to(s.dtype)).T, dim=1)
+            # dot products: positions x words is the largest tensor here, a product would be one more
+            return (negative_entropy - torch.dot(p, log_q.flatten())) / len(s)
 
     def _teacher_map(self, fm_t: Tensor, shape_s) -> Tensor:
         n, _, h, w = shape_s
