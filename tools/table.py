@@ -161,11 +161,12 @@ def last_epochs(groups: dict, plt):
         axes.plot(values, [height] * len(values), 'o', color=colour, markersize=4)
         if alone:
             axes.axvline(mean(groups[key], 'last'), color='black', linewidth=0.8)
+    length = ' or '.join(f'{epochs} epochs' for epochs in sorted({key[4] for key in rows}))
     names = [f'{key[2]} alone' if key[3] == 'baseline' else key[3] for key in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7)
     axes.set(
         xlabel='test top-1 of the last epoch (%)', ylim=(-0.7, len(rows) - 0.3),
-        title=f'{title(groups)}\na dot is a run; orange: trained without a teacher',
+        title=f'{title(groups)}, {length}\na dot is a run; orange: trained without a teacher',
     )  # fmt: skip
     axes.grid(alpha=0.3)
     return fig
