@@ -550,7 +550,7 @@ METHODS = {
     'rkd':      Method(RKD, embed, 1.0, relational=True),
     'sad':      Method(SAD, deeper, 0.1, teacher=False, ramp=late),
     'sdd':      Method(SDD, regions, 0.9, ce=0.1),
-    'semckd':   Method(SemCKD, all_maps, 400.0, layers, whole=True),
+    'semckd':   Method(SemCKD, all_maps, 100.0, layers, whole=True),
     'simkd':    Method(SimKD, reused, 1.0, last_ch, ce=0, student=reusing),
     'sla':      Method(SLA, joint, 1.0, ce=0, teacher=False, student=rotated),
     'sobolev':  Method(Sobolev, jacobian, 20.0, prepare=image_gradient, input_grad=True),
