@@ -80,7 +80,7 @@ KINDS = (
 )
 KINDS = f'{KINDS} mhgd fcfd semckd pskd dlb mgd dgkd'.split()
 SMALL = ('--kd_args', 'quest.num_words=50')
-GENTLE = ('--lambda_kd', 'semckd=1')  # 400 is for a tenth of this learning rate
+GENTLE = ('--lambda_kd', 'semckd=1')  # its weight is for larger batches of real images
 
 
 def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
