@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -52,6 +53,42 @@ def test_budget_stops_at_a_checkpoint_and_continues(reproduce, tmp_path):
             break
         assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert (tmp_path / 'results' / 'tiny' / 'rkd-s3.json').exists()
+
+
+def test_a_diverging_method_does_not_stop_the_others(reproduce, tmp_path):
+    (table,) = json.loads((tmp_path / 'grid.json').read_text())
+    table |= {'seeds': [3], 'epochs': 1, 'methods': ['st']}
+    wild = {'seeds': [2], 'teacher_flags': table['flags'], 'flags': f'{table["flags"]} --lr 1e30'}
+    (tmp_path / 'grid.json').write_text(json.dumps([table | wild, table]))
+    done = reproduce()
+    assert done.returncode == 1 and 'st: ' in done.stderr and 'not finite' in done.stderr
+    results = tmp_path / 'results' / 'tiny'
+    assert (results / 'st-s3.json').exists() and not (results / 'st-s2.json').exists()
+
+
+def test_a_stopped_script_leaves_no_training_behind(tmp_path, img_root):
+    """Or the next start would train beside it in the same folder."""
+    table = {'name': 'tiny', 'data': 'shapes:60', 'teacher': 'resnet14', 'student': 'resnet8', 'epochs': 500,
+             'seeds': [2], 'methods': ['st'], 'flags': '--batch_size 32 --threads 1'}  # fmt: skip
+    (tmp_path / 'grid.json').write_text(json.dumps([table]))
+    places = ['--grid', tmp_path / 'grid.json', '--results', tmp_path / 'results', '--img_root', img_root,
+              '--save_root', tmp_path / 'save']  # fmt: skip
+    command = [sys.executable, ROOT / 'tools' / 'reproduce.py', *places]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path)
+    (log,) = wait_for(lambda: list((tmp_path / 'save').glob('*/metrics.csv')))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    epochs = log.read_text()
+    time.sleep(2)  # an epoch takes much less
+    assert log.read_text() == epochs
+
+
+def wait_for(look, seconds: float = 60):
+    for _ in range(int(seconds * 10)):
+        if found := look():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f'nothing after {seconds} s')
 
 
 def test_mistakes(reproduce, tmp_path):

@@ -58,6 +58,8 @@ def main() -> int:
     if unknown := set(args.only or names) - set(names):
         raise utils.UserError(f'--only: no table is called {", ".join(sorted(unknown))}; there are {names}')
     end = time.time() + 60 * args.budget if args.budget else float('inf')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    failed = 0
     for table in grid:
         if table['name'] not in (args.only or names):
             continue
@@ -65,9 +67,11 @@ def main() -> int:
             for run in jobs(table, seed, args):
                 if args.dry_run:
                     print(shlex.join(['python', *run.words]), flush=True)
-                elif code := run.do(end):
+                elif (code := run.do(end)) > 1:
                     return code
-    return 0
+                else:  # 1: a student diverged; the rest of the grid is not to suffer
+                    failed = failed or code
+    return failed
 
 
 class Job:
@@ -88,6 +92,10 @@ class Job:
             process.send_signal(signal.SIGTERM)
             process.wait()
             process.returncode = process.returncode and 128 + signal.SIGTERM
+        except SystemExit:
+            process.send_signal(signal.SIGTERM)  # it ends after its epoch; two must not write into one folder
+            process.wait()
+            raise
         for source, place in self.kept.items():
             if source.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
