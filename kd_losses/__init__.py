@@ -559,7 +559,7 @@ METHODS = {
     'st':       Method(SoftTarget, logits, 0.1),
     'tfkd':     Method(TfKDReg, own, 1.0, ce=0, teacher=False),
     'tfkd_self': Method(TfKDSelf, labelled, 1.0, ce=0),
-    'ttm':      Method(TTM, logits, 45.0),
+    'ttm':      Method(TTM, logits, 4.0),
     'uskd':     Method(USKD, middle, 1.0, weak_head, teacher=False),
     'vid':      Method(VID, each_map, 1.0, stage_ch),
     'vkd':      Method(VkD, embed, 1.0, dims, eager=SOLVER),
