@@ -140,7 +140,7 @@ simkd()    { kd simkd    --lambda_kd 1; }
 srrl()     { kd srrl     --lambda_kd 1; }
 wsld()     { kd wsld     --lambda_kd 2.25; }
 catkd()    { kd catkd    --lambda_kd 0.7; }
-ttm()      { kd ttm      --lambda_kd 45; }
+ttm()      { kd ttm      --lambda_kd 4; }
 mgd()      { kd mgd      --lambda_kd 0.0012; }
 norm()     { kd norm     --lambda_kd 1; }
 sdd()      { kd sdd      --lambda_kd 0.9; }
@@ -148,7 +148,7 @@ fcfd()     { kd fcfd     --lambda_kd 1; }
 vkd()      { kd vkd      --lambda_kd 1; }
 ofakd()    { kd ofakd    --lambda_kd 1; }
 ickd()     { kd ickd     --lambda_kd 2.5; }
-semckd()   { kd semckd   --lambda_kd 400; }
+semckd()   { kd semckd   --lambda_kd 100; }
 ikd()      { kd ikd      --lambda_kd 0.2; }
 dgkd()     { kd dgkd     --lambda_kd 1; }
 tfkd_self() { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
