@@ -102,13 +102,12 @@ def main():
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = utils.learning_rate(args, epoch)
-        for group in opt.param_groups:
-            group['lr'] = lr
         meter = utils.Meter(args.net_name, epoch, device)
         net.train()
         recorder = utils.cuda_graph([]) if graphs else None
         replayed = utils.Replayed(partial(train_step, step, opt, scaler, amp, meter), recorder)
         for number, batch in enumerate(train.train_batches(args.batch_size, args.seed, epoch), 1):
+            utils.set_learning_rate(opt, utils.learning_rate(args, epoch + (number - 0.5) / steps))
             replayed(*batch)
             if meter.failure:
                 break

@@ -122,11 +122,6 @@ def main():
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = utils.learning_rate(args, epoch)
-        for group in opt.param_groups:
-            group['lr'] = lr
-        for key, other in opts.items():
-            for group in other.param_groups:
-                group['lr'] = rates[key] * lr / args.lr
         if method.refresh:
             with utils.user_errors():
                 method.refresh(step.kd, lambda: held_out(reading, val))
@@ -136,6 +131,10 @@ def main():
 
         batches = train.train_batches(args.batch_size, args.seed, epoch, views)
         for number, (img, target, index, more) in enumerate(batches, 1):
+            now = utils.learning_rate(args, epoch + (number - 0.5) / steps)
+            utils.set_learning_rate(opt, now)
+            for key, other in opts.items():
+                utils.set_learning_rate(other, rates[key] * now / args.lr)
             own_views = [img, *(more[view] for view in views)] if views else None
             b = SimpleNamespace(img=img, target=target, index=index, views=more, own_views=own_views,
                                 epoch=epoch, epochs=args.epochs, generator=generator)  # fmt: skip

@@ -86,7 +86,8 @@ def parse_args():
          help='scenes: epochs of fine-tuning after those of --epochs, at half the learning rate; default 5')
     flag = parser.add_argument_group('optimiser').add_argument
     flag('--optim', choices=('adam', 'sgd'), default='adam',
-         help='adam with cosine to 0 in every step (default), or sgd with milestones')
+         help='adam with cosine to 0 in every step (default), or sgd with milestones; --schedule onecycle '
+              'replaces either')
     flag('--lr_ka', type=utils.positive_float, metavar='LR',
          help="learning rate of the loss's own modules; default as --lr with adam, 0.01 with sgd")
     # fmt: on
@@ -276,7 +277,9 @@ def begin_epoch(run: Run, epoch: int, phase: int, begins: bool, world, args, dev
 
 def learning_rates(args, phase: int, done: float) -> dict[str, float]:
     """Of student ('net') and loss ('ka'); done: the share of this phase; a later phase has half the rate."""
-    if args.optim == 'adam':
+    if args.schedule == 'onecycle':
+        factor = utils.one_cycle(done)
+    elif args.optim == 'adam':
         factor = 0.5 * (1 + math.cos(math.pi * done))
     else:
         factor = args.lr_decay ** sum(done >= share for share in args.milestones)

@@ -57,6 +57,10 @@ def parse_args():
          help="epochs in which the loss's own modules learn first: "
               + ', '.join(f'{name} {m.pretrain}' for name, m in METHODS.items() if m.pretrain)
               + ' of 200, scaled')
+    flag('--phases', choices=('before', 'inside'), default='before',
+         help='before: the epochs of those two come before the --epochs, as in the papers; inside: they are '
+              'the first of the --epochs, at a tenth of the learning rate that all share then, so that no '
+              'method of a table trains longer than another; default before')
     flag('--global_relations', action='store_true',
          help='under torchrun: losses that relate the samples of a batch (rkd, sp, ...) see the batches of '
               'all processes, not only their own')
@@ -137,16 +141,37 @@ class Run:
     record: utils.Record
     before: tuple[int, int]  # epochs of pretraining and of initialisation
     batch_size: int
+    epochs: int  # of the training proper
+    inside: bool  # the phases before it are the first of the --epochs, see --phases
     rng: random.Random = None  # for losses that draw a choice
     meter: utils.Meter | None = None
 
     @property
+    def first(self) -> int:
+        """Its first epoch: 0, or less if phases come before the training."""
+        return 0 if self.inside else -sum(self.before)
+
+    @property
     def epoch(self) -> int:
-        """The next epoch; those before the training proper are negative."""
-        return self.record.epoch - sum(self.before)
+        """The next epoch."""
+        return self.record.epoch + self.first
+
+    def own(self, epoch: int) -> int:
+        """Epochs of the training proper that an epoch has behind it; negative in the phases before."""
+        return epoch - self.first - sum(self.before)
 
     def phase(self, epoch: int) -> str:
-        return 'train' if epoch >= 0 else 'init' if epoch >= -self.before[1] else 'pretrain'
+        own = self.own(epoch)
+        return 'train' if own >= 0 else 'init' if own >= -self.before[1] else 'pretrain'
+
+    def learning_rate(self, epoch: float, args) -> float:
+        """epoch: with its fraction, as in utils.learning_rate."""
+        phase = self.phase(math.floor(epoch))
+        if phase == 'train' or self.inside:
+            return utils.learning_rate(args, epoch) / (1 if phase == 'train' else 10)
+        init = self.before[1]
+        done = (math.floor(epoch) + init) / init if phase == 'init' else 0
+        return args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))  # the seed zoo's
 
 
 def main():
@@ -178,7 +203,7 @@ def main():
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
     board = utils.tensorboard(folder, args.tensorboard)
     stop = utils.StopAfterEpoch()
-    first = -max(sum(run.before) for run in runs)
+    first = min(run.first for run in runs)
     start = min(max(run.epoch, first) for run in runs)
     log(f'{len(runs)} x {args.s_name} on {args.data_name}: {len(train)} + {len(test)} images, {device}')
     if utils.processes() > 1:
@@ -212,6 +237,8 @@ def main():
         step = utils.Replayed(shared_step, recorder)
         batches = train.train_batches(args.batch_size, args.seed, epoch, views)
         for number, batch in enumerate(batches, 1):
+            for run in active:
+                utils.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))
             b, ts = step(*batch)
             for run in others:
                 train_student(run, b, ts)
@@ -266,6 +293,7 @@ def train_student(run: Run, b: SimpleNamespace, ts: list) -> None:
         return
     phase = run.phase(b.epoch)
     own = SimpleNamespace(**vars(b), generator=run.generator, rng=run.rng)
+    own.epoch, own.epochs = run.own(b.epoch), run.epochs
     out, loss_ce, loss_kd = run.step(own, ts, phase)
     losses = {'kd': loss_kd} if loss_ce is None else {'ce': loss_ce, 'kd': loss_kd}
     # without a weight, cross-entropy stays out: 0 times it would still move the classifier
@@ -275,7 +303,7 @@ def train_student(run: Run, b: SimpleNamespace, ts: list) -> None:
         return
     special = [part.method.step for part in run.parts if part.method.step]
     if special and phase == 'train':
-        special[0](run.opt, run.ce * loss_ce, loss_kd, b.epoch)
+        special[0](run.opt, run.ce * loss_ce, loss_kd, own.epoch)
     else:
         run.opt.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
@@ -288,29 +316,21 @@ def begin_epoch(run: Run, epoch: int, args, device) -> float:
     """Modes, generators, meter, optimiser of a run for this epoch; returns the learning rate."""
     run.step.train()
     pretrain, init = run.before
-    if epoch in (-pretrain - init, -init, 0):
+    if run.own(epoch) in (-pretrain - init, -init, 0):
         run.opt.state.clear()  # every phase starts with a fresh optimiser
-    phase, whole = run.phase(epoch), getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
-    run.ce = whole.ce_weight(epoch, args.epochs)
-    if phase == 'train':
-        lr = utils.learning_rate(args, epoch)
-    elif phase == 'init':  # the seed zoo: a tenth, falling after 60 % and 80 %
-        lr = args.lr / 10 * args.lr_decay ** sum(epoch + init >= share * init for share in (0.6, 0.8))
-    else:
-        lr = args.lr / 10
-    for group in run.opt.param_groups:
-        group['lr'] = lr
+    whole = getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
+    run.ce = whole.ce_weight(run.own(epoch), run.epochs)
     seed = args.seed * 1_000_003 + epoch
     run.generator.manual_seed(seed + 7919 * utils.rank())  # processes draw different numbers
     run.rng = random.Random(seed)
     run.meter = utils.Meter(run.name, epoch, device)
-    return lr
+    return run.learning_rate(epoch, args)
 
 
 def epoch_line(run: Run, row: dict, epochs: int) -> str:
     if row['phase'] != 'train':
         left = run.before[1] if row['phase'] == 'init' else sum(run.before)
-        done = row['epoch'] + left
+        done = run.own(row['epoch']) + left
         total = run.before[row['phase'] == 'init']
         return f'{row["phase"]} {done}/{total}  {run.name:12s} kd {row["kd"]:.4f}  {row["seconds"]:.0f} s'
     return (
@@ -443,6 +463,10 @@ def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, d
             max((utils.scaled(getattr(p.method, phase), args.epochs, chosen) for p in parts), default=0)
             for phase, chosen in (('pretrain', args.pretrain_epochs), ('init', args.init_epochs))
         )
+        inside = args.phases == 'inside'
+        if inside and sum(before) >= args.epochs:
+            raise utils.UserError(f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs '
+                                  f'{args.epochs} leaves none to train')  # fmt: skip
         step = Step(net, parts, ce, world.amp, utils.gather_batches if args.global_relations else None)
         b = SimpleNamespace(img=img, target=target, index=index, views=more, epoch=args.epochs // 2,
                             epochs=args.epochs, teacher=world.teacher, net_t=world.net_t,
@@ -458,8 +482,9 @@ def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, d
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = utils.Record(folder / token, state, math_args, origin, selected_on)
         run = Run(
-            token, step, parts, ce, net, opt, scaler, torch.Generator(device), record, before, args.batch_size
-        )
+            token, step, parts, ce, net, opt, scaler, torch.Generator(device), record, before,
+            args.batch_size, args.epochs - inside * sum(before), inside,
+        )  # fmt: skip
         try_once(run, step, b, ts, world)
         record.resume(utils.resume_point(args.resume, folder / token))
         if not record.epoch and utils.rank() == 0:  # the other processes are sent the result

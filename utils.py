@@ -100,6 +100,9 @@ def add_common_flags(
     flag('--epochs', type=positive_int, default=epochs, help=f'default {epochs}')
     flag('--batch_size', type=positive_int, default=128, help='of each process, default 128')
     flag('--lr', type=positive_float, default=lr, help=f'learning rate, {rate}')
+    flag('--schedule', choices=('steps', 'onecycle'), default='steps',
+         help='steps: the learning rate drops at the milestones; onecycle: it moves at every step, linearly '
+              'up to --lr over the first fifth of the run, then linearly to 0; default steps')
     flag('--milestones', type=fraction, nargs='*', default=[0.5, 0.75], metavar='F',
          help='SGD: shares of the run after which the learning rate drops, default 0.5 0.75')
     flag('--lr_decay', type=positive_float, default=0.1, help='SGD: factor at a milestone, default 0.1')
@@ -397,9 +400,24 @@ def as_float(f):
     return f.float() if isinstance(f, Tensor) else f
 
 
-def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """A pure function of the epoch, so a resumed run needs no scheduler state."""
-    return args.lr * args.lr_decay ** sum(epoch >= share * args.epochs for share in args.milestones)
+def learning_rate(args: argparse.Namespace, epoch: float) -> float:
+    """A pure function of the epochs done, so a resumed run needs no scheduler state.
+
+    epoch: with its fraction, 2.5 in the middle of the third; the milestones of `steps` look at whole epochs.
+    """
+    if args.schedule == 'onecycle':
+        return args.lr * one_cycle(epoch / args.epochs)
+    return args.lr * args.lr_decay ** sum(int(epoch) >= share * args.epochs for share in args.milestones)
+
+
+def one_cycle(done: float) -> float:
+    """Share of the highest learning rate, for a share of the run: up for a fifth of it, then down to 0."""
+    return min(done / 0.2, (1 - done) / 0.8)
+
+
+def set_learning_rate(opt: torch.optim.Optimizer, lr: float) -> None:
+    for group in opt.param_groups:
+        group['lr'] = lr
 
 
 def scaled(epochs_of_200: int, epochs: int, chosen: int | None = None) -> int:
@@ -938,8 +956,10 @@ def math_args(args: argparse.Namespace, **more) -> dict:
     """The flags that change the numbers of a run, as plain values."""
     names = ('data_name', 'image_size', 'val_split', 'epochs', 'batch_size', 'lr', 'milestones', 'lr_decay',
              'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
-    compiled = {'compile': True} if args.compile else {}  # older checkpoints do not know the flag
-    return {name: getattr(args, name) for name in names} | {'processes': processes()} | compiled | more
+    newer = {'compile': False, 'schedule': 'steps', 'phases': 'before'}  # older checkpoints do not know these
+    chosen = {name: getattr(args, name) for name, default in newer.items()
+              if getattr(args, name, default) != default}  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | more
 
 
 def fingerprint(net: nn.Module) -> str:

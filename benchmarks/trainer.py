@@ -94,7 +94,8 @@ def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: in
     args = argparse.Namespace(
         t_name=[teacher], t_model=['-'], s_name='resnet20', s_init=None, kd_mode=list(methods), lambda_kd=[],
         kd_args=[], amp=amp, batch_size=batch_size, epochs=200, seed=0, lr=0.1, momentum=0.9,
-        weight_decay=1e-4, milestones=[0.5, 0.75], lr_decay=0.1, init_epochs=0, pretrain_epochs=0,
+        weight_decay=1e-4, milestones=[0.5, 0.75], lr_decay=0.1, schedule='steps', phases='before',
+        init_epochs=0, pretrain_epochs=0,
         global_relations=False, resume='never', compile=False, data_name='-', image_size=32, val_split=0.0,
     )  # fmt: skip
     torch.manual_seed(0)

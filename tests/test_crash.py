@@ -119,7 +119,7 @@ def test_a_diverging_run_stops_before_the_update(script, tmp_path):
 
 def test_divergence_after_a_checkpoint_leaves_it_finite(script, tmp_path, monkeypatch):
     rate = utils.learning_rate
-    monkeypatch.setattr(utils, 'learning_rate', lambda args, epoch: 1e30 if epoch else rate(args, epoch))
+    monkeypatch.setattr(utils, 'learning_rate', lambda args, epoch: 1e30 if epoch >= 1 else rate(args, epoch))
     done = script('train_base', '--net_name', 'resnet8', '--note', 'd', *TINY)
     assert done.code == 1 and 'at epoch 2, step ' in done.err
     state = weights(tmp_path / 'd')

@@ -57,7 +57,7 @@ def test_killed_at_any_write(train_kd, tmp_path, monkeypatch, file):
             real(path, content)
 
         def rated(args, e, begun=epochs_begun):
-            begun.append(e + 1)
+            begun.append(int(e) + 1)
             return rate(args, e)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):

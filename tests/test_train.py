@@ -139,6 +139,43 @@ def test_phases(train_kd, tmp_path):
     assert phases == ['init'] * 2 + ['train'] * 8, '50 of 200 epochs'
 
 
+def test_phases_inside(train_kd, tmp_path):
+    """No method of a table trains longer, and all follow one learning rate."""
+    words = ('--epochs', '4', '--data_name', 'shapes:96', '--batch_size', '32', '--schedule', 'onecycle')
+    words += ('--init_epochs', '1', '--pretrain_epochs', '2', '--phases', 'inside')
+    done = train_kd('ab', 'ft', 'ctkd', *words, '--note', 'p')
+    assert done.code == 0, done.err
+    runs = {token: rows(tmp_path / 'p' / token) for token in ('ab', 'ft', 'ctkd')}
+    phases = {token: [r['phase'] for r in run] for token, run in runs.items()}
+    assert phases == {'ab': ['init'] + 3 * ['train'], 'ft': 2 * ['pretrain'] + 2 * ['train'],
+                      'ctkd': 4 * ['train']}  # fmt: skip
+    assert all([r['epoch'] for r in run] == ['1', '2', '3', '4'] for run in runs.values())
+    rates = {token: [float(r['lr']) for r in run] for token, run in runs.items()}
+    for token, run in rates.items():
+        tenth = [1 if phase == 'train' else 10 for phase in phases[token]]
+        assert [lr * k for lr, k in zip(run, tenth)] == pytest.approx(rates['ctkd'], rel=1e-4)
+    assert rates['ctkd'] == pytest.approx([0, 0.1 * 0.75 / 0.8, 0.1 * 0.5 / 0.8, 0.1 * 0.25 / 0.8], rel=1e-4)
+    shown = json.loads((tmp_path / 'p' / 'ft' / 'results.json').read_text())
+    assert shown['recipe']['phases'] == 'inside' and shown['recipe']['schedule'] == 'onecycle'
+    assert len(shown['curve']) == 2 and shown['last']['epoch'] == 4
+    assert train_kd('ft', *words, '--note', 'alone').code == 0
+    assert rows(tmp_path / 'alone' / 'ft') == runs['ft']
+    words = ('--epochs', '2', *words[2:])
+    done = train_kd('ft', *words, '--note', 'q')
+    assert done.code == 2 and 'leaves none to train' in done.err
+
+
+def test_one_cycle_moves_at_every_step(script, tmp_path, monkeypatch):
+    seen = []
+    real = utils.set_learning_rate
+    monkeypatch.setattr(utils, 'set_learning_rate', lambda opt, lr: (seen.append(lr), real(opt, lr)))
+    words = ('--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', 24, '--epochs', 5)
+    assert script('train_base', *words, '--schedule', 'onecycle', '--lr', 0.4).code == 0
+    up = [0.4 * (k + 0.5) / 4 for k in range(4)]
+    down = [0.4 * (1 - (k + 0.5) / 16) for k in range(16)]
+    assert seen == pytest.approx(up + down)
+
+
 def test_initialisation_leaves_the_classifier_alone(train_kd, tmp_path, monkeypatch):
     import train_kd as module
 
@@ -339,7 +376,7 @@ def test_evaluate_is_exact():
 def test_learning_rate_is_a_function_of_the_epoch():
     from types import SimpleNamespace
 
-    args = SimpleNamespace(lr=0.1, lr_decay=0.1, milestones=[0.5, 0.75], epochs=200)
+    args = SimpleNamespace(lr=0.1, lr_decay=0.1, milestones=[0.5, 0.75], epochs=200, schedule='steps')
     got = [utils.learning_rate(args, e) for e in (0, 99, 100, 149, 150, 199)]
     assert got == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
