@@ -8,15 +8,20 @@ net.pt (plain weights of the last epoch), metrics.csv, log.txt, args.json, resul
 """
 
 import time
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import dataset
 import models
 import utils
+from engine import side_by_side
+from engine.batch import Batch
+from engine.side_by_side import cast_weights
 
 
 def parse_args():
@@ -80,7 +85,7 @@ def main():
     )
     net.to(device, memory_format=torch.channels_last)
     opt = utils.sgd(net.parameters(), args)
-    amp = utils.autocast(device, args.amp, cache=not graphs)
+    amp = utils.autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
 
     origin = utils.provenance(device)
@@ -98,39 +103,44 @@ def main():
 
     utils.compile_networks(args, net)
     steps, step = train.steps(args.batch_size), utils.distributed(net, device)
+    cast = utils.PRECISIONS[args.amp] if graphs else None
+    counters = side_by_side.host_counters(net) if graphs else []
+    run = Run(args.net_name, step, opt, scaler, amp, utils.Meter(args.net_name, 0, device), cast, counters)
+    how = side_by_side.Graphs(device, log) if graphs else side_by_side.InTurn()
     bar = utils.progress_bar(steps * args.epochs, steps * record.epoch, log)
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = utils.learning_rate(args, epoch)
-        meter = utils.Meter(args.net_name, epoch, device)
+        run.meter.reset(epoch)
         net.train()
-        recorder = utils.cuda_graph([]) if graphs else None
-        replayed = utils.Replayed(partial(train_step, step, opt, scaler, amp, meter), recorder)
-        for number, batch in enumerate(train.train_batches(args.batch_size, args.seed, epoch), 1):
+        batches = train.train_batches(args.batch_size, args.seed, epoch)
+        for number, batch in enumerate(how.looks(Batch, batches), 1):
             utils.set_learning_rate(opt, utils.learning_rate(args, epoch + (number - 0.5) / steps))
-            replayed(*batch)
-            if meter.failure:
+            how.train(train_step, [run], batch)
+            if run.meter.failure:
                 break
             bar.update()
             if not bar.disable and number % args.print_freq == 0:
-                bar.set_postfix_str(f'epoch {epoch + 1}, loss {meter.read().get("ce", 0):.3f}')
+                bar.set_postfix_str(f'epoch {epoch + 1}, loss {run.meter.read().get("ce", 0):.3f}')
 
-        row = {'epoch': epoch + 1, 'lr': lr, **meter.read(net)}
-        if meter.failure:
-            log(f'stopped: {meter.failure}')
-            raise utils.NonFinite(meter.failure)
-        row |= utils.measure(net, val, test, amp)
+        row = {'epoch': epoch + 1, 'lr': lr, **run.meter.read(net)}
+        if run.meter.failure:
+            log(f'stopped: {run.meter.failure}')
+            raise utils.NonFinite(run.meter.failure)
+        row |= utils.measured(utils.measure(net, val, test, amp))
         row['seconds'] = time.time() - started
         if args.keep and (epoch + 1) % args.keep == 0:
             utils.save_checkpoint(folder / f'epoch{epoch + 1}.pt', net.state_dict())
-        record.epoch_done(row)
+        last = epoch + 1 == args.epochs
+        record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
         log(f'epoch {epoch + 1}/{args.epochs}  ce {row["ce"]:.4f}  train {row["train_top1"]:.2f}  '
             f'test {row["test_top1"]:.2f}  best {record.best["test_top1"]:.2f}  '
             f'{row["seconds"]:.0f} s')  # fmt: skip
         if board:
             for key, value in row.items():
                 board.add_scalar(key, value, epoch + 1)
-        if (signal := stop.agreed()) and epoch + 1 < args.epochs:
+        if (signal := stop.agreed()) and not last:
+            record.save()
             bar.close()
             log(f'stopped after epoch {epoch + 1}; --resume auto continues')
             return 128 + signal
@@ -143,18 +153,40 @@ def main():
     log(f'weights: {folder / "net.pt"}')
 
 
-def train_step(net, opt, scaler, amp, meter, img, target, *_) -> None:
+@dataclass
+class Run:
+    """The network in training."""
+
+    name: str
+    net: nn.Module  # or DistributedDataParallel around it
+    opt: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp: Callable
+    meter: utils.Meter
+    cast: torch.dtype | None  # the precision into which weights are cast all at once, see --cuda_graphs
+    counters: list[Tensor]  # counts of batches that are kept on the host, see --cuda_graphs
+    generators: tuple = ()  # nothing is drawn
+    usual_only: str = ''  # why a CUDA graph cannot repeat its step
+
+    def decided(self):
+        """What Python decides of a step: nothing that changes."""
+
+
+def train_step(run: Run, batch: Batch) -> None:
     """Forward, backward, update."""
-    with amp:
-        out = net(img)
-    loss = F.cross_entropy(out.float(), target)
-    if not meter.guard(loss, opt):
+    with run.amp():
+        if run.cast:
+            out = torch.func.functional_call(run.net, cast_weights(run.net, run.cast), batch.img)
+        else:
+            out = run.net(batch.img)
+    loss = F.cross_entropy(out.float(), batch.target)
+    if not run.meter.guard(loss, run.opt):
         return
-    opt.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(opt)
-    scaler.update()
-    meter.add(out, target, ce=loss)
+    run.opt.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.opt)
+    run.scaler.update()
+    run.meter.add(out, batch.target, ce=loss)
 
 
 if __name__ == '__main__':

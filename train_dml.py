@@ -22,6 +22,7 @@ from torch import nn
 
 import models
 import utils
+from engine.batch import as_float
 from kd_losses import METHODS
 
 
@@ -46,14 +47,14 @@ def parse_args():
 class Step(nn.Module):
     """The networks with their loss: one training step is one forward pass of this module."""
 
-    def __init__(self, peers: nn.Module, kd: nn.Module, method, weight: float, amp: torch.autocast) -> None:
+    def __init__(self, peers: nn.Module, kd: nn.Module, method, weight: float, amp) -> None:
         super().__init__()
         self.peers, self.kd, self.method, self.weight, self.amp = peers, kd, method, weight, amp
 
     def look(self, x) -> list:
-        with self.amp:
+        with self.amp():
             fs = self.peers(x)
-        return [utils.as_float(f) for f in fs]
+        return [as_float(f) for f in fs]
 
     def forward(self, b: SimpleNamespace):
         """Logits of all, sum of their cross-entropies, and the weighted loss; b: the batch, see kd_losses."""
@@ -164,14 +165,16 @@ def main():
             row |= {f'net{k}_ce': mean['ce'], f'net{k}_train_top1': mean['train_top1']}
         row |= measure(reading, val, test)
         row['seconds'] = time.time() - started
-        record.epoch_done(row)
+        last = epoch + 1 == args.epochs
+        record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
         each = '  '.join(f'{row[f"net{k}_test_top1"]:.2f}' for k in range(1, len(nets) + 1))
         log(f'epoch {epoch + 1}/{args.epochs}  kd {row["kd"]:.4f}  test {each}  '
             f'ensemble {row["ensemble_test_top1"]:.2f}  {row["seconds"]:.0f} s')  # fmt: skip
         if board:
             for key, value in row.items():
                 board.add_scalar(key, value, epoch + 1)
-        if (signal := stop.agreed()) and epoch + 1 < args.epochs:
+        if (signal := stop.agreed()) and not last:
+            record.save()
             bar.close()
             log(f'stopped after epoch {epoch + 1}; --resume auto continues')
             return 128 + signal

@@ -21,6 +21,7 @@ import math
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,8 @@ import dataset
 import models
 import utils
 from dataset.dense import TASKS, DenseMetrics, channels_of, supervised
+from engine import side_by_side
+from engine.batch import as_float
 from ka_losses import METHODS, ConcatKD, Method
 from models.branching import JointNet
 from models.segmentation import SegNet
@@ -94,6 +97,7 @@ def parse_args():
     rooms = '; dense tasks: scenes (embedded; scenes:N for N training images) or nyuv2'
     rate = 'default 0.001 with adam, 0.1 with sgd'
     utils.add_common_flags(parser, epochs=100, lr=None, rate=rate, more_data=rooms)
+    utils.add_thread_flag(parser)
     args = parser.parse_args()
     args.lr = args.lr or {'adam': 1e-3, 'sgd': 0.1}[args.optim]
     args.lr_ka = args.lr_ka or {'adam': args.lr, 'sgd': 0.01}[args.optim]
@@ -119,9 +123,9 @@ class Step(nn.Module):
     def forward(self, b: SimpleNamespace, ts: list) -> tuple[Tensor, dict]:
         """The loss, and its terms without weights; b: the batch, see ka_losses."""
         forward = self.method.forward or self.world.forward
-        with self.world.amp:
+        with self.world.amp():
             s = forward(self.net, b)
-        s = utils.as_float(s)
+        s = as_float(s)
         loss, terms = self.method.feed(self.ka, s, ts, b)
         loss = self.weight * loss
         if self.kd and b.update not in self.method.unsoft:
@@ -178,6 +182,10 @@ def main():
     if not world.val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
+    def look(img, target, index, _):
+        return img, target, index, world.look(img)
+
+    together = side_by_side.choose(args, device, len(runs), log)
     steps, failures = world.train.steps(args.batch_size), []
     bar = utils.progress_bar(steps * total, steps * start, log)
     for epoch in range(start, total):
@@ -188,33 +196,11 @@ def main():
         for run in active:
             begin_epoch(run, epoch, phase, epoch == first, world, args, device, log)
 
-        for k, (img, target, index, _) in enumerate(
-            world.train.train_batches(args.batch_size, args.seed, epoch)
-        ):
-            ts = world.look(img)
+        batches = world.train.train_batches(args.batch_size, args.seed, epoch)
+        for k, seen in enumerate(together.looks(look, batches)):
             lr = learning_rates(args, phase, (epoch - first + k / steps) / (ends[phase] - first))
-            for run in list(active):
-                b = SimpleNamespace(img=img, epoch=epoch, epochs=total, phase=phase, layers=run.layers,
-                                    blocks=world.blocks, rng=run.rng)  # fmt: skip
-                if run.method.labels:  # nobody else gets to see them
-                    b.target, b.supervised = target, world.supervised
-                seen = {}
-                for update in run.method.turn((epoch + k / steps) / total):
-                    b.update, opt = update, run.opts[update]
-                    for group in opt.param_groups:
-                        group['lr'] = lr[group['role']]
-                    loss, terms = run.step(b, ts)
-                    if not run.meter.guard(loss, opt):
-                        break
-                    run.step.zero_grad(set_to_none=True)
-                    run.scaler.scale(loss).backward()
-                    run.scaler.step(opt)
-                    run.scaler.update()
-                    if run.method.after:
-                        run.method.after(run.ka, update)
-                    seen = {'loss': loss, **terms, **seen}
-                run.meter.add(None, index, **seen)
-
+            when = When(epoch, total, phase, (epoch + k / steps) / total, lr)
+            together.train(partial(train_student, world=world, when=when), active, seen)
             bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
             if not active:
@@ -223,16 +209,16 @@ def main():
                 losses = '  '.join(f'{run.name} {run.meter.read().get("loss", 0):.3f}' for run in active)
                 bar.set_postfix_str(f'epoch {epoch + 1}, loss: {losses}')
 
-        for run in [run for run in runs if run.record.epoch == epoch]:
-            row = {'epoch': epoch + 1, 'lr': lr['net'], **run.meter.read(run.step)}
-            if run.meter.failure:
-                log(f'stopped: {run.meter.failure}')
-                failures.append(run.meter.failure)
-                runs.remove(run)
-                continue
-            row |= world.measure(run.net)
-            row['seconds'] = time.time() - started
-            run.record.epoch_done(row)
+        begun = [run for run in runs if run.record.epoch == epoch]
+        rows = {run.name: {'epoch': epoch + 1, 'lr': lr['net'], **run.meter.read(run.step)} for run in begun}
+        for run in [run for run in begun if run.meter.failure]:
+            log(f'stopped: {run.meter.failure}')
+            failures.append(run.meter.failure)
+            runs.remove(run)
+            begun.remove(run)
+        for run, measured in zip(begun, together.each(lambda run: world.measure(run.net), begun)):
+            row = rows[run.name] | measured | {'seconds': time.time() - started}
+            run.record.epoch_done(row, save=epoch + 1 == total or (epoch + 1) % args.save_every == 0)
             shown = '  '.join(f'{key} {row[f"test_{key}"]:.2f}' for key in world.shown)
             log(f'epoch {epoch + 1}/{total}  {run.name:12s} loss {row["loss"]:.4f}  {shown}  '
                 f'{row["seconds"]:.0f} s')  # fmt: skip
@@ -243,6 +229,8 @@ def main():
         if not runs:
             break
         if (signal := stop.agreed()) and epoch + 1 < total:
+            for run in runs:
+                run.record.save()
             bar.close()
             log(f'stopped after epoch {epoch + 1}; --resume auto continues')
             return 128 + signal
@@ -258,6 +246,42 @@ def main():
         log(f'{run.name}: {run.record.finish("student.pt", facts)}')
     if failures:
         raise utils.NonFinite('; '.join(failures))
+
+
+@dataclass
+class When:
+    """Where in the training a step is."""
+
+    epoch: int
+    epochs: int
+    phase: int
+    done: float  # share of the whole training
+    lr: dict[str, float]  # by the role of a group of parameters
+
+
+def train_student(run: Run, seen: tuple, world, when: When) -> None:
+    """One step of one student: an update, or several. seen: images, labels, numbers, what teachers say."""
+    img, target, index, ts = seen
+    b = SimpleNamespace(img=img, epoch=when.epoch, epochs=when.epochs, phase=when.phase, layers=run.layers,
+                        blocks=world.blocks, rng=run.rng)  # fmt: skip
+    if run.method.labels:  # nobody else gets to see them
+        b.target, b.supervised = target, world.supervised
+    said = {}
+    for update in run.method.turn(when.done):
+        b.update, opt = update, run.opts[update]
+        for group in opt.param_groups:
+            group['lr'] = when.lr[group['role']]
+        loss, terms = run.step(b, ts)
+        if not run.meter.guard(loss, opt):
+            break
+        run.step.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(opt)
+        run.scaler.update()
+        if run.method.after:
+            run.method.after(run.ka, update)
+        said = {'loss': loss, **terms, **said}
+    run.meter.add(None, index, **said)
 
 
 def begin_epoch(run: Run, epoch: int, phase: int, begins: bool, world, args, device, log) -> None:
@@ -372,9 +396,9 @@ class Classes:
     @torch.no_grad()
     def look(self, img: Tensor) -> list:
         """What the teachers see, their logits cut to the classes in use."""
-        with self.amp:
+        with self.amp():
             ts = [net(img, True) for net in self.nets]
-        ts = [utils.as_float(t) for t in ts]
+        ts = [as_float(t) for t in ts]
         return [t._replace(out=t.out[:, columns]) for t, columns in zip(ts, self.split.columns)]
 
     def supervised(self, s, target: Tensor) -> Tensor:
@@ -435,7 +459,7 @@ class SideBySide(nn.Module):
         self.nets, self.amp = nn.ModuleList(nets), amp
 
     def forward(self, img: Tensor) -> Tensor:
-        with self.amp:
+        with self.amp():
             outs = [net(img) for net in self.nets]
         return torch.cat(outs, dim=1).float()[None]
 
@@ -511,7 +535,7 @@ class Scenes:
 
     @torch.no_grad()
     def look(self, img: Tensor) -> list[Tensor]:
-        with self.amp:
+        with self.amp():
             outs = [net(img) for net in self.nets]
         return [out.float() for out in outs]
 
@@ -543,7 +567,7 @@ class Scenes:
     def _metrics(self, outputs, tasks: tuple) -> dict[str, float]:
         metrics = DenseMetrics(tasks, self.train.num_classes, self.train.device)
         for img, labels, _ in self.test.test_batches(100):
-            with self.amp:
+            with self.amp():
                 outs = outputs(img)
             metrics.add(outs, labels)
         metrics.merge(utils.gathered(metrics.state()))

@@ -16,7 +16,7 @@ import copy
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 import models
 import utils
+from engine import side_by_side
+from engine.batch import Batch, InFloat32
+from engine.side_by_side import cast_weights
 from kd_losses import METHODS, Method
 
 
@@ -66,12 +69,13 @@ def parse_args():
               'all processes, not only their own')
     # fmt: on
     utils.add_common_flags(parser)
+    utils.add_thread_flag(parser)
     utils.add_graph_flag(parser)
     return parser.parse_args()
 
 
 @dataclass
-class Part:
+class Term:
     """One method of a student."""
 
     name: str
@@ -81,49 +85,71 @@ class Part:
     loss: nn.Module | None = None
 
 
-class Step(nn.Module):
-    """A student with its losses: one training step is one forward pass of this module."""
+class Student(nn.Module):
+    """A network with its losses: one training step is one forward pass of this module.
 
-    def __init__(self, net: nn.Module, parts: list[Part], ce: float, amp: torch.autocast, gather) -> None:
+    Args:
+        net: the network.
+        terms: the methods it learns with.
+        amp: makes the autocast of its forward passes.
+        gather: joins the batches of all processes, for --global_relations.
+        cast: the precision into which weights are cast all at once, see --cuda_graphs; None: one by one.
+    """
+
+    def __init__(self, net: nn.Module, terms: list[Term], amp, gather=None, cast=None) -> None:
         super().__init__()
-        self.net, self.losses = net, nn.ModuleList(part.loss for part in parts)
-        self.parts, self.ce, self.amp, self.gather = parts, ce, amp, gather
+        self.net, self.losses = net, nn.ModuleList(term.loss for term in terms)
+        self.terms, self.amp, self.gather, self.cast = terms, amp, gather, cast
 
-    def forward(self, b: SimpleNamespace, ts: list, phase: str) -> tuple[Tensor | None, ...]:
-        """Logits, cross-entropy, and the weighted sum of the losses; b: the batch, see kd_losses."""
+    def forward(self, batch: Batch, ts: list, weights: dict[str, float], phase: str):
+        """Logits, and {'ce': cross-entropy, method: its loss, ...} for the methods that have a weight."""
         t = ts[0] if ts else None
+        if phase == 'pretrain':  # the losses' own modules learn, the student does not
+            return None, {
+                k.name: k.method.pretrain_feed(k.loss, t, batch) for k in self.terms if k.name in weights
+            }
+
+        if any(term.method.input_grad for term in self.terms):
+            batch.img = batch.img.detach().requires_grad_()
+        batch.net_s, batch.student, batch.ts = self.net, self.look_at, ts
+        batch.raw = self.raw(batch.img)
+        s = InFloat32(batch.raw)
+        losses = {} if phase == 'init' else {'ce': F.cross_entropy(s.out, batch.target)}
+        for term in self.terms:
+            if term.name not in weights:
+                continue
+            batch.prepared = batch.shared.get(term.method.prepare)
+            seen = (s, t, batch)
+            if self.gather and term.method.relational:
+                seen = self.gather(*seen)
+            losses[term.name] = term.method.feed(term.loss, *seen)
+        return s.out, losses
+
+    def look_at(self, img: Tensor) -> InFloat32:
+        """What the student says of further images."""
+        return InFloat32(self.raw(img))
+
+    def raw(self, img: Tensor):
+        with self.amp():
+            if self.cast:
+                return torch.func.functional_call(self.net, cast_weights(self.net, self.cast), (img, True))
+            return self.net(img, True)
+
+    def weights(self, phase: str, epoch: int, epochs: int) -> dict[str, float]:
+        """{'ce' or method: its weight in this epoch}, without the methods that rest."""
         if phase == 'pretrain':
-            loss = sum(p.method.pretrain_feed(p.loss, t, b) for p in self.parts if p.method.pretrain)
-            return None, None, loss
-
-        def student(img):
-            with self.amp:
-                f = self.net(img, True)
-            b.raw = f
-            return utils.as_float(f)
-
-        if any(part.method.input_grad for part in self.parts):
-            b.img = b.img.detach().requires_grad_()
-        b.net_s, b.student, b.ts = self.net, student, ts
-        s = student(b.img)
-        b.raw_s = b.raw
-        loss_kd = 0.0
-        for part in self.parts:
-            method = part.method
-            factor = method.ramp(b.epoch, b.epochs) if method.ramp else 1
-            if (phase == 'init') != bool(method.init) or part.weight * factor == 0:
-                continue  # a loss that initialises rests afterwards; others rest while it works
-            b.raw, b.prepared = b.raw_s, b.shared.get(method.prepare)
-            s_all, t_all, b_all = (s, t, b)
-            if self.gather and method.relational:
-                s_all, t_all, b_all = self.gather(s, t, b)
-            loss_kd = loss_kd + part.weight * factor * method.feed(part.loss, s_all, t_all, b_all)
-        return s.out, None if phase == 'init' else F.cross_entropy(s.out, b.target), loss_kd
-
-    def ce_weight(self, epoch: int, epochs: int) -> float:
-        """Weight of cross-entropy in this epoch."""
-        ramps = [part.method.ce_ramp for part in self.parts if part.method.ce_ramp]
-        return self.ce * math.prod(ramp(epoch, epochs) for ramp in ramps)
+            return {term.name: 1.0 for term in self.terms if term.method.pretrain}
+        weights = {}
+        if phase == 'train':
+            ramps = [term.method.ce_ramp for term in self.terms if term.method.ce_ramp]
+            weights['ce'] = math.prod(term.method.ce for term in self.terms)
+            weights['ce'] *= math.prod(ramp(epoch, epochs) for ramp in ramps)
+        for term in self.terms:
+            factor = term.method.ramp(epoch, epochs) if term.method.ramp else 1
+            # a loss that initialises rests afterwards; others rest while it works
+            if (phase == 'init') == bool(term.method.init) and term.weight * factor != 0:
+                weights[term.name] = term.weight * factor
+        return weights
 
 
 @dataclass
@@ -131,20 +157,25 @@ class Run:
     """One student in training: everything that belongs to it and to no other."""
 
     name: str
-    step: nn.Module  # a Step, or DistributedDataParallel around it
-    parts: list[Part]
-    ce: float  # weight of cross-entropy in this epoch
+    step: nn.Module  # a Student, or DistributedDataParallel around it
+    terms: list[Term]
     net: nn.Module
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator  # for losses that draw on the device
     record: utils.Record
+    meter: utils.Meter
     before: tuple[int, int]  # epochs of pretraining and of initialisation
     batch_size: int
     epochs: int  # of the training proper
     inside: bool  # the phases before it are the first of the --epochs, see --phases
+    counters: list[Tensor]  # counts of batches that are kept on the host, see --cuda_graphs
     rng: random.Random = None  # for losses that draw a choice
-    meter: utils.Meter | None = None
+    phase: str = 'train'
+    now: int = 0  # epochs of the training proper that lie behind; negative in the phases before
+    weights: dict[str, float] = field(default_factory=dict)  # of cross-entropy and the methods, in this epoch
+    usual_only: str = ''  # why a CUDA graph cannot repeat its step
+    reads_epoch: bool = False  # a loss asked for the epoch in the last usual step
 
     @property
     def first(self) -> int:
@@ -156,30 +187,39 @@ class Run:
         """The next epoch."""
         return self.record.epoch + self.first
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        return [self.generator]
+
     def own(self, epoch: int) -> int:
         """Epochs of the training proper that an epoch has behind it; negative in the phases before."""
         return epoch - self.first - sum(self.before)
 
-    def phase(self, epoch: int) -> str:
+    def phase_of(self, epoch: int) -> str:
         own = self.own(epoch)
         return 'train' if own >= 0 else 'init' if own >= -self.before[1] else 'pretrain'
 
     def learning_rate(self, epoch: float, args) -> float:
         """epoch: with its fraction, as in utils.learning_rate."""
-        phase = self.phase(math.floor(epoch))
+        phase = self.phase_of(math.floor(epoch))
         if phase == 'train' or self.inside:
             return utils.learning_rate(args, epoch) / (1 if phase == 'train' else 10)
         init = self.before[1]
         done = (math.floor(epoch) + init) / init if phase == 'init' else 0
         return args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))  # the seed zoo's
 
+    def decided(self) -> tuple:
+        """What Python decides of a step: as long as it stays, a recording of the step holds."""
+        rate = self.opt.param_groups[0]['lr']
+        return (self.phase, *self.weights.items(), None if isinstance(rate, Tensor) else rate,
+                self.now if self.reads_epoch else None)  # fmt: skip
+
 
 def main():
     args = parse_args()
     wanted = read_methods(args)
     device = utils.setup(args)
-    graphs = utils.graphs_wanted(args, device)
-    amp = utils.autocast(device, args.amp, cache=not graphs)
+    amp = utils.autocast(device, args.amp)
     name = (
         f'kd-{args.data_name.replace(":", "")}-{"-".join(args.t_name) or "self"}-{args.s_name}-s{args.seed}'
     )
@@ -195,7 +235,7 @@ def main():
             log(f'initial student: {models.load_weights(net_s, args.s_init)}')
 
     origin = utils.provenance(device)
-    views = sorted({view for parts in wanted.values() for part in parts for view in part.method.views})
+    views = sorted({view for terms in wanted.values() for term in terms for view in term.method.views})
     world = Look(teachers, amp, views, next(train.test_batches(2))[0])
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, device)
@@ -213,36 +253,21 @@ def main():
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
+    together = side_by_side.choose(args, device, len(runs), log)
     steps, failures = train.steps(args.batch_size), []
     bar = utils.progress_bar(steps * (args.epochs - first), steps * (start - first), log)
     for epoch in range(start, args.epochs):
         started = time.time()
         active = [run for run in runs if run.epoch == epoch]  # others begin later, or a kill left them ahead
-        lrs = {run.name: begin_epoch(run, epoch, args, device) for run in active}
+        for run in active:
+            begin_epoch(run, epoch, args)
+        begun, last = active, epoch + 1 == args.epochs
 
-        recorded = [run for run in active if graphs and not any(part.method.eager for part in run.parts)]
-        others = [run for run in active if run not in recorded]
-
-        def shared_step(img, target, index, more, epoch=epoch, active=active, recorded=recorded):
-            """What all students need of a batch, and the students that a CUDA graph can train."""
-            ts = world.teachers_on(img)
-            b = SimpleNamespace(img=img, target=target, index=index, views=more, epoch=epoch,
-                                epochs=args.epochs, teacher=world.teacher, net_t=world.net_t)  # fmt: skip
-            b.shared = world.prepared(active, ts, b)
-            for run in recorded:
-                train_student(run, b, ts)
-            return b, ts
-
-        recorder = utils.cuda_graph([run.generator for run in recorded]) if recorded else None
-        step = utils.Replayed(shared_step, recorder)
         batches = train.train_batches(args.batch_size, args.seed, epoch, views)
-        for number, batch in enumerate(batches, 1):
+        for number, batch in enumerate(together.looks(world, batches), 1):
             for run in active:
                 utils.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))
-            b, ts = step(*batch)
-            for run in others:
-                train_student(run, b, ts)
-
+            together.train(train_student, active, batch)
             bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
             if not active:
@@ -251,18 +276,20 @@ def main():
                 losses = '  '.join(f'{run.name} {run.meter.read().get("ce", 0):.3f}' for run in active)
                 bar.set_postfix_str(f'epoch {epoch + 1}, ce: {losses}')
 
-        for run in [run for run in runs if run.name in lrs]:
-            phase = run.phase(epoch)
-            row = {'epoch': epoch + 1, 'phase': phase, 'lr': lrs[run.name], **run.meter.read(run.step)}
-            if run.meter.failure:
-                log(f'stopped: {run.meter.failure}')
-                failures.append(run.meter.failure)
-                runs.remove(run)
-                continue
-            if phase == 'train':
-                row |= utils.measure(run.net, val, test, amp)
-            row['seconds'] = time.time() - started
-            run.record.epoch_done(row)
+        rows = {run.name: {'epoch': epoch + 1, 'phase': run.phase, 'lr': run.learning_rate(epoch, args),
+                           **run.meter.read(run.step)} for run in begun}  # fmt: skip
+        for run in [run for run in begun if run.meter.failure]:
+            log(f'stopped: {run.meter.failure}')
+            failures.append(run.meter.failure)
+            runs.remove(run)
+            begun.remove(run)
+        in_training = [run for run in begun if run.phase == 'train']
+        counts = together.each(lambda run: utils.measure(run.net, val, test, amp), in_training)
+        for run, counted in zip(in_training, counts):
+            rows[run.name] |= utils.measured(counted)
+        for run in begun:
+            row = rows[run.name] | {'seconds': time.time() - started}
+            run.record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
             log(epoch_line(run, row, args.epochs))
             if board:
                 for key, value in row.items():
@@ -270,7 +297,9 @@ def main():
                         board.add_scalar(f'{run.name}/{key}', value, epoch + 1)
         if not runs:
             break
-        if (signal := stop.agreed()) and epoch + 1 < args.epochs:
+        if (signal := stop.agreed()) and not last:
+            for run in runs:
+                run.record.save()
             bar.close()
             log(f'stopped after epoch {epoch + 1}; --resume auto continues')
             return 128 + signal
@@ -286,55 +315,58 @@ def main():
         raise utils.NonFinite('; '.join(failures))
 
 
-def train_student(run: Run, b: SimpleNamespace, ts: list) -> None:
-    """One step of one student: forward, backward, update."""
-    incomplete = len(b.img) < run.batch_size and any(part.method.whole for part in run.parts)
+def train_student(run: Run, seen: Batch) -> None:
+    """One step of one student: forward, backward, update. seen: the batch and what teachers say of it."""
+    incomplete = len(seen.img) < run.batch_size and any(term.method.whole for term in run.terms)
     if run.meter.failure or incomplete:
         return
-    phase = run.phase(b.epoch)
-    own = SimpleNamespace(**vars(b), generator=run.generator, rng=run.rng)
-    own.epoch, own.epochs = run.own(b.epoch), run.epochs
-    out, loss_ce, loss_kd = run.step(own, ts, phase)
-    losses = {'kd': loss_kd} if loss_ce is None else {'ce': loss_ce, 'kd': loss_kd}
+    batch = replace(seen, now=run.now, epochs=run.epochs, generator=run.generator, rng=run.rng)
+    out, terms = run.step(batch, seen.ts, run.weights, run.phase)
+    run.reads_epoch = batch.reads_epoch
+    weights = run.weights
+    loss_kd = sum(weights[name] * term for name, term in terms.items() if name != 'ce')
     # without a weight, cross-entropy stays out: 0 times it would still move the classifier
-    loss = loss_kd if loss_ce is None or run.ce == 0 else run.ce * loss_ce + loss_kd
+    loss = weights['ce'] * terms['ce'] + loss_kd if weights.get('ce') else loss_kd
 
-    if not run.meter.guard(loss, run.opt, ts[0].out if ts else None):
+    if not run.meter.guard(loss, run.opt, seen.ts[0].out if seen.ts else None):
         return
-    special = [part.method.step for part in run.parts if part.method.step]
-    if special and phase == 'train':
-        special[0](run.opt, run.ce * loss_ce, loss_kd, own.epoch)
+    special = [term.method.step for term in run.terms if term.method.step]
+    if special and run.phase == 'train':
+        special[0](run.opt, weights['ce'] * terms['ce'], loss_kd, batch.epoch)
     else:
         run.opt.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
         run.scaler.step(run.opt)
         run.scaler.update()
-    run.meter.add(out, b.target, **losses)
+    run.meter.add(out, batch.target, **terms)
 
 
-def begin_epoch(run: Run, epoch: int, args, device) -> float:
-    """Modes, generators, meter, optimiser of a run for this epoch; returns the learning rate."""
+def begin_epoch(run: Run, epoch: int, args) -> None:
+    """Phase, weights, modes, generators, meter and optimiser of a run for this epoch."""
     run.step.train()
+    run.now, run.phase = run.own(epoch), run.phase_of(epoch)
     pretrain, init = run.before
-    if run.own(epoch) in (-pretrain - init, -init, 0):
+    if run.now in (-pretrain - init, -init, 0):
         run.opt.state.clear()  # every phase starts with a fresh optimiser
     whole = getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
-    run.ce = whole.ce_weight(run.own(epoch), run.epochs)
+    run.weights = whole.weights(run.phase, run.now, run.epochs)
     seed = args.seed * 1_000_003 + epoch
     run.generator.manual_seed(seed + 7919 * utils.rank())  # processes draw different numbers
     run.rng = random.Random(seed)
-    run.meter = utils.Meter(run.name, epoch, device)
-    return run.learning_rate(epoch, args)
+    run.meter.reset(epoch)
 
 
 def epoch_line(run: Run, row: dict, epochs: int) -> str:
+    shown = '  '.join(
+        f'{name} {row[name]:.4f}' for name in ('ce', *(k.name for k in run.terms)) if name in row
+    )
     if row['phase'] != 'train':
         left = run.before[1] if row['phase'] == 'init' else sum(run.before)
         done = run.own(row['epoch']) + left
         total = run.before[row['phase'] == 'init']
-        return f'{row["phase"]} {done}/{total}  {run.name:12s} kd {row["kd"]:.4f}  {row["seconds"]:.0f} s'
+        return f'{row["phase"]} {done}/{total}  {run.name:12s} {shown}  {row["seconds"]:.0f} s'
     return (
-        f'epoch {row["epoch"]}/{epochs}  {run.name:12s} ce {row["ce"]:.4f}  kd {row["kd"]:.4f}  '
+        f'epoch {row["epoch"]}/{epochs}  {run.name:12s} {shown}  '
         f'train {row["train_top1"]:.2f}  test {row["test_top1"]:.2f}  '
         f'best {run.record.best["test_top1"]:.2f}  {row["seconds"]:.0f} s'
     )
@@ -346,28 +378,30 @@ class Look:
     nets: the teachers; img: a few images, on which their faster forms are made.
     """
 
-    def __init__(self, nets: list[nn.Module], amp: torch.autocast, views: list[str], img: Tensor) -> None:
+    def __init__(self, nets: list[nn.Module], amp, views: list[str], img: Tensor) -> None:
         self.nets, self.amp, self.views = nets, amp, views
         self.net_t = nets[0] if nets else None
         self.fast = [models.folded(net, img, utils.precision(amp, img.device)) for net in nets]
+        self.reads = [set() for _ in nets]  # what students look at, of each teacher
+        self.prepare = set()  # the functions of rows that want more of the main teacher
 
-    def teacher(self, img: Tensor):
+    def __call__(self, img: Tensor, target: Tensor, index: Tensor, views: dict[str, Tensor]) -> Batch:
+        """The batch with everything that all students need of it."""
+        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, net_t=self.net_t)
+        with torch.no_grad():
+            for prepare in sorted(self.prepare, key=lambda f: f.__name__):
+                seen.shared[prepare] = prepare(self.net_t, seen.ts[0], seen)
+        return seen
+
+    def teacher(self, img: Tensor) -> InFloat32:
         """The main teacher's features; differentiable with respect to img where that requires grad."""
-        with self.amp:
-            t = self.fast[0](img, True)
-        return utils.as_float(t)
+        with self.amp():
+            return InFloat32(self.fast[0](img, True))
 
     @torch.no_grad()
-    def teachers_on(self, img: Tensor) -> list:
-        with self.amp:
-            ts = [net(img, True) for net in self.fast]
-        return [utils.as_float(t) for t in ts]
-
-    @torch.no_grad()
-    def prepared(self, runs: list[Run], ts: list, b: SimpleNamespace) -> dict:
-        """What some methods want of the teacher besides, {function: value}."""
-        asked = {p.method.prepare for run in runs for p in run.parts if p.method.prepare}
-        return {prepare: prepare(self.net_t, ts[0], b) for prepare in sorted(asked, key=lambda f: f.__name__)}
+    def teachers_on(self, img: Tensor) -> list[InFloat32]:
+        with self.amp():
+            return [InFloat32(net(img, True), reads) for net, reads in zip(self.fast, self.reads)]
 
 
 def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Module], dict]:
@@ -385,33 +419,33 @@ def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Modul
     return nets, facts
 
 
-def read_methods(args) -> dict[str, list[Part]]:
-    """{'pkt+st': [Part('pkt', ...), Part('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
+def read_methods(args) -> dict[str, list[Term]]:
+    """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
     tokens = {token: token.split('+') for token in args.kd_mode}
-    names = {name for parts in tokens.values() for name in parts}
+    names = {name for terms in tokens.values() for name in terms}
     for name in sorted(names - METHODS.keys()):
         raise utils.UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(METHODS)}')
     for name in sorted(name for name in names if METHODS[name].peers):
         raise utils.UserError(
             f'--kd_mode {name}: trains networks that learn from each other, use train_dml.py'
         )
-    if len(tokens) < len(args.kd_mode) or any(len(set(parts)) < len(parts) for parts in tokens.values()):
+    if len(tokens) < len(args.kd_mode) or any(len(set(terms)) < len(terms) for terms in tokens.values()):
         raise utils.UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
     check_teachers(args, names)
     weights, options = utils.weights_and_options(args, sorted(names), METHODS)
     wanted = {
-        token: [Part(name, METHODS[name], weights[name], options[name]) for name in parts]
-        for token, parts in tokens.items()
+        token: [Term(name, METHODS[name], weights[name], options[name]) for name in terms]
+        for token, terms in tokens.items()
     }
-    for token, parts in wanted.items():
+    for token, terms in wanted.items():
         for column, what in (
             ('student', 'change the student'),
             ('step', 'have a training step of their own'),
         ):
-            several = [part.name for part in parts if getattr(part.method, column)]
+            several = [term.name for term in terms if getattr(term.method, column)]
             if len(several) > 1:
                 raise utils.UserError(f'--kd_mode {token}: {" and ".join(several)} {what}, only one can')
-        if args.amp == 'fp16' and any(part.method.step for part in parts):
+        if args.amp == 'fp16' and any(term.method.step for term in terms):
             raise utils.UserError(f'--amp fp16: {token} has a training step of its own; use bf16')
     return wanted
 
@@ -436,91 +470,96 @@ def check_teachers(args, names: set[str]) -> None:
 
 def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, device) -> list[Run]:
     """The students, all with the weights of net_s, each with its losses, optimiser, generator and record."""
+    graphs = utils.graphs_wanted(args, device)
     initial, teacher = utils.fingerprint(net_s), '+'.join(map(utils.fingerprint, world.nets))
     net_s.to(device, memory_format=torch.channels_last)
-    whole = any(part.method.whole for parts in wanted.values() for part in parts)
+    whole = any(term.method.whole for terms in wanted.values() for term in terms)
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes
     img, target, index, more = next(train.train_batches(args.batch_size, args.seed, 0, world.views))
     img, target, index, more = img[:n], target[:n], index[:n], {k: v[:n] for k, v in more.items()}
-    ts = world.teachers_on(img)
+    world.prepare = {term.method.prepare for terms in wanted.values() for term in terms} - {None}
+    seen = world(img, target, index, more)
     with torch.no_grad():
         s = net_s.eval()(img, True)
 
     def fresh(_):
         return models.build(args.s_name, train.num_classes).to(device, memory_format=torch.channels_last)
 
-    e = SimpleNamespace(s=s, t=ts[0] if ts else None, net_s=net_s, net_t=world.net_t, train_set=train,
-                        batch_size=args.batch_size, epochs=args.epochs, num_classes=train.num_classes,
-                        fresh=fresh)  # fmt: skip
+    t = seen.ts[0] if seen.ts else None
+    e = SimpleNamespace(s=s, t=t, net_s=net_s, net_t=world.net_t, train_set=train, batch_size=args.batch_size,
+                        epochs=args.epochs, num_classes=train.num_classes, fresh=fresh)  # fmt: skip
     runs = []
-    for token, parts in wanted.items():
+    for token, terms in wanted.items():
         torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
         net = copy.deepcopy(net_s)
-        for part in parts:
-            net = build_part(part, net, e, device)
-        ce = math.prod(part.method.ce for part in parts)
+        for term in terms:
+            net = build_term(term, net, e, device)
+        ce = math.prod(term.method.ce for term in terms)
         before = tuple(
-            max((utils.scaled(getattr(p.method, phase), args.epochs, chosen) for p in parts), default=0)
+            max((utils.scaled(getattr(p.method, phase), args.epochs, chosen) for p in terms), default=0)
             for phase, chosen in (('pretrain', args.pretrain_epochs), ('init', args.init_epochs))
         )
         inside = args.phases == 'inside'
         if inside and sum(before) >= args.epochs:
             raise utils.UserError(f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs '
                                   f'{args.epochs} leaves none to train')  # fmt: skip
-        step = Step(net, parts, ce, world.amp, utils.gather_batches if args.global_relations else None)
-        b = SimpleNamespace(img=img, target=target, index=index, views=more, epoch=args.epochs // 2,
-                            epochs=args.epochs, teacher=world.teacher, net_t=world.net_t,
-                            generator=torch.Generator(device), rng=random.Random(0))  # fmt: skip
-        optimise = [part.method.optimiser for part in parts if part.method.optimiser] or [utils.sgd]
+        gather = utils.gather_batches if args.global_relations else None
+        cast = utils.PRECISIONS[args.amp] if graphs else None
+        step = Student(net, terms, world.amp, gather, cast)
+        optimise = [term.method.optimiser for term in terms if term.method.optimiser] or [utils.sgd]
         opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         math_args = utils.math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
             teacher_weights=teacher, ce=ce, before=list(before), global_relations=args.global_relations,
-            methods=[[part.name, part.weight, part.options] for part in parts],
+            methods=[[term.name, term.weight, term.options] for term in terms],
         )  # fmt: skip
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = utils.Record(folder / token, state, math_args, origin, selected_on)
         run = Run(
-            token, step, parts, ce, net, opt, scaler, torch.Generator(device), record, before,
-            args.batch_size, args.epochs - inside * sum(before), inside,
+            token, step, terms, net, opt, scaler, torch.Generator(device), record,
+            utils.Meter(token, 0, device), before, args.batch_size, args.epochs - inside * sum(before),
+            inside, counters=side_by_side.host_counters(net) if graphs else [],
+            usual_only='; '.join(term.method.eager for term in terms if term.method.eager),
         )  # fmt: skip
-        try_once(run, step, b, ts, world)
+        try_once(run, step, seen)
         record.resume(utils.resume_point(args.resume, folder / token))
         if not record.epoch and utils.rank() == 0:  # the other processes are sent the result
-            for part in parts:
-                if part.method.start:
+            for term in terms:
+                if term.method.start:
                     with utils.user_errors():
-                        part.method.start(part.loss, world.teacher, e)
+                        term.method.start(term.loss, world.teacher, e)
         run.step = utils.distributed(step, device)
         runs.append(run)
     return runs
 
 
-def try_once(run: Run, step: Step, b: SimpleNamespace, ts: list, world: Look) -> None:
+def try_once(run: Run, step: Student, seen: Batch) -> None:
     """A step of each phase on a copy: shapes that do not meet show here, before anything is trained."""
     trial = copy.deepcopy(step).train()
     trial.gather = None
+    generator = torch.Generator(seen.img.device)
     try:
         with utils.user_errors():
-            b.shared = world.prepared([run], ts, b)
             for phase, count in (('pretrain', run.before[0]), ('init', run.before[1]), ('train', 1)):
                 if count:
-                    trial(b, ts, phase)
-    except AttributeError as error:  # a network of the user's own, without a part that this method asks for
+                    batch = replace(seen, now=run.epochs // 2, epochs=run.epochs, generator=generator,
+                                    rng=random.Random(0))  # fmt: skip
+                    trial(batch, seen.ts, trial.weights(phase, batch.now, run.epochs), phase)
+    except AttributeError as error:  # a network of the user's own, without a term that this method asks for
         raise utils.UserError(f'{run.name}: {error}') from None
 
 
-def build_part(part: Part, net: nn.Module, e: SimpleNamespace, device) -> nn.Module:
+def build_term(term: Term, net: nn.Module, e: SimpleNamespace, device) -> nn.Module:
     """Build the loss of a method, and return the network that this method trains."""
-    method = part.method
+    method = term.method
     try:
         with utils.user_errors():
-            part.loss = method.build(method.loss, e, **part.options).to(device)
+            term.loss = method.build(method.loss, e, **term.options).to(device)
             if method.student:
-                net = method.student(net, part.loss, e).to(device, memory_format=torch.channels_last)
+                net = method.student(net, term.loss, e).to(device, memory_format=torch.channels_last)
     except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels
-        raise utils.UserError(f'--kd_args: {part.name}: {error}') from None
+        raise utils.UserError(f'--kd_args: {term.name}: {error}') from None
     return net
 
 

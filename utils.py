@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import hashlib
 import inspect
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dataset
-from models import Feats, load_weights
+from models import load_weights
 from models.checkpoint import read_checkpoint
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -120,6 +122,9 @@ def add_common_flags(
     flag('--resume', metavar='auto|never|PATH',
          help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
               'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
+    flag('--save_every', type=positive_int, default=1, metavar='N',
+         help='write last.pt and best.pt every N epochs, and after the last: a kill loses up to N; '
+              'default 1')
     flag('--print_freq', type=positive_int, default=50,
          help='show the running loss every so many steps, default 50')
     flag('--tensorboard', action='store_true', help='also write TensorBoard scalars')
@@ -325,21 +330,22 @@ class _Gather(torch.autograd.Function):
 class Gathered:
     """Feats of all processes, gathered when they are asked for."""
 
-    def __init__(self, f: Feats) -> None:
+    def __init__(self, f) -> None:
         self._f = f
 
     def __getattr__(self, name: str):
         value = getattr(self._f, name)
-        gathered = [_Gather.apply(x) for x in value] if isinstance(value, list) else _Gather.apply(value)
+        one = isinstance(value, Tensor)
+        gathered = _Gather.apply(value) if one else [_Gather.apply(x) for x in value]
         setattr(self, name, gathered)
         return gathered
 
 
-def gather_batches(s: Feats, t: Feats, b):
+def gather_batches(s, t, b):
     """Student, teacher and batch of all processes, for losses that relate samples to each other."""
     if processes() == 1:
         return s, t, b
-    everything = argparse.Namespace(**vars(b))
+    everything = copy.copy(b)
     everything.target = _Gather.apply(b.target)
     return Gathered(s), Gathered(t), everything
 
@@ -349,8 +355,7 @@ def gather_batches(s: Feats, t: Feats, b):
 
 def setup(args: argparse.Namespace) -> torch.device:
     """Threads, seeds and kernels as the flags say; returns the device."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or cores())
     mps = torch.backends.mps.is_available()
     name = args.device or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')
     try:
@@ -367,20 +372,34 @@ def setup(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def cores() -> int:
+    """Cores that this process may use: torch counts those of the whole machine."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # a container's share, 'max' or microseconds per period
+        quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+        count = min(count, -(-int(quota) // int(period)))
+    return max(count, 1)
+
+
 def seed_all(seed: int) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
 
 
-def autocast(device: torch.device, amp: str, cache: bool = True) -> torch.autocast:
-    """cache: keep a weight's cast for its next use; a step that is recorded must not."""
-    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != 'off', cache_enabled=cache)
+PRECISIONS = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
 
 
-def precision(amp: torch.autocast, device: torch.device) -> torch.dtype | None:
+def autocast(device: torch.device, amp: str) -> Callable[[], torch.autocast]:
+    """To be called at every use, `with amp():`, since threads cannot share one.
+
+    Casts of weights are not cached: the cache is one for all threads, and what is recorded must not use it.
+    """
+    return partial(torch.autocast, device.type, PRECISIONS[amp], enabled=amp != 'off', cache_enabled=False)
+
+
+def precision(amp: Callable[[], torch.autocast], device: torch.device) -> torch.dtype | None:
     """What autocast turns weights into, None if it is off."""
-    with amp:
+    with amp():
         on = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if on else None
 
@@ -389,15 +408,6 @@ def compile_networks(args: argparse.Namespace, *nets: nn.Module) -> None:
     """With --compile: in place, so names of weights, copies and checkpoints stay as they are."""
     for net in nets if args.compile else ():
         net.compile()
-
-
-def as_float(f):
-    """Losses see float32, whatever precision the network ran in: Feats, lists and tensors."""
-    if isinstance(f, Feats):
-        return Feats(*map(as_float, f))
-    if isinstance(f, (list, tuple)):
-        return type(f)(map(as_float, f))
-    return f.float() if isinstance(f, Tensor) else f
 
 
 def learning_rate(args: argparse.Namespace, epoch: float) -> float:
@@ -416,8 +426,13 @@ def one_cycle(done: float) -> float:
 
 
 def set_learning_rate(opt: torch.optim.Optimizer, lr: float) -> None:
-    for group in opt.param_groups:
-        group['lr'] = lr
+    if not isinstance(opt.param_groups[0]['lr'], Tensor):
+        for group in opt.param_groups:
+            group['lr'] = lr
+    elif getattr(opt, 'rate', None) != lr:  # a tensor is what a recorded step reads: filled where it lies
+        opt.rate = lr
+        for group in opt.param_groups:
+            group['lr'].fill_(lr)
 
 
 def scaled(epochs_of_200: int, epochs: int, chosen: int | None = None) -> int:
@@ -431,10 +446,49 @@ def sgd(parameters: Iterable[nn.Parameter | dict], args: argparse.Namespace) -> 
     """parameters: tensors, or groups of them as torch.optim takes them."""
     parameters = list(parameters)
     first = parameters[0]['params'][0] if isinstance(parameters[0], dict) else parameters[0]
-    return torch.optim.SGD(
-        parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0,
-        fused=first.is_cuda,
-    )  # fmt: skip
+    if not first.is_cuda:
+        return torch.optim.SGD(
+            parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0
+        )
+    return fused_sgd(parameters, args)
+
+
+def fused_sgd(parameters: list, args: argparse.Namespace) -> torch.optim.SGD:
+    """SGD that can skip an update on the device (Meter.guard) and be recorded, the learning rate a tensor."""
+    first = parameters[0]['params'][0] if isinstance(parameters[0], dict) else parameters[0]
+    rate = torch.tensor(args.lr, device=first.device)
+    opt = torch.optim.SGD(
+        parameters,
+        rate,
+        args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=args.momentum > 0,
+        fused=True,
+    )
+
+    def zero_momentum(opt, *_):
+        # the fused kernel wants a momentum of all parameters or of none: one whose first gradient comes late
+        # starts from 0, which is what it would have
+        for group in opt.param_groups if args.momentum else ():
+            for p in group['params']:
+                if p.grad is not None and opt.state[p].get('momentum_buffer') is None:
+                    opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
+
+    def plain_rate(opt, state):
+        """In a checkpoint the rate is a number, as it is on every other device."""
+        groups = [group | {'lr': float(group['lr']), 'fused': None} for group in state['param_groups']]
+        return state | {'param_groups': groups}
+
+    def own_rate(opt):
+        """Whatever device the checkpoint came from."""
+        for group in opt.param_groups:
+            rate.fill_(group['lr'])
+            group |= {'lr': rate, 'fused': True, 'foreach': False}
+
+    opt.register_step_pre_hook(zero_momentum)
+    opt.register_state_dict_post_hook(plain_rate)
+    opt.register_load_state_dict_post_hook(own_rate)
+    return opt
 
 
 # -------------------------------------------------------------------------------- steps and what they measure
@@ -447,15 +501,23 @@ class Meter:
     that would drain the queue at every step: there the fused optimiser is told to skip the update, and the
     step is remembered and shows at the next reading. `failure` then is a sentence that names run and step.
 
-    Everything is changed in place, so that a recorded step (see Replayed) finds it where it was.
+    Everything is changed in place, also by reset, so that a recorded step finds it where it was.
     """
 
     def __init__(self, name: str, epoch: int, device: torch.device) -> None:
-        self.name, self.epoch, self.failure = name, epoch, ''
+        self.name, self.failure = name, ''
         self.sums = {}
         self.zero = torch.zeros((), device=device)
         self.steps = torch.zeros_like(self.zero, dtype=torch.int64)
         self.bad_step = torch.full_like(self.steps, -1)
+        self.epoch = epoch
+
+    def reset(self, epoch: int) -> None:
+        """Begin another epoch."""
+        self.epoch, self.failure = epoch, ''
+        for value in (*self.sums.values(), self.steps):
+            value.zero_()
+        self.bad_step.fill_(-1)
 
     def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> bool:
         """Whether to go on with this step."""
@@ -498,91 +560,45 @@ class Meter:
         """
         if not self.failure and (bad := int(self.bad_step)) >= 0:
             self._fail(bad, 'found at the next reading')
-        if (
-            not self.failure
-            and net is not None
-            and not all(torch.isfinite(p).all() for p in net.parameters())
-        ):
+        if not self.failure and net is not None and not all_finite(net):
             self.failure = (
                 f'{self.name}: a weight is not finite after epoch {self.epoch + 1}, step {int(self.steps)}'
             )
         if self.failure:
             return {}
-        sums = {key: float(value) for key, value in self.sums.items()}
-        if net is not None and processes() > 1:
-            total = summed(
-                torch.tensor(list(sums.values()), device=self.bad_step.device, dtype=torch.float64)
-            )
-            sums = dict(zip(sums, total.tolist()))
+        if not self.sums:
+            return {}
+        total = torch.stack([value.double() for value in self.sums.values()])
+        if net is not None:
+            total = summed(total)
+        sums = dict(zip(self.sums, total.tolist()))
+        if not sums['n']:
+            return {}
         means = {key: value / sums['n'] for key, value in sums.items() if key not in ('n', 'hits')}
         return means | ({'train_top1': 100 * sums['hits'] / sums['n']} if 'hits' in sums else {})
 
 
-class Replayed:
-    """A training step that a GPU repeats by itself: recorded once an epoch, then replayed for every batch.
-
-    A small network's step is hundreds of kernels of a few microseconds, and starting them one by one takes
-    longer than running them. A CUDA graph starts all at once. It repeats the same kernels on the same memory,
-    so every batch is copied to where the recorded one lay, and whatever Python decided while recording
-    (learning rate, weights of losses, the epoch) is decided for as long as the recording lasts: one epoch.
-    The first steps of an epoch run as usual, since they make what later ones find (momenta, sums, the choice
-    of convolution algorithms); so does a last batch that is smaller. Without `record` all steps do.
-
-    Args:
-        step: called with tensors of a batch, (img, target, index, {view: images}); what it returns is handed
-            on, after a replay as the recorded tensors with new content.
-        record: (function without arguments) -> (replay, what the function returned), e.g. cuda_graph().
-    """
-
-    usual_steps = 3
-
-    def __init__(self, step: Callable, record: Callable | None = None) -> None:
-        self.step, self.record = step, record
-        self.steps = self.size = 0
-        self.fixed = self.replay = self.returned = None
-
-    def __call__(self, img: Tensor, target: Tensor, index: Tensor, more: dict[str, Tensor]):
-        self.steps += 1
-        self.size = self.size or len(img)
-        if self.record is None or self.steps <= self.usual_steps or len(img) != self.size:
-            return self.step(img, target, index, more)
-        if self.replay is None:
-            self.fixed = [torch.empty_like(x) for x in (img, target, index, *more.values())]
-            fixed = (*self.fixed[:3], dict(zip(more, self.fixed[3:])))
-            fill(self.fixed, (img, target, index, *more.values()))
-            self.replay, self.returned = self.record(lambda: self.step(*fixed))
-        fill(self.fixed, (img, target, index, *more.values()))
-        self.replay()
-        return self.returned
+def all_finite(net: nn.Module) -> bool:
+    """Whether all weights are: one reading from the device."""
+    largest = nn.utils.get_total_norm(list(net.parameters()), norm_type=float('inf'))
+    return bool(torch.isfinite(largest))
 
 
-def fill(places: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
-
-
-def cuda_graph(generators: Iterable[torch.Generator]) -> Callable:
-    """What Replayed records with on CUDA; generators: those that the step draws from."""
-
-    def record(step: Callable[[], object]) -> tuple[Callable, object]:
-        graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            returned = step()
-        return graph.replay, returned
-
-    return record
+def add_thread_flag(parser: Parser) -> None:
+    parser.add_argument('--student_threads', type=positive_int, default=1, metavar='N',
+        help='CPU: threads inside the operations of each student; as many students train at the same time as '
+             '--threads allows. Last digits depend on N and on nothing else: alone or beside others, on two '
+             'cores or sixteen, a student ends with the same weights; default 1')  # fmt: skip
 
 
 def add_graph_flag(parser: Parser) -> None:
     parser.add_argument('--cuda_graphs', action='store_true',
-        help='record a training step once an epoch and let the GPU repeat it: several times faster for small '
-             'networks; elsewhere nothing changes')  # fmt: skip
+        help='record a training step and let the GPU repeat it, students side by side: several times faster '
+             'for small networks; elsewhere nothing changes')  # fmt: skip
 
 
 def graphs_wanted(args: argparse.Namespace, device: torch.device) -> bool:
-    if not args.cuda_graphs or device.type != 'cuda':
+    if not getattr(args, 'cuda_graphs', False) or device.type != 'cuda':
         return False
     if args.amp == 'fp16':
         raise UserError('--cuda_graphs: the loss scaling of --amp fp16 cannot be recorded; use bf16')
@@ -591,21 +607,30 @@ def graphs_wanted(args: argparse.Namespace, device: torch.device) -> bool:
     return True
 
 
-@torch.no_grad()
-def evaluate(net: nn.Module, data, amp: torch.autocast) -> dict[str, float]:
+def evaluate(net: nn.Module, data, amp: Callable[[], torch.autocast]) -> dict[str, float]:
     """Top-1, top-5 (percent), cross-entropy over every image once, and the number of non-finite logits."""
+    return figures(counted(net, data, amp))
+
+
+@torch.no_grad()
+def counted(net: nn.Module, data, amp: Callable[[], torch.autocast]) -> Tensor:
+    """What evaluate needs, on the device: nothing waits for it yet."""
     net.eval()
     same_buffers(net)
     sums = torch.zeros(5, dtype=torch.float64, device='cpu' if data.device.type == 'mps' else data.device)
     for img, target, _ in data.test_batches(128 if data.device.type == 'cpu' else 1000):
-        with amp:
+        with amp():
             out = net(img)
         out = out.float()
         ranked = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]
         loss = F.cross_entropy(out, target, reduction='sum')
         bad = (~torch.isfinite(out)).sum()
         sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, bad, bad * 0 + len(out)]).to(sums)
-    top1, top5, loss, bad, n = summed(sums).tolist()
+    return summed(sums)
+
+
+def figures(counts: Tensor) -> dict[str, float]:
+    top1, top5, loss, bad, n = counts.tolist()
     return {'top1': 100 * top1 / n, 'top5': 100 * top5 / n, 'loss': loss / n, 'bad': int(bad)}
 
 
@@ -622,17 +647,21 @@ def outputs(net: nn.Module, data) -> tuple[Tensor, Tensor]:
     return tuple(x.to(outs.device) for x in joined)
 
 
-def measure(net: nn.Module, val, test, amp: torch.autocast) -> dict[str, float]:
+def measure(net: nn.Module, val, test, amp: Callable[[], torch.autocast]) -> dict[str, Tensor]:
+    """{'val': ..., 'test': ...} for measured(); without 'val' if there is no validation set."""
+    return {half: counted(net, data, amp) for half, data in (('val', val), ('test', test)) if data}
+
+
+def measured(counts: dict[str, Tensor]) -> dict[str, float]:
     """test_top1, test_top5, and val_top1, val_top5 if there is a validation set."""
     row = {}
-    for half, data in (('val', val), ('test', test)):
-        if data:
-            measured = evaluate(net, data, amp)
-            row |= {f'{half}_top1': measured['top1'], f'{half}_top5': measured['top5']}
+    for half, sums in counts.items():
+        seen = figures(sums)
+        row |= {f'{half}_top1': seen['top1'], f'{half}_top5': seen['top5']}
     return row
 
 
-def load_teacher(net: nn.Module, path: str, data, amp: torch.autocast) -> dict[str, float]:
+def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autocast]) -> dict[str, float]:
     """Fill, freeze and measure a teacher; one that gives non-finite logits is refused."""
     with user_errors():
         said = load_weights(net, path)
@@ -713,8 +742,19 @@ def save_checkpoint(path: Path, content: dict) -> None:
     if rank() > 0:
         return
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(on_cpu(content), buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def on_cpu(x):
+    """The same with every tensor on the CPU: a file that any machine can read."""
+    if isinstance(x, Tensor):
+        return x.cpu()
+    if isinstance(x, dict):
+        moved = copy.copy(x)  # with what a state_dict knows besides
+        moved.update((key, on_cpu(value)) for key, value in x.items())
+        return moved
+    return type(x)(map(on_cpu, x)) if isinstance(x, (list, tuple)) else x
 
 
 def load_checkpoint(path: Path, math_args: dict) -> dict:
@@ -747,10 +787,13 @@ def provenance(device: torch.device) -> dict:
     """Where a number comes from: command, commit, machine."""
 
     def git(*words):
-        done = subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:  # there is no git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git('rev-parse', 'HEAD')
+    commit = git('rev-parse', 'HEAD') or os.environ.get('SOURCE_COMMIT')  # a copy without its history
     if commit and git('status', '--porcelain', '--untracked-files=no'):
         commit += '-dirty'
     script = Path(sys.argv[0]).resolve()
@@ -880,6 +923,8 @@ class Record:
         self.folder, self.parts, self.math_args = output_folder(folder), parts, math_args
         self.origin, self.key = origin, f'{selected_on}_{key}'
         self.history: list[dict] = []
+        self.saved = 0  # epochs that the checkpoint knows of
+        self.waiting: dict | None = None  # the best weights so far, where best.pt is older
         if rank() == 0:
             for leftover in self.folder.glob('.*.tmp'):  # of a kill in the middle of a write
                 leftover.unlink(missing_ok=True)
@@ -901,6 +946,7 @@ class Record:
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         self.history = content['history']
+        self.saved = self.epoch
         best = path.with_name('best.pt')
         if best.exists() and not (self.folder / 'best.pt').exists():  # the run moves to another folder
             write_atomic(self.folder / 'best.pt', best.read_bytes())
@@ -909,15 +955,29 @@ class Record:
         if commit not in commits:
             self.origin['resumed_with'] = [*commits[1:], commit]
 
-    def epoch_done(self, row: dict) -> None:
+    def epoch_done(self, row: dict, save: bool = True) -> None:
+        """save: False leaves the checkpoints as they are: a kill then loses this epoch, too."""
         self.history.append(row)
         if self.key in row and self.best is row:
             weights = deployed(self.parts['net']).state_dict()
-            save_checkpoint(self.folder / 'best.pt', {'net': weights, 'epoch': row['epoch']})
+            self.waiting = {'net': {k: v.clone() for k, v in weights.items()}, 'epoch': row['epoch']}
+        if save:
+            self.save()
+        else:
+            write_metrics(self.folder / 'metrics.csv', self.history)
+
+    def save(self) -> None:
+        """Write what is newer than the files."""
+        if self.saved == self.epoch:
+            return
+        if self.waiting:
+            save_checkpoint(self.folder / 'best.pt', self.waiting)
+            self.waiting = None
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args, 'origin': self.origin}
         write_metrics(self.folder / 'metrics.csv', self.history)
         save_checkpoint(self.folder / 'last.pt', state)
+        self.saved = self.epoch
 
     def finish(self, weights: str, facts: dict) -> str:
         """Write the plain weights and results.json; return the headline, which is the last epoch's."""

@@ -28,6 +28,7 @@ import models
 import train_kd
 import utils
 from dataset import Resident
+from engine import side_by_side
 from kd_losses import METHODS
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -89,15 +90,16 @@ def plain_loop(method: str, teacher: str, train: Resident):
             yield
 
 
-def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: int = BATCH):
-    """(runs, world) as train_kd.py builds them, of untrained networks, at the start of an epoch."""
+def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: int = BATCH, **flags):
+    """(runs, world, flags) as train_kd.py has them, of untrained networks; the first epoch is not begun."""
     args = argparse.Namespace(
         t_name=[teacher], t_model=['-'], s_name='resnet20', s_init=None, kd_mode=list(methods), lambda_kd=[],
         kd_args=[], amp=amp, batch_size=batch_size, epochs=200, seed=0, lr=0.1, momentum=0.9,
         weight_decay=1e-4, milestones=[0.5, 0.75], lr_decay=0.1, schedule='steps', phases='before',
-        init_epochs=0, pretrain_epochs=0,
-        global_relations=False, resume='never', compile=False, data_name='-', image_size=32, val_split=0.0,
+        init_epochs=0, pretrain_epochs=0, global_relations=False, resume='never', compile=False,
+        cuda_graphs=False, data_name='-', image_size=32, val_split=0.0,
     )  # fmt: skip
+    vars(args).update(flags)
     torch.manual_seed(0)
     device = train.device
     net_t = models.build(teacher, 10).requires_grad_(False).eval()
@@ -110,23 +112,20 @@ def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: in
         origin = {'commit': None}
         net_s = models.build('resnet20', 10)
         runs = train_kd.build_runs(args, wanted, Path(folder), origin, net_s, world, train, 'test', device)
-    for run in runs:
-        train_kd.begin_epoch(run, 0, args, device)
-    return runs, world
+    return runs, world, args
 
 
 def our_loop(methods, teacher: str, train: Resident, amp: str):
     """The same with the parts and in the order of train_kd.py."""
-    runs, world = students_of(methods, teacher, train, amp)
+    runs, world, args = students_of(methods, teacher, train, amp)
+    for run in runs:
+        train_kd.begin_epoch(run, 0, args)
+    cores = torch.get_num_threads()
+    together = side_by_side.Workers(cores, 1) if cores > 1 else side_by_side.InTurn()
     epoch = 0
     while True:
-        for img, target, index, more in train.train_batches(BATCH, 0, epoch):
-            ts = world.teachers_on(img)
-            b = SimpleNamespace(img=img, target=target, index=index, views=more, epoch=epoch, epochs=200,
-                                teacher=world.teacher, net_t=world.net_t)  # fmt: skip
-            b.shared = world.prepared(runs, ts, b)
-            for run in runs:
-                train_kd.train_student(run, b, ts)
+        for batch in together.looks(world, train.train_batches(BATCH, 0, epoch)):
+            together.train(train_kd.train_student, runs, batch)
             yield
         epoch += 1
 
@@ -218,7 +217,7 @@ def group_cost(rounds: int) -> dict:
         d = (time.perf_counter() - started) / len(batches)
         started = time.perf_counter()
         for img in batches[:4]:
-            with torch.no_grad(), amp:
+            with torch.no_grad(), amp():
                 net_t(img, True)
         t = (time.perf_counter() - started) / 4
         s = [seconds(loop, 2) / 2 - t - d for loop in alone]

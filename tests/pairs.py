@@ -4,6 +4,7 @@ python -m tests.pairs      prints the README's table
 """
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -90,31 +91,31 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
     img, target = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
     amp = utils.autocast(torch.device('cpu'), 'off')
     world = train_kd.Look([net_t], amp, [], img)
-    ts = world.teachers_on(img)
+    world.prepare = {method.prepare} - {None}
+    views = {view: img for view in method.views}
+    seen = world(img, target, torch.arange(n), views)
+    ts = seen.ts
     with torch.no_grad():
         s = net_s.eval()(img, True)
     e = SimpleNamespace(s=s, t=ts[0], net_s=net_s, net_t=net_t, train_set=Forty(img, target), batch_size=n,
                         epochs=10, num_classes=10, fresh=lambda _: copy.deepcopy(net_s))  # fmt: skip
     options = {'num_words': 8} if method.start else {'nce_n': 8} if name == 'crd' else {}
-    part = train_kd.Part(name, method, 1.0, options)
+    term = train_kd.Term(name, method, 1.0, options)
     try:
-        part.loss = method.build(method.loss, e, **options)
-        net = method.student(net_s, part.loss, e) if method.student else net_s
-        step = train_kd.Step(net, [part], 1.0, amp, None).train()
+        term.loss = method.build(method.loss, e, **options)
+        net = method.student(net_s, term.loss, e) if method.student else net_s
+        step = train_kd.Student(net, [term], amp).train()
         if method.start:
-            method.start(part.loss, world.teacher, e)
-        views = {view: img for view in method.views}
-        b = SimpleNamespace(img=img, target=target, index=torch.arange(n), views=views,
-                            epoch=5, epochs=10, teacher=world.teacher, net_t=net_t,
-                            generator=torch.Generator(), rng=random.Random(0))  # fmt: skip
-        b.shared = {method.prepare: method.prepare(net_t, ts[0], b)} if method.prepare else {}
-        _, loss_ce, loss_kd = step(b, ts, 'init' if method.init else 'train')
-        (loss_kd + (0 if loss_ce is None else loss_ce)).backward()
+            method.start(term.loss, world.teacher, e)
+        batch = replace(seen, now=5, epochs=10, generator=torch.Generator(), rng=random.Random(0))
+        _, terms = step(batch, ts, {'ce': 1.0, name: 1.0}, 'init' if method.init else 'train')
+        loss_kd = terms[name]
+        (loss_kd + terms.get('ce', 0)).backward()
     except ValueError as error:
         return 'refuses', ' '.join(str(error).split())
     if not torch.isfinite(loss_kd):
         return 'broken', f'loss {loss_kd}'
-    learns = any(p.requires_grad for p in part.loss.parameters()) or method.student is not None
+    learns = any(p.requires_grad for p in term.loss.parameters()) or method.student is not None
     return ('adapter' if learns else 'works'), ''
 
 

@@ -103,7 +103,7 @@ def main():
         student.load_state_dict(fed_average(copies, [1 / len(copies)] * len(copies)))
         row = {'epoch': number + 1, 'clients': drawn, 'loss': loss}
         if (number + 1) % args.adapt_every == 0 or number + 1 == args.epochs:
-            row |= utils.measure(adapted(student, probe, args, number), None, test, amp)
+            row |= utils.measured(utils.measure(adapted(student, probe, args, number), None, test, amp))
         row['seconds'] = time.time() - started
         record.epoch_done(row)
         said = f'  test {row["test_top1"]:.2f}' if 'test_top1' in row else ''
@@ -111,7 +111,7 @@ def main():
 
     torch.manual_seed(args.seed)
     fresh = models.build(args.s_name, train.num_classes).to(device)
-    alone = utils.measure(adapted(fresh, probe, args, 0), None, test, amp)['test_top1']
+    alone = utils.measured(utils.measure(adapted(fresh, probe, args, 0), None, test, amp))['test_top1']
     log(f'the same student on the probe set alone: top-1 {alone:.2f}')
     facts = {'script': 'fedka', 'method': 'fedka', 'student': args.s_name, 'teacher': args.t_name,
              'data': args.data_name, 'parts': parts, 'seed': args.seed, 'epochs': args.epochs,
@@ -152,9 +152,9 @@ def at_home(student, loss, teacher, home, args, amp, number: int):
     for epoch in range(args.local_epochs):
         total = steps = 0
         for img, *_ in home.train_batches(args.batch_size, args.seed, number * args.local_epochs + epoch):
-            with torch.no_grad(), amp:
+            with torch.no_grad(), amp():
                 fm_t = teacher(img, True).fms[-1]
-            with amp:
+            with amp():
                 fm_s = student(img, True).fms[-1]
             value = loss(fm_s, fm_t)
             if not torch.isfinite(value):

@@ -1,0 +1,1 @@
+"""What the training scripts share, one subject a file."""

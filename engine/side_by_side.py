@@ -1,0 +1,293 @@
+"""How the students of a group train side by side: chosen once, before the loop.
+
+Students share a batch and what the teachers say of it, and nothing else. So a training step is one look at
+the batch, then every student's own step, in any order or at the same time:
+
+InTurn   one student after another, in this thread: the plain way, and the one for several processes.
+Workers  on the CPU, a student per core. Two threads inside one small convolution wait for each other more
+         than they gain, and spin while they wait: beside one other busy program they are ten times slower.
+         Two students on two cores need not wait. While they learn from a batch, the next one is looked at.
+Graphs   on CUDA. A small network's step is hundreds of kernels of a few microseconds, and starting them one
+         by one takes longer than running them. A CUDA graph starts them all at once; one graph per student,
+         each on a stream of its own, lets students fill the gaps that others leave.
+
+Each has `looks` (what is seen of every batch of an epoch), `train` (a step of every student) and `each`
+(anything else that is done for every student, such as the evaluation).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import utils
+
+
+def choose(args, device: torch.device, students: int, log: Callable[[str], None]):
+    """One of the three, as the flags, the device and the cores say."""
+    if utils.graphs_wanted(args, device):
+        return Graphs(device, log)
+    if device.type != 'cpu' or utils.processes() > 1:
+        return InTurn()
+    each, cores = args.student_threads, torch.get_num_threads()
+    if students == 1 and each < cores:
+        log(f'the student uses {each} of {cores} cores (--student_threads {cores} gives it all of them, with '
+            f'other last digits)')  # fmt: skip
+    torch.set_num_threads(each)
+    return Workers(cores // each, each) if cores >= 2 * each else InTurn()
+
+
+# --------------------------------------------------------------------------------------- one after another
+
+
+class InTurn:
+    def looks(self, look: Callable, batches: Iterable[tuple]) -> Iterator:
+        """look(*batch) for every batch."""
+        for batch in batches:
+            yield look(*batch)
+
+    def train(self, step: Callable, runs: list, seen) -> None:
+        """step(run, seen) for every run."""
+        for run in runs:
+            step(run, seen)
+
+    def each(self, function: Callable, runs: list) -> list:
+        """[function(run), ...]"""
+        return [function(run) for run in runs]
+
+
+# ------------------------------------------------------------------------------------------ a core for each
+
+
+class Workers:
+    """Worker threads, each with so many threads of its own inside an operation.
+
+    The results of a student depend on that second number (sums are cut into as many parts), and on nothing
+    else here: not on how many workers there are, nor on who works beside it.
+    """
+
+    def __init__(self, workers: int, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
+
+    def looks(self, look: Callable, batches: Iterable[tuple]) -> Iterator:
+        batches = iter(batches)
+
+        def following():
+            batch = next(batches, None)
+            return None if batch is None else look(*batch)
+
+        coming = self.pool.submit(following)
+        try:
+            while (seen := coming.result()) is not None:
+                coming = self.pool.submit(following)
+                yield seen
+        finally:  # the loop may have been left early
+            wait([coming])
+
+    def train(self, step: Callable, runs: list, seen) -> None:
+        self.each(partial(_swapped, step, seen), runs)
+
+    def each(self, function: Callable, runs: list) -> list:
+        jobs = [self.pool.submit(function, run) for run in runs]
+        wait(jobs)  # all, before an error of one ends the training
+        return [job.result() for job in jobs]
+
+
+def _swapped(step, seen, run):
+    return step(run, seen)
+
+
+# ----------------------------------------------------------------------------------------- a graph for each
+
+
+class Repeated:
+    """Work that a GPU repeats by itself: recorded once, then replayed.
+
+    A recording repeats the same kernels on the same memory, and whatever Python decided while it was made
+    (weights of losses, the phase) is decided for as long as it lasts. So it lasts until `decided` changes.
+    Before every recording the work runs as usual a few times: that makes what later steps find (momenta,
+    sums, the choice of convolution algorithms).
+
+    Args:
+        capture: (function without arguments) -> (replay, what the function returned), e.g. cuda_capture().
+    """
+
+    usual = 3
+
+    def __init__(self, capture: Callable) -> None:
+        self.capture, self.decided, self.done = capture, None, 0
+        self.replay = self.returned = None
+
+    def __call__(self, work: Callable, decided=None, recordable: bool = True):
+        if decided != self.decided:
+            self.decided, self.done, self.replay = decided, 0, None
+        self.done += 1
+        if not recordable or self.done <= self.usual:
+            return work()
+        if self.replay is None:
+            self.replay, self.returned = self.capture(work)
+        self.replay()
+        return self.returned
+
+
+class Graphs:
+    """A graph of the batch and the teachers, and a graph per student.
+
+    A student whose step cannot be recorded (its row says so, or the recording fails) takes usual steps,
+    beside the others. So do all with a last batch that is smaller.
+
+    Args:
+        device: where.
+        log: called with a line when a recording fails.
+    """
+
+    def __init__(self, device: torch.device, log: Callable[[str], None] = print) -> None:
+        self.device, self.log = device, log
+        self.look, self.own, self.streams = Repeated(cuda_capture(None, [])), {}, {}
+        self.places = None  # where every whole batch lies
+
+    def looks(self, look: Callable, batches: Iterable[tuple]) -> Iterator:
+        for img, target, index, views in batches:
+            tensors = [img, target, index, *views.values()]
+            self.places = self.places or [torch.empty_like(x) for x in tensors]
+            whole = len(img) == len(self.places[0])
+            if whole:
+                for place, value in zip(self.places, tensors, strict=True):
+                    place.copy_(value)
+                tensors = self.places
+            batch = (*tensors[:3], dict(zip(views, tensors[3:])))
+            yield self.look(partial(_settled, look, batch), recordable=whole)
+
+    def train(self, step: Callable, runs: list, seen) -> None:
+        fixed = seen is self.look.returned and self.look.replay is not None
+        with self._apart(runs) as stream_of:
+            for run in runs:
+                with stream_of(run):
+                    self._train(step, run, seen, fixed)
+
+    def _train(self, step, run, seen, fixed: bool) -> None:
+        if run.name not in self.own:
+            capture = cuda_capture(self.streams.get(run.name), run.generators, run.counters)
+            self.own[run.name] = Repeated(capture)
+        own = self.own[run.name]
+        try:
+            own(partial(step, run, seen), run.decided(), fixed and not run.usual_only)
+        except RuntimeError as error:
+            if own.done <= own.usual or own.replay is not None:
+                raise  # it failed in a usual step, or a replay did
+            said = ' '.join(str(error).split())[:200]
+            self.log(f'{run.name}: its step cannot be recorded, usual steps follow ({said})')
+            run.usual_only = 'recording failed'
+            step(run, seen)
+
+    def each(self, function: Callable, runs: list) -> list:
+        """[function(run), ...], on the students' streams: function should not wait for its results."""
+        results = []
+        with self._apart(runs) as stream_of:
+            for run in runs:
+                with stream_of(run):
+                    results.append(function(run))
+        return results
+
+    @contextlib.contextmanager
+    def _apart(self, runs: list):
+        """Every run's stream waits for what has been asked for so far; afterwards this one waits for all."""
+        if self.device.type != 'cuda':
+            yield lambda run: contextlib.nullcontext()
+            return
+        main = torch.cuda.current_stream(self.device)
+        for run in runs:
+            self.streams.setdefault(run.name, torch.cuda.Stream(self.device)).wait_stream(main)
+        yield lambda run: torch.cuda.stream(self.streams[run.name])
+        for run in runs:
+            main.wait_stream(self.streams[run.name])
+
+
+def _settled(look: Callable, batch: tuple):
+    """What is seen of a batch, with all casts made that students are known to read, and no others kept."""
+    seen = look(*batch)
+    for t in seen.ts:
+        t.cast_ahead()
+        t.freeze()
+    return seen
+
+
+def cuda_capture(stream, generators: Iterable[torch.Generator], counters: Iterable[Tensor] = ()) -> Callable:
+    """What Repeated records with on CUDA.
+
+    Args:
+        stream: where the work is recorded: the one on which its usual steps ran, since a gradient is added
+            up on the stream that its parameter was first used on. None: one made for it.
+        generators: those that the work draws from.
+        counters: tensors on the host that the work moves (host_counters); every replay moves them as much.
+    """
+    counters = list(counters)
+
+    def capture(work: Callable[[], object]) -> tuple[Callable, object]:
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        before = [counter.clone() for counter in counters]
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                returned = work()
+            moved = [counter - start for counter, start in zip(counters, before)]
+        finally:  # recording has run nothing on the device, so nothing has been counted either
+            for counter, start in zip(counters, before):
+                counter.copy_(start)
+
+        def replay():
+            graph.replay()
+            if counters:
+                torch._foreach_add_(counters, moved)
+
+        return replay, returned
+
+    return capture
+
+
+# ------------------------------------------------------------------------------------------- fewer kernels
+
+
+def host_counters(net: nn.Module) -> list[Tensor]:
+    """Move the batch norms' counts of batches to the host: on a GPU each is a kernel per step."""
+    counters = []
+    for module in net.modules():
+        count = getattr(module, 'num_batches_tracked', None)
+        if isinstance(count, Tensor):
+            module.num_batches_tracked = count.cpu()
+            counters.append(module.num_batches_tracked)
+    return counters
+
+
+class CastTogether(torch.autograd.Function):
+    """Tensors in another precision, in one kernel; so are their gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor):
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)  # a layer that was not used keeps no gradient, rather than one of 0
+        cast = [torch.empty_like(x, dtype=dtype) for x in tensors]
+        torch._foreach_copy_(cast, list(tensors))
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        given = [g for g in gradients if g is not None]
+        cast = iter(CastTogether.apply(ctx.dtype, *given) if given else ())
+        return None, *(None if g is None else next(cast) for g in gradients)
+
+
+def cast_weights(net: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """{name: weight} of the layers that autocast would cast one by one, for torch.func.functional_call."""
+    names = [
+        f'{path}.{name}' if path else name
+        for path, module in net.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dtype == torch.float32
+    ]
+    return dict(zip(names, CastTogether.apply(dtype, *(net.get_parameter(name) for name in names))))
