@@ -30,6 +30,12 @@ class Resident:
         # one multiply-add takes a byte to its normalised value
         self._scale = 1 / (255 * torch.tensor(std, device=device))
         self._shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+        # What a batch only looks up: each of the 9 crops' source rows, as numbers of their first pixels,
+        # (9, H), and the source columns, as they are and mirrored, (2, 9, W).
+        height, width = images.shape[1:3]
+        self._rows = (_reflected(height) * width).to(device)
+        columns = _reflected(width)
+        self._columns = torch.stack((columns, columns.flip(1))).to(device)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,22 +114,14 @@ class Resident:
     def _pixels(self, index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
         """(B, H, W, 3) bytes."""
         height, width = self.images.shape[1:3]
-        row = self._reflect(height)[shift[:, :1] + torch.arange(height, device=self.device)]  # (B, H)
-        across = torch.arange(width, device=self.device)
-        across = torch.where(flip[:, None] == 1, width - 1 - across, across)
-        column = self._reflect(width)[shift[:, 1:] + across]  # (B, W)
+        row, column = self._rows[shift[:, 0]], self._columns[flip, shift[:, 1]]  # (B, H), (B, W)
         # every wanted pixel by its number in the whole set: one gather does pad, crop and flip
-        pixel = (index[:, None] * height + row)[:, :, None] * width + column[:, None, :]
+        pixel = (index[:, None] * (height * width) + row)[:, :, None] + column[:, None, :]
         return self.images.reshape(-1, 3)[pixel]
 
     def _normalise(self, rgb: Tensor) -> Tensor:
         """(B, H, W, 3) bytes -> (B, 3, H, W) float32."""
         return torch.addcmul(self._shift, rgb.float(), self._scale).permute(0, 3, 1, 2)
-
-    def _reflect(self, size: int) -> Tensor:
-        """Padded position -> source position: 4 3 2 1 | 0 1 2 ... | size-2 size-3 ..."""
-        position = torch.arange(-PAD, size + PAD, device=self.device).abs()
-        return torch.where(position >= size, 2 * size - 2 - position, position)
 
     def split(self, fraction: float, seed: int) -> tuple['Resident', 'Resident']:
         """Two disjoint sets: all but a random fraction, and that fraction."""
@@ -147,3 +145,9 @@ class Resident:
         other = Resident(images, targets, num_classes, self.mean, self.std, self.device)
         other.shard = self.shard
         return other
+
+
+def _reflected(size: int) -> Tensor:
+    """(9, size): where each crop of the padded line 4 3 2 1 | 0 1 2 ... | size-2 size-3 ... comes from."""
+    position = torch.arange(-PAD, size + PAD).abs()
+    return torch.where(position >= size, 2 * size - 2 - position, position).unfold(0, size, 1)

@@ -64,6 +64,29 @@ def test_a_batch_mixes_views_correctly():
     assert batch.is_contiguous(memory_format=torch.channels_last) and batch.dtype == torch.float32
 
 
+@pytest.mark.parametrize('size', [(32, 32), (20, 28), (5, 9)])
+def test_batches_are_bit_for_bit_the_plain_way(size):
+    """The random numbers and values of an epoch, against a loop over images with numpy's own reflection."""
+    data, seed, epoch = resident(23, size), 3, 2
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(23, generator=generator)
+    shift = torch.randint(9, (23, 2), generator=generator)
+    flip = torch.randint(2, (23,), generator=generator)
+    scale = 1 / (255 * torch.tensor(STD))
+    offset = -torch.tensor(MEAN) / torch.tensor(STD)
+    seen = []
+    for img, target, index, _ in data.train_batches(8, seed, epoch):
+        seen.append(index)
+        assert torch.equal(target, data.targets[index])
+        for got, i in zip(img, index.tolist()):
+            padded = np.pad(data.images[i].numpy(), ((PAD, PAD), (PAD, PAD), (0, 0)), 'reflect')
+            top, left = shift[i].tolist()
+            wanted = padded[top : top + size[0], left : left + size[1]]
+            wanted = torch.from_numpy((wanted[:, ::-1] if flip[i] else wanted).copy()).float()
+            assert torch.equal(got, torch.addcmul(offset, wanted, scale).permute(2, 0, 1))
+    assert torch.equal(torch.cat(seen), order)
+
+
 def test_training_epochs():
     data = resident(70)
     first = list(data.train_batches(32, seed=1, epoch=0))
