@@ -1,11 +1,13 @@
 """A data set that lives as bytes in device memory, and its augmentation in one gather per batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .views import count_steps, distort, shares, view_seed
+from .strong import Strong
+from .views import count_steps, shares, view_seed
 
 PAD = 4  # reflected pixels on each side before the random crop
 
@@ -83,16 +85,20 @@ class Resident:
             partner = by_class[(count.cumsum(0) - count)[self.targets] + rank]
             return lambda index: self.crops(partner[index], shift[index], flip[index])
         if view == 'strong':
-            seeds = torch.randint(2**31, (len(self),), generator=generator)
-            return lambda index: self._strong(index, shift[index], flip[index], seeds[index.cpu()])
+            variants, squares = (x.to(self.device) for x in self._strong.draw(len(self), generator))
+
+            def strong(index: Tensor) -> Tensor:
+                pixels = self._pixels(index, shift[index], flip[index]).permute(0, 3, 1, 2)
+                pixels = self._strong(pixels, variants[index], squares[index])
+                return self._normalise(pixels.permute(0, 2, 3, 1).contiguous())
+
+            return strong
         return lambda index: self.crops(index, shift[index], flip[index])
 
-    def _strong(self, index: Tensor, shift: Tensor, flip: Tensor, seeds: Tensor) -> Tensor:
-        """Crop and flip, then image by image RandAugment and a cut-out: slow, on the CPU."""
-        pixels = self._pixels(index, shift, flip).permute(0, 3, 1, 2).cpu()
-        with torch.random.fork_rng(devices=[]):
-            strong = [distort(image, int(seed)) for image, seed in zip(pixels, seeds)]
-        return self._normalise(torch.stack(strong).permute(0, 2, 3, 1).to(self.device))
+    @cached_property
+    def _strong(self) -> Strong:
+        """Its tables are made when the view is first asked for."""
+        return Strong(*self.images.shape[1:3], self.device)
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Every image once, in order, as it is; under torchrun every process its share."""
