@@ -1,11 +1,13 @@
 """A data set that lives as bytes in device memory, and its augmentation in one gather per batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .views import count_steps, distort, shares, view_seed
+from .strong import Strong
+from .views import count_steps, shares, view_seed
 
 PAD = 4  # reflected pixels on each side before the random crop
 
@@ -30,6 +32,12 @@ class Resident:
         # one multiply-add takes a byte to its normalised value
         self._scale = 1 / (255 * torch.tensor(std, device=device))
         self._shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+        # What a batch only looks up: each of the 9 crops' source rows, as numbers of their first pixels,
+        # (9, H), and the source columns, as they are and mirrored, (2, 9, W).
+        height, width = images.shape[1:3]
+        self._rows = (_reflected(height) * width).to(device)
+        columns = _reflected(width)
+        self._columns = torch.stack((columns, columns.flip(1))).to(device)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,16 +85,20 @@ class Resident:
             partner = by_class[(count.cumsum(0) - count)[self.targets] + rank]
             return lambda index: self.crops(partner[index], shift[index], flip[index])
         if view == 'strong':
-            seeds = torch.randint(2**31, (len(self),), generator=generator)
-            return lambda index: self._strong(index, shift[index], flip[index], seeds[index.cpu()])
+            variants, squares = (x.to(self.device) for x in self._strong.draw(len(self), generator))
+
+            def strong(index: Tensor) -> Tensor:
+                pixels = self._pixels(index, shift[index], flip[index]).permute(0, 3, 1, 2)
+                pixels = self._strong(pixels, variants[index], squares[index])
+                return self._normalise(pixels.permute(0, 2, 3, 1).contiguous())
+
+            return strong
         return lambda index: self.crops(index, shift[index], flip[index])
 
-    def _strong(self, index: Tensor, shift: Tensor, flip: Tensor, seeds: Tensor) -> Tensor:
-        """Crop and flip, then image by image RandAugment and a cut-out: slow, on the CPU."""
-        pixels = self._pixels(index, shift, flip).permute(0, 3, 1, 2).cpu()
-        with torch.random.fork_rng(devices=[]):
-            strong = [distort(image, int(seed)) for image, seed in zip(pixels, seeds)]
-        return self._normalise(torch.stack(strong).permute(0, 2, 3, 1).to(self.device))
+    @cached_property
+    def _strong(self) -> Strong:
+        """Its tables are made when the view is first asked for."""
+        return Strong(*self.images.shape[1:3], self.device)
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Every image once, in order, as it is; under torchrun every process its share."""
@@ -108,22 +120,14 @@ class Resident:
     def _pixels(self, index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
         """(B, H, W, 3) bytes."""
         height, width = self.images.shape[1:3]
-        row = self._reflect(height)[shift[:, :1] + torch.arange(height, device=self.device)]  # (B, H)
-        across = torch.arange(width, device=self.device)
-        across = torch.where(flip[:, None] == 1, width - 1 - across, across)
-        column = self._reflect(width)[shift[:, 1:] + across]  # (B, W)
+        row, column = self._rows[shift[:, 0]], self._columns[flip, shift[:, 1]]  # (B, H), (B, W)
         # every wanted pixel by its number in the whole set: one gather does pad, crop and flip
-        pixel = (index[:, None] * height + row)[:, :, None] * width + column[:, None, :]
+        pixel = (index[:, None] * (height * width) + row)[:, :, None] + column[:, None, :]
         return self.images.reshape(-1, 3)[pixel]
 
     def _normalise(self, rgb: Tensor) -> Tensor:
         """(B, H, W, 3) bytes -> (B, 3, H, W) float32."""
         return torch.addcmul(self._shift, rgb.float(), self._scale).permute(0, 3, 1, 2)
-
-    def _reflect(self, size: int) -> Tensor:
-        """Padded position -> source position: 4 3 2 1 | 0 1 2 ... | size-2 size-3 ..."""
-        position = torch.arange(-PAD, size + PAD, device=self.device).abs()
-        return torch.where(position >= size, 2 * size - 2 - position, position)
 
     def split(self, fraction: float, seed: int) -> tuple['Resident', 'Resident']:
         """Two disjoint sets: all but a random fraction, and that fraction."""
@@ -147,3 +151,9 @@ class Resident:
         other = Resident(images, targets, num_classes, self.mean, self.std, self.device)
         other.shard = self.shard
         return other
+
+
+def _reflected(size: int) -> Tensor:
+    """(9, size): where each crop of the padded line 4 3 2 1 | 0 1 2 ... | size-2 size-3 ... comes from."""
+    position = torch.arange(-PAD, size + PAD).abs()
+    return torch.where(position >= size, 2 * size - 2 - position, position).unfold(0, size, 1)

@@ -18,6 +18,8 @@ def view_seed(view: str, seed: int, epoch: int, image: int = 0) -> int:
 def distort(image: Tensor, seed: int) -> Tensor:
     """RandAugment (two operations of random strength), then a grey square of up to half the side.
 
+    For one image, as Folder's workers need it; `strong.Strong` does whole batches.
+
     Args:
         image: (3, H, W) uint8.
         seed: decides everything; the global generator is left seeded, so fork it around a call.

@@ -16,12 +16,16 @@ import pytest
 import torch
 import torchvision.transforms as transforms
 from PIL import Image
+from torchvision.transforms.v2 import RandAugment
 
 import dataset
 from dataset import cifar, download
 from dataset.folder import Folder
 from dataset.resident import PAD, Resident
 from dataset.shapes import CLASSES, cached_shapes, shapes
+from dataset.strong import LEVELS, OPERATIONS, Strong
+from dataset.views import GREY, view_seed
+from tests.test_contract import NoReadBack
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -62,6 +66,29 @@ def test_a_batch_mixes_views_correctly():
     for i in range(3):
         assert torch.equal(batch[i], data.crops(index[i : i + 1], shift[i : i + 1], flip[i : i + 1])[0])
     assert batch.is_contiguous(memory_format=torch.channels_last) and batch.dtype == torch.float32
+
+
+@pytest.mark.parametrize('size', [(32, 32), (20, 28), (5, 9)])
+def test_batches_are_bit_for_bit_the_plain_way(size):
+    """The random numbers and values of an epoch, against a loop over images with numpy's own reflection."""
+    data, seed, epoch = resident(23, size), 3, 2
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(23, generator=generator)
+    shift = torch.randint(9, (23, 2), generator=generator)
+    flip = torch.randint(2, (23,), generator=generator)
+    scale = 1 / (255 * torch.tensor(STD))
+    offset = -torch.tensor(MEAN) / torch.tensor(STD)
+    seen = []
+    for img, target, index, _ in data.train_batches(8, seed, epoch):
+        seen.append(index)
+        assert torch.equal(target, data.targets[index])
+        for got, i in zip(img, index.tolist()):
+            padded = np.pad(data.images[i].numpy(), ((PAD, PAD), (PAD, PAD), (0, 0)), 'reflect')
+            top, left = shift[i].tolist()
+            wanted = padded[top : top + size[0], left : left + size[1]]
+            wanted = torch.from_numpy((wanted[:, ::-1] if flip[i] else wanted).copy()).float()
+            assert torch.equal(got, torch.addcmul(offset, wanted, scale).permute(2, 0, 1))
+    assert torch.equal(torch.cat(seen), order)
 
 
 def test_training_epochs():
@@ -111,6 +138,119 @@ def test_split_is_disjoint_and_repeatable():
     marks = torch.cat([rest.images[:, 0, 0, 0], held.images[:, 0, 0, 0]])
     assert sorted(marks.tolist()) == list(range(20))
     assert torch.equal(data.split(0.25, seed=3)[1].images, held.images)
+
+
+# ------------------------------------------------------------------------------------------ strong view
+
+
+def by_torchvision(image: torch.Tensor, number: int) -> torch.Tensor:
+    """(3, H, W) bytes after one variant of RandAugment, by the class itself."""
+    operation, level, negative = number // (2 * LEVELS), number // 2 % LEVELS, number % 2
+    reference, name = RandAugment(), OPERATIONS[operation]
+    magnitudes, signed = reference._AUGMENTATION_SPACE[name]
+    magnitudes = magnitudes(LEVELS, *image.shape[1:])
+    magnitude = 0.0 if magnitudes is None else float(magnitudes[level])
+    return reference._apply_image_or_video_transform(
+        image,
+        name,
+        -magnitude if signed and negative else magnitude,
+        reference.interpolation,
+        reference._fill,
+    )
+
+
+def pictures(size: tuple[int, int]) -> torch.Tensor:
+    """(6, 3, H, W) bytes: noise, grey noise, low contrast, one colour, smooth, a constant channel."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 3, *size), generator=generator, dtype=torch.uint8)
+    images[1] = images[1, :1]
+    images[2] = images[2] // 4 + 90
+    images[3] = torch.tensor((77, 0, 255))[:, None, None]
+    images[4] = torch.nn.functional.interpolate(images[4:5, :, :4, :4].float(), size, mode='bilinear')[
+        0
+    ].byte()
+    images[5, 0] = 13
+    return images
+
+
+def test_all_of_randaugment_is_there():
+    assert OPERATIONS == tuple(RandAugment._AUGMENTATION_SPACE)
+
+
+@pytest.mark.parametrize('size', [(32, 32), (20, 28), (33, 17)])
+def test_strong_operations_equal_torchvisions(size):
+    """Every operation at every level with both signs, all in one batch."""
+    pairs = [(image, number) for image in pictures(size) for number in range(len(OPERATIONS) * LEVELS * 2)]
+    got = Strong(*size, 'cpu').augment(
+        torch.stack([x for x, _ in pairs]), torch.tensor([n for _, n in pairs])
+    )
+    for result, (image, number) in zip(got, pairs):
+        assert torch.equal(result, by_torchvision(image, number)), (
+            OPERATIONS[number // (2 * LEVELS)],
+            number,
+        )
+
+
+def test_strong_draws_are_uniform_and_in_the_image():
+    strong = Strong(20, 28, 'cpu')
+    variants, squares = strong.draw(20000, torch.Generator().manual_seed(0))
+    operation, level = variants // (2 * LEVELS), variants // 2 % LEVELS
+    for values, count in ((operation, 14), (level[:, 0], LEVELS), (variants % 2, 2)):
+        drawn = torch.bincount(values.flatten(), minlength=count) * count / values.numel()
+        assert len(drawn) == count and drawn.min() > 0.85 and drawn.max() < 1.15
+    assert torch.equal(level[:, 0], level[:, 1]), 'an image has one strength'
+    top, left, side = squares.unbind(1)
+    assert squares.min() == 0 and side.max() == 9, 'up to half of the shorter side, which is not reached'
+    assert (top + side).max() == 20 and (left + side).max() == 28
+
+
+@pytest.mark.parametrize('size', [(32, 32), (20, 28)])
+def test_strong_view_is_the_plain_way(size):
+    """An epoch's strong images against a loop: crop and flip, torchvision twice, a grey square."""
+    data = resident(23, size)
+    generator = torch.Generator().manual_seed(view_seed('strong', 3, 2))
+    shift = torch.randint(9, (23, 2), generator=generator)
+    flip = torch.randint(2, (23,), generator=generator)
+    variants, squares = Strong(*size, 'cpu').draw(23, generator)
+    for _, _, index, views in data.train_batches(8, seed=3, epoch=2, views=('strong',)):
+        assert views['strong'].is_contiguous(memory_format=torch.channels_last)
+        for got, i in zip(views['strong'], index):
+            pixels = data._pixels(i[None], shift[i][None], flip[i][None])[0].permute(2, 0, 1)
+            for number in variants[i].tolist():
+                pixels = by_torchvision(pixels, number).clone()
+            top, left, side = squares[i].tolist()
+            pixels[:, top : top + side, left : left + side] = torch.tensor(GREY)[:, None, None]
+            assert torch.equal(got, data._normalise(pixels.permute(1, 2, 0)[None])[0])
+
+
+def test_strong_view_depends_on_seed_and_epoch_only():
+    data, torch_state = resident(40), torch.get_rng_state()
+
+    def epoch(seed, epoch, views=('strong',)):
+        return list(data.train_batches(16, seed, epoch, views))
+
+    first = epoch(0, 0)
+    again = epoch(0, 0, ('pair', 'strong', 'second'))
+    plain = epoch(0, 0, ('pair', 'second'))
+    for a, b, c in zip(first, again, plain):
+        assert torch.equal(a[3]['strong'], b[3]['strong'])
+        assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(a[:3], b[:3], c[:3]))
+        assert all(torch.equal(b[3][view], c[3][view]) for view in ('pair', 'second'))
+    for other in (epoch(1, 0), epoch(0, 1)):
+        assert not torch.equal(other[0][3]['strong'], first[0][3]['strong'])
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_a_batch_waits_for_nothing():
+    """Nothing is read back, and the strong view works on tensors without values: no shape depends on data."""
+    batches = resident(40).train_batches(16, 0, 0, ('pair', 'second', 'strong'))
+    next(batches)  # the epoch's draws may take their time
+    with NoReadBack():
+        next(batches)
+    images = torch.empty(5, 3, 20, 28, dtype=torch.uint8, device='meta')
+    variants, squares = (torch.empty(5, n, dtype=torch.int64, device='meta') for n in (2, 3))
+    strong = Strong(20, 28, 'meta')(images, variants, squares)
+    assert strong.shape == images.shape and strong.dtype == torch.uint8
 
 
 # ------------------------------------------------------------------------------------------- embedded set
