@@ -364,10 +364,11 @@ def setup(args: argparse.Namespace) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from None
     device = join_processes(device)
-    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.backends.cudnn.benchmark = not args.deterministic  # it chooses by timing, differently every time
     if args.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)  # names what has none
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for every empty tensor
     seed_all(args.seed)
     return device
 
