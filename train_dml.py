@@ -14,7 +14,6 @@ net1.pt, net2.pt, ... (plain weights of the last epoch), peers.pt (all of them),
 import copy
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +21,18 @@ from torch import nn
 
 import models
 import utils
-from engine.batch import as_float
-from kd_losses import METHODS
+from engine.batch import Batch, Probe, as_float
+from methods import KD, PEERS
 
 
 def parse_args():
     parser = utils.Parser(__doc__)
     # fmt: off
-    names = [name for name, m in METHODS.items() if m.peers]
+    names = list(PEERS)
     flag = parser.add_argument_group('mutual learning').add_argument
     flag('--kd_mode', nargs=1, required=True, metavar='METHOD', help=', '.join(names))
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
-         help='weight of the loss: ' + ', '.join(f'{name} {METHODS[name].weight:g}' for name in names))
+         help='weight of the loss: ' + ', '.join(f'{name} {PEERS[name].weight:g}' for name in names))
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the loss, e.g. T=2')
     flag('--net_names', nargs='+', required=True, metavar='NAME',
          help=f'two or more of {models.NAMES}')
@@ -47,21 +46,22 @@ def parse_args():
 class Step(nn.Module):
     """The networks with their loss: one training step is one forward pass of this module."""
 
-    def __init__(self, peers: nn.Module, kd: nn.Module, method, weight: float, amp) -> None:
+    def __init__(self, peers: nn.Module, kd: nn.Module, method, amp) -> None:
         super().__init__()
-        self.peers, self.kd, self.method, self.weight, self.amp = peers, kd, method, weight, amp
+        self.peers, self.kd, self.method, self.amp = peers, kd, method, amp
 
     def look(self, x) -> list:
         with self.amp():
             fs = self.peers(x)
         return [as_float(f) for f in fs]
 
-    def forward(self, b: SimpleNamespace):
-        """Logits of all, sum of their cross-entropies, and the weighted loss; b: the batch, see kd_losses."""
-        b.peers = self.look
-        fs = self.look(b.own_views or b.img)
-        loss_ce = sum(F.cross_entropy(f.out, b.target) for f in fs)
-        return [f.out for f in fs], loss_ce, self.weight * self.method.feed(self.kd, fs, None, b)
+    def forward(self, batch: Batch):
+        """Logits of all, sum of their cross-entropies, and the loss."""
+        batch.peers = self.look
+        own_views = [batch.img, *batch.views.values()] if batch.views else batch.img
+        fs = self.look(own_views)
+        loss_ce = sum(F.cross_entropy(f.out, batch.target) for f in fs)
+        return [f.out for f in fs], loss_ce, self.method.feed(self.kd, fs, None, batch)
 
 
 class Reading(nn.Module):
@@ -73,7 +73,7 @@ class Reading(nn.Module):
 
     def forward(self, img):
         fs = self.step.look(img)
-        ensemble = self.step.method.ensemble or mean_logits
+        ensemble = self.step.method.own.ensemble or mean_logits
         return torch.stack([*(f.out for f in fs), ensemble(self.step.kd, fs)])
 
 
@@ -93,9 +93,9 @@ def main():
     train, val, test = utils.load_data(args, device)
     nets = build_networks(args, train.num_classes, device)
     initial = [utils.fingerprint(net) for net in nets]
-    step = build_step(args, method, weight, options, nets, train, amp, device)
+    step = build_step(args, method, options, nets, train, amp, device)
     opt = utils.sgd(step.parameters(), args)
-    opts = method.optimisers(step.kd, step.peers) if method.optimisers else {}
+    opts = method.own.optimisers(step.kd, step.peers) if method.own.optimisers else {}
     rates = {key: other.param_groups[0]['lr'] for key, other in opts.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     generator = torch.Generator(device)
@@ -109,7 +109,7 @@ def main():
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
     board = utils.tensorboard(folder, args.tensorboard)
     stop = utils.StopAfterEpoch()
-    views = [f'view {k}' for k in range(1, len(nets))] if 'each' in method.views else []
+    views = [f'view {k}' for k in range(1, len(nets))] if 'each' in method.needs.views else []
     log(f'{args.kd_mode[0]}: {", ".join(args.net_names)} on {args.data_name}: {len(train)} + {len(test)} '
         f'images, {device}')  # fmt: skip
     log(f'{record.epoch} of {args.epochs} epochs done, output in {folder}')
@@ -123,10 +123,11 @@ def main():
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = utils.learning_rate(args, epoch)
-        if method.refresh:
+        if method.own.each_epoch:
             with utils.user_errors():
-                method.refresh(step.kd, lambda: held_out(reading, val))
+                method.own.each_epoch(step.kd, lambda: held_out(reading, val))
         generator.manual_seed(args.seed * 1_000_003 + epoch + 7919 * utils.rank())
+        inner = method.when.inner and method.when.inner(epoch, args.epochs)
         meters = [utils.Meter(f'net{k}', epoch, device) for k in range(1, len(nets) + 1)]
         step.train()
 
@@ -136,21 +137,22 @@ def main():
             utils.set_learning_rate(opt, now)
             for key, other in opts.items():
                 utils.set_learning_rate(other, rates[key] * now / args.lr)
-            own_views = [img, *(more[view] for view in views)] if views else None
-            b = SimpleNamespace(img=img, target=target, index=index, views=more, own_views=own_views,
-                                epoch=epoch, epochs=args.epochs, generator=generator)  # fmt: skip
-            outs, loss_ce, loss_kd = whole(b)
-            loss = loss_kd if method.ce == 0 else method.ce * loss_ce + loss_kd
+            batch = Batch(img, target, index, more, now=epoch, epochs=args.epochs, generator=generator,
+                          inner=inner)  # fmt: skip
+            outs, loss_ce, loss_kd = whole(batch)
+            loss = weight * loss_kd
+            if method.when.ce:
+                loss = method.when.ce * loss_ce + loss
             if not meters[0].guard(loss, opt):
                 break
             opt.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(opt)
             scaler.update()
-            if method.after:
-                method.after(step.kd, step.peers, b, opts)
+            if method.own.second_update:
+                method.own.second_update(step.kd, step.peers, batch, opts)
             for meter, out in zip(meters, outs):
-                meter.add(out, target, ce=F.cross_entropy(out.detach(), target), kd=loss_kd)
+                meter.add(out, target, ce=F.cross_entropy(out.detach(), target), **{args.kd_mode[0]: loss_kd})
             bar.update()
             if not bar.disable and number % args.print_freq == 0:
                 bar.set_postfix_str(f'epoch {epoch + 1}, ce of net1: {meters[0].read().get("ce", 0):.3f}')
@@ -160,7 +162,8 @@ def main():
             failure = meters[0].failure.replace('net1', args.kd_mode[0], 1)
             log(f'stopped: {failure}')
             raise utils.NonFinite(failure)
-        row = {'epoch': epoch + 1, 'lr': lr, 'kd': means[0]['kd']}
+        name = args.kd_mode[0]
+        row = {'epoch': epoch + 1, 'lr': lr, name: means[0][name]}
         for k, mean in enumerate(means, 1):
             row |= {f'net{k}_ce': mean['ce'], f'net{k}_train_top1': mean['train_top1']}
         row |= measure(reading, val, test)
@@ -168,7 +171,7 @@ def main():
         last = epoch + 1 == args.epochs
         record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
         each = '  '.join(f'{row[f"net{k}_test_top1"]:.2f}' for k in range(1, len(nets) + 1))
-        log(f'epoch {epoch + 1}/{args.epochs}  kd {row["kd"]:.4f}  test {each}  '
+        log(f'epoch {epoch + 1}/{args.epochs}  {name} {row[name]:.4f}  test {each}  '
             f'ensemble {row["ensemble_test_top1"]:.2f}  {row["seconds"]:.0f} s')  # fmt: skip
         if board:
             for key, value in row.items():
@@ -222,18 +225,19 @@ def measure(reading: Reading, val, test) -> dict[str, float]:
 def read_method(args):
     """The row, its weight and its arguments."""
     (name,) = args.kd_mode
-    if name not in METHODS or not METHODS[name].peers:
-        peers = ', '.join(key for key, m in METHODS.items() if m.peers)
-        hint = ', use train_kd.py' if name in METHODS else ''
-        raise utils.UserError(f'--kd_mode {name}: is not a method for peers{hint}; there are {peers}')
+    if name not in PEERS:
+        hint = ', use train_kd.py' if name in KD else ''
+        raise utils.UserError(
+            f'--kd_mode {name}: is not a method for peers{hint}; there are {", ".join(PEERS)}'
+        )
     if len(args.net_names) < 2:
         raise utils.UserError(f'--net_names {" ".join(args.net_names)}: needs two networks or more')
     if args.net_inits and len(args.net_inits) != len(args.net_names):
         raise utils.UserError(f'--net_inits: {len(args.net_inits)} files for {len(args.net_names)} networks')
-    if utils.processes() > 1 and METHODS[name].one_process:
-        raise utils.UserError(f'{name} runs in one process only: {METHODS[name].one_process}')
-    weights, options = utils.weights_and_options(args, [name], METHODS)
-    return METHODS[name], weights[name], options[name]
+    if utils.processes() > 1 and PEERS[name].limits.one_process:
+        raise utils.UserError(f'{name} runs in one process only: {PEERS[name].limits.one_process}')
+    weights, options = utils.weights_and_options(args, [name], PEERS)
+    return PEERS[name], weights[name], options[name]
 
 
 def build_networks(args, num_classes: int, device) -> list[nn.Module]:
@@ -256,27 +260,28 @@ def build_networks(args, num_classes: int, device) -> list[nn.Module]:
     return nets
 
 
-def build_step(args, method, weight: float, options: dict, nets, train, amp, device) -> Step:
+def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
     img, target, index, _ = next(train.train_batches(args.batch_size, args.seed, 0))
     img, target, index = img[:2], target[:2], index[:2]
     with torch.no_grad():
-        probe = [net.eval()(img, True) for net in nets]
+        seen = [net.eval()(img, True) for net in nets]
 
-    def fresh(net):
+    def another_net(net):
         with utils.user_errors():
             name = args.net_names[next(k for k, other in enumerate(nets) if other is net)]
             return models.build(name, train.num_classes).to(device, memory_format=torch.channels_last)
 
-    e = SimpleNamespace(s=probe, t=None, net_s=nets, net_t=None, train_set=train, batch_size=args.batch_size,
-                        epochs=args.epochs, num_classes=train.num_classes, fresh=fresh)  # fmt: skip
+    probe = Probe(seen, None, nets, None, train, args.batch_size, args.epochs, train.num_classes,
+                  another_net)  # fmt: skip
     torch.manual_seed(args.seed)
     try:
         with utils.user_errors():
-            kd = method.build(method.loss, e, **options).to(device)
-            step = Step(method.peers(nets, e), kd, method, weight, amp).to(device)
-            b = SimpleNamespace(img=img, target=target, index=index, views={}, own_views=None, epoch=0,
-                                epochs=args.epochs, generator=torch.Generator(device))  # fmt: skip
-            copy.deepcopy(step).train()(b)  # shapes that do not meet show here
+            kd = method.build(method.loss, probe, **options).to(device)
+            step = Step(method.own.peers(nets, probe), kd, method, amp).to(device)
+            inner = method.when.inner and method.when.inner(0, args.epochs)
+            batch = Batch(img, target, index, {}, epochs=args.epochs, generator=torch.Generator(device),
+                          inner=inner)  # fmt: skip
+            copy.deepcopy(step).train()(batch)  # shapes that do not meet show here
     except TypeError as error:
         raise utils.UserError(f'--kd_args: {args.kd_mode[0]}: {error}') from None
     return step

@@ -16,9 +16,9 @@ import copy
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -27,27 +27,36 @@ from torch import Tensor, nn
 import models
 import utils
 from engine import side_by_side
-from engine.batch import Batch, InFloat32
+from engine.batch import Batch, InFloat32, Probe
 from engine.side_by_side import cast_weights
-from kd_losses import METHODS, Method
+from engine.teachers import Teachers
+from methods import KD, PEERS, Method, schedules
 
 
-def parse_args():
+def parse_args(words=None):
     parser = utils.Parser(__doc__)
     # fmt: off
     flag = parser.add_argument_group('distillation').add_argument
-    names = [name for name, m in METHODS.items() if not m.peers]
+    names = list(KD)
     flag('--kd_mode', nargs='+', required=True, metavar='METHOD',
          help=f'one student per word, methods joined by + share a student: {", ".join(names)}')
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
          help='weight of the loss beside cross-entropy: a number, or METHOD=number with several methods; '
-              'defaults: ' + ', '.join(f'{name} {METHODS[name].weight:g}' for name in names))
+              'defaults: ' + ', '.join(f'{name} {KD[name].weight:g}' for name in names))
+    flag('--lambda_ce', type=utils.share_of_ce, metavar='W',
+         help='weight of cross-entropy; default 1, or what the methods say: '
+              + ', '.join(f'{name} {m.when.ce:g}' for name, m in KD.items()
+                          if not callable(m.when.ce) and m.when.ce != 1))
+    flag('--ramp_epochs', type=utils.positive_int, metavar='N',
+         help='epochs over which the weight of a loss rises, for methods that have such a ramp: '
+              + ', '.join(f'{name} {m.when.ramp.epochs:g} of {m.when.ramp.of:g}' for name, m in KD.items()
+                          if isinstance(m.when.ramp, schedules.linear)) + ', scaled')
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. T=8, or METHOD.KEY=VALUE with several methods, e.g. st.T=8')
     flag('--t_name', nargs='+', default=[], metavar='NAME',
          help=f'teacher: {models.NAMES}; several, the main '
               'one first, for methods that take assistants; none for methods without a teacher: '
-              + ', '.join(name for name in names if not METHODS[name].teacher))
+              + ', '.join(name for name in names if not KD[name].needs.teacher))
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teacher's checkpoint, one per teacher")
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
@@ -55,10 +64,11 @@ def parse_args():
               'just as there')
     flag('--init_epochs', type=utils.whole_number, metavar='N',
          help='epochs of the loss alone before cross-entropy alone, for methods that initialise the student: '
-              + ', '.join(f'{name} {m.init}' for name, m in METHODS.items() if m.init) + ' of 200, scaled')
+              + ', '.join(f'{name} {m.when.alone}' for name, m in KD.items() if m.when.alone)
+              + ' of 200, scaled')
     flag('--pretrain_epochs', type=utils.whole_number, metavar='N',
          help="epochs in which the loss's own modules learn first: "
-              + ', '.join(f'{name} {m.pretrain}' for name, m in METHODS.items() if m.pretrain)
+              + ', '.join(f'{name} {m.when.pretrain}' for name, m in KD.items() if m.when.pretrain)
               + ' of 200, scaled')
     flag('--phases', choices=('before', 'inside'), default='before',
          help='before: the epochs of those two come before the --epochs, as in the papers; inside: they are '
@@ -71,7 +81,7 @@ def parse_args():
     utils.add_common_flags(parser)
     utils.add_thread_flag(parser)
     utils.add_graph_flag(parser)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 @dataclass
@@ -82,6 +92,7 @@ class Term:
     method: Method
     weight: float
     options: dict
+    ramp: Callable[[int, int], float] | None = None
     loss: nn.Module | None = None
 
 
@@ -91,36 +102,41 @@ class Student(nn.Module):
     Args:
         net: the network.
         terms: the methods it learns with.
+        ce: weight of cross-entropy; None: what the methods say.
         amp: makes the autocast of its forward passes.
         gather: joins the batches of all processes, for --global_relations.
         cast: the precision into which weights are cast all at once, see --cuda_graphs; None: one by one.
     """
 
-    def __init__(self, net: nn.Module, terms: list[Term], amp, gather=None, cast=None) -> None:
+    def __init__(self, net: nn.Module, terms: list[Term], amp, ce=None, gather=None, cast=None) -> None:
         super().__init__()
         self.net, self.losses = net, nn.ModuleList(term.loss for term in terms)
-        self.terms, self.amp, self.gather, self.cast = terms, amp, gather, cast
+        self.terms, self.amp, self.ce, self.gather, self.cast = terms, amp, ce, gather, cast
 
-    def forward(self, batch: Batch, ts: list, weights: dict[str, float], phase: str):
-        """Logits, and {'ce': cross-entropy, method: its loss, ...} for the methods that have a weight."""
-        t = ts[0] if ts else None
+    def forward(self, batch: Batch, weights: dict[str, float], inner: dict[str, float], phase: str):
+        """Logits, and {'ce': cross-entropy, method: its loss, ...} for the methods that have a weight.
+
+        inner: the value of each method's inner schedule.
+        """
+        t = batch.all_t[0] if batch.all_t else None
         if phase == 'pretrain':  # the losses' own modules learn, the student does not
             return None, {
-                k.name: k.method.pretrain_feed(k.loss, t, batch) for k in self.terms if k.name in weights
+                k.name: k.method.own.pretrain(k.loss, t, batch) for k in self.terms if k.name in weights
             }
 
-        if any(term.method.input_grad for term in self.terms):
+        if any(term.method.needs.image_gradient for term in self.terms):
             batch.img = batch.img.detach().requires_grad_()
-        batch.net_s, batch.student, batch.ts = self.net, self.look_at, ts
+        batch.net_s, batch.student = self.net, self.look_at
         batch.raw = self.raw(batch.img)
         s = InFloat32(batch.raw)
         losses = {} if phase == 'init' else {'ce': F.cross_entropy(s.out, batch.target)}
         for term in self.terms:
             if term.name not in weights:
                 continue
-            batch.prepared = batch.shared.get(term.method.prepare)
+            batch.from_teacher = batch.once.get(term.method.own.once_per_batch)
+            batch.inner = inner.get(term.name)
             seen = (s, t, batch)
-            if self.gather and term.method.relational:
+            if self.gather and term.method.needs.relations:
                 seen = self.gather(*seen)
             losses[term.name] = term.method.feed(term.loss, *seen)
         return s.out, losses
@@ -135,19 +151,24 @@ class Student(nn.Module):
                 return torch.func.functional_call(self.net, cast_weights(self.net, self.cast), (img, True))
             return self.net(img, True)
 
+    def inner(self, epoch: int, epochs: int) -> dict[str, float]:
+        """{method: the value of its inner schedule in this epoch}"""
+        schedules = {term.name: term.method.when.inner for term in self.terms}
+        return {name: schedule(epoch, epochs) for name, schedule in schedules.items() if schedule}
+
     def weights(self, phase: str, epoch: int, epochs: int) -> dict[str, float]:
         """{'ce' or method: its weight in this epoch}, without the methods that rest."""
         if phase == 'pretrain':
-            return {term.name: 1.0 for term in self.terms if term.method.pretrain}
+            return {term.name: 1.0 for term in self.terms if term.method.when.pretrain}
         weights = {}
         if phase == 'train':
-            ramps = [term.method.ce_ramp for term in self.terms if term.method.ce_ramp]
-            weights['ce'] = math.prod(term.method.ce for term in self.terms)
-            weights['ce'] *= math.prod(ramp(epoch, epochs) for ramp in ramps)
+            ces = (term.method.when.ce for term in self.terms)
+            own = math.prod(ce(epoch, epochs) if callable(ce) else ce for ce in ces)
+            weights['ce'] = own if self.ce is None else self.ce
         for term in self.terms:
-            factor = term.method.ramp(epoch, epochs) if term.method.ramp else 1
+            factor = term.ramp(epoch, epochs) if term.ramp else 1
             # a loss that initialises rests afterwards; others rest while it works
-            if (phase == 'init') == bool(term.method.init) and term.weight * factor != 0:
+            if (phase == 'init') == bool(term.method.when.alone) and term.weight * factor != 0:
                 weights[term.name] = term.weight * factor
         return weights
 
@@ -174,6 +195,7 @@ class Run:
     phase: str = 'train'
     now: int = 0  # epochs of the training proper that lie behind; negative in the phases before
     weights: dict[str, float] = field(default_factory=dict)  # of cross-entropy and the methods, in this epoch
+    inner: dict[str, float] = field(default_factory=dict)  # values of inner schedules in this epoch
     usual_only: str = ''  # why a CUDA graph cannot repeat its step
     reads_epoch: bool = False  # a loss asked for the epoch in the last usual step
 
@@ -211,7 +233,8 @@ class Run:
     def decided(self) -> tuple:
         """What Python decides of a step: as long as it stays, a recording of the step holds."""
         rate = self.opt.param_groups[0]['lr']
-        return (self.phase, *self.weights.items(), None if isinstance(rate, Tensor) else rate,
+        return (self.phase, *self.weights.items(), *self.inner.items(),
+                None if isinstance(rate, Tensor) else rate,
                 self.now if self.reads_epoch else None)  # fmt: skip
 
 
@@ -227,7 +250,7 @@ def main():
     log = utils.Log(folder)
 
     train, val, test = utils.load_data(args, device)
-    teachers, facts_t = load_teachers(args, train.num_classes, test, amp, log)
+    nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log)
     torch.manual_seed(args.seed)
     with utils.user_errors():
         net_s = models.build(args.s_name, train.num_classes)
@@ -235,11 +258,11 @@ def main():
             log(f'initial student: {models.load_weights(net_s, args.s_init)}')
 
     origin = utils.provenance(device)
-    views = sorted({view for terms in wanted.values() for term in terms for view in term.method.views})
-    world = Look(teachers, amp, views, next(train.test_batches(2))[0])
+    views = sorted({view for terms in wanted.values() for term in terms for view in term.method.needs.views})
+    teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0])
     selected_on = 'val' if val else 'test'
-    runs = build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, device)
-    utils.compile_networks(args, *world.fast, *(run.net for run in runs))
+    runs = build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device)
+    utils.compile_networks(args, *teachers.fast, *(run.net for run in runs))
     utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
     board = utils.tensorboard(folder, args.tensorboard)
     stop = utils.StopAfterEpoch()
@@ -264,7 +287,7 @@ def main():
         begun, last = active, epoch + 1 == args.epochs
 
         batches = train.train_batches(args.batch_size, args.seed, epoch, views)
-        for number, batch in enumerate(together.looks(world, batches), 1):
+        for number, batch in enumerate(together.looks(teachers, batches), 1):
             for run in active:
                 utils.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))
             together.train(train_student, active, batch)
@@ -317,20 +340,20 @@ def main():
 
 def train_student(run: Run, seen: Batch) -> None:
     """One step of one student: forward, backward, update. seen: the batch and what teachers say of it."""
-    incomplete = len(seen.img) < run.batch_size and any(term.method.whole for term in run.terms)
+    incomplete = len(seen.img) < run.batch_size and any(term.method.needs.full_batches for term in run.terms)
     if run.meter.failure or incomplete:
         return
     batch = replace(seen, now=run.now, epochs=run.epochs, generator=run.generator, rng=run.rng)
-    out, terms = run.step(batch, seen.ts, run.weights, run.phase)
+    out, terms = run.step(batch, run.weights, run.inner, run.phase)
     run.reads_epoch = batch.reads_epoch
     weights = run.weights
     loss_kd = sum(weights[name] * term for name, term in terms.items() if name != 'ce')
     # without a weight, cross-entropy stays out: 0 times it would still move the classifier
     loss = weights['ce'] * terms['ce'] + loss_kd if weights.get('ce') else loss_kd
 
-    if not run.meter.guard(loss, run.opt, seen.ts[0].out if seen.ts else None):
+    if not run.meter.guard(loss, run.opt, seen.all_t[0].out if seen.all_t else None):
         return
-    special = [term.method.step for term in run.terms if term.method.step]
+    special = [term.method.own.update for term in run.terms if term.method.own.update]
     if special and run.phase == 'train':
         special[0](run.opt, weights['ce'] * terms['ce'], loss_kd, batch.epoch)
     else:
@@ -348,8 +371,10 @@ def begin_epoch(run: Run, epoch: int, args) -> None:
     pretrain, init = run.before
     if run.now in (-pretrain - init, -init, 0):
         run.opt.state.clear()  # every phase starts with a fresh optimiser
+        run.meter.sums.clear()  # and has its own terms
     whole = getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
     run.weights = whole.weights(run.phase, run.now, run.epochs)
+    run.inner = whole.inner(run.now, run.epochs)
     seed = args.seed * 1_000_003 + epoch
     run.generator.manual_seed(seed + 7919 * utils.rank())  # processes draw different numbers
     run.rng = random.Random(seed)
@@ -372,38 +397,6 @@ def epoch_line(run: Run, row: dict, epochs: int) -> str:
     )
 
 
-class Look:
-    """What the teachers give for a batch: once for all students.
-
-    nets: the teachers; img: a few images, on which their faster forms are made.
-    """
-
-    def __init__(self, nets: list[nn.Module], amp, views: list[str], img: Tensor) -> None:
-        self.nets, self.amp, self.views = nets, amp, views
-        self.net_t = nets[0] if nets else None
-        self.fast = [models.folded(net, img, utils.precision(amp, img.device)) for net in nets]
-        self.reads = [set() for _ in nets]  # what students look at, of each teacher
-        self.prepare = set()  # the functions of rows that want more of the main teacher
-
-    def __call__(self, img: Tensor, target: Tensor, index: Tensor, views: dict[str, Tensor]) -> Batch:
-        """The batch with everything that all students need of it."""
-        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, net_t=self.net_t)
-        with torch.no_grad():
-            for prepare in sorted(self.prepare, key=lambda f: f.__name__):
-                seen.shared[prepare] = prepare(self.net_t, seen.ts[0], seen)
-        return seen
-
-    def teacher(self, img: Tensor) -> InFloat32:
-        """The main teacher's features; differentiable with respect to img where that requires grad."""
-        with self.amp():
-            return InFloat32(self.fast[0](img, True))
-
-    @torch.no_grad()
-    def teachers_on(self, img: Tensor) -> list[InFloat32]:
-        with self.amp():
-            return [InFloat32(net(img, True), reads) for net, reads in zip(self.fast, self.reads)]
-
-
 def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Module], dict]:
     """The frozen teachers, and what the result files say about them."""
     nets, top1 = [], []
@@ -423,31 +416,39 @@ def read_methods(args) -> dict[str, list[Term]]:
     """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
     tokens = {token: token.split('+') for token in args.kd_mode}
     names = {name for terms in tokens.values() for name in terms}
-    for name in sorted(names - METHODS.keys()):
-        raise utils.UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(METHODS)}')
-    for name in sorted(name for name in names if METHODS[name].peers):
+    for name in sorted(names - KD.keys() - PEERS.keys()):
+        raise utils.UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(KD)}')
+    for name in sorted(name for name in names if name in PEERS):
         raise utils.UserError(
             f'--kd_mode {name}: trains networks that learn from each other, use train_dml.py'
         )
     if len(tokens) < len(args.kd_mode) or any(len(set(terms)) < len(terms) for terms in tokens.values()):
         raise utils.UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
     check_teachers(args, names)
-    weights, options = utils.weights_and_options(args, sorted(names), METHODS)
+    weights, options = utils.weights_and_options(args, sorted(names), KD)
     wanted = {
-        token: [Term(name, METHODS[name], weights[name], options[name]) for name in terms]
+        token: [Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args)) for name in terms]
         for token, terms in tokens.items()
     }
     for token, terms in wanted.items():
         for column, what in (
             ('student', 'change the student'),
-            ('step', 'have a training step of their own'),
+            ('update', 'have a training step of their own'),
         ):
-            several = [term.name for term in terms if getattr(term.method, column)]
+            several = [term.name for term in terms if getattr(term.method.own, column)]
             if len(several) > 1:
                 raise utils.UserError(f'--kd_mode {token}: {" and ".join(several)} {what}, only one can')
-        if args.amp == 'fp16' and any(term.method.step for term in terms):
+        if args.amp == 'fp16' and any(term.method.own.update for term in terms):
             raise utils.UserError(f'--amp fp16: {token} has a training step of its own; use bf16')
     return wanted
+
+
+def ramp_of(method: Method, args):
+    """The schedule of the loss's weight, as long as --ramp_epochs says."""
+    ramp = method.when.ramp
+    if args.ramp_epochs and isinstance(ramp, schedules.linear):
+        return ramp.lasting(args.ramp_epochs, args.epochs)
+    return ramp
 
 
 def check_teachers(args, names: set[str]) -> None:
@@ -455,49 +456,55 @@ def check_teachers(args, names: set[str]) -> None:
         raise utils.UserError(
             f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files'
         )
-    needy = sorted(name for name in names if METHODS[name].teacher)
+    needy = sorted(name for name in names if KD[name].needs.teacher)
     if needy and not args.t_name:
         raise utils.UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
-    if len(args.t_name) > 1 and not any(METHODS[name].team for name in names):
-        teams = [name for name, method in METHODS.items() if method.team]
+    if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
+        teams = [name for name, method in KD.items() if method.needs.all_teachers]
         raise utils.UserError(
             f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several'
         )
     for name in sorted(names):
-        if utils.processes() > 1 and METHODS[name].one_process:
-            raise utils.UserError(f'{name} runs in one process only: {METHODS[name].one_process}')
+        if utils.processes() > 1 and KD[name].limits.one_process:
+            raise utils.UserError(f'{name} runs in one process only: {KD[name].limits.one_process}')
 
 
-def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, device) -> list[Run]:
+def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device) -> list[Run]:
     """The students, all with the weights of net_s, each with its losses, optimiser, generator and record."""
+    every = [term.method for terms in wanted.values() for term in terms]
     graphs = utils.graphs_wanted(args, device)
-    initial, teacher = utils.fingerprint(net_s), '+'.join(map(utils.fingerprint, world.nets))
+    initial, teacher = utils.fingerprint(net_s), '+'.join(map(utils.fingerprint, teachers.nets))
     net_s.to(device, memory_format=torch.channels_last)
-    whole = any(term.method.whole for terms in wanted.values() for term in terms)
+    whole = any(method.needs.full_batches for method in every)
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes
-    img, target, index, more = next(train.train_batches(args.batch_size, args.seed, 0, world.views))
+    img, target, index, more = next(train.train_batches(args.batch_size, args.seed, 0, teachers.views))
     img, target, index, more = img[:n], target[:n], index[:n], {k: v[:n] for k, v in more.items()}
-    world.prepare = {term.method.prepare for terms in wanted.values() for term in terms} - {None}
-    seen = world(img, target, index, more)
+    teachers.prepare = {method.own.once_per_batch for method in every} - {None}
+    seen = teachers(img, target, index, more)
     with torch.no_grad():
         s = net_s.eval()(img, True)
 
-    def fresh(_):
+    def another_net(_):
         return models.build(args.s_name, train.num_classes).to(device, memory_format=torch.channels_last)
 
-    t = seen.ts[0] if seen.ts else None
-    e = SimpleNamespace(s=s, t=t, net_s=net_s, net_t=world.net_t, train_set=train, batch_size=args.batch_size,
-                        epochs=args.epochs, num_classes=train.num_classes, fresh=fresh)  # fmt: skip
+    t = seen.all_t[0] if seen.all_t else None
+    probe = Probe(s, t, net_s, teachers.net_t, train, args.batch_size, args.epochs, train.num_classes,
+                  another_net)  # fmt: skip
     runs = []
     for token, terms in wanted.items():
         torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
         net = copy.deepcopy(net_s)
         for term in terms:
-            net = build_term(term, net, e, device)
-        ce = math.prod(term.method.ce for term in terms)
+            net = build_term(term, net, probe, device)
+        ces = [term.method.when.ce for term in terms]
+        ce = math.prod(1.0 if callable(ce) else ce for ce in ces)
+        ce = ce if args.lambda_ce is None else args.lambda_ce
         before = tuple(
-            max((utils.scaled(getattr(p.method, phase), args.epochs, chosen) for p in terms), default=0)
-            for phase, chosen in (('pretrain', args.pretrain_epochs), ('init', args.init_epochs))
+            max((utils.phase_epochs(epochs, args.epochs, chosen) for epochs in of_200), default=0)
+            for of_200, chosen in (
+                ([term.method.when.pretrain for term in terms], args.pretrain_epochs),
+                ([term.method.when.alone for term in terms], args.init_epochs),
+            )
         )
         inside = args.phases == 'inside'
         if inside and sum(before) >= args.epochs:
@@ -505,8 +512,8 @@ def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, d
                                   f'{args.epochs} leaves none to train')  # fmt: skip
         gather = utils.gather_batches if args.global_relations else None
         cast = utils.PRECISIONS[args.amp] if graphs else None
-        step = Student(net, terms, world.amp, gather, cast)
-        optimise = [term.method.optimiser for term in terms if term.method.optimiser] or [utils.sgd]
+        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast)
+        optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [utils.sgd]
         opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         math_args = utils.math_args(
@@ -520,15 +527,15 @@ def build_runs(args, wanted, folder, origin, net_s, world, train, selected_on, d
             token, step, terms, net, opt, scaler, torch.Generator(device), record,
             utils.Meter(token, 0, device), before, args.batch_size, args.epochs - inside * sum(before),
             inside, counters=side_by_side.host_counters(net) if graphs else [],
-            usual_only='; '.join(term.method.eager for term in terms if term.method.eager),
+            usual_only='; '.join(filter(None, (term.method.limits.no_graph for term in terms))),
         )  # fmt: skip
         try_once(run, step, seen)
         record.resume(utils.resume_point(args.resume, folder / token))
         if not record.epoch and utils.rank() == 0:  # the other processes are sent the result
             for term in terms:
-                if term.method.start:
+                if term.method.own.before:
                     with utils.user_errors():
-                        term.method.start(term.loss, world.teacher, e)
+                        term.method.own.before(term.loss, teachers.teacher, probe)
         run.step = utils.distributed(step, device)
         runs.append(run)
     return runs
@@ -545,19 +552,20 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
                 if count:
                     batch = replace(seen, now=run.epochs // 2, epochs=run.epochs, generator=generator,
                                     rng=random.Random(0))  # fmt: skip
-                    trial(batch, seen.ts, trial.weights(phase, batch.now, run.epochs), phase)
+                    inner = trial.inner(batch.now, run.epochs)
+                    trial(batch, trial.weights(phase, batch.now, run.epochs), inner, phase)
     except AttributeError as error:  # a network of the user's own, without a term that this method asks for
         raise utils.UserError(f'{run.name}: {error}') from None
 
 
-def build_term(term: Term, net: nn.Module, e: SimpleNamespace, device) -> nn.Module:
+def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
     """Build the loss of a method, and return the network that this method trains."""
     method = term.method
     try:
         with utils.user_errors():
-            term.loss = method.build(method.loss, e, **term.options).to(device)
-            if method.student:
-                net = method.student(net, term.loss, e).to(device, memory_format=torch.channels_last)
+            term.loss = method.build(method.loss, probe, **term.options).to(device)
+            if method.own.student:
+                net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
     except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels
         raise utils.UserError(f'--kd_args: {term.name}: {error}') from None
     return net

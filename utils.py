@@ -171,6 +171,10 @@ def positive_float(text: str) -> float:
     return _number(float, text, lambda x: 0 < x < float('inf'), 'a number > 0')
 
 
+def share_of_ce(text: str) -> float:
+    return _number(float, text, lambda x: 0 <= x < float('inf'), 'a number >= 0')
+
+
 def fraction(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < 1, 'a share from 0 to below 1')
 
@@ -436,7 +440,7 @@ def set_learning_rate(opt: torch.optim.Optimizer, lr: float) -> None:
             group['lr'].fill_(lr)
 
 
-def scaled(epochs_of_200: int, epochs: int, chosen: int | None = None) -> int:
+def phase_epochs(epochs_of_200: int, epochs: int, chosen: int | None = None) -> int:
     """Epochs of a phase: what the flag says, else the method's share of a run of 200, at least one."""
     if not epochs_of_200 or chosen is not None:
         return chosen if epochs_of_200 else 0
@@ -1017,7 +1021,9 @@ def math_args(args: argparse.Namespace, **more) -> dict:
     """The flags that change the numbers of a run, as plain values."""
     names = ('data_name', 'image_size', 'val_split', 'epochs', 'batch_size', 'lr', 'milestones', 'lr_decay',
              'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
-    newer = {'compile': False, 'schedule': 'steps', 'phases': 'before'}  # older checkpoints do not know these
+    # older checkpoints do not know these
+    newer = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None,
+             'nesterov': True, 'pad': 'reflect'}  # fmt: skip
     chosen = {name: getattr(args, name) for name, default in newer.items()
               if getattr(args, name, default) != default}  # fmt: skip
     return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | more

@@ -38,38 +38,43 @@ import utils
 from benchmarks.trainer import BATCH, data, students_of
 from engine import side_by_side
 from engine.batch import Batch
-from kd_losses import CRD, METHODS
+from kd_losses import CRD
+from methods import METHODS
 
-ROWS = [name for name, m in METHODS.items() if not m.peers]
+ROWS = [name for name, m in METHODS.items() if not m.own.peers]
 TOLERANCE = 2e-3  # of the largest gradient; float32 sums in another order, through a network
 STEPS = side_by_side.Repeated.usual + 5
 
 
 def phases_of(name: str) -> list[str]:
     method = METHODS[name]
-    return [*(['pretrain'] if method.pretrain else []), *(['init'] if method.init else []), 'train']
+    return [
+        *(['pretrain'] if method.when.pretrain else []),
+        *(['init'] if method.when.alone else []),
+        'train',
+    ]
 
 
 def one_student(name: str, phase: str, train, amp: str, n: int, **flags):
-    """(run, world) of a row, begun in an epoch of this phase: late in a run, when every loss counts."""
+    """(run, teachers) of a row, begun in an epoch of this phase: late in a run, when every loss counts."""
     flags |= {'init_epochs': 1, 'pretrain_epochs': 1}
-    (run,), world, args = students_of([name], 'resnet14', train, amp, n, **flags)
+    (run,), teachers, args = students_of([name], 'resnet14', train, amp, n, **flags)
     early = {'train': 140, 'init': -1, 'pretrain': -sum(run.before)}
     train_kd.begin_epoch(run, early[phase], args)
     utils.set_learning_rate(run.opt, 0.01)
-    return run, world
+    return run, teachers
 
 
 def student_gradient(name: str, phase: str, n: int, device: torch.device):
     """(loss, gradients of the weights, whether random numbers were drawn) of one step."""
     train = data(64, device)
-    run, world = one_student(name, phase, train, 'off', n)
+    run, teachers = one_student(name, phase, train, 'off', n)
     kept = {}
     run.opt.register_step_pre_hook(lambda *_: kept.update(
         {key: p.grad.detach().cpu().clone() for key, p in run.step.named_parameters() if p.grad is not None}
     ))  # fmt: skip
     before = run.generator.get_state().clone()
-    train_kd.train_student(run, world(*next(train.train_batches(n, 0, 0, world.views))))
+    train_kd.train_student(run, teachers(*next(train.train_batches(n, 0, 0, teachers.views))))
     sums = {key: float(value) / n for key, value in run.meter.sums.items()}
     loss = sum(weight * sums[key] for key, weight in run.weights.items())
     return loss, kept, not torch.equal(before, run.generator.get_state())
@@ -94,7 +99,7 @@ def agreement(name: str, phase: str, device: torch.device) -> dict:
 
 def record(device: torch.device, names: list[str], done) -> None:
     for name in names:
-        if not METHODS[name].eager:
+        if not METHODS[name].limits.no_graph:
             for phase in phases_of(name):
                 done('record', name, phase, partial(repetition, name, phase, device))
 
@@ -115,12 +120,12 @@ def repetition(name: str, phase: str, device: torch.device) -> dict:
 def trained(name: str, phase: str, device: torch.device, way: str) -> dict:
     """Everything that training moves, after eight steps."""
     train = data(STEPS * 32, device)
-    run, world = one_student(name, phase, train, 'bf16', 32, cuda_graphs=True)
+    run, teachers = one_student(name, phase, train, 'bf16', 32, cuda_graphs=True)
     said = []
     graphs = side_by_side.Graphs(device, said.append)
     if way == 'usual':
         run.usual_only = 'as asked'
-    for batch in graphs.looks(world, train.train_batches(32, 0, 0, world.views)):
+    for batch in graphs.looks(teachers, train.train_batches(32, 0, 0, teachers.views)):
         graphs.train(train_kd.train_student, [run], batch)
     if said or run.meter.failure:
         raise RuntimeError(' '.join([*said, run.meter.failure]))
@@ -152,8 +157,10 @@ def stand_in(*_):
 
 def tensors(seen: Batch) -> list[torch.Tensor]:
     """All that a look at a batch has made."""
-    teachers = [x for t in seen.ts for x in (t._f.out, t._f.feat, *t._f.fms, *t._f.pres, *t._cast.values())]
-    return [*teachers, *(seen.shared[key] for key in sorted(seen.shared, key=lambda f: f.__name__))]
+    teachers = [
+        x for t in seen.all_t for x in (t._f.out, t._f.feat, *t._f.fms, *t._f.pres, *t._cast.values())
+    ]
+    return [*teachers, *(seen.once[key] for key in sorted(seen.once, key=lambda f: f.__name__))]
 
 
 def draws(device: torch.device, _, done) -> None:
@@ -252,20 +259,20 @@ def unsynchronised(device: torch.device, names: list[str], done) -> None:
 def waits(name: str, device: torch.device) -> dict:
     """Three steps to warm up, then two in which waiting for the device is an error."""
     train = data(5 * 32, device)
-    run, world = one_student(name, 'train', train, 'bf16', 32)
+    run, teachers = one_student(name, 'train', train, 'bf16', 32)
     said = ''
-    for k, batch in enumerate(train.train_batches(32, 0, 0, world.views)):
+    for k, batch in enumerate(train.train_batches(32, 0, 0, teachers.views)):
         if device.type == 'cuda':
             torch.cuda.set_sync_debug_mode('error' if k >= 3 else 'default')
         try:
-            train_kd.train_student(run, world(*batch))
+            train_kd.train_student(run, teachers(*batch))
         except RuntimeError as error:
             said = ' '.join(str(error).split())[:90]
             break
         finally:
             if device.type == 'cuda':
                 torch.cuda.set_sync_debug_mode('default')
-    eager = METHODS[name].eager
+    eager = METHODS[name].limits.no_graph
     return {'said': f'{said or "no waiting"} {eager if said else ""}', 'waits': said, 'eager': eager,
             'met': not said or bool(eager)}  # fmt: skip
 

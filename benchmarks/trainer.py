@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,9 @@ import train_kd
 import utils
 from dataset import Resident
 from engine import side_by_side
-from kd_losses import METHODS
+from engine.batch import Batch, Probe
+from engine.teachers import Teachers
+from methods import METHODS
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 EIGHT = ('logits', 'st', 'at', 'fitnet', 'nst', 'pkt', 'rkd', 'cc')
@@ -70,8 +71,9 @@ def plain_loop(method: str, teacher: str, train: Resident):
     )
     img, target = next(iter(loader))
     with torch.no_grad():
-        e = SimpleNamespace(s=net_s(img[:2], True), t=net_t(img[:2], True), net_s=net_s, net_t=net_t)
-    loss_kd = row.build(row.loss, e)
+        few = img[:2]
+        probe = Probe(net_s(few, True), net_t(few, True), net_s, net_t, train, BATCH, 200, 10)
+    loss_kd = row.build(row.loss, probe)
     opt = torch.optim.SGD(
         [*net_s.parameters(), *loss_kd.parameters()], 0.1, 0.9, weight_decay=1e-4, nesterov=True
     )
@@ -81,7 +83,7 @@ def plain_loop(method: str, teacher: str, train: Resident):
             with torch.no_grad():
                 t = net_t(img, True)
             loss_ce = F.cross_entropy(s.out, target)
-            loss = loss_ce + row.weight * row.feed(loss_kd, s, t, SimpleNamespace(target=target))
+            loss = loss_ce + row.weight * row.feed(loss_kd, s, t, Batch(img, target, target, {}))
             loss_ce.item(), loss.item()
             (s.out.argmax(dim=1) == target).float().mean().item()
             opt.zero_grad()
@@ -91,40 +93,37 @@ def plain_loop(method: str, teacher: str, train: Resident):
 
 
 def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: int = BATCH, **flags):
-    """(runs, world, flags) as train_kd.py has them, of untrained networks; the first epoch is not begun."""
-    args = argparse.Namespace(
-        t_name=[teacher], t_model=['-'], s_name='resnet20', s_init=None, kd_mode=list(methods), lambda_kd=[],
-        kd_args=[], amp=amp, batch_size=batch_size, epochs=200, seed=0, lr=0.1, momentum=0.9,
-        weight_decay=1e-4, milestones=[0.5, 0.75], lr_decay=0.1, schedule='steps', phases='before',
-        init_epochs=0, pretrain_epochs=0, global_relations=False, resume='never', compile=False,
-        cuda_graphs=False, data_name='-', image_size=32, val_split=0.0,
-    )  # fmt: skip
+    """(runs, teachers, flags) as train_kd.py has them, of untrained networks, before the first epoch."""
+    words = ['--kd_mode', *methods, '--t_name', teacher, '--t_model', '-', '--s_name', 'resnet20', '--amp', amp,
+             '--batch_size', str(batch_size), '--seed', '0', '--init_epochs', '0', '--pretrain_epochs', '0',
+             '--resume', 'never']  # fmt: skip
+    args = train_kd.parse_args(words)
     vars(args).update(flags)
     torch.manual_seed(0)
     device = train.device
     net_t = models.build(teacher, 10).requires_grad_(False).eval()
     net_t.to(device, memory_format=torch.channels_last)
     wanted = train_kd.read_methods(args)
-    views = sorted({view for parts in wanted.values() for part in parts for view in part.method.views})
+    views = sorted({view for parts in wanted.values() for part in parts for view in part.method.needs.views})
     img = next(train.test_batches(2))[0]
-    world = train_kd.Look([net_t], utils.autocast(device, amp), views, img)
+    teachers = Teachers([net_t], utils.autocast(device, amp), views, img)
     with tempfile.TemporaryDirectory() as folder:
         origin = {'commit': None}
         net_s = models.build('resnet20', 10)
-        runs = train_kd.build_runs(args, wanted, Path(folder), origin, net_s, world, train, 'test', device)
-    return runs, world, args
+        runs = train_kd.build_runs(args, wanted, Path(folder), origin, net_s, teachers, train, 'test', device)
+    return runs, teachers, args
 
 
 def our_loop(methods, teacher: str, train: Resident, amp: str):
     """The same with the parts and in the order of train_kd.py."""
-    runs, world, args = students_of(methods, teacher, train, amp)
+    runs, teachers, args = students_of(methods, teacher, train, amp)
     for run in runs:
         train_kd.begin_epoch(run, 0, args)
     cores = torch.get_num_threads()
     together = side_by_side.Workers(cores, 1) if cores > 1 else side_by_side.InTurn()
     epoch = 0
     while True:
-        for batch in together.looks(world, train.train_batches(BATCH, 0, epoch)):
+        for batch in together.looks(teachers, train.train_batches(BATCH, 0, epoch)):
             together.train(train_kd.train_student, runs, batch)
             yield
         epoch += 1

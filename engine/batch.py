@@ -21,8 +21,8 @@ class Batch:
     target: Tensor  # (N,)
     index: Tensor  # (N,), positions in the training set
     views: dict[str, Tensor]  # further images, {view: (N, 3, H, W)}
-    ts: list = field(default_factory=list)  # Feats of all teachers, the main one first
-    shared: dict[Callable, Any] = field(default_factory=dict)  # what a row's `prepare` gave, by that function
+    all_t: list = field(default_factory=list)  # Feats of all teachers, the main one first
+    once: dict[Callable, Any] = field(default_factory=dict)  # {a row's once_per_batch: what it gave}
     teacher: Callable[[Tensor], Any] | None = None  # images -> the main teacher's Feats
     net_t: nn.Module | None = None  # the main teacher
 
@@ -33,7 +33,9 @@ class Batch:
     net_s: nn.Module | None = None  # the student
     student: Callable[[Tensor], Any] | None = None  # images -> the student's Feats
     raw: Any = None  # the student's Feats of img before any cast
-    prepared: Any = None  # what this row's `prepare` gave
+    from_teacher: Any = None  # what this row's once_per_batch gave
+    inner: float | None = None  # this row's inner schedule in this epoch
+    peers: Callable[[Any], list] | None = None  # images -> Feats of all networks that learn from each other
     reads_epoch: bool = False  # somebody asked for the epoch, so this step cannot be repeated in another
 
     @property
@@ -41,6 +43,21 @@ class Batch:
         """Epochs done, from 0; negative in phases before the training."""
         self.reads_epoch = True
         return self.now
+
+
+@dataclass
+class Probe:
+    """What a loss may be built from: Feats of a few images, and what else there is."""
+
+    s: Any  # of the student; a list with peers
+    t: Any  # of the main teacher, None without
+    net_s: Any
+    net_t: nn.Module | None
+    train_set: Any
+    batch_size: int
+    epochs: int
+    num_classes: int
+    another_net: Callable[[nn.Module], nn.Module] | None = None  # a fresh network of the same kind
 
 
 class InFloat32:

@@ -209,7 +209,7 @@ class Graphs:
 def _settled(look: Callable, batch: tuple):
     """What is seen of a batch, with all casts made that students are known to read, and no others kept."""
     seen = look(*batch)
-    for t in seen.ts:
+    for t in seen.all_t:
         t.cast_ahead()
         t.freeze()
     return seen

@@ -82,3 +82,12 @@ class AB(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def build(loss, probe, **options):
+    """One for each stage, with the margin of Knowledge-Distillation-Zoo."""
+    pairs = zip(probe.s.pres[1:], probe.t.pres[1:])
+    return nn.ModuleList(loss(x.shape[1], y.shape[1], **{'margin': 2.0, **options}) for x, y in pairs)

@@ -176,3 +176,16 @@ def sample_attack_class(out_t: Tensor, idx: Tensor, u: Tensor | None = None) -> 
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """Attack the teacher, then look at the attacked images with both networks."""
+    attacked, valid = kd.attack(
+        lambda x: batch.teacher(x).out, batch.img, s.out.detach(), t.out, batch.target, batch.generator
+    )
+    with torch.no_grad():
+        goal = batch.teacher(attacked).out
+    return kd(batch.student(attacked).out, goal, valid)

@@ -135,3 +135,19 @@ def _separable(a: tuple, b: tuple) -> nn.Sequential:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(*s.extra, batch.target)
+
+
+def build(loss, probe, **options):
+    stages = len(probe.s.fms) - 1
+    return loss([probe.s.feat.shape[1]] + [probe.s.fms[-1].shape[1]] * (stages - 1), **options)
+
+
+def student(net, kd, probe):
+    return BYOTStudent(net, [x.shape[1:] for x in probe.s.fms[1:]], probe.num_classes)

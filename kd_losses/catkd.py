@@ -74,3 +74,25 @@ def _unit(x: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """Maps as they are averaged for the classifier: the activation of the last map before it."""
+    sides = ((s, batch.net_s), (t, batch.net_t))
+    return kd(*(to_cam(f.pres[-1].relu(), net.classifier_layer().weight) for f, net in sides))
+
+
+def build(loss, probe, **options):
+    return loss(**{'normalize': False, **options})  # the authors', for networks of one kind
+
+
+def student(net, kd, probe):
+    """The classifier's bias is held at 0, so that logits are averages of class activation maps."""
+    bias = net.classifier_layer().bias
+    with torch.no_grad():
+        bias.zero_()
+    bias.requires_grad_(False)
+    return net

@@ -186,3 +186,15 @@ def _unit(x: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(s.feat, t.feat, batch.index, generator=batch.generator)
+
+
+def build(loss, probe, **options):
+    data = probe.train_set
+    return loss(probe.s.feat.shape[1], probe.t.feat.shape[1], len(data), data.targets, **options)

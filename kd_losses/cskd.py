@@ -50,3 +50,13 @@ class CSKD(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """The partners go through the network in training mode, without gradient."""
+    with torch.no_grad():
+        out_pair = batch.student(batch.views['pair']).out
+    return kd(s.out, out_pair)

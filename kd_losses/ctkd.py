@@ -83,3 +83,10 @@ def cosine_lambda(epoch: int, max_value: float = 1.0, num_loops: float = 10) -> 
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(s.out, t.out, batch.inner)

@@ -110,3 +110,12 @@ class DCMStudent(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    if len(s) != 2:
+        raise ValueError(f'DCM: is for two networks, got {len(s)}')
+    return kd(*([*f.extra, f.out] for f in s), batch.target)

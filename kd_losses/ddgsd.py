@@ -69,3 +69,11 @@ class DDGSD(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    other = batch.student(batch.views['second'])
+    return kd(s.out, other.out, s.feat, other.feat, batch.target)

@@ -99,3 +99,20 @@ class DOT(torch.optim.Optimizer):
         else:
             state[key] = d.clone()
         return state[key]
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def optimiser(parameters, args):
+    return DOT(parameters, args.lr, args.momentum, weight_decay=args.weight_decay)
+
+
+def update(opt, loss_ce, loss_kd, epoch):
+    """A gradient for each loss."""
+    opt.zero_grad(set_to_none=True)
+    loss_kd.backward(retain_graph=True)
+    opt.step_kd()
+    opt.zero_grad(set_to_none=True)
+    loss_ce.backward()
+    opt.step()

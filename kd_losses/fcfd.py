@@ -156,3 +156,30 @@ def _bridge(c_in: int, c_out: int, ratio: float, post_relu: bool) -> nn.Sequenti
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """Two random paths through both networks, beside the student's own."""
+    last = len(s.fms) - 1
+    maps = [[kd.to_teacher(s.fms[k], k)] for k in range(1, last + 1)]
+    outs = []
+    paths = [(student_first, k) for student_first in (True, False) for k in range(1, last)]
+    for student_first, k in batch.rng.sample(paths, 2):
+        if student_first:
+            rest = batch.net_t.after(k, maps[k - 1][0])
+            for stage, fm in zip(maps[k:], rest.fms):
+                stage.append(fm)
+        else:
+            with ghost_statistics(batch.net_s):
+                rest = batch.net_s.after(k, kd.to_student(t.fms[k], k))
+        outs.append(rest.out)
+    return kd(maps, t.fms[1:], s.out, t.out, outs, batch.inner)
+
+
+def build(loss, probe, **options):
+    s, t = probe.s.fms[1:], probe.t.fms[1:]
+    scales = [x.shape[2] / y.shape[2] for x, y in zip(s, t)]
+    return loss([x.shape[1] for x in s], [x.shape[1] for x in t], scales, **options)

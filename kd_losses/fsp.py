@@ -75,3 +75,12 @@ def _pool(x: Tensor, size: tuple[int, int], how: str) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """From each stage to the next, the stem included."""
+    pairs = zip(kd, s.fms, s.fms[1:], t.fms, t.fms[1:])
+    return sum(loss(*maps) for loss, *maps in pairs) / len(kd)

@@ -104,3 +104,28 @@ def _best_mixture(z: Tensor, target: Tensor, steps: int = 100) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd([f.out for f in s], batch.target, kd.weights)
+
+
+def build(loss, probe, **options):
+    kd = loss(**options)
+    kd.weights = torch.full((len(probe.s),), 1 / len(probe.s))  # until there are better ones
+    return kd
+
+
+@torch.no_grad()
+def weigh(kd, held_out):
+    """The general mode: weights of the networks from held-out data, at the start of every epoch."""
+    if kd.mode != 'general':
+        return
+    found = held_out()
+    if found is None:
+        raise ValueError('KDCL: mode general weighs the networks on held-out data, --val_split gives some')
+    outs, target = found
+    kd.weights = general_weights(outs.softmax(dim=2), F.one_hot(target, outs.shape[2]))

@@ -110,3 +110,17 @@ def _unit(x: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(batch.raw.out, batch.raw.fms[-1], None, None, batch.target, batch.from_teacher)
+
+
+def teacher_map(net_t, t, batch):
+    """The teacher's attention, once for all students."""
+    with torch.enable_grad():
+        fm = t.fms[-1].detach().requires_grad_()
+        return grad_cam(net_t.after(len(t.fms) - 1, fm).out, fm, batch.target, side='t')

@@ -182,3 +182,24 @@ def _unit(x: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def build(loss, probe, **options):
+    return loss([x.shape[1] for x in probe.t.fms[1:]], **options)
+
+
+def pretrain(kd, t, batch):
+    return kd.attention_loss(t.fms[1:], batch.generator)
+
+
+def update(opt, loss_ce, loss_kd, epoch):
+    """The distillation gradient of a parameter is never longer than that of cross-entropy."""
+    params = [p for group in opt.param_groups for p in group['params'] if p.requires_grad]
+    ce = torch.autograd.grad(loss_ce, params, retain_graph=True, allow_unused=True)
+    kd = clipped(torch.autograd.grad(loss_kd, params, allow_unused=True), ce, epoch)
+    for p, a, b in zip(params, ce, kd):
+        p.grad = b if a is None else a if b is None else a + b
+    opt.step()

@@ -112,3 +112,14 @@ class NORMStudent(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(s.extra, t.fms[-1])
+
+
+def student(net, kd, probe):
+    return NORMStudent(net, probe.s.fms[-1].shape[1], probe.t.fms[-1].shape[1], kd.num_repeats)

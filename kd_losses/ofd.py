@@ -102,3 +102,20 @@ class OFD(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return sum(loss(x, y) for loss, x, y in zip(kd, s.pres[1:], t.pres[1:])) / len(kd)
+
+
+def build(loss, probe, **options):
+    """One for each stage, its margin from the teacher's batch norm."""
+    pairs = zip(probe.s.pres[1:], probe.t.pres[1:], probe.net_t.bn_before_relu())
+    return nn.ModuleList(
+        loss(x.shape[1], y.shape[1],
+             **{'margin': loss.margin_from_bn(bn.weight, bn.bias), 'reduction': 'mean', **options})
+        for x, y, bn in pairs
+    )  # fmt: skip

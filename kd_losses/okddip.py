@@ -100,3 +100,15 @@ class OKDDip(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    *peers, leader = s
+    return kd([f.out for f in peers], [f.feat for f in peers], leader.out, batch.target, batch.inner)
+
+
+def build(loss, probe, **options):
+    return loss(probe.s[0].feat.shape[1], **options)

@@ -133,3 +133,35 @@ def g_loss(score: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """Each network learns from the one before it."""
+    return sum(kd(x.out, y.out, batch.target) for x, y in zip(s, [s[-1], *s[:-1]]))
+
+
+def build(loss, probe, **options):
+    return loss(**options, channels=[f.fms[-1].shape[1] for f in probe.s])
+
+
+def optimisers(kd, peers):
+    return {
+        'adversary': torch.optim.Adam(kd.adversaries.parameters(), lr=2e-5, weight_decay=0.1),
+        'networks': torch.optim.Adam(peers.parameters(), lr=2e-5, weight_decay=0.1),
+    }
+
+
+def second_update(kd, peers, batch, opts):
+    """From a fresh forward pass, a step of the adversaries, then one of the networks."""
+    fms = [f.fms[-1] for f in batch.peers(batch.img)]
+    opts['adversary'].zero_grad(set_to_none=True)
+    kd.adversaries.d_loss(fms).backward()
+    opts['adversary'].step()
+    opts['networks'].zero_grad(set_to_none=True)
+    kd.adversaries.requires_grad_(False)
+    kd.adversaries.g_loss(fms).backward()
+    kd.adversaries.requires_grad_(True)
+    opts['networks'].step()

@@ -118,3 +118,25 @@ class Branches(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd([f.out for f in s], s[0].fms[-2].mean(dim=(2, 3)), batch.target, batch.inner)
+
+
+def build(loss, probe, **options):
+    return loss(probe.s[0].fms[-2].shape[1], len(probe.s), **options)
+
+
+def peers(nets, probe):
+    """Branches of one trunk."""
+    if len({str(net) for net in nets}) > 1:
+        raise ValueError('ONE: branches of one trunk need networks of one architecture')
+    return Branches(nets)
+
+
+def ensemble(kd, s):
+    return kd.combine(torch.stack([f.out for f in s]), s[0].fms[-2].mean(dim=(2, 3)))

@@ -89,3 +89,14 @@ def _one_hot(target: Tensor, out: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(s.out, batch.target, batch.index, batch.epoch)
+
+
+def build(loss, probe, **options):
+    return loss(len(probe.train_set), probe.num_classes, **{'total_epochs': probe.epochs, **options})

@@ -130,3 +130,19 @@ class ABF(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(_levels(s.fms, s), _levels(t.pres, t))
+
+
+def build(loss, probe, **options):
+    return loss(*([x.shape[1] for x in _levels(f.fms, f)] for f in (probe.s, probe.t)), **options)
+
+
+def _levels(maps, f):
+    """The stages' maps, and the embedding as a map."""
+    return [*maps[1:], f.feat[:, :, None, None]]

@@ -61,3 +61,11 @@ class SAD(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """Each stage from the next."""
+    return sum(kd(x, y) for x, y in zip(s.fms[1:], s.fms[2:]))

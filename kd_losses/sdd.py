@@ -115,3 +115,13 @@ def _kl(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """Logits of regions: the classifier on averages of the last map's parts."""
+    sides = ((s, batch.net_s), (t, batch.net_t))
+    local = (local_logits(f.pres[-1].relu(), net.classifier_layer()) for f, net in sides)
+    return kd(*local, batch.target)

@@ -124,3 +124,11 @@ def _unit(x: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def build(loss, probe, **options):
+    channels = ([x.shape[1] for x in f.fms[1:]] for f in (probe.s, probe.t))
+    return loss(*channels, probe.batch_size, **options)

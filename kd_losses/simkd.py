@@ -130,3 +130,15 @@ class SimKDStudent(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd.distance(s.extra, t.pres[-1].relu())
+
+
+def student(net, kd, probe):
+    """The student's body, the projector, and the teacher's classifier."""
+    return SimKDStudent(net, kd, probe.net_t.classifier_layer(), probe.t.fms[-1].shape[2:])

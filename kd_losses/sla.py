@@ -111,3 +111,14 @@ class SLAStudent(nn.Module):
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(s.extra, s.out, batch.target)
+
+
+def student(net, kd, probe):
+    return SLAStudent(net, probe.s.feat.shape[1], probe.num_classes)

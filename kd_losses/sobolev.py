@@ -81,3 +81,17 @@ def _unit(x: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(batch.raw.out, None, batch.img, batch.target, batch.from_teacher)
+
+
+def teacher_gradient(net_t, t, batch):
+    """Of the teacher's logits, with respect to the images: once for all students."""
+    with torch.enable_grad():
+        img = batch.img.detach().requires_grad_()
+        return input_gradient(batch.teacher(img).out, img, batch.target)

@@ -104,3 +104,14 @@ def _is(target: Tensor, out: Tensor) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return kd(s.fms[-2].mean(dim=(2, 3)), s.out, batch.target)
+
+
+def build(loss, probe, **options):
+    return loss(probe.s.fms[-2].shape[1], probe.num_classes, **options)

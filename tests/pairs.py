@@ -3,16 +3,14 @@
 python -m tests.pairs      prints the README's table
 """
 
-import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torchvision.models import VisionTransformer
 
 import models
-from kd_losses import METHODS
+from methods import METHODS
 from models.hooks import Tap, tokens
 
 # one difference at a time between resnet8 (16, 32, 64 channels at 32, 16, 8 pixels) and the teacher
@@ -83,6 +81,8 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
 
     import train_kd
     import utils
+    from engine.batch import Probe
+    from engine.teachers import Teachers
 
     method = METHODS[name]
     net_s, net_t = pair(kind)
@@ -90,32 +90,31 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
     n = 4
     img, target = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
     amp = utils.autocast(torch.device('cpu'), 'off')
-    world = train_kd.Look([net_t], amp, [], img)
-    world.prepare = {method.prepare} - {None}
-    views = {view: img for view in method.views}
-    seen = world(img, target, torch.arange(n), views)
-    ts = seen.ts
-    with torch.no_grad():
-        s = net_s.eval()(img, True)
-    e = SimpleNamespace(s=s, t=ts[0], net_s=net_s, net_t=net_t, train_set=Forty(img, target), batch_size=n,
-                        epochs=10, num_classes=10, fresh=lambda _: copy.deepcopy(net_s))  # fmt: skip
-    options = {'num_words': 8} if method.start else {'nce_n': 8} if name == 'crd' else {}
+    teachers = Teachers([net_t], amp, [], img)
+    teachers.prepare = {method.own.once_per_batch} - {None}
+    views = {view: img for view in method.needs.views}
+    options = {'num_words': 8} if method.own.before else {'nce_n': 8} if name == 'crd' else {}
     term = train_kd.Term(name, method, 1.0, options)
     try:
-        term.loss = method.build(method.loss, e, **options)
-        net = method.student(net_s, term.loss, e) if method.student else net_s
+        seen = teachers(img, target, torch.arange(n), views)
+        with torch.no_grad():
+            s = net_s.eval()(img, True)
+        probe = Probe(s, seen.all_t[0], net_s, net_t, Forty(img, target), n, 10, 10)
+        term.loss = method.build(method.loss, probe, **options)
+        net = method.own.student(net_s, term.loss, probe) if method.own.student else net_s
         step = train_kd.Student(net, [term], amp).train()
-        if method.start:
-            method.start(term.loss, world.teacher, e)
+        if method.own.before:
+            method.own.before(term.loss, teachers.teacher, probe)
         batch = replace(seen, now=5, epochs=10, generator=torch.Generator(), rng=random.Random(0))
-        _, terms = step(batch, ts, {'ce': 1.0, name: 1.0}, 'init' if method.init else 'train')
+        weights, inner = {'ce': 1.0, name: 1.0}, step.inner(5, 10)
+        _, terms = step(batch, weights, inner, 'init' if method.when.alone else 'train')
         loss_kd = terms[name]
         (loss_kd + terms.get('ce', 0)).backward()
     except ValueError as error:
         return 'refuses', ' '.join(str(error).split())
     if not torch.isfinite(loss_kd):
         return 'broken', f'loss {loss_kd}'
-    learns = any(p.requires_grad for p in term.loss.parameters()) or method.student is not None
+    learns = any(p.requires_grad for p in term.loss.parameters()) or method.own.student is not None
     return ('adapter' if learns else 'works'), ''
 
 
@@ -136,7 +135,7 @@ class Forty:
 
 def rows() -> list[str]:
     lines = ['| method | ' + ' | '.join(PAIRS) + ' |', '|---|' + '---|' * len(PAIRS)]
-    for name in sorted(name for name, m in METHODS.items() if m.teacher and not m.peers):
+    for name in sorted(name for name, m in METHODS.items() if m.needs.teacher and not m.own.peers):
         lines.append(f'| {name} | ' + ' | '.join(one_step(name, kind)[0] for kind in PAIRS) + ' |')
     return lines
 

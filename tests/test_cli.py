@@ -18,7 +18,7 @@ import train_ka
 import train_kd as train_kd_module
 import utils
 from ka_losses import METHODS as KA_METHODS
-from kd_losses import METHODS
+from methods import METHODS
 from tests.conftest import ROOT, TINY
 from tests.test_data import write_folder
 
@@ -127,7 +127,7 @@ def test_help_explains(script, name):
     done = script(name, '--help')
     assert done.code == 0 and 'default' in done.out and name in done.out
     for method, row in METHODS.items():
-        trains_it = name == ('train_dml' if row.peers else 'train_kd')
+        trains_it = name == ('train_dml' if row.own.peers else 'train_kd')
         assert trains_it <= (re.search(rf'\b{method}\b', done.out) is not None), method
     assert all(net in done.out for net in ('resnet8x4', 'resnet110'))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_losses import METHODS
+from methods import METHODS
 from models import Feats
 
 ROWS = sorted(METHODS)
@@ -166,16 +166,19 @@ def world(name, n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNam
             for f in (s, t):
                 f.out[: n - 1] += 20 * torch.eye(K)[: n - 1].to(f.out)
     net_s, net_t = Net(s), Net(t)
-    img = torch.randn(n, 3, 12, 8, dtype=net_s.fc.weight.dtype).requires_grad_(method.input_grad)
-    views = {view: torch.randn_like(img) for view in method.views}
+    img = torch.randn(n, 3, 12, 8, dtype=net_s.fc.weight.dtype).requires_grad_(method.needs.image_gradient)
+    views = {view: torch.randn_like(img) for view in method.needs.views}
     w = SimpleNamespace(s=s, t=t, other=other)
     w.b = SimpleNamespace(img=img, target=torch.arange(n) % K, index=torch.arange(n), views=views, epoch=50,
                           epochs=100, net_s=net_s, net_t=net_t, student=lambda img: w.other, teacher=net_t,
-                          ts=[t, t], generator=torch.Generator())  # fmt: skip
-    if method.prepare:
+                          all_t=[t, t], generator=torch.Generator())  # fmt: skip
+    if method.own.once_per_batch:
         connect(name, w)
-        w.b.prepared = method.prepare(net_t, Feats(t.out, t.feat, [x.to(img) for x in t.fms], t.pres), w.b)
-    if method.peers:
+        w.b.from_teacher = method.own.once_per_batch(
+            net_t, Feats(t.out, t.feat, [x.to(img) for x in t.fms], t.pres), w.b
+        )
+    w.b.inner = method.when.inner and method.when.inner(50, 100)
+    if method.own.peers:
         w.s, w.t = [s, other, third][: 2 if name == 'dcm' else 3], None
         if same:
             w.s[1] = Feats(*t[:4], s.extra)
@@ -184,7 +187,7 @@ def world(name, n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNam
 
 def connect(name, w) -> None:
     """A graph from the image, or from the student's last map, to its logits."""
-    if METHODS[name].input_grad:
+    if METHODS[name].needs.image_gradient:
         w.b.raw = w.b.net_s(w.b.img)
     else:
         fm = w.s.fms[-1]
@@ -198,7 +201,7 @@ def build(name: str, w: SimpleNamespace) -> nn.Module:
     env = SimpleNamespace(s=w.s, t=w.t, net_s=w.b.net_s, net_t=w.b.net_t, train_set=TrainSet(),
                           batch_size=len(student.out), epochs=100, num_classes=K)  # fmt: skip
     dtype = torch.float64 if student.out.dtype == torch.float64 else torch.float32
-    if not method.start:
+    if not method.own.before:
         return method.build(method.loss, env).to(dtype)
     kd = method.build(method.loss, env, num_words=5).to(dtype)  # a vocabulary
     kd.fit(torch.randn(5, *w.t.pres[-1].shape[1:], dtype=dtype), generator=torch.Generator().manual_seed(0))
@@ -227,7 +230,7 @@ def relay(w, change) -> None:
         return Feats(*map(again, f)) if isinstance(f, Feats) else [again(x) for x in f]
 
     w.s, w.t, w.other = again(w.s), again(w.t), again(w.other)
-    w.b.ts = [w.t, w.t]
+    w.b.all_t = [w.t, w.t]
 
 
 def grads(f) -> list[torch.Tensor]:
@@ -267,7 +270,11 @@ def test_arguments_have_the_names_of_the_field(name):
     forward = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL][1:]
     assert set(forward) <= set(known), set(forward) - set(known)
     forward = [x for x in forward if x not in equals]
-    if METHODS[name].teacher and name not in ('lwm', 'fcfd', 'sobolev'):  # the order that their pages fix
+    if METHODS[name].needs.teacher and name not in (
+        'lwm',
+        'fcfd',
+        'sobolev',
+    ):  # the order that their pages fix
         check_order(forward, known)
     constructor = list(inspect.signature(METHODS[name].loss.__init__).parameters)[1:]
     pairs = (['s_channels', 't_channels'], ['s_dim', 't_dim'])
@@ -363,7 +370,7 @@ def test_huge_logits(name, scale):
 def test_half_precision_and_autocast(name, dtype):
     """Half inputs inside autocast give the value of the same numbers in float32, to rounding of nothing."""
     w, v = world(name, dtype=dtype), world(name, dtype=dtype)
-    if not METHODS[name].prepare:  # there the graph from image to logits must stay
+    if not METHODS[name].own.once_per_batch:  # there the graph from image to logits must stay
         relay(v, lambda x: x.float())
     with torch.autocast('cpu', dtype=dtype):
         loss = healthy(name, w)
@@ -371,7 +378,7 @@ def test_half_precision_and_autocast(name, dtype):
     torch.testing.assert_close(loss, healthy(name, v), rtol=1e-2 if name in COARSE else 1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('name', [name for name in ROWS if not METHODS[name].prepare])
+@pytest.mark.parametrize('name', [name for name in ROWS if not METHODS[name].own.once_per_batch])
 def test_memory_layout_does_not_matter(name):
     expected = healthy(name, world(name))
     assert not strided(torch.zeros(2, 2)).is_contiguous()
@@ -398,7 +405,7 @@ def test_gradcheck(name):
     assert used
 
     def f(*_):  # the tensors are perturbed in place by gradcheck
-        if METHODS[name].prepare:
+        if METHODS[name].own.once_per_batch:
             connect(name, w)
         return call(name, copy.deepcopy(kd), w)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import utils
-from models import Feats
 from tests.conftest import ROOT, TINY
 from tests.test_train import weights
 
@@ -60,7 +59,7 @@ def test_disk_full(tmp_path, img_root, teacher):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     stopper = (
         'import sys, train_base, utils; real = utils.Record.epoch_done\n'
-        'def two(r, row):\n    real(r, row)\n    if r.epoch == 2: raise utils.UserError("enough")\n'
+        'def two(r, row, save):\n    real(r, row)\n    if r.epoch == 2: raise utils.UserError("enough")\n'
         'utils.Record.epoch_done = two; utils.run(train_base.main)'
     )
     first = subprocess.run(
@@ -128,13 +127,14 @@ def test_divergence_after_a_checkpoint_leaves_it_finite(script, tmp_path, monkey
 
 def test_a_bad_gradient_of_a_good_loss_never_reaches_the_disk(train_kd, tmp_path, monkeypatch):
     """One step per epoch: the loss of that step is finite, the weights after it are not."""
-    from kd_losses import METHODS, Method, embed
+    from methods import KD, Method
+    from methods.shared import embeddings
 
     class Steep(torch.nn.Module):
         def forward(self, feat_s, feat_t):
             return (0 * feat_s).sum().sqrt()  # 0, with slope 0 * inf
 
-    monkeypatch.setitem(METHODS, 'steep', Method(Steep, embed, 1.0))
+    monkeypatch.setitem(KD, 'steep', Method(Steep, 1.0, embeddings))
     one_step = ('--data_name', 'shapes:32', '--batch_size', '32', '--epochs', '2')
     done = train_kd('steep', '--note', 's', *one_step)
     assert done.code == 1 and 'steep: a weight is not finite after epoch 1, step 1' in done.err
@@ -155,16 +155,17 @@ def test_one_bad_student_does_not_stop_the_others(train_kd, tmp_path):
 
 def test_a_teacher_that_turns_non_finite_is_named(train_kd, monkeypatch, tmp_path):
     """It passed the test set, but on some training batch it gives NaN."""
-    import train_kd as module
+    from engine.teachers import Teachers
 
-    real = module.utils.as_float
+    real = Teachers.teachers_on
 
-    def spoil(f):
-        f = real(f)
-        spoilt = isinstance(f, Feats) and not f.out.requires_grad and f.out.shape[0] > 2
-        return f._replace(out=f.out * float('nan')) if spoilt else f
+    def spoil(teachers, img):
+        (t,) = real(teachers, img)
+        if len(img) > 2:  # not where the losses are built
+            t._f = t._f._replace(out=t._f.out * float('nan'))
+        return [t]
 
-    monkeypatch.setattr(module.utils, 'as_float', spoil)
+    monkeypatch.setattr(Teachers, 'teachers_on', spoil)
     done = train_kd('st', '--note', 'n')
     assert done.code == 1 and 'the teacher gives non-finite logits' in done.err
 

@@ -27,7 +27,7 @@ GRADIENTS = """
 import sys, torch
 import utils
 from types import SimpleNamespace
-from kd_losses import METHODS
+from methods import METHODS
 from models import Feats
 
 names, path = sys.argv[1].split(','), sys.argv[2]
@@ -86,9 +86,9 @@ if rank == 0:
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     """2 x 6 samples with global relations = 1 x 12, for every relational loss and a plain one."""
-    from kd_losses import METHODS
+    from methods import METHODS
 
-    names = ','.join(['st', *(name for name, m in METHODS.items() if m.relational)])
+    names = ','.join(['st', *(name for name, m in METHODS.items() if m.needs.relations)])
     program = tmp_path / 'gradients.py'
     program.write_text(GRADIENTS)
     for many in (1, 2):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_losses import METHODS
+from methods import METHODS
 from tests.adapters import ADAPTERS as KD_ADAPTERS
 from tests.ka_adapters import KA_ADAPTERS
 

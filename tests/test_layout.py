@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from ka_losses import METHODS as KA_METHODS
-from kd_losses import METHODS
+from methods import METHODS
 from tests.conftest import ROOT
 
 README = (ROOT / 'README.md').read_text()

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from kd_losses import METHODS
+from methods import METHODS
 from tests.conftest import ROOT
 from tests.pairs import PAIRS, one_step
 from tests.test_data import write_folder
 
-TAUGHT = sorted(name for name, m in METHODS.items() if m.teacher and not m.peers)
+TAUGHT = sorted(name for name, m in METHODS.items() if m.needs.teacher and not m.own.peers)
 
 
 def readme_table() -> dict[str, list[str]]:

@@ -16,7 +16,6 @@ from kd_losses import (
     DKD,
     KDSVD,
     LSKD,
-    METHODS,
     NST,
     OFAKD,
     OFD,
@@ -28,7 +27,6 @@ from kd_losses import (
     FitNet,
     Logits,
     SoftTarget,
-    apart,
 )
 from kd_losses.ab import AB
 from kd_losses.adain import AdaINKD
@@ -42,6 +40,7 @@ from kd_losses.dgkd import DGKD
 from kd_losses.dlb import DLB
 from kd_losses.dml import DML
 from kd_losses.dot import DOT
+from kd_losses.dot import update as dot_update
 from kd_losses.fcfd import FCFD, ghost_statistics
 from kd_losses.fsp import FSP
 from kd_losses.ft import FT
@@ -63,6 +62,7 @@ from kd_losses.sobolev import Sobolev
 from kd_losses.tfkd import TfKDReg, TfKDSelf
 from kd_losses.uskd import USKD
 from kd_losses.vkd import VkD
+from methods import METHODS
 from tests.test_contract import build, call, relay, world
 
 
@@ -86,7 +86,7 @@ ORDERED = {
 
 
 @pytest.mark.parametrize(
-    'name', [n for n, m in sorted(METHODS.items()) if n not in ORDERED and not m.prepare]
+    'name', [n for n, m in sorted(METHODS.items()) if n not in ORDERED and not m.own.once_per_batch]
 )
 def test_order_of_the_batch_does_not_matter(name):
     w, v = world(name, dtype=torch.float64), world(name, dtype=torch.float64)
@@ -689,7 +689,7 @@ def test_dot_without_delta_is_sgd():
 
     def dot(net, task, kd):
         opt = made.setdefault('dot', DOT(net.parameters(), 0.1, delta=0.0, weight_decay=0.01))
-        apart(opt, task, kd, 0)
+        dot_update(opt, task, kd, 0)
 
     def sgd(net, task, kd):
         opt = made.setdefault('sgd', torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.01))
@@ -813,7 +813,7 @@ def test_uskd_ranks_all_classes():
     near(z, expected / expected.sum())
 
 
-def test_onadvfd_adversaries_tell_maps_apart():
+def test_onadvfd_adversaries_tell_maps_dot_update():
     torch.manual_seed(0)
     rivals = Adversaries([4, 6])
     fms = [torch.randn(16, 4, 8, 8).requires_grad_(), (3 + torch.randn(16, 6, 8, 8)).requires_grad_()]

@@ -99,7 +99,7 @@ def test_mistakes(reproduce, tmp_path):
 
 
 def test_the_grid_of_the_project_parses():
-    from kd_losses import METHODS
+    from methods import METHODS
 
     for table in json.loads((ROOT / 'results' / 'grid.json').read_text()):
         assert table['methods'] == 'all' or set(table['methods']) <= set(METHODS), table['name']

@@ -19,13 +19,14 @@ from benchmarks import cuda
 from dataset import load
 from engine import side_by_side
 from engine.batch import Batch, InFloat32
-from kd_losses import METHODS
+from engine.teachers import Teachers
+from methods import METHODS
 from models import Feats, build
 from tests.conftest import ROOT
 from tests.test_contract import NoReadBack
 
-EVERY = [name for name, m in METHODS.items() if not m.peers]
-ROWS = [name for name in EVERY if not METHODS[name].eager]
+EVERY = [name for name, m in METHODS.items() if not m.own.peers]
+ROWS = [name for name in EVERY if not METHODS[name].limits.no_graph]
 
 
 class StandIn:
@@ -188,13 +189,16 @@ def test_what_is_decided_begins_a_recording_anew():
 
 def test_a_loss_that_reads_the_epoch_is_recorded_for_that_epoch_only(runs):
     built, step = runs
-    for name, reads in (('ctkd', True), ('pad', True), ('st', False), ('dkd', False)):
+    for name, reads in (('pskd', True), ('st', False), ('dkd', False), ('ctkd', False)):
         step(built[name], 0)
         assert built[name].reads_epoch is reads, name
         run, before = built[name], built[name].decided()
         run.now += 1
         assert (run.decided() != before) is reads
         run.now -= 1
+    run, before = built['ctkd'], built['ctkd'].decided()
+    run.inner = {'ctkd': 0.25}
+    assert run.decided() != before, 'a schedule inside the loss'
 
 
 def test_a_recording_that_fails_leaves_usual_steps(script, teacher, tmp_path, monkeypatch):
@@ -277,21 +281,21 @@ def runs(img_root, tmp_path_factory):
     batches = list(train.train_batches(16, 0, 0, ('pair', 'second', 'strong')))
     torch.manual_seed(0)
     net_t, net_s = build('resnet14', 10).eval().requires_grad_(False), build('resnet8', 10)
-    world = train_kd.Look([net_t, net_t], amp, ['pair', 'second', 'strong'], batches[0][0])
-    words = ['train_kd.py', '--kd_mode', *EVERY, '--t_name', 'resnet14', 'resnet14', '--t_model', '-', '-',
-             '--s_name', 'resnet8', '--batch_size', '16', '--epochs', '10', '--resume', 'never',
-             '--kd_args', 'crd.nce_n=20', 'quest.num_words=8']  # fmt: skip
-    argv, sys.argv = sys.argv, words
-    args = train_kd.parse_args()
-    sys.argv = argv
+    teachers = Teachers([net_t, net_t], amp, ['pair', 'second', 'strong'], batches[0][0])
+    words = ['--kd_mode', *EVERY, '--t_name', 'resnet14', 'resnet14', '--t_model', '-', '-', '--s_name',
+             'resnet8', '--batch_size', '16', '--epochs', '10', '--resume', 'never', '--kd_args',
+             'crd.nce_n=20', 'quest.num_words=8']  # fmt: skip
+    args = train_kd.parse_args(words)
     wanted = train_kd.read_methods(args)
-    built = train_kd.build_runs(args, wanted, folder, {'commit': None}, net_s, world, train, 'test', device)
-    prepare = {run.name: {term.method.prepare for term in run.terms} - {None} for run in built}
+    built = train_kd.build_runs(
+        args, wanted, folder, {'commit': None}, net_s, teachers, train, 'test', device
+    )
+    prepare = {run.name: {term.method.own.once_per_batch for term in run.terms} - {None} for run in built}
 
     def step(run, k):
         img, target, index, more = (copy.copy(x) for x in batches[k])
-        world.prepare = prepare[run.name]
-        train_kd.train_student(run, world(img, target, index, more))
+        teachers.prepare = prepare[run.name]
+        train_kd.train_student(run, teachers(img, target, index, more))
 
     for run in built:
         train_kd.begin_epoch(run, 5, args)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import utils
-from kd_losses import METHODS
+from methods import METHODS
 from models import build, load_weights
 from tests.conftest import TINY
 
@@ -70,8 +70,8 @@ def test_base_writes_everything(script, tmp_path):
     assert measured['top1'] == pytest.approx(result['last']['top1'])
 
 
-STUDENTS = [name for name, m in METHODS.items() if not m.peers]
-PEERS = [name for name, m in METHODS.items() if m.peers]
+STUDENTS = [name for name, m in METHODS.items() if not m.own.peers]
+PEERS = [name for name, m in METHODS.items() if m.own.peers]
 # one of each kind of need: plain, adapters, maps before the ReLU, a sum, memory, a phase first, modules that
 # learn first, a vocabulary, image gradients, map gradients, attacked images, a partner, two views, a strong
 # view, a changed student, two backward passes, mixed paths, whole batches, past epochs, past batches, masks
@@ -291,7 +291,7 @@ def test_weights_and_arguments_reach_the_loss(train_kd, tmp_path):
 
 
 def test_the_ramp_follows_the_epochs():
-    ramp = METHODS['dkd'].ramp
+    ramp = METHODS['dkd'].when.ramp
     assert [ramp(e, 240) for e in (0, 9, 19, 20, 239)] == [0.05, 0.5, 1, 1, 1]
     assert [ramp(e, 24) for e in (0, 1, 2)] == [0.5, 1, 1] and ramp(0, 2) == 1
 
@@ -464,13 +464,14 @@ def test_a_method_of_the_users_own(train_kd, tmp_path, monkeypatch):
     import re
     import textwrap
 
-    from kd_losses import Method, embed
+    from methods import KD, Method
+    from methods.shared import embeddings
     from tests.conftest import ROOT
 
     blocks = re.findall(r'```python\n(.*?)^ *```', (ROOT / 'README.md').read_text(), re.S | re.M)
     scope = {}
     exec(textwrap.dedent(next(block for block in blocks if 'class Mine' in block)), scope)
-    monkeypatch.setitem(METHODS, 'mine', Method(scope['Mine'], embed, 1.0))
+    monkeypatch.setitem(KD, 'mine', Method(scope['Mine'], 1.0, embeddings))
     done = train_kd('mine', 'mine+st', '--note', 'm')
     assert done.code == 0, done.err
     assert json.loads((tmp_path / 'm' / 'mine' / 'results.json').read_text())['recipe']['methods'] == [

@@ -5,7 +5,7 @@
     python tools/reproduce.py --only NAME          one table of the grid
 
 The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
-"student", "epochs", "seeds", "methods" (a list, or "all" rows of METHODS that one teacher suffices for),
+"student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that one teacher suffices for),
 "flags", "group" (students per process)}, and, where the teachers are not trained like the students,
 "teacher_epochs", "teacher_seed" and "teacher_flags". A table of networks that learn from each other has
 "nets", a list, instead of teacher and student. Tables of the same name are parts of one.
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import missing  # noqa: E402
 
 import utils  # noqa: E402
-from kd_losses import METHODS  # noqa: E402
+from methods import KD  # noqa: E402
 
 
 def parse_args():
@@ -151,7 +151,7 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
              '--s_name', table['student'],
              '--s_init', str(save / run_name(*student[:3]) / 'initial.pt')]  # fmt: skip
     if methods == 'all':
-        methods = [name for name, m in METHODS.items() if not m.peers and name != 'tfkd_self' and not m.team]
+        methods = [name for name, m in KD.items() if name != 'tfkd_self' and not m.needs.all_teachers]
     methods = lacking('train_kd.py', methods, words)
     if not methods and not lacking('train_base.py', [None], ['--net_name', table['student']]):
         return []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kd_losses import METHODS  # noqa: E402
+from methods import METHODS  # noqa: E402
 
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
 COLUMNS += ('schedule', 'device', 'published')
@@ -38,7 +38,7 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     groups = {}
     for r in results:
         # a student that teaches itself may have been trained beside others, in a process with a teacher
-        taught = any(METHODS[part].teacher for part in r['method'].split('+') if part in METHODS)
+        taught = any(METHODS[part].needs.teacher for part in r['method'].split('+') if part in METHODS)
         key = (r['data'], r['teacher'] if taught else '', r['student'], r['method'], r['epochs'])
         groups.setdefault(key, []).append(r)
     return dict(sorted(groups.items(), key=lambda item: (item[0][3] != 'baseline', -mean(item[1], 'last'))))

@@ -1,0 +1,40 @@
+"""The frozen teachers."""
+
+import torch
+from torch import Tensor, nn
+
+import models
+from engine.batch import Batch, InFloat32
+from utils import precision
+
+
+class Teachers:
+    """What the teachers give for a batch: once for all students.
+
+    nets: the teachers; img: a few images, on which their faster forms are made.
+    """
+
+    def __init__(self, nets: list[nn.Module], amp, views: list[str], img: Tensor) -> None:
+        self.nets, self.amp, self.views = nets, amp, views
+        self.net_t = nets[0] if nets else None
+        self.fast = [models.folded(net, img, precision(amp, img.device)) for net in nets]
+        self.reads = [set() for _ in nets]  # what students look at, of each teacher
+        self.prepare = set()  # the functions of rows that want more of the main teacher
+
+    def __call__(self, img: Tensor, target: Tensor, index: Tensor, views: dict[str, Tensor]) -> Batch:
+        """The batch with everything that all students need of it."""
+        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, net_t=self.net_t)
+        with torch.no_grad():
+            for prepare in sorted(self.prepare, key=lambda f: f.__name__):
+                seen.once[prepare] = prepare(self.net_t, seen.all_t[0], seen)
+        return seen
+
+    def teacher(self, img: Tensor) -> InFloat32:
+        """The main teacher's features; differentiable with respect to img where that requires grad."""
+        with self.amp():
+            return InFloat32(self.fast[0](img, True))
+
+    @torch.no_grad()
+    def teachers_on(self, img: Tensor) -> list[InFloat32]:
+        with self.amp():
+            return [InFloat32(net(img, True), reads) for net, reads in zip(self.fast, self.reads)]

@@ -1,0 +1,107 @@
+"""The columns of a row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .shared import plain
+
+# (epochs done, length of the training) -> number, see schedules.py
+Schedule = Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class When:
+    """What changes during a training.
+
+    ce: the weight of cross-entropy, 0 where the loss contains it; of methods on one student the product.
+    ramp: a factor on the loss's weight.
+    alone: of 200 epochs, how many this loss trains the student alone, before cross-entropy alone does.
+    pretrain: of 200, how many the loss's own modules learn, before anything else.
+    inner: a schedule that the feed reads as batch.inner.
+    """
+
+    ce: float | Schedule = 1.0
+    ramp: Schedule | None = None
+    alone: int = 0
+    pretrain: int = 0
+    inner: Schedule | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the trainer must provide.
+
+    teacher: False: a student of this method alone needs none.
+    all_teachers: uses every --t_name, not only the first.
+    views: further images of each batch: 'second', another crop; 'strong', with RandAugment and a cut-out;
+        'pair', another image of the same class; 'each', one for every peer.
+    relations: relates the samples of a batch: --global_relations gathers those of all processes.
+    full_batches: an incomplete last batch is left out.
+    image_gradient: the student's images require gradients.
+    """
+
+    teacher: bool = True
+    all_teachers: bool = False
+    views: tuple = ()
+    relations: bool = False
+    full_batches: bool = False
+    image_gradient: bool = False
+
+
+@dataclass(frozen=True)
+class Own:
+    """Parts of a training that this method does its own way.
+
+    student: (net, kd, probe) -> the network that is trained, and saved, instead of net.
+    pretrain: (kd, t, batch) -> what the loss's own modules minimise in their epochs, see When.pretrain.
+    before: (kd, teacher, probe), once, before the training; teacher: images -> Feats.
+    once_per_batch: (net_t, t, batch) -> what the feed reads as batch.from_teacher, once for all students.
+    optimiser: (parameters, args) -> instead of SGD.
+    update: (opt, loss_ce, loss_kd, epoch) -> instead of one backward pass and a step.
+
+    Networks that learn from each other (train_dml.py):
+    peers: (nets, probe) -> the module from images to a list of Feats.
+    ensemble: (kd, list of Feats) -> logits; None: their mean.
+    optimisers: (kd, peers) -> {name: optimiser}, for second_update.
+    second_update: (kd, peers, batch, optimisers), after the usual update.
+    each_epoch: (kd, held_out), at the start of an epoch; held_out() -> outputs and labels of the validation
+        split, None without one.
+    """
+
+    student: Callable | None = None
+    pretrain: Callable | None = None
+    before: Callable | None = None
+    once_per_batch: Callable | None = None
+    optimiser: Callable | None = None
+    update: Callable | None = None
+    peers: Callable | None = None
+    ensemble: Callable | None = None
+    optimisers: Callable | None = None
+    second_update: Callable | None = None
+    each_epoch: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What it cannot, with the reason; empty: it can.
+
+    one_process: cannot run on several processes.
+    no_graph: a CUDA graph cannot repeat its step.
+    """
+
+    one_process: str = ''
+    no_graph: str = ''
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row. feed(kd, s, t, batch) -> loss; build(loss, probe, **options) -> module; see shared.py."""
+
+    loss: type
+    weight: float  # default of --lambda_kd
+    feed: Callable
+    build: Callable = plain
+    when: When = When()
+    needs: Needs = Needs()
+    own: Own = Own()
+    limits: Limits = Limits()
