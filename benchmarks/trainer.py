@@ -94,9 +94,9 @@ def plain_loop(method: str, teacher: str, train: Resident):
 
 def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: int = BATCH, **flags):
     """(runs, teachers, flags) as train_kd.py has them, of untrained networks, before the first epoch."""
-    words = ['--kd_mode', *methods, '--t_name', teacher, '--t_model', '-', '--s_name', 'resnet20', '--amp', amp,
-             '--batch_size', str(batch_size), '--seed', '0', '--init_epochs', '0', '--pretrain_epochs', '0',
-             '--resume', 'never']  # fmt: skip
+    words = ['--kd_mode', *methods, '--t_name', teacher, '--t_model', '-', '--s_name', 'resnet20',
+             '--amp', amp, '--batch_size', str(batch_size), '--seed', '0', '--init_epochs', '0',
+             '--pretrain_epochs', '0', '--resume', 'never']  # fmt: skip
     args = train_kd.parse_args(words)
     vars(args).update(flags)
     torch.manual_seed(0)
