@@ -15,10 +15,17 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+
+if tuple(map(int, str(torch.__version__).split('.')[:2])) < (2, 11):  # before anything fails for want of it
+    print(f'the training scripts need torch >= 2.11, this is {torch.__version__}; the losses alone need 2.2',
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dataset
 from models import Feats, load_weights
-from models.checkpoint import read_checkpoint
+from models.checkpoint import compare_classes, named_weights, read_checkpoint
 
 # ---------------------------------------------------------------------------------------------- errors
 
@@ -54,6 +61,8 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except (UserError, dataset.BadImage) as error:  # a bad image shows when it is reached
+        if '--debug' in sys.argv:
+            traceback.print_exception(error)
         print(f'{script}: error: {error}', file=sys.stderr)
         sys.exit(2)
     except NonFinite as error:
@@ -70,6 +79,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.add_argument(
+            '--debug', action='store_true', help='with an error message show where it was raised'
         )
 
     def parse_args(self, args=None):
@@ -105,7 +117,7 @@ def add_common_flags(
     flag('--lr_decay', type=positive_float, default=0.1, help='SGD: factor at a milestone, default 0.1')
     flag('--momentum', type=fraction, default=0.9, help='SGD: Nesterov momentum, default 0.9')
     flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
-    flag('--seed', type=int, default=2, help='of initial weights and batches, default 2')
+    flag('--seed', type=seed_number, default=2, help='of initial weights and batches, default 2')
     # fmt: on
     add_machine_flags(parser)
     # fmt: off
@@ -132,7 +144,7 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
               f'(IMG_ROOT/train and IMG_ROOT/val with one folder per class){more}; default shapes')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
     flag('--image_size', type=positive_int, default=224, help='folder only: side of the crops, default 224')
-    flag('--workers', type=int, default=4, help='folder only: decoding processes, default 4')
+    flag('--workers', type=whole_number, default=4, help='folder only: decoding processes, default 4')
     flag('--convert_rgb', action='store_true',
          help='folder only: convert grey, CMYK and palette images (ImageNet has some) instead of refusing')
     # fmt: on
@@ -157,6 +169,11 @@ def positive_int(text: str) -> int:
 
 def whole_number(text: str) -> int:
     return _number(int, text, lambda x: x >= 0, 'a whole number >= 0')
+
+
+def seed_number(text: str) -> int:
+    """Epochs' seeds are a million times it, in 64 bits."""
+    return _number(int, text, lambda x: abs(x) < 10**12, 'a whole number of at most 12 digits')
 
 
 def positive_float(text: str) -> float:
@@ -617,7 +634,7 @@ def measure(net: nn.Module, val, test, amp: torch.autocast) -> dict[str, float]:
 def load_teacher(net: nn.Module, path: str, data, amp: torch.autocast) -> dict[str, float]:
     """Fill, freeze and measure a teacher; one that gives non-finite logits is refused."""
     with user_errors():
-        said = load_weights(net, path)
+        said = load_weights(net, path, class_names=getattr(data, 'class_names', None))
     net.requires_grad_(False).to(data.device, memory_format=torch.channels_last)
     measured = evaluate(net, data, amp)
     if measured['bad']:
@@ -708,7 +725,14 @@ def load_checkpoint(path: Path, math_args: dict) -> dict:
     old = content['args']
     differ = [f'{k} was {old.get(k)!r}, is {v!r}' for k, v in math_args.items() if old.get(k) != v]
     if differ:
-        raise UserError(f'{path}: cannot resume, {"; ".join(differ)}')
+        hint = ''
+        if math_args['epochs'] > old.get('epochs', 0) == content['epoch']:
+            hint = (
+                '; this run is finished, and its learning rates belong to its length: to go on from its '
+                f'weights in {path.parent}, start another one, --note NAME with --init net.pt '
+                '(train_base.py) or --s_init student.pt'
+            )
+        raise UserError(f'{path}: cannot resume, {"; ".join(differ)}{hint}')
     return content
 
 
@@ -749,6 +773,12 @@ def provenance(device: torch.device) -> dict:
             'python': platform.python_version(),
         },
     }
+
+
+def class_names_of(data) -> dict:
+    """{'class_names': [...]}, empty for data whose classes have no names."""
+    names = getattr(data, 'class_names', None)
+    return {'class_names': names} if names else {}
 
 
 def _cpu_name() -> str:
@@ -851,7 +881,8 @@ class Record:
         folder: where the files go.
         parts: what has state: {'net': ..., 'opt': ..., ...}, anything with state_dict and load_state_dict.
         math_args: everything that changes the numbers; a resume with other values is refused.
-        origin: command, commit and machine, kept from the first start; commits of resumes are added.
+        origin: command, commit and machine, kept from the first start; commits of resumes are added. With
+            class_names, all files of weights have them, too.
         selected_on: 'val' or 'test', whose figure chooses the best epoch.
         key: which figure, more is better.
     """
@@ -880,13 +911,16 @@ class Record:
         if path is None:
             return
         content = load_checkpoint(path, self.math_args)
+        with user_errors():
+            compare_classes(path, content['origin'].get('class_names'), self.origin.get('class_names'))
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         self.history = content['history']
         best = path.with_name('best.pt')
         if best.exists() and not (self.folder / 'best.pt').exists():  # the run moves to another folder
             write_atomic(self.folder / 'best.pt', best.read_bytes())
-        commit, self.origin = self.origin['commit'], content['origin']
+        commit, names = self.origin['commit'], self.origin.get('class_names')
+        self.origin = content['origin'] | ({'class_names': names} if names else {})
         commits = [self.origin['commit'], *self.origin.get('resumed_with', [])]
         if commit not in commits:
             self.origin['resumed_with'] = [*commits[1:], commit]
@@ -894,16 +928,24 @@ class Record:
     def epoch_done(self, row: dict) -> None:
         self.history.append(row)
         if self.key in row and self.best is row:
-            weights = deployed(self.parts['net']).state_dict()
-            save_checkpoint(self.folder / 'best.pt', {'net': weights, 'epoch': row['epoch']})
+            weights = self._weights()
+            best = {'net': weights, 'epoch': row['epoch'], **self._class_names()}
+            save_checkpoint(self.folder / 'best.pt', best)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args, 'origin': self.origin}
+        state |= self._class_names()
         write_metrics(self.folder / 'metrics.csv', self.history)
         save_checkpoint(self.folder / 'last.pt', state)
 
+    def _class_names(self) -> dict:
+        return {key: self.origin[key] for key in ('class_names',) if key in self.origin}
+
+    def _weights(self) -> dict:
+        return named_weights(deployed(self.parts['net']), self.origin.get('class_names'))
+
     def finish(self, weights: str, facts: dict) -> str:
         """Write the plain weights and results.json; return the headline, which is the last epoch's."""
-        save_checkpoint(self.folder / weights, deployed(self.parts['net']).state_dict())
+        save_checkpoint(self.folder / weights, self._weights())
         last, best = self.history[-1], self.best
         half, _, key = self.key.partition('_')
         selected_on = {'val': 'validation split', 'test': 'test data'}[half]
@@ -958,9 +1000,11 @@ def read_data(args: argparse.Namespace, device: torch.device):
         return dataset.load(args.data_name, args.img_root, device, **folder_only)
 
 
-def load_data(args: argparse.Namespace, device: torch.device):
+def load_data(args: argparse.Namespace, device: torch.device, log: Callable = lambda line: None):
     """(training set, validation set or None, test set) as the flags say."""
     train, test = read_data(args, device)
+    for note in getattr(test, 'notes', ()):
+        log(note)
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)
