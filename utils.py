@@ -62,6 +62,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except (UserError, dataset.BadImage) as error:  # a bad image shows when it is reached
         if '--debug' in sys.argv:
+            error.__suppress_context__ = False  # show all of it
             traceback.print_exception(error)
         print(f'{script}: error: {error}', file=sys.stderr)
         sys.exit(2)
@@ -726,11 +727,12 @@ def load_checkpoint(path: Path, math_args: dict) -> dict:
     differ = [f'{k} was {old.get(k)!r}, is {v!r}' for k, v in math_args.items() if old.get(k) != v]
     if differ:
         hint = ''
-        if math_args['epochs'] > old.get('epochs', 0) == content['epoch']:
+        weights = {'--init': path.with_name('net.pt'), '--s_init': path.with_name('student.pt')}
+        finished = [f'{flag} {file}' for flag, file in weights.items() if file.exists()]
+        if finished and math_args['epochs'] > old.get('epochs', math_args['epochs']):
             hint = (
                 '; this run is finished, and its learning rates belong to its length: to go on from its '
-                f'weights in {path.parent}, start another one, --note NAME with --init net.pt '
-                '(train_base.py) or --s_init student.pt'
+                f'weights, start another one, --note NAME {finished[0]}'
             )
         raise UserError(f'{path}: cannot resume, {"; ".join(differ)}{hint}')
     return content

@@ -1,6 +1,7 @@
 """The command line: every mistake gets one clear line and exit code 2; flags, help and the example script."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -506,9 +507,10 @@ def test_students_with_added_layers_are_used_like_others(script, train_kd, tmp_p
 
 def test_a_finished_run_with_more_epochs_names_the_way(fails, script, teacher, tmp_path):
     words = ('--net_name', 'resnet8', '--note', 'teacher', *TINY, '--resume', 'auto')
-    fails(
-        'train_base', *words, '--epochs', '3', said=['epochs was 2, is 3', '--note NAME with --init net.pt']
-    )
+    fails('train_base', *words, '--epochs', '3', said=['epochs was 2, is 3', f'--note NAME --init {teacher}'])
+    assert script('train_kd', *kd(teacher), '--kd_mode', 'ab', '--init_epochs', '1', '--note', 'k').code == 0
+    longer = ('--kd_mode', 'ab', '--init_epochs', '1', '--note', 'k', '--resume', 'auto', '--epochs', '4')
+    fails('train_kd', *kd(teacher), *longer, said=f'--s_init {tmp_path / "k" / "ab" / "student.pt"}')
     done = script('train_base', *words)
     assert done.code == 0 and '2 of 2 epochs done' in done.out
 
@@ -520,6 +522,50 @@ def test_debug_shows_where(script):
     assert (
         done.code == 2 and 'in load\n' in done.err and done.err.splitlines()[-1].startswith('train_base.py: ')
     )
+
+
+def test_debug_shows_an_error_of_the_author(script, teacher, monkeypatch):
+    """What a new feed does wrong looks like a mistake of the user, in one line; --debug shows the place."""
+
+    def my_new_feed(kd, s, t, b):
+        return s.nonsense
+
+    monkeypatch.setitem(METHODS, 'st', dataclasses.replace(METHODS['st'], feed=my_new_feed))
+    words = ('train_kd', *kd(teacher), '--kd_mode', 'st')
+    assert script(*words, '--note', 'a').err.count('\n') == 1
+    done = script(*words, '--note', 'b', '--debug')
+    assert done.code == 2 and 'in my_new_feed\n' in done.err and 'nonsense' in done.err.splitlines()[-1]
+
+
+def test_amalgamation_of_folders(script, fails, tmp_path):
+    """Teachers know a part of the classes each; the class names tell whether the part is the right one."""
+    root = write_folder(tmp_path / 'images')
+    data = ('--img_root', root, *FOLDER)
+    for part, classes in enumerate(('0-1', '2')):
+        words = (
+            '--net_name',
+            'resnet8',
+            *data,
+            '--classes',
+            classes,
+            '--note',
+            f't{part}',
+            '--batch_size',
+            4,
+        )
+        assert script('train_base', *words).code == 0
+    nets = [tmp_path / f't{part}' / 'net.pt' for part in (0, 1)]
+    ka = ('--ka_mode', 'concat', '--t_name', 'resnet8', '--t_classes', '0-1', '2', *data)
+    assert script('train_ka', *ka, '--t_model', *nets, '--limit_train', 9, '--limit_test', 9).code == 0
+    for file in ('args.json', 'ensemble/results.json', 'concat/results.json', 'concat/student.pt'):
+        assert names_in(next(tmp_path.glob('ka-*')) / file) == ['ape', 'bee', 'cat']
+    swapped = ('--t_classes', '1,0', '2')
+    fails('train_ka', *ka, *swapped, '--t_model', *nets, '--note', 'k', said=['teacher 1', 'another order'])
+    fails('train_ka', *ka, '--t_model', *nets, '--note', 'k', '--unlabeled', 'shapes:40', said='in memory')
+    fed = ('--t_name', 'resnet8', '--t_model', *nets, '--s_name', 'resnet8', *data, '--probe', 2)
+    few = ('--local_epochs', 1, '--adapt_epochs', 1, '--save_root', tmp_path, '--note', 'fed')
+    done = script('tools.fedka', *fed, *few)
+    assert done.code == 0, done.err
 
 
 TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('[!_]*.py'))
