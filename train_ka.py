@@ -340,10 +340,9 @@ class Classes:
 
     def _teacher(self, i: int, name: str, path: str, part: list[int], test, log) -> nn.Module:
         """A frozen teacher that is good for its part, with its accuracy there as .top1."""
-        with utils.user_errors():
-            net = models.build_for(path, name, len(part))
         try:
             with utils.user_errors():
+                net = models.build_for(path, name, len(part))
                 mine = dataset.take_classes(test, part)
             read = utils.load_teacher(net, path, mine, self.amp)
         except utils.UserError as error:

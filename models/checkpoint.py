@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def named_weights(net: nn.Module | dict, class_names: Sequence[str] | None) -> d
     """
     state = net.state_dict() if isinstance(net, nn.Module) else net
     if class_names:
+        state = OrderedDict(state) if type(state) is dict else state  # a plain one has no attributes
         state.class_names = list(class_names)
     return state
 

@@ -72,7 +72,7 @@ class Tap(nn.Module):
         self.__dict__['wrapped'] = net  # not a child: names would get a prefix
         self._modules, self._parameters, self._buffers = net._modules, net._parameters, net._buffers
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
-        self.training = net.training
+        self._version, self.training = net._version, net.training
         for module in net.modules():
             if getattr(module, 'inplace', False) is True:
                 module.inplace = False
