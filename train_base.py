@@ -7,6 +7,7 @@ Writes to SAVE_ROOT/NOTE: initial.pt (the random weights, for --s_init of train_
 net.pt (plain weights of the last epoch), metrics.csv, log.txt, args.json, results.json.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ def parse_args():
     parser.add_argument('--net_name', required=True, metavar='NAME',
         help=models.NAMES)  # fmt: skip
     parser.add_argument('--init', metavar='FILE', help='start from these weights instead of random ones')
+    parser.add_argument('--new_head', action='store_true',
+        help='of --init take all but the classifier: for weights with other classes, or none')  # fmt: skip
     parser.add_argument('--keep', type=utils.positive_int, metavar='N',
         help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip
     # fmt: off
@@ -61,6 +64,8 @@ def chosen_classes(args, num_classes: int) -> list[int] | None:
 
 def main():
     args = parse_args()
+    if args.new_head and not args.init:
+        raise utils.UserError('--new_head: goes with --init FILE')
     device = utils.setup(args)
     graphs = utils.graphs_wanted(args, device)
     part = f'-classes{args.classes}' if args.classes else ''
@@ -69,7 +74,7 @@ def main():
     folder = utils.output_folder(Path(args.save_root) / (args.note or name))
     log = utils.Log(folder)
 
-    train, val, test = utils.load_data(args, device)
+    train, val, test = utils.load_data(args, device, log)
     if classes := chosen_classes(args, train.num_classes):
         log(f'classes {", ".join(map(str, classes))} of {train.num_classes}')
         with utils.user_errors():
@@ -78,8 +83,8 @@ def main():
     with utils.user_errors():
         net = models.build(args.net_name, train.num_classes)
         if args.init:
-            log(f'initial weights: {models.load_weights(net, args.init)}')
-    initial = {key: value.clone() for key, value in net.state_dict().items()}
+            log(f'initial weights: {models.load_weights(net, args.init, new_head=args.new_head)}')
+    initial = copy.deepcopy(models.named_weights(net, train.class_names))
     math_args = utils.math_args(
         args, script='train_base', net=args.net_name, initial=utils.fingerprint(net), classes=classes
     )
@@ -88,7 +93,7 @@ def main():
     amp = utils.autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
 
-    origin = utils.provenance(device)
+    origin = utils.provenance(device) | utils.class_names_of(train)
     parts = {'net': net, 'opt': opt, 'scaler': scaler}
     record = utils.Record(folder, parts, math_args, origin, 'val' if val else 'test')
     record.resume(utils.resume_point(args.resume, folder))
@@ -130,7 +135,8 @@ def main():
         row |= utils.measured(utils.measure(net, val, test, amp))
         row['seconds'] = time.time() - started
         if args.keep and (epoch + 1) % args.keep == 0:
-            utils.save_checkpoint(folder / f'epoch{epoch + 1}.pt', net.state_dict())
+            weights = models.named_weights(net, train.class_names)
+            utils.save_checkpoint(folder / f'epoch{epoch + 1}.pt', weights)
         last = epoch + 1 == args.epochs
         record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
         log(f'epoch {epoch + 1}/{args.epochs}  ce {row["ce"]:.4f}  train {row["train_top1"]:.2f}  '
@@ -150,7 +156,7 @@ def main():
              'data': args.data_name, 'classes': classes, 'seed': args.seed,
              'epochs': args.epochs}  # fmt: skip
     log(f'{args.net_name}: {record.finish("net.pt", facts)}')
-    log(f'weights: {folder / "net.pt"}')
+    log(f'weights: {models.how_to_load(folder / "net.pt", args.net_name, args.data_name, train.num_classes)}')
 
 
 @dataclass

@@ -90,7 +90,7 @@ def main():
     folder = utils.output_folder(Path(args.save_root) / (args.note or name))
     log = utils.Log(folder)
 
-    train, val, test = utils.load_data(args, device)
+    train, val, test = utils.load_data(args, device, log)
     nets = build_networks(args, train.num_classes, device)
     initial = [utils.fingerprint(net) for net in nets]
     step = build_step(args, method, options, nets, train, amp, device)
@@ -100,7 +100,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     generator = torch.Generator(device)
 
-    origin = utils.provenance(device)
+    origin = utils.provenance(device) | utils.class_names_of(train)
     math_args = utils.math_args(args, script='train_dml', nets=args.net_names, initial=initial,
                                 method=[args.kd_mode[0], weight, options])  # fmt: skip
     state = {'net': step.peers, 'kd': step.kd, 'opt': opt, 'scaler': scaler, **opts}
@@ -185,7 +185,8 @@ def main():
 
     last = record.history[-1]
     for k in range(len(nets)):
-        utils.save_checkpoint(folder / f'net{k + 1}.pt', step.peers.weights(k))
+        weights = models.named_weights(step.peers.weights(k), train.class_names)
+        utils.save_checkpoint(folder / f'net{k + 1}.pt', weights)
     each = {f'net{k}': {'name': net, 'top1': last[f'net{k}_test_top1'], 'top5': last[f'net{k}_test_top5']}
             for k, net in enumerate(args.net_names, 1)}  # fmt: skip
     facts = {'script': 'train_dml', 'method': args.kd_mode[0], 'student': '+'.join(args.net_names),

@@ -162,6 +162,7 @@ def main():
 
     kind = Scenes if args.data_name.partition(':')[0] in ('scenes', 'nyuv2') else Classes
     world = kind(args, wanted, device, log)
+    origin |= utils.class_names_of(world.train)
     if world.nets:
         write_ensemble(folder, world, args, origin)
     runs = [
@@ -317,7 +318,7 @@ class Classes:
 
     def __init__(self, args, wanted: dict[str, Method], device, log) -> None:
         self.amp, self.T = utils.autocast(device, args.amp), args.T
-        train, val, test = utils.load_data(args, device)
+        train, val, test = utils.load_data(args, device, log)
         names = args.t_name * len(args.t_model) if len(args.t_name) == 1 else args.t_name
         if len(names) != len(args.t_model) or len(names) < 2:
             raise utils.UserError(
@@ -366,10 +367,9 @@ class Classes:
 
     def _teacher(self, i: int, name: str, path: str, part: list[int], test, log) -> nn.Module:
         """A frozen teacher that is good for its part, with its accuracy there as .top1."""
-        with utils.user_errors():
-            net = models.build(name, len(part))
         try:
             with utils.user_errors():
+                net = models.build_for(path, name, len(part))
                 mine = dataset.take_classes(test, part)
             read = utils.load_teacher(net, path, mine, self.amp)
         except utils.UserError as error:

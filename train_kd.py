@@ -62,6 +62,8 @@ def parse_args(words=None):
     flag('--s_init', metavar='FILE',
          help='initial weights of all students, e.g. initial.pt of train_base.py; default: drawn from --seed '
               'just as there')
+    flag('--new_head', action='store_true',
+         help='of --s_init take all but the classifier: for weights with other classes, or none')
     flag('--init_epochs', type=utils.whole_number, metavar='N',
          help='epochs of the loss alone before cross-entropy alone, for methods that initialise the student: '
               + ', '.join(f'{name} {m.when.alone}' for name, m in KD.items() if m.when.alone)
@@ -240,6 +242,8 @@ class Run:
 
 def main():
     args = parse_args()
+    if args.new_head and not args.s_init:
+        raise utils.UserError('--new_head: goes with --s_init FILE')
     wanted = read_methods(args)
     device = utils.setup(args)
     amp = utils.autocast(device, args.amp)
@@ -249,15 +253,15 @@ def main():
     folder = utils.output_folder(Path(args.save_root) / (args.note or name))
     log = utils.Log(folder)
 
-    train, val, test = utils.load_data(args, device)
+    train, val, test = utils.load_data(args, device, log)
     nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log)
     torch.manual_seed(args.seed)
     with utils.user_errors():
         net_s = models.build(args.s_name, train.num_classes)
         if args.s_init:
-            log(f'initial student: {models.load_weights(net_s, args.s_init)}')
+            log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
 
-    origin = utils.provenance(device)
+    origin = utils.provenance(device) | utils.class_names_of(train)
     views = sorted({view for terms in wanted.values() for term in terms for view in term.method.needs.views})
     teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0])
     selected_on = 'val' if val else 'test'
@@ -334,6 +338,8 @@ def main():
                  'trained_with': list(wanted), 'processes': utils.processes(),
                  'global_relations': args.global_relations}  # fmt: skip
         log(f'{run.name}: {run.record.finish("student.pt", facts)}')
+        path = folder / run.name / 'student.pt'
+        log(f'weights: {models.how_to_load(path, args.s_name, args.data_name, train.num_classes)}')
     if failures:
         raise utils.NonFinite('; '.join(failures))
 
@@ -402,7 +408,7 @@ def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Modul
     nets, top1 = [], []
     for name, path in zip(args.t_name, args.t_model):
         with utils.user_errors():
-            net = models.build(name, num_classes)
+            net = models.build_for(path, name, num_classes)
         teacher = utils.load_teacher(net, path, test, amp)
         log(f'teacher {name}: {teacher["said"]}')
         log(f'teacher {name}: top-1 {teacher["top1"]:.2f}, top-5 {teacher["top5"]:.2f} on the test set')

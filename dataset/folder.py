@@ -1,15 +1,17 @@
-"""Large data: a folder of images per class, decoded by worker processes (torchvision ImageFolder)."""
+"""Large data: a folder of images per class, decoded by worker processes."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision.transforms.v2 as transforms
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .views import count_steps, distort, shares, view_seed
 
@@ -20,36 +22,55 @@ class Folder:
     """One half of an ImageNet-like data set, folder/<class>/<image>.
 
     Training: random resized crop and flip. Test: short side to size * 256 / 224, centre crop. The batches are
-    those of Resident: (img, target, index) on the device, img channels_last.
+    those of Resident: (img, target, index) on the device, img channels_last. Files and folders whose name
+    begins with a dot (.ipynb_checkpoints, ._1.jpg) do not count.
 
     Args:
         folder: the half's folder.
         device: where batches appear.
         image_size: side of the crops, 224.
         workers: decoding processes; 0 decodes in the training process.
-        convert_rgb: accept grey, CMYK and palette images (ImageNet has some) by converting them.
+        convert_rgb: accept grey (8 or 16 bits), CMYK and palette images (ImageNet has some) by converting
+            them.
+        class_names: the classes in the order of their labels, those of the training set; None: the folders
+            that are there, sorted. With it, a class may have an empty folder.
+
+    Attributes: class_names, targets (N,), num_classes; notes: lines for the log.
 
     Raises:
-        ValueError: the folder is missing or holds no images; later, when reached, an image that cannot be
-            read, is empty, or is not RGB. The message names the file.
+        ValueError: the folder is missing, holds no images or a class without images; its classes are not
+            class_names; later, when reached, an image that cannot be read, is empty, or is not RGB. The
+            message names class or file.
     """
 
     def __init__(
-        self, folder: Path, device, image_size: int = 224, workers: int = 4, convert_rgb: bool = False
+        self,
+        folder: Path,
+        device,
+        image_size: int = 224,
+        workers: int = 4,
+        convert_rgb: bool = False,
+        class_names: list[str] | None = None,
     ):
-        try:
-            self._files = ImageFolder(folder)
-        except FileNotFoundError as error:
-            raise ValueError(f'{folder}: no image folder, expected <class>/<image> in it ({error})') from None
-        self.num_classes, self.mean, self.std = len(self._files.classes), MEAN, STD
+        there = _classes_in(folder)
+        self.class_names = there if class_names is None else list(class_names)
+        _compare_classes(folder, there, self.class_names)
+        files = [_images_in(Path(folder) / name) for name in self.class_names]
+        empty = [name for name, paths in zip(self.class_names, files) if not paths]
+        if empty and (class_names is None or len(empty) == len(files)):
+            raise ValueError(
+                f'{folder}: no images in {_some(empty)} (looked for {", ".join(IMG_EXTENSIONS)})'
+            )
+        self.notes = [f'{folder}: no images of {_some(empty)}, nothing is measured there'] if empty else []
+        self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
+        self.num_classes, self.mean, self.std = len(self.class_names), MEAN, STD
         self.device, self.workers = torch.device(device), workers
         self._options = image_size, convert_rgb
-        self._subset = range(len(self._files))
         self.shard = (0, 1)  # this process, number of processes
-        self.targets = torch.tensor(self._files.targets, device=self.device)
+        self.targets = torch.tensor([label for _, label in self.samples], device=self.device)
 
     def __len__(self) -> int:
-        return len(self._subset)
+        return len(self.samples)
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()
@@ -76,15 +97,35 @@ class Folder:
         yield from self._batches(images, [part.tolist() for part in order.split(batch_size)])
 
     def split(self, fraction: float, seed: int) -> tuple['Folder', 'Folder']:
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        """Two disjoint sets: all but a random fraction, and that fraction."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         held = max(int(len(self) * fraction), 1)
-        return self._part(order[held:]), self._part(order[:held])
+        return self.subset(order[held:]), self.subset(order[:held])
 
-    def _part(self, chosen: list[int]) -> 'Folder':
+    def subset(
+        self,
+        index: Tensor,
+        targets: Tensor | None = None,
+        num_classes: int | None = None,
+        class_names: list[str] | None = None,
+    ) -> 'Folder':
+        """These images, with other labels (for all images of this set) if wanted, as Resident's."""
+        labels = (self.targets if targets is None else targets).tolist()
         part = object.__new__(Folder)
         part.__dict__ |= self.__dict__
-        part._subset = [self._subset[i] for i in chosen]
-        part.targets = self.targets[torch.tensor(chosen, device=self.device)]
+        part.samples = [(self.samples[i][0], labels[i]) for i in index.tolist()]
+        part.targets = torch.tensor([label for _, label in part.samples], device=self.device)
+        part.num_classes = num_classes or self.num_classes
+        part.class_names = self.class_names if num_classes is None else class_names
+        return part
+
+    def pictures(self, other: 'Folder') -> 'Folder':
+        """Another folder's images, read as this one's: no labels (-1), this one's classes."""
+        if not isinstance(other, Folder):
+            raise ValueError('images of a folder cannot be replaced by those of a set in memory')
+        part = self.subset(torch.arange(0))
+        part.samples = [(path, -1) for path, _ in other.samples]
+        part.targets = torch.full((len(other),), -1, device=self.device)
         return part
 
     def _images(self, *steps) -> Dataset:
@@ -96,7 +137,7 @@ class Folder:
                 transforms.Normalize(MEAN, STD),
             ]
         )
-        return Subset(_Images(self._files.samples, to_tensor, self._options[1]), self._subset)
+        return _Images(self.samples, to_tensor, self._options[1])
 
     def _batches(self, images: Dataset, batches: list[list[int]]):
         loader = DataLoader(
@@ -119,6 +160,51 @@ class Folder:
         raise BadImage(message)
 
 
+def _classes_in(folder: Path) -> list[str]:
+    """Names of the folders, sorted."""
+    try:
+        found = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not x.name.startswith('.'))
+    except OSError as error:
+        raise ValueError(
+            f'{folder}: no image folder, expected <class>/<image> in it ({error.strerror})'
+        ) from None
+    if not found:
+        raise ValueError(f'{folder}: no image folder, expected <class>/<image> in it (it has no folders)')
+    return found
+
+
+def _compare_classes(folder: Path, there: list[str], wanted: list[str]) -> None:
+    """A class too many or too few would shift the labels of all that follow, or be measured as wrong."""
+    known, found = set(wanted), set(there)
+    unknown = [name for name in there if name not in known]
+    missing = [name for name in wanted if name not in found]
+    problems = [f'unknown to the training set: {_some(unknown)}'] if unknown else []
+    problems += [f'missing here: {_some(missing)}'] if missing else []
+    if problems:
+        remedy = '' if unknown else '; an empty folder of that name says that it has no images on purpose'
+        raise ValueError(
+            f'{folder}: its classes are not those of the training set; {"; ".join(problems)}{remedy}'
+        )
+
+
+def _images_in(folder: Path) -> list[str]:
+    """Paths of all images below, in torchvision's order."""
+    found = []
+    for place, _, files in sorted(os.walk(folder, followlinks=True)):
+        hidden = os.path.relpath(place, folder).split(os.sep)
+        if not any(part.startswith('.') and part != '.' for part in hidden):
+            found += [
+                os.path.join(place, name)
+                for name in sorted(files)
+                if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith('.')
+            ]
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+
+
 class BadImage(ValueError):
     """An image of the data set that cannot be used; one line that names the file."""
 
@@ -135,13 +221,41 @@ class _Images(Dataset):
         try:
             with Image.open(path) as image:
                 image.load()
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            # what PIL raises for files that are broken, or too large to be meant
             raise BadImage(f'{path}: cannot be read as an image ({type(error).__name__})') from None
         if image.mode != 'RGB' and not self.convert_rgb:
             raise BadImage(
                 f'{path}: is a {image.mode} image, expected RGB; --convert_rgb converts such images'
             )
-        return self.transform(image.convert('RGB')), target
+        return self.transform(to_rgb(image, path)), target
+
+
+def to_rgb(image: Image.Image, path: str) -> Image.Image:
+    """8 bits, three channels. PIL itself cuts 16-bit grey off at 255, which leaves a white picture.
+
+    Args:
+        image: of any mode. Grey with 16 bits (I;16 and its kin; I, 32 bits, if its values are those of 16)
+            is divided by 257, floating point (F) in 0..1 multiplied by 255.
+        path: for the message.
+
+    Raises:
+        BadImage: values outside these ranges, or a mode that PIL cannot convert.
+    """
+    if image.mode[0] in 'IF':
+        grey = np.asarray(image).astype(np.float64)
+        low, high = float(grey.min()), float(grey.max())
+        top = 1 if image.mode == 'F' else 65535
+        if not 0 <= low <= high <= top:  # also NaN
+            raise BadImage(
+                f'{path}: is a {image.mode} image with values {low:g} to {high:g}, expected 0 to {top}; '
+                f'save it with 8 bits per channel'
+            )
+        image = Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
+    try:
+        return image.convert('RGB')
+    except ValueError:
+        raise BadImage(f'{path}: is a {image.mode} image, which cannot be converted to RGB') from None
 
 
 class _Views(Dataset):

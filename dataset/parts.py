@@ -37,15 +37,17 @@ def read_classes(text: str, num_classes: int) -> list[int]:
     Raises:
         ValueError: not of this form, a class twice, or one that the data does not have.
     """
-    classes = []
+    classes, wrong = [], f'classes must be distinct and lie in 0..{num_classes - 1}, got {text!r}'
     for word in text.split(','):
         found = re.fullmatch(r'(\d+)(?:-(\d+))?', word.strip())
         if not found:
             raise ValueError(f'classes are written like 0-2,7, got {text!r}')
         first, last = int(found[1]), int(found[2] or found[1])
+        if not first <= last < num_classes:  # before a list is made of it: it may be very long
+            raise ValueError(wrong)
         classes += range(first, last + 1)
-    if not classes or len(set(classes)) < len(classes) or max(classes) >= num_classes:
-        raise ValueError(f'classes must be distinct and lie in 0..{num_classes - 1}, got {text!r}')
+    if len(set(classes)) < len(classes):
+        raise ValueError(wrong)
     return classes
 
 
@@ -53,14 +55,16 @@ def take_classes(data, classes: list[int]):
     """The images of these classes; label = position in the list.
 
     Raises:
-        ValueError: the data is not held in memory (a folder of images).
+        ValueError: none of the images is of these classes.
     """
-    if not hasattr(data, 'targets'):
-        raise ValueError('classes can be taken of cifar10, cifar100 and shapes, not of a folder of images')
     position = torch.full((data.num_classes,), -1, dtype=torch.int64, device=data.device)
     position[classes] = torch.arange(len(classes), device=data.device)
     label = position[data.targets]
-    return data.subset((label >= 0).nonzero()[:, 0], label, len(classes))
+    index = (label >= 0).nonzero()[:, 0]
+    names = data.class_names and [data.class_names[c] for c in classes]
+    if not len(index):
+        raise ValueError(f'there are no images of the classes {names or classes}')
+    return data.subset(index, label, len(classes), names)
 
 
 class ClassParts:

@@ -20,12 +20,23 @@ class Resident:
         targets: (N,) int64.
         num_classes, mean, std: of the data set; mean and std per channel for pixels in 0..1.
         device: where everything is kept, and where batches appear.
+        class_names: in the order of the labels; None: they have none.
 
     Batches are (img, target, index): img (B, 3, H, W) float32, normalised, channels_last; target (B,) int64;
     index (B,) int64, the images' positions in this set. Training batches have a fourth part, {view: images}.
     """
 
-    def __init__(self, images: Tensor, targets: Tensor, num_classes: int, mean, std, device) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        num_classes: int,
+        mean,
+        std,
+        device,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        self.class_names = None if class_names is None else list(class_names)
         self.images, self.targets = images.to(device).contiguous(), targets.to(device)
         self.shard = (0, 1)  # this process, number of processes
         self.num_classes, self.mean, self.std, self.device = num_classes, mean, std, torch.device(device)
@@ -136,19 +147,31 @@ class Resident:
         return tuple(self.subset(index) for index in (order[held:], order[:held]))
 
     def subset(
-        self, index: Tensor, targets: Tensor | None = None, num_classes: int | None = None
+        self,
+        index: Tensor,
+        targets: Tensor | None = None,
+        num_classes: int | None = None,
+        class_names: list[str] | None = None,
     ) -> 'Resident':
-        """These images, with other labels (for all images of this set) if wanted."""
+        """These images, with other labels (for all images of this set) and other classes if wanted."""
         targets = (self.targets if targets is None else targets)[index]
-        return self._like_this(self.images[index], targets, num_classes or self.num_classes)
+        if num_classes is None:
+            num_classes, class_names = self.num_classes, self.class_names
+        return self._like_this(self.images[index], targets, num_classes, class_names)
 
     def pictures(self, other: 'Resident') -> 'Resident':
-        """Another set's images, read as this one's: no labels (-1), this one's classes, mean and std."""
-        targets = torch.full_like(other.targets, -1)
-        return self._like_this(other.images, targets, self.num_classes)
+        """Another set's images, read as this one's: no labels (-1), this one's classes, mean and std.
 
-    def _like_this(self, images: Tensor, targets: Tensor, num_classes: int) -> 'Resident':
-        other = Resident(images, targets, num_classes, self.mean, self.std, self.device)
+        Raises:
+            ValueError: the other set is not held in memory (a folder of images).
+        """
+        if not isinstance(other, Resident):
+            raise ValueError('images of a set in memory cannot be replaced by those of a folder')
+        targets = torch.full_like(other.targets, -1)
+        return self._like_this(other.images, targets, self.num_classes, self.class_names)
+
+    def _like_this(self, images: Tensor, targets: Tensor, num_classes: int, class_names) -> 'Resident':
+        other = Resident(images, targets, num_classes, self.mean, self.std, self.device, class_names)
         other.shard = self.shard
         return other
 

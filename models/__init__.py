@@ -6,10 +6,11 @@ True)`. `torchvision:NAME` is torchvision's network with its stages tapped (mode
 
 import re
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import load_weights
+from .checkpoint import load_weights, named_weights
 from .feats import Feats
 from .folding import folded
 from .hooks import tap_torchvision
@@ -23,7 +24,18 @@ from .shufflenetv2 import ShuffleV2
 from .vgg import VGG
 from .wrn import wrn
 
-__all__ = ['MODELS', 'NAMES', 'Feats', 'build', 'folded', 'load_weights']
+__all__ = [
+    'MODELS',
+    'NAMES',
+    'Feats',
+    'build',
+    'build_for',
+    'folded',
+    'how_to_load',
+    'load_student',
+    'load_weights',
+    'named_weights',
+]
 
 MODELS = {f'resnet{depth}': partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)}
 MODELS |= {f'resnet{depth}x4': partial(resnet, depth, wide=True) for depth in (8, 32)}
@@ -56,3 +68,43 @@ def build(name: str, num_classes: int = 100) -> nn.Module:
     if m := re.fullmatch(r'wrn_(\d+)_(\d+)', name):
         return wrn(int(m[1]), int(m[2]), num_classes=num_classes)
     raise ValueError(f'no network is called {name!r}; there are {NAMES}')
+
+
+def build_for(path: str | Path, name: str, num_classes: int = 100) -> nn.Module:
+    """The network called `name` as the weights in this file need it, for load_weights.
+
+    That is build(name, num_classes), except for a student to which a method has added layers that stay in
+    use (simkd, norm): then with these layers.
+
+    Raises:
+        ValueError: as build; the file cannot be read.
+    """
+    from .changed import changed_network  # kd_losses is needed for such a file only
+
+    return changed_network(build(name, num_classes), path)
+
+
+def how_to_load(path: str | Path, name: str, data: str, num_classes: int) -> str:
+    """What to do with a file of weights, for the end of a log."""
+    return (
+        f'{path}; python tools/eval.py --net_name {name} --data_name {data} {path} measures them, '
+        f'models.load_student({str(path)!r}, {name!r}, {num_classes}) is the network'
+    )
+
+
+def load_student(path: str | Path, name: str, num_classes: int = 100) -> nn.Module:
+    """A trained network, in evaluation mode, whatever method of ours has trained it.
+
+        net = models.load_student('save/run/simkd/student.pt', 'resnet8', num_classes=10)
+        logits = net(images)
+
+    Args:
+        path: student.pt, net.pt, best.pt, or any file that load_weights reads.
+        name, num_classes: of the network, as for build.
+
+    Raises:
+        ValueError: as build and load_weights.
+    """
+    net = build_for(path, name, num_classes)
+    load_weights(net, path)
+    return net.eval()

@@ -1,43 +1,83 @@
 """Load weights from the checkpoint formats of the field: ours, RepDistiller, mdistiller,
-Knowledge-Distillation-Zoo, chenyaofo's pytorch-cifar-models. Nothing in a file is ever executed."""
+Knowledge-Distillation-Zoo, chenyaofo's pytorch-cifar-models, timm, Lightning, torchvision, safetensors.
+Nothing in a file is ever executed."""
 
+import copy
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-# where the weights are in a training checkpoint, the student's side first
-_CONTAINERS = ('model', 'net', 'snet', 'state_dict', 'student', 'net1')
+# where the weights are in a training checkpoint: the student's side first, an average of weights after them
+_CONTAINERS = ('model', 'net', 'snet', 'state_dict', 'student', 'net1', 'model_state_dict', 'weights')
+_CONTAINERS += ('state_dict_ema', 'model_ema', 'teacher')
 _OTHER_SIDE = ('tnet', 'net2')
 _ACCURACIES = ('accuracy', 'best_acc', 'prec@1', 'top1')
 
 
-def load_weights(net: nn.Module, path: str | Path, part: str | None = None) -> str:
+def load_weights(
+    net: nn.Module,
+    path: str | Path,
+    part: str | None = None,
+    new_head: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> str:
     """Fill `net` from a checkpoint file, strictly.
+
+    Prefixes that wrappers leave before the names (module., _orig_mod., model., backbone., ... in any nesting)
+    are stripped, and what lies beside the network under other prefixes (a loss, another network) is left out.
 
     Args:
         net: the network; untouched if anything is wrong.
-        path: a state dict, or a training checkpoint that holds one.
+        path: a state dict, a training checkpoint that holds one, or NAME.safetensors.
         part: the key to take when a file holds several networks, e.g. 'tnet' or 'net2'; None takes the
-        student's.
+            student's.
+        new_head: leave the classifier as it is, whatever the file has for it; the rest must fit.
+        class_names: what the network's logits stand for: a file that knows its classes and has others, or
+            another order, is refused. None: not compared.
 
     Returns:
-        A line for the log: which part was taken and the accuracy stored in the file, if any.
+        A line for the log: which part was taken, what was left out, and the accuracy stored in the file.
 
     Raises:
         ValueError: the file is missing, truncated, holds no weights, holds pickled code, or does not fit the
-            network; the message names the file and says which.
+            network; its classes are others; the message names the file and says which.
     """
     content = read_checkpoint(path)
-    state, key = _find_state(content, path, part)
-    state = _our_names(state)
-    _check_fit(net, state, path)
+    state, key, others = _find_state(content, path, part)
+    names = _stored_class_names(content, state)
+    state, prefix, beside = _unwrapped(state, net.state_dict())
+    if method := changed_by(beside):
+        raise ValueError(
+            f'{path}: a student to which {method} has added layers; models.load_student(path, name, '
+            f'num_classes) builds and loads it'
+        )
+    left = []
+    if new_head:
+        if not head_names(net):
+            raise ValueError(f'{type(net).__name__} has no linear layer that a new one could replace')
+        state, left = _with_head_of(net, state)
+    if problem := _misfit(net, state):
+        headless = not new_head and head_names(net) and not _misfit(net, _with_head_of(net, state)[0])
+        hint = _HEAD_HINT if headless else ''
+        guess = _guess(state)
+        raise ValueError(
+            f'{path}: does not fit the network; {problem}{f"; it looks like {guess}" if guess else ""}{hint}'
+        )
+    if not new_head:
+        compare_classes(path, names, class_names)
     net.load_state_dict(state, strict=True)
     said = [f'{path}' + (f" ['{key}']" if key else '')]
+    said += [f'also in the file: {", ".join(others)}'] if others else []
+    said += [f'without the prefix {prefix}'] if prefix else []
+    said += [f'left out: {_few(beside)}'] if beside else []
+    said += [f'a new classifier, left out: {_few(left) or "nothing, the file has none"}'] if new_head else []
     said += [
         f'{name} {_number(content[name]):.2f}'
         for name in _ACCURACIES
@@ -46,11 +86,66 @@ def load_weights(net: nn.Module, path: str | Path, part: str | None = None) -> s
     return ', '.join(said)
 
 
+_HEAD_HINT = '; only the classifier differs: train_base.py --init FILE --new_head keeps the rest'
+
+
+def named_weights(net: nn.Module | dict, class_names: Sequence[str] | None) -> dict:
+    """The state dict of a network (or one that is given) as it is, with the attribute `class_names`.
+
+    An attribute, because a plain state dict is what everybody can load; torch.save and torch.load keep it.
+    """
+    state = net.state_dict() if isinstance(net, nn.Module) else net
+    if class_names:
+        state = OrderedDict(state) if type(state) is dict else state  # a plain one has no attributes
+        state.class_names = list(class_names)
+    return state
+
+
+def _stored_class_names(content: dict, state: dict) -> list | None:
+    origin = content.get('origin')
+    found = getattr(state, 'class_names', None) or content.get('class_names')
+    return found or (origin.get('class_names') if isinstance(origin, dict) else None)
+
+
+def compare_classes(path: str | Path, stored: Sequence[str] | None, wanted: Sequence[str] | None) -> None:
+    """Refuse weights whose logits stand for other classes than the data's; None: nothing is known.
+
+    Raises:
+        ValueError: names the classes that differ.
+    """
+    if not stored or not wanted or list(stored) == list(wanted):
+        return
+    strange, lacking = ([x for x in a if x not in set(b)] for a, b in ((stored, wanted), (wanted, stored)))
+    differ = [f'the data has no {_few(strange)}'] if strange else []
+    differ += [f'the weights have no {_few(lacking)}'] if lacking else []
+    if not differ:
+        k = next(k for k, (a, b) in enumerate(zip(stored, wanted)) if a != b)
+        differ = [f'in another order: class {k} of the weights is {stored[k]}, of the data {wanted[k]}']
+    raise ValueError(f"{path}: was trained for other classes than the data's; {'; '.join(differ)}")
+
+
+# names that tell a student to which a method has added layers that stay in use
+CHANGED = {'simkd': 'loss.projector.0.weight', 'norm': 'transform.expand.0.weight'}
+
+
+def changed_by(names: Sequence[str]) -> str | None:
+    """The method whose additions to a student are among these names (models/changed.py builds them)."""
+    for method, mark in CHANGED.items():
+        if any(f'.{name}'.endswith(f'.{mark}') for name in names):
+            return method
+    return None
+
+
 def read_checkpoint(path: str | Path) -> dict:
-    """`torch.load` with `weights_only=True`, on the CPU, every failure a ValueError of one line."""
+    """`torch.load` with `weights_only=True`, on the CPU, every failure a ValueError of one line.
+
+    NAME.safetensors is read by the package safetensors, which is imported only here.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f'{path}: no such checkpoint file')
+    if path.suffix == '.safetensors':
+        return _read_safetensors(path)
     try:
         # RepDistiller's optimiser state has a NumPy float in it: allow exactly that, also by its old name
         scalar = np._core.multiarray.scalar
@@ -96,69 +191,159 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def _find_state(content: dict, path: Path, part: str | None) -> tuple[dict, str | None]:
+def _read_safetensors(path: Path) -> dict:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError(
+            f'{path}: to read it, safetensors must be installed (pip install safetensors)'
+        ) from None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f'{path}: truncated or not a safetensors file ({str(error)[:120]})') from None
+
+
+def _find_state(content: dict, path: Path, part: str | None) -> tuple[dict, str | None, list[str]]:
+    """The weights, their key in the file (None: the file is nothing else), and the keys of other weights."""
+    places = {key: content[key] for key in (*_CONTAINERS, *_OTHER_SIDE) if isinstance(content.get(key), dict)}
+    for outer, inner in list(places.items()):  # one more level, e.g. {'model': {'state_dict': ...}}
+        if not _is_state(inner):
+            places |= {f'{outer}.{key}': inner[key] for key in _CONTAINERS if key in inner}
+    found = {key: state for key, state in places.items() if _is_state(state)}
     if part is not None:
-        if not _is_state(content.get(part)):
+        state = found.get(part, content.get(part))
+        if not _is_state(state):
             raise ValueError(f'{path}: has no weights under {part!r}; its keys are {list(content)[:8]}')
-        return content[part], part
-    for key in _CONTAINERS:
-        if _is_state(content.get(key)):
-            return content[key], key
+        return state, part, [key for key in found if key != part]
+    ours = [key for key in found if key not in _OTHER_SIDE]
+    if ours:
+        return found[ours[0]], ours[0], [key for key in found if key != ours[0]]
     if _is_state(content):
-        return content, None
-    found = [key for key in _OTHER_SIDE if _is_state(content.get(key))]
-    hint = f'; say which part to take: {found}' if found else ''
+        return content, None, []
+    hint = f'; say which part to take: {list(found)}' if found else ''
     raise ValueError(f'{path}: holds no weights that could be found; its keys are {list(content)[:8]}{hint}')
 
 
 def _is_state(x) -> bool:
-    return isinstance(x, dict) and len(x) > 0 and all(isinstance(v, Tensor) for v in x.values())
+    """Names and tensors; a counter or a note among them does not matter."""
+    if not isinstance(x, dict) or not all(isinstance(key, str) for key in x):
+        return False
+    return sum(isinstance(value, Tensor) for value in x.values()) > len(x) / 2
 
 
-def _our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip the wrappers' prefixes, then Knowledge-Distillation-Zoo's names for stages and projections."""
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
-    if any(key.startswith('student.') for key in state):  # mdistiller keeps both networks and the adapters
-        state = {
-            key.removeprefix('student.'): value for key, value in state.items() if key.startswith('student.')
-        }
-    return {
-        re.sub(r'^res([123])\.', r'layer\1.', key).replace('.ds.', '.downsample.'): value
-        for key, value in state.items()
+def _unwrapped(state: dict, wanted: dict) -> tuple[dict, str, list[str]]:
+    """(the network's entries under the names it has, the prefix they had, names of the other entries).
+
+    The prefix is the one under which most of the network's names are found. Of equals, a student's and not
+    its teacher's, then the first.
+    """
+    probes = [*list(wanted)[:3], *list(wanted)[-3:]]
+    prefixes = {
+        name[: -len(probe)]: 0 for name in state for probe in probes if f'.{name}'.endswith(f'.{probe}')
     }
+    taken = {p: _under(p, state, wanted) for p in prefixes}
+    fits = {p: len(taken[p].keys() & wanted.keys()) for p in prefixes}
+    best = max(prefixes, key=lambda p: (fits[p], 'teacher' not in p), default='')
+    if fits.get(best, 0) < len(wanted) / 2:  # another network: show it without what all names have in common
+        best = _common_prefix(state)
+    entries = taken.get(best) or _under(best, state, wanted)
+    entries = {name: x for name, x in entries.items() if isinstance(x, Tensor) or name in wanted}
+    beside = [name for name, x in state.items() if not name.startswith(best) or not isinstance(x, Tensor)]
+    return entries, best, [name for name in beside if name not in wanted]
 
 
-def _check_fit(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _under(prefix: str, state: dict, wanted: dict) -> dict:
+    names = {name: name[len(prefix) :] for name in state if name.startswith(prefix)}
+    return {new if new in wanted else _renamed(new): state[name] for name, new in names.items()}
+
+
+def _renamed(name: str) -> str:
+    """Knowledge-Distillation-Zoo's stages and projections, torchvision's DenseNet as it was once saved."""
+    name = re.sub(r'^res([123])\.', r'layer\1.', name).replace('.ds.', '.downsample.')
+    return re.sub(r'(denselayer\d+\.(?:norm|conv))\.([12]\.)', r'\1\2', name)
+
+
+def _common_prefix(state: dict) -> str:
+    prefix = ''
+    while len(heads := {name[len(prefix) :].partition('.')[:2] for name in state}) == 1:
+        head, dot = heads.pop()
+        if not dot:
+            break
+        prefix += head + dot
+    return prefix
+
+
+def _with_head_of(net: nn.Module, state: dict) -> tuple[dict, list[str]]:
+    """(state with the network's own classifier, names of entries that were left out for it).
+
+    Left out is what the file has for the classifier, and heads of other names: entries whose first word is
+    none of the body's.
+    """
+    head = head_names(net)
+    wanted = net.state_dict()
+    body = {name.partition('.')[0] for name in wanted if name not in head}
+    left = [name for name in state if name in head or name.partition('.')[0] not in body]
+    rest = {name: x for name, x in state.items() if name not in left}
+    return rest | {name: wanted[name] for name in head}, left
+
+
+def head_names(net: nn.Module) -> set[str]:
+    """The classifier's entries in the state dict: of classifier_layer(), else of the last nn.Linear."""
+    linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    head = net.classifier_layer() if hasattr(net, 'classifier_layer') else (linear or [None])[-1]
+    if head is None:
+        return set()
+    modules = dict(net.named_modules())
+    paths = [path for path, module in modules.items() if module is head]
+    if not paths:  # MobileNetV2Tiny's is a 1x1 convolution, and what it calls its classifier a copy
+        paths = [
+            path
+            for path, m in modules.items()
+            if _shape(getattr(m, 'weight', None)) == (*head.weight.shape, 1, 1)
+        ]
+    return {name for name in net.state_dict() if name.startswith(f'{paths[-1]}.')}
+
+
+def _misfit(net: nn.Module, state: dict) -> str:
+    """What does not fit; empty if all does."""
     wanted = net.state_dict()
     missing = [
         k for k in wanted if k not in state and not k.endswith('num_batches_tracked')
     ]  # older than PyTorch 0.4
     unexpected = [k for k in state if k not in wanted]
-    misshapen = [
-        f'{k} is {tuple(state[k].shape)}, wanted {tuple(wanted[k].shape)}'
-        for k in wanted
-        if k in state and state[k].shape != wanted[k].shape
-    ]
+    shapes = {k: (_shape(state[k]), _shape(wanted[k])) for k in wanted if k in state}
+    misshapen = [f'{k} is {there}, wanted {here}' for k, (there, here) in shapes.items() if there != here]
     if not (missing or unexpected or misshapen):
-        return
-    problems = [
+        return ''
+    if missing and unexpected and not misshapen:
+        try:  # modules may know names of older versions, as torchvision's transformers do
+            copy.deepcopy(net).load_state_dict(state, strict=True)
+            return ''
+        except RuntimeError:
+            pass
+    return '; '.join(
         f'{label}: {", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""}'
         for label, keys in (('missing', missing), ('unexpected', unexpected), ('wrong shape', misshapen))
         if keys
-    ]
-    guess = _guess(state)
-    raise ValueError(
-        f'{path}: does not fit the network; {"; ".join(problems)}'
-        + (f'; it looks like {guess}' if guess else '')
     )
+
+
+def _shape(x) -> tuple | None:
+    return tuple(x.shape) if isinstance(x, Tensor) else None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
 
 
 def _guess(state: dict[str, Tensor]) -> str | None:
     """Name and class count of the known network these weights belong to."""
     from . import MODELS
 
-    keys = {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
-    heads = [shape[0] for k, shape in keys.items() if len(shape) == 1]
+    keys = {k: _shape(v) for k, v in state.items() if not k.endswith('num_batches_tracked')}
+    heads = [shape[0] for k, shape in keys.items() if shape and len(shape) == 1]
     if not heads:
         return None
     num_classes = heads[-1]  # the classifier's bias is the last vector of them all

@@ -1,10 +1,13 @@
 """The command line: every mistake gets one clear line and exit code 2; flags, help and the example script."""
 
 import argparse
+import dataclasses
 import importlib
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +22,7 @@ import train_kd as train_kd_module
 import utils
 from ka_losses import METHODS as KA_METHODS
 from methods import METHODS
+from models.checkpoint import compare_classes
 from tests.conftest import ROOT, TINY
 from tests.test_data import write_folder
 
@@ -47,6 +51,7 @@ COMMON = {
     '--resume',
     '--print_freq',
     '--tensorboard',
+    '--debug',
     '-h',
     '--help',
 }
@@ -90,12 +95,13 @@ def test_the_flags_are_frozen(monkeypatch):
     assert flags_of(train_base, monkeypatch) == COMMON | part | {
         '--net_name',
         '--init',
+        '--new_head',
         '--keep',
         '--cuda_graphs',
     }
     loss = {'--kd_mode', '--lambda_kd', '--kd_args'}
     own = {'--t_name', '--t_model', '--s_name', '--s_init', '--init_epochs', '--pretrain_epochs'}
-    own |= {'--global_relations', '--cuda_graphs'}
+    own |= {'--global_relations', '--cuda_graphs', '--new_head'}
     assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
     assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits'}
     ka = {'--ka_mode', '--lambda_ka', '--lambda_kd', '--T', '--ka_args', '--ka_layers', '--optim', '--lr_ka'}
@@ -113,13 +119,16 @@ def test_the_flags_are_frozen(monkeypatch):
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
 
 
+AWAITED = {'--new_head', '--debug'}  # their rows come with the README's next edition
+
+
 def test_the_readme_describes_every_flag_once(monkeypatch):
     readme = (ROOT / 'README.md').read_text()
     described = [flag for line in readme.splitlines() if line.startswith('| `--')
                  for flag in re.findall(r'--\w+', line.split('|')[1])]  # fmt: skip
     modules = (train_base, train_kd_module, train_dml, train_ka)
     there = set().union(*(flags_of(module, monkeypatch) for module in modules)) - {'-h', '--help'}
-    assert sorted(described) == sorted(there)
+    assert len(set(described)) == len(described) and set(described) | AWAITED == there
 
 
 @pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_dml'])
@@ -193,6 +202,10 @@ def test_teachers_that_are_missing_or_idle(fails, teacher):
         (['--net_name', 'resnet8', '--milestones', '100'], 'share from 0 to below 1'),
         (['--net_name', 'resnet8', '--amp', 'fp8'], 'fp8'),
         (['--net_name', 'resnet8', '--seed', '1.5'], '--seed'),
+        (['--net_name', 'resnet8', '--seed', '20261126140205'], ['--seed', 'at most 12 digits']),
+        (['--net_name', 'resnet8', '--workers', '-1'], ["whole number >= 0, got '-1'", '--workers']),
+        (['--net_name', 'resnet8', '--classes', '0-99999999999999'], 'lie in 0..9'),
+        (['--net_name', 'resnet8', '--new_head'], 'goes with --init'),
         (['--net_name', 'resnet9'], '6n + 2'),
         (['--net_name', 'resnet8', '--device', 'cuda:77'], '--device cuda:77'),
         (['--net_name', 'resnet8', '--device', 'toaster'], '--device toaster'),
@@ -260,6 +273,7 @@ def test_base_mistakes(fails, words, said):
         (['--kd_mode', 'st', '--s_name', 'resnet7'], '6n + 2'),
         (['--kd_mode', 'st', '--t_name', 'resnet20'], ['does not fit', 'looks like resnet8 with 10 classes']),
         (['--kd_mode', 'st', '--s_init', 'absent.pt'], 'absent.pt: no such'),
+        (['--kd_mode', 'st', '--new_head'], 'goes with --s_init'),
     ],
 )
 def test_kd_mistakes(fails, teacher, words, said):
@@ -381,6 +395,233 @@ def test_bad_images_in_a_folder(fails, tmp_path, workers):
     fails('train_base', *base, '--note', 'a', said=['bee/1.png', 'cannot be read'])
     Image.new('L', (30, 30)).save(root / 'train' / 'bee' / '1.png')
     fails('train_base', *base, '--note', 'b', said=['bee/1.png', 'expected RGB'])
+
+
+FOLDER = '--data_name folder --image_size 32 --batch_size 5 --epochs 1 --workers 0'.split()
+
+
+def test_classes_of_val_that_are_not_those_of_train(fails, script, tmp_path):
+    root = write_folder(tmp_path / 'images')
+    base = ('--net_name', 'resnet8', '--img_root', root, *FOLDER)
+    (root / 'val' / 'bee').rename(root / 'val' / 'been')
+    fails('train_base', *base, said=['unknown to the training set: been', 'missing here: bee'])
+    shutil.rmtree(root / 'val' / 'been')
+    fails('train_base', *base, said='missing here: bee; an empty folder of that name says')
+    (root / 'val' / 'bee').mkdir()
+    done = script('train_base', *base, '--note', 'b')
+    assert done.code == 0 and 'no images of bee' in (tmp_path / 'b' / 'log.txt').read_text()
+    shutil.rmtree(root / 'train' / 'cat')
+    (root / 'train' / 'cat').mkdir()
+    fails('train_base', *base, said='no images in cat')
+
+
+def names_in(path) -> list:
+    if path.suffix == '.pt':
+        content = torch.load(path, weights_only=True)
+        return getattr(content, 'class_names', None) or content['class_names']
+    return json.loads(path.read_text())['class_names']
+
+
+def test_class_names_are_kept_and_compared(fails, script, tmp_path):
+    """In every file of a run; a teacher of other classes, or of the same in another order, is refused."""
+    root = write_folder(tmp_path / 'images')
+    data = ('--img_root', root, *FOLDER)
+    assert script('train_base', '--net_name', 'resnet8', '--note', 'b', '--keep', 1, *data).code == 0
+    files = 'args.json results.json last.pt best.pt net.pt initial.pt epoch1.pt'.split()
+    assert all(names_in(tmp_path / 'b' / file) == ['ape', 'bee', 'cat'] for file in files)
+    teacher = shutil.copy(tmp_path / 'b' / 'net.pt', tmp_path / 'renamed.pt')
+    net = models.build('resnet8', 3)
+    net.load_state_dict(torch.load(teacher))  # plain weights for everybody
+
+    pair = ('--t_name', 'resnet8', '--s_name', 'resnet8', '--kd_mode', 'st', *data)
+    assert script('train_kd', *pair, '--t_model', teacher, '--note', 'k').code == 0
+    assert names_in(tmp_path / 'k' / 'args.json') == names_in(tmp_path / 'b' / 'args.json')
+    for file in ('results.json', 'last.pt', 'best.pt', 'student.pt'):
+        assert names_in(tmp_path / 'k' / 'st' / file) == ['ape', 'bee', 'cat']
+
+    part = ('--net_name', 'resnet8', *data, '--classes', '0-1', '--note', 'part', '--batch_size', 4)
+    assert script('train_base', *part).code == 0
+    assert names_in(tmp_path / 'part' / 'results.json') == ['ape', 'bee']
+    for half in ('train', 'val'):
+        (root / half / 'cat').rename(root / half / 'aardvark')
+        (root / half / 'ape').rename(root / half / 'cat')
+        (root / half / 'aardvark').rename(root / half / 'ape')
+    same = ('--t_model', teacher, '--note', 'k2')
+    assert script('train_kd', *pair, *same).code == 0, 'other pictures, but the same names'
+    for half in ('train', 'val'):
+        (root / half / 'cat').rename(root / half / 'dog')
+    said = ['renamed.pt', 'the data has no cat', 'the weights have no dog']
+    fails('train_kd', *pair, *same, '--note', 'k3', said=said)
+    for file in ('net.pt', 'best.pt', 'last.pt'):
+        fails('train_kd', *pair, '--t_model', tmp_path / 'b' / file, '--note', 'k3', said=said[1:])
+    done = script('tools.eval', '--net_name', 'resnet8', *data[:6], '--workers', 0, teacher)
+    assert done.code == 2 and 'the data has no cat' in done.out
+    fails('train_base', '--net_name', 'resnet8', '--note', 'b', *data, '--resume', 'auto', '--keep', 1,
+          said=['last.pt', 'the data has no cat'])  # fmt: skip
+
+
+def test_classes_in_another_order():
+    with pytest.raises(ValueError, match='another order: class 1 of the weights is bee, of the data cat'):
+        compare_classes('x.pt', ['ape', 'bee', 'cat'], ['ape', 'cat', 'bee'])
+    compare_classes('x.pt', None, ['ape'])
+    compare_classes('x.pt', ['ape'], None)
+
+
+def test_a_new_head(fails, script, teacher, tmp_path):
+    """The body of other weights, a classifier of its own; without the flag the message tells of it."""
+    torch.save(models.build('resnet8', 100).state_dict(), tmp_path / 'hundred.pt')
+    base = ('--net_name', 'resnet8', *TINY, '--epochs', '1', '--init', tmp_path / 'hundred.pt')
+    fails('train_base', *base, said=['looks like resnet8 with 100 classes', '--init FILE --new_head'])
+    done = script('train_base', *base, '--new_head', '--note', 'b')
+    assert done.code == 0 and 'a new classifier, left out: fc.weight, fc.bias' in done.out
+    body, mine = (torch.load(path, weights_only=True) for path in (base[-1], tmp_path / 'b' / 'initial.pt'))
+    assert torch.equal(body['layer2.0.conv1.weight'], mine['layer2.0.conv1.weight'])
+    fails('train_kd', *kd(base[-1]), '--kd_mode', 'st', said=['hundred.pt', 'only the classifier differs'])
+    words = ('--kd_mode', 'st', '--s_init', base[-1], '--new_head', '--epochs', '1')
+    done = script('train_kd', *kd(teacher), *words, '--note', 'k')
+    assert done.code == 0 and 'a new classifier' in done.out
+
+
+def test_students_with_added_layers_are_used_like_others(script, train_kd, tmp_path):
+    """The last line of the log says how; it does what it says."""
+    assert train_kd('simkd', 'norm', 'byot', 'catkd', '--note', 'k', '--epochs', '1', *TINY[:4]).code == 0
+    lines = (tmp_path / 'k' / 'log.txt').read_text().splitlines()
+    for method in ('simkd', 'norm', 'byot', 'catkd'):
+        path = tmp_path / 'k' / method / 'student.pt'
+        (line,) = [line for line in lines if f'weights: {path}; ' in line]
+        command, code = re.search(
+            r'python tools/eval\.py (.*) measures them, (models.*) is the network', line
+        ).groups()
+        done = script(
+            'tools.eval', *command.split(), path.with_name('last.pt'), '--img_root', tmp_path.parent
+        )
+        top1 = json.loads(path.with_name('results.json').read_text())['last']['top1']
+        assert done.code == 0 and done.out.count(f'  {top1:6.2f}  ') == 2, done.out + done.err
+        assert eval(code)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+        words = ('--t_name', 'resnet8', '--t_model', path, '--s_name', 'resnet8', '--kd_mode', 'st', 'at')
+        taught = script('train_kd', *words, *TINY, '--epochs', '1', '--note', f'of-{method}')
+        assert taught.code == 0, taught.err
+        teacher = json.loads((tmp_path / f'of-{method}' / 'st' / 'results.json').read_text())
+        assert teacher['teacher_top1'] == pytest.approx(top1)
+
+
+def test_a_finished_run_with_more_epochs_names_the_way(fails, script, teacher, tmp_path):
+    words = ('--net_name', 'resnet8', '--note', 'teacher', *TINY, '--resume', 'auto')
+    fails('train_base', *words, '--epochs', '3', said=['epochs was 2, is 3', f'--note NAME --init {teacher}'])
+    assert script('train_kd', *kd(teacher), '--kd_mode', 'ab', '--init_epochs', '1', '--note', 'k').code == 0
+    longer = ('--kd_mode', 'ab', '--init_epochs', '1', '--note', 'k', '--resume', 'auto', '--epochs', '4')
+    fails('train_kd', *kd(teacher), *longer, said=f'--s_init {tmp_path / "k" / "ab" / "student.pt"}')
+    done = script('train_base', *words)
+    assert done.code == 0 and '2 of 2 epochs done' in done.out
+
+
+def test_debug_shows_where(script):
+    words = ('train_base', '--net_name', 'resnet8', '--data_name', 'nonsense')
+    assert script(*words).err.count('\n') == 1
+    done = script(*words, '--debug')
+    assert (
+        done.code == 2 and 'in load\n' in done.err and done.err.splitlines()[-1].startswith('train_base.py: ')
+    )
+
+
+def test_debug_shows_an_error_of_the_author(script, teacher, monkeypatch):
+    """What a new feed does wrong looks like a mistake of the user, in one line; --debug shows the place."""
+
+    def my_new_feed(kd, s, t, b):
+        return s.nonsense
+
+    monkeypatch.setitem(METHODS, 'st', dataclasses.replace(METHODS['st'], feed=my_new_feed))
+    words = ('train_kd', *kd(teacher), '--kd_mode', 'st')
+    assert script(*words, '--note', 'a').err.count('\n') == 1
+    done = script(*words, '--note', 'b', '--debug')
+    assert done.code == 2 and 'in my_new_feed\n' in done.err and 'nonsense' in done.err.splitlines()[-1]
+
+
+def test_amalgamation_of_folders(script, fails, tmp_path):
+    """Teachers know a part of the classes each; the class names tell whether the part is the right one."""
+    root = write_folder(tmp_path / 'images')
+    data = ('--img_root', root, *FOLDER)
+    for part, classes in enumerate(('0-1', '2')):
+        words = (
+            '--net_name',
+            'resnet8',
+            *data,
+            '--classes',
+            classes,
+            '--note',
+            f't{part}',
+            '--batch_size',
+            4,
+        )
+        assert script('train_base', *words).code == 0
+    nets = [tmp_path / f't{part}' / 'net.pt' for part in (0, 1)]
+    ka = ('--ka_mode', 'concat', '--t_name', 'resnet8', '--t_classes', '0-1', '2', *data)
+    assert script('train_ka', *ka, '--t_model', *nets, '--limit_train', 9, '--limit_test', 9).code == 0
+    for file in ('args.json', 'ensemble/results.json', 'concat/results.json', 'concat/student.pt'):
+        assert names_in(next(tmp_path.glob('ka-*')) / file) == ['ape', 'bee', 'cat']
+    swapped = ('--t_classes', '1,0', '2')
+    fails('train_ka', *ka, *swapped, '--t_model', *nets, '--note', 'k', said=['teacher 1', 'another order'])
+    fails('train_ka', *ka, '--t_model', *nets, '--note', 'k', '--unlabeled', 'shapes:40', said='in memory')
+    fed = ('--t_name', 'resnet8', '--t_model', *nets, '--s_name', 'resnet8', *data, '--probe', 2)
+    few = ('--local_epochs', 1, '--adapt_epochs', 1, '--save_root', tmp_path, '--note', 'fed')
+    done = script('tools.fedka', *fed, *few)
+    assert done.code == 0, done.err
+
+
+TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('[!_]*.py'))
+
+
+@pytest.mark.parametrize('name', TOOLS)
+def test_every_tool_explains_itself_and_refuses_in_one_line(script, monkeypatch, name):
+    monkeypatch.syspath_prepend(ROOT / 'tools')  # as for a script that is started there
+    done = script(f'tools.{name}', '--help')
+    assert done.code == 0 and 'usage' in done.out
+    done = script(f'tools.{name}', '--nonsense')
+    assert done.code == 2 and done.err.count('\n') == 1 and 'Traceback' not in done.err
+
+
+@pytest.mark.parametrize(
+    'words,said',
+    [
+        ('missing at', 'after -- comes a training command'),
+        ('missing at -- nonsense.py', "got 'nonsense.py'"),
+        ('missing nonsense -- train_kd.py --s_name resnet8', "'nonsense'"),
+        ('missing st -- train_kd.py --epochs many', '--epochs'),
+        ('eval --net_name resnet9 x.pt', '6n + 2'),
+        ('eval --net_name resnet8 --data_name shapes:40 --workers -1 x.pt', '--workers'),
+        ('eval --net_name resnet8 --data_name nonsense x.pt', 'no data set'),
+        ('table nowhere --out x', 'no result'),
+        ('ka_table nowhere --out x', 'no result'),
+        ('ka_figures nowhere --out x', 'no run of train_ka.py'),
+        ('table broken --out x', 'broken/results.json: cannot be read as JSON'),
+        ('ka_table broken --out x', 'broken/results.json: cannot be read as JSON'),
+        ('fedka --t_name resnet8 --t_model x.pt --s_name resnet8 --data_name shapes:40 --batch_size 8',
+         'x.pt: no such'),
+    ],
+)  # fmt: skip
+def test_mistakes_with_tools(script, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'broken').mkdir()
+    (tmp_path / 'broken' / 'results.json').write_text('{"method": ')
+    name, *words = words.split()
+    done = script(f'tools.{name}', *words)
+    assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err + done.out
+
+
+def test_mistakes_with_the_download():
+    done = subprocess.run(
+        [sys.executable, '-m', 'dataset.download', 'nonsense'], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'nonsense' in done.stderr
+
+
+def test_an_old_torch_is_named():
+    """The losses run with it; the scripts say in one line that they do not."""
+    code = "import torch; torch.__version__ = '2.2.2'; import utils"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert 'torch >= 2.11' in done.stderr and '2.2.2' in done.stderr
+    assert 'dependencies = ["torch>=2.2"]' in (ROOT / 'pyproject.toml').read_text()
 
 
 def test_unwritable_output(fails, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import tarfile
@@ -19,8 +20,8 @@ from PIL import Image
 from torchvision.transforms.v2 import RandAugment
 
 import dataset
-from dataset import cifar, download
-from dataset.folder import Folder
+from dataset import cifar, download, folder
+from dataset.folder import Folder, to_rgb
 from dataset.resident import PAD, Resident
 from dataset.shapes import CLASSES, cached_shapes, shapes
 from dataset.strong import LEVELS, OPERATIONS, Strong
@@ -590,3 +591,158 @@ def test_folder_missing(tmp_path):
     (tmp_path / 'train').mkdir()
     with pytest.raises(ValueError, match='no image folder'):
         dataset.load('folder', tmp_path)
+
+
+def load_small(root: Path, **options):
+    return dataset.load('folder', root, 'cpu', image_size=24, workers=0, **options)
+
+
+@pytest.mark.parametrize(
+    'change,said',
+    [
+        (lambda val: (val / 'bee').rename(val / 'been'), ['unknown.* been', 'missing here: bee']),
+        (lambda val: shutil.copytree(val / 'bee', val / 'aardvark'), ['unknown.* aardvark']),
+        (lambda val: shutil.rmtree(val / 'ape'), ['missing here: ape', 'an empty folder of that name']),
+        (lambda val: [shutil.rmtree(val / c) for c in ('ape', 'bee', 'cat')], ['no image folder']),
+    ],
+)
+def test_the_classes_of_both_halves_are_compared(tmp_path, change, said):
+    """A folder too many or too few would shift the labels of all later classes."""
+    change(write_folder(tmp_path) / 'val')
+    with pytest.raises(ValueError) as caught:
+        load_small(tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path / 'val') in message and '\n' not in message
+    for part in said:
+        assert re.search(part, message), message
+
+
+def test_a_class_may_be_missing_from_val_on_purpose(tmp_path):
+    """An empty folder says so; the labels of the others stay, and the log gets a line."""
+    val = write_folder(tmp_path) / 'val'
+    shutil.rmtree(val / 'ape')
+    (val / 'ape').mkdir()
+    train, test = load_small(tmp_path)
+    assert train.class_names == test.class_names == ['ape', 'bee', 'cat'] and test.num_classes == 3
+    assert sorted(set(test.targets.tolist())) == [1, 2] and 'no images of ape' in test.notes[0]
+    assert train.notes == []
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    train = write_folder(tmp_path) / 'train'
+    for path in (train / 'bee').iterdir():
+        path.unlink()
+    (train / 'bee' / 'readme.txt').write_text('')
+    with pytest.raises(ValueError, match=r'train: no images in bee \(looked for \.jpg'):
+        load_small(tmp_path)
+
+
+def test_names_that_begin_with_a_dot_do_not_count(tmp_path):
+    """What notebooks and file managers leave behind, at every depth."""
+    root = write_folder(tmp_path)
+    for half in ('train', 'val'):
+        shutil.copytree(root / half / 'bee', root / half / '.ipynb_checkpoints')
+        shutil.copytree(root / half / 'bee', root / half / 'cat' / '.ipynb_checkpoints' / 'deeper')
+        shutil.copy(root / half / 'bee' / '0.png', root / half / 'ape' / '._0.png')
+        shutil.copytree(root / half / 'bee', root / half / 'cat' / 'deeper')
+    train, test = load_small(root)
+    assert train.class_names == ['ape', 'bee', 'cat']
+    assert torch.bincount(train.targets).tolist() == torch.bincount(test.targets).tolist() == [5, 5, 10]
+    assert load_small(root.rename(tmp_path.parent / '.hidden'))[0].num_classes == 3, 'only names below it'
+
+
+def test_the_order_of_a_folder_is_that_of_torchvision(tmp_path):
+    """Positions are the index that memories are kept by; runs that go on need the old ones."""
+    from torchvision.datasets import ImageFolder
+
+    root = write_folder(tmp_path, per_class=12)
+    shutil.copytree(root / 'train' / 'bee', root / 'train' / 'bee' / '3')
+    (root / 'train' / 'bee' / '3.png').rename(root / 'train' / 'bee' / '3.PNG')
+    assert load_small(root)[0].samples == ImageFolder(root / 'train').samples
+
+
+def test_classes_of_a_folder(tmp_path):
+    train, test = load_small(write_folder(tmp_path))
+    part = dataset.take_classes(train, [2, 0])
+    assert part.class_names == ['cat', 'ape'] and part.num_classes == 2 and len(part) == 10
+    img, target, index, _ = next(part.train_batches(10, 0, 0))
+    assert torch.equal(target, part.targets[index]) and set(target.tolist()) == {0, 1}
+    assert all(('cat', 'ape')[label] in path for path, label in part.samples)
+    rest, held = part.split(0.2, seed=0)
+    assert len(held) == 2 and held.class_names == ['cat', 'ape']
+    read = {int(i): t for _, target, index in part.test_batches(3) for i, t in zip(index, target.tolist())}
+    assert [read[i] for i in range(10)] == part.targets.tolist()
+    other = part.pictures(test)
+    assert len(other) == 15 and set(other.targets.tolist()) == {-1} and other.num_classes == 2
+    with pytest.raises(ValueError, match='in memory'):
+        part.pictures(resident())
+    with pytest.raises(ValueError, match='in memory'):
+        resident().pictures(part)
+
+
+@pytest.mark.parametrize('text', ['0-3', '0,0', '2-1', '5', '0-99999999999999'])
+def test_classes_that_are_not_there(text):
+    with pytest.raises(ValueError, match=r'distinct and lie in 0\.\.2'):
+        dataset.read_classes(text, 3)
+
+
+def test_every_data_set_names_its_classes(tmp_path, small_cifar10):
+    write_binary(tmp_path / 'cifar', 'cifar-10-batches-bin', small_cifar10)
+    for name, root in (('cifar10', tmp_path / 'cifar'), ('shapes:20', tmp_path)):
+        train, test = dataset.load(name, root)
+        assert train.class_names == test.class_names and len(train.class_names) == train.num_classes
+        part = dataset.take_classes(train, [3, 1])
+        assert part.class_names == [train.class_names[c] for c in (3, 1)]
+        assert part.split(0.5, 0)[1].class_names == part.class_names
+    assert len(set(cifar.NAMES['cifar100'])) == 100
+
+
+# ------------------------------------------------------------------------------------- colours of every kind
+
+
+def gradient(mode: str) -> Image.Image:
+    """A ramp over 256 columns that fills the range of a mode."""
+    ramp = np.tile(np.arange(256), (30, 1))
+    if mode.startswith('I;16'):
+        order = '>u2' if mode.endswith('B') else '<u2'
+        return Image.frombytes(mode, (256, 30), (ramp * 257).astype(order).tobytes())
+    if mode == 'I':
+        return Image.fromarray((ramp * 257).astype(np.int32))
+    if mode == 'F':
+        return Image.fromarray((ramp / 255).astype(np.float32))
+    return Image.fromarray(ramp.astype(np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize('mode', ['L', 'I;16', 'I;16L', 'I;16B', 'I', 'F', 'P', 'LA', 'RGBA', 'CMYK', 'RGB'])
+def test_converted_images_keep_their_brightness(mode):
+    got = np.asarray(to_rgb(gradient(mode), 'x.png')).astype(int)
+    assert got.shape == (30, 256, 3) and np.abs(got - np.arange(256)[None, :, None]).max() <= 1
+
+
+def test_a_grey_png_of_16_bits(tmp_path):
+    root = write_folder(tmp_path)
+    for path in (root / 'val' / 'bee').iterdir():
+        Image.fromarray(np.full((30, 30), 25700, np.uint16)).save(path)
+    with pytest.raises(ValueError, match='I;16 image, expected RGB'):
+        list(load_small(root)[1].test_batches(15))
+    img, target, _ = next(load_small(root, convert_rgb=True)[1].test_batches(15))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (folder.MEAN, folder.STD))
+    torch.testing.assert_close(
+        img[target == 1] * std + mean, torch.full((5, 3, 24, 24), 100 / 255), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    'image,said',
+    [
+        (Image.fromarray(np.array([[0, 70000]], np.int32)), 'values 0 to 70000, expected 0 to 65535'),
+        (Image.fromarray(np.array([[-5, 70]], np.int32)), 'expected 0 to 65535'),
+        (Image.fromarray(np.array([[0, 200]], np.float32)), 'expected 0 to 1'),
+        (Image.fromarray(np.array([[0, np.nan]], np.float32)), 'expected 0 to 1'),
+        (Image.new('La', (2, 2)), 'cannot be converted'),
+    ],
+)
+def test_images_whose_range_is_unknown_are_refused(image, said):
+    with pytest.raises(dataset.BadImage, match=said) as caught:
+        to_rgb(image, 'here/x.tif')
+    assert 'here/x.tif' in str(caught.value) and '\n' not in str(caught.value)

@@ -4,16 +4,22 @@ import copy
 import json
 import os
 import pickle
+import re
+import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 import torchvision
 from torchvision.models import VisionTransformer
 
 import models
-from models.checkpoint import load_weights, read_checkpoint
+from kd_losses import METHODS
+from models.checkpoint import head_names, load_weights, read_checkpoint
 from models.hooks import Tap, last_axis, tap_torchvision, tokens
 from models.segmentation import DeepLabV3Plus, LinkNet, SegNet
 
@@ -269,6 +275,180 @@ def test_loader_takes_the_named_part(tmp_path):
         load_weights(net, tmp_path / 'c.pth', part='nonsense')
 
 
+CONTAINERS = (
+    'model net snet state_dict student net1 model_state_dict weights state_dict_ema model_ema teacher'
+)
+PREFIXES = ['', 'module.', '_orig_mod.', 'model.', 'net.', 'backbone.', 'module._orig_mod.', 'student.',
+            '_orig_mod.module.', 'model.backbone.', 'module.model.net.', 'learner.encoder_q.']  # fmt: skip
+
+
+def loads(name: str, content, path: Path, **options) -> tuple[torch.nn.Module, str]:
+    torch.save(content, path)
+    net = models.build(name, 10)
+    return net, load_weights(net, path, **options)
+
+
+def equal_states(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize('key', CONTAINERS.split())
+def test_loader_knows_the_container(key, tmp_path):
+    state = containers()[0]
+    net, said = loads('resnet8', {'epoch': 3, 'accuracy': torch.tensor(69.0), key: state}, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and f"['{key}']" in said and 'accuracy 69.00' in said
+    net, said = loads('resnet8', {key: {'state_dict': state}, 'x': 1}, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and f"['{key}.state_dict']" in said
+
+
+def test_loader_takes_the_trained_weights_and_names_their_average(tmp_path):
+    state = containers()[0]
+    other = models.build('resnet8', 10).state_dict()
+    content = {'state_dict_ema': other, 'state_dict': state, 'teacher': other}
+    net, said = loads('resnet8', content, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and 'also in the file: state_dict_ema, teacher' in said
+    assert equal_states(loads('resnet8', content, tmp_path / 'c.pt', part='teacher')[0].state_dict(), other)
+
+
+@pytest.mark.parametrize('name', ['resnet8', 'MobileNetV1', 'torchvision:resnet18'])
+@pytest.mark.parametrize('prefix', PREFIXES)
+def test_loader_strips_prefixes_in_any_nesting(prefix, name, tmp_path):
+    """Also of a network that has names like them itself, and beside a loss with weights of its own."""
+    state = models.build(name, 10).state_dict()
+    wrapped = {prefix + key: value for key, value in state.items()}
+    net, said = loads(name, wrapped, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and (f'without the prefix {prefix}' in said) == (
+        prefix != ''
+    )
+    if prefix:
+        wrapped |= {f'teacher.{prefix}{key}': torch.zeros_like(value) for key, value in state.items()}
+        wrapped = {'criterion.weight': torch.ones(3), **wrapped}
+        net, said = loads(name, {'state_dict': wrapped}, tmp_path / 'c.pt')
+        assert equal_states(net.state_dict(), state) and 'left out: criterion.weight' in said
+
+
+def test_loader_leaves_out_what_is_no_tensor(tmp_path):
+    state = containers()[0]
+    net, said = loads('resnet8', {**state, 'epoch': 3, 'arch': 'resnet8'}, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and 'left out: epoch, arch' in said
+    plain = torch.load(tmp_path / 'c.pt')
+    plain['fc.bias'] = None
+    with pytest.raises(ValueError, match='fc.bias is None, wanted'):
+        loads('resnet8', plain, tmp_path / 'c.pt')
+
+
+def test_loader_reads_the_names_of_older_torchvisions(tmp_path):
+    new, old = small_vit(), {}
+    for key, value in new.state_dict().items():
+        old[key.replace('mlp.0.', 'mlp.linear_1.').replace('mlp.3.', 'mlp.linear_2.')] = value
+    assert any('linear_2' in key for key in old)
+    for prefix in ('', 'module.'):
+        torch.save({prefix + key: value for key, value in old.items()}, tmp_path / 'vit.pt')
+        net = small_vit()
+        load_weights(net, tmp_path / 'vit.pt')
+        assert equal_states(net.state_dict(), new.state_dict())
+    net = small_vit()
+    net.heads = torch.nn.Linear(32, 7)
+    load_weights(net, tmp_path / 'vit.pt', new_head=True)
+    with pytest.raises(ValueError, match='missing: .*mlp.0.weight'):
+        torch.save({k: v for k, v in old.items() if 'linear_2' not in k}, tmp_path / 'vit.pt')
+        load_weights(small_vit(), tmp_path / 'vit.pt')
+
+    state = models.build('torchvision:densenet121', 10).state_dict()
+    old = {key.replace('norm1.', 'norm.1.').replace('norm2.', 'norm.2.').replace('conv1.', 'conv.1.')
+           .replace('conv2.', 'conv.2.'): value for key, value in state.items()}  # fmt: skip
+    assert 'features.denseblock1.denselayer1.norm.1.weight' in old
+    assert equal_states(loads('torchvision:densenet121', old, tmp_path / 'd.pt')[0].state_dict(), state)
+
+
+def test_a_body_with_a_head_of_its_own(tmp_path):
+    """new_head: everything but the classifier, and a word about what was left."""
+    torch.manual_seed(0)
+    state = models.build('resnet8', 100).state_dict()
+    body = {key: value for key, value in state.items() if not key.startswith('fc.')}
+    contrastive = {**body, 'head.0.weight': torch.ones(4, 64), 'head.2.weight': torch.ones(4, 4)}
+    for content, left in ((state, 'fc.weight, fc.bias'), (body, 'nothing'), (contrastive, 'head.0.weight')):
+        net, said = loads('resnet8', content, tmp_path / 'c.pt', new_head=True)
+        assert f'a new classifier, left out: {left}' in said
+        assert equal_states({key: net.state_dict()[key] for key in body}, body) and len(net.fc.weight) == 10
+    for content in (state, body, contrastive):
+        with pytest.raises(ValueError, match='only the classifier differs: .* --new_head'):
+            loads('resnet8', content, tmp_path / 'c.pt')
+    deeper = models.build('resnet20', 100).state_dict()
+    for wrong in (deeper, {**body, 'conv1.weight': torch.ones(16, 1, 3, 3)}, dict(list(body.items())[:20])):
+        with pytest.raises(ValueError, match='does not fit the network') as caught:
+            loads('resnet8', wrong, tmp_path / 'c.pt', new_head=True)
+        assert '--new_head' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', [*models.MODELS, 'torchvision:vgg11_bn', 'torchvision:vit_b_32'])
+def test_every_network_tells_its_head(name):
+    net = models.build(name, 7)
+    state = net.state_dict()
+    shapes = {tuple(state[key].flatten(1).shape if state[key].dim() > 1 else [7]) for key in head_names(net)}
+    assert shapes == {(7, net.classifier_layer().in_features), (7,)}
+
+
+def test_loader_reads_safetensors(tmp_path):
+    safetensors = pytest.importorskip('safetensors.torch')
+    state = containers()[0]
+    safetensors.save_file(
+        {f'model.{k}': v.contiguous() for k, v in state.items()}, tmp_path / 'x.safetensors'
+    )
+    net = models.build('resnet8', 10)
+    load_weights(net, tmp_path / 'x.safetensors')
+    assert equal_states(net.state_dict(), state)
+    (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'x.safetensors').read_bytes()[:5000])
+    with pytest.raises(ValueError, match='truncated or not a safetensors file') as caught:
+        load_weights(net, tmp_path / 'cut.safetensors')
+    assert '\n' not in str(caught.value)
+
+
+def test_without_safetensors_the_message_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    (tmp_path / 'x.safetensors').write_bytes(b'')
+    with pytest.raises(ValueError, match='pip install safetensors'):
+        load_weights(models.build('resnet8', 10), tmp_path / 'x.safetensors')
+
+
+@pytest.mark.parametrize('method', [name for name, row in METHODS.items() if row.student])
+def test_changed_students_load(method, tmp_path):
+    """Whatever a method makes of its student: what is kept of it loads by name, and is the same network."""
+    torch.manual_seed(0)
+    row, img = METHODS[method], torch.randn(2, 3, 32, 32)
+    net_s, net_t = models.build('resnet8', 10).eval(), models.build('wrn_16_2', 10).eval()
+    e = SimpleNamespace(s=net_s(img, True), t=net_t(img, True), net_s=net_s, net_t=net_t, num_classes=10)
+    loss = row.build(row.loss, e)
+    trained = row.student(net_s, loss, e).train()
+    trained(img, True)  # running statistics of its own
+    kept = trained.eval().deployed() if hasattr(trained, 'deployed') else trained.eval()
+    for content in (kept.state_dict(), {'net': trained.state_dict(), 'kd': loss.state_dict(), 'epoch': 1}):
+        torch.save(content, tmp_path / 'student.pt')
+        net = models.load_student(tmp_path / 'student.pt', 'resnet8', 10)
+        twin = pickle.loads(pickle.dumps(net))
+        assert torch.equal(net(img), kept(img)) and torch.equal(twin(img, True).feat, kept(img, True).feat)
+        assert net.classifier_layer().out_features == 10 and len(net.bn_before_relu()) == 3
+    if type(net) is not type(net_s):
+        with pytest.raises(ValueError, match=rf'{method} has added layers; models.load_student'):
+            load_weights(models.build('resnet8', 10), tmp_path / 'student.pt')
+
+
+def test_class_names_travel_with_plain_weights(tmp_path):
+    net = models.build('resnet8', 2)
+    torch.save(models.named_weights(net, ['ape', 'bee']), tmp_path / 'net.pt')
+    (tmp_path / 'net.pt').rename(tmp_path / 'copy.pt')
+    state = torch.load(tmp_path / 'copy.pt', weights_only=True)
+    assert state.class_names == ['ape', 'bee'] and equal_states(state, net.state_dict())
+    net.load_state_dict(state)
+    load_weights(net, tmp_path / 'copy.pt', class_names=['ape', 'bee'])
+    before = copy.deepcopy(net.state_dict())
+    for names in (['bee', 'ape'], ['ape', 'cat']):
+        with pytest.raises(ValueError, match='copy.pt: was trained for other classes') as caught:
+            load_weights(net, tmp_path / 'copy.pt', class_names=names)
+        assert '\n' not in str(caught.value) and equal_states(net.state_dict(), before)
+    load_weights(net, tmp_path / 'copy.pt', class_names=['bee', 'ape'], new_head=True)
+
+
 class Bomb:
     def __reduce__(self):
         return (open, ('bomb-went-off', 'w'))
@@ -388,7 +568,55 @@ def test_tap_behaves_like_a_network_of_ours(tmp_path):
 
 
 FAMILIES = 'resnet50 wide_resnet50_2 vgg11_bn mobilenet_v2 shufflenet_v2_x0_5 convnext_tiny regnet_y_400mf'
-FAMILIES = f'{FAMILIES} densenet121 efficientnet_b0'.split()
+FAMILIES += ' densenet121 efficientnet_b0 efficientnet_v2_s mobilenet_v3_large mobilenet_v3_small'
+FAMILIES = f'{FAMILIES} swin_t swin_v2_t'.split()
+ALL = [*models.MODELS, *(f'torchvision:{name}' for name in FAMILIES)]
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_every_network_is_saved_copied_and_called_like_any_module(name, tmp_path):
+    """As a part of others, at any depth: names of parameters, of files and of functional calls agree."""
+    torch.manual_seed(0)
+    net, x = models.build(name, 5).eval(), torch.randn(2, 3, 64, 64)
+    whole = torch.nn.ModuleDict({'part': torch.nn.Sequential(net)})
+    state, wanted = whole.state_dict(), net(x, True)
+    assert {key for key, _ in whole.named_parameters()} <= state.keys()
+    assert equal_states(
+        {key.removeprefix('part.0.'): value for key, value in state.items()}, net.state_dict()
+    )
+    twin = copy.deepcopy(whole)
+    with torch.no_grad():
+        for value in [*twin.parameters(), *twin.buffers()]:
+            value.zero_()
+    assert not torch.equal(twin['part'][0](x, True).feat, wanted.feat), 'copies share nothing'
+    twin.load_state_dict(state)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    average.load_state_dict(copy.deepcopy(average.state_dict()))
+    for other in (twin['part'][0], pickle.loads(pickle.dumps(whole))['part'][0], average.module):
+        other.eval()
+        got = other(x, True)
+        assert torch.equal(got.out, wanted.out) and torch.equal(got.feat, wanted.feat)
+        assert all(
+            torch.equal(a, b) for a, b in zip(got.fms + got.pres, wanted.fms + wanted.pres, strict=True)
+        )
+    assert torch.equal(torch.func.functional_call(average.module, net.state_dict(), (x,)), wanted.out)
+    assert torch.equal(net(x), wanted.out)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_every_map_of_a_network_in_training_has_a_gradient_and_stays(name):
+    torch.manual_seed(0)
+    net, x = models.build(name, 5).train(), torch.randn(2, 3, 64, 64)
+    f = net(x, True)
+    maps = [f.feat, *f.fms, *f.pres]
+    assert all(fm.requires_grad for fm in maps)
+    before = [fm.detach().clone() for fm in maps]
+    (f.out.sum() + sum(fm.mean() for fm in maps)).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, maps))
+    with torch.no_grad():
+        assert not net(x, True).feat.requires_grad
+    frozen = net.requires_grad_(False)(x, True)  # a teacher that somebody left in training mode
+    assert not frozen.feat.requires_grad
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -407,6 +635,27 @@ def test_tokens_become_maps():
     assert last_axis(torch.zeros(2, 4, 5, 6)).shape == (2, 6, 4, 5)
 
 
+@pytest.mark.parametrize('prefix', [0, 1, 2, 5])
+@pytest.mark.parametrize('side', [4, 7, 14, 16])
+def test_tokens_in_front(prefix, side):
+    """A class token, a distilled DeiT's two, registers, or none: what is left are the patches, row by row."""
+    patches = torch.randn(2, 3, side, side)
+    x = torch.cat([torch.full((2, prefix, 3), 9.0), patches.flatten(2).transpose(1, 2)], dim=1)
+    for options in ({}, {'prefix': prefix}, {'size': (side, side)}, {'prefix': prefix, 'size': (side, side)}):
+        assert torch.equal(tokens(x, **options), patches)
+
+
+def test_tokens_of_other_shapes():
+    patches = torch.randn(2, 3, 4, 5)
+    x = torch.cat([torch.zeros(2, 3, 3), patches.flatten(2).transpose(1, 2)], dim=1)
+    assert torch.equal(tokens(x, prefix=3, size=(4, 5)), patches)
+    for options in ({}, {'prefix': 1}, {'size': (5, 5)}):
+        with pytest.raises(ValueError, match='got 23 tokens, expected .* say prefix and size'):
+            tokens(x, **options)
+    with pytest.raises(ValueError, match=r'expected \(N, L, D\), got \(2, 3, 4, 5\)'):
+        tokens(patches)
+
+
 @pytest.mark.parametrize(
     'make,said',
     [
@@ -416,11 +665,207 @@ def test_tokens_become_maps():
         (lambda: models.build('torchvision:alexnet'), 'models.hooks.Tap'),
         (lambda: tap_torchvision('mobilenet_v2', 5).bn_before_relu(), 'bn_before_relu='),
         (lambda: tap_torchvision('resnet18', 5).after(1, None), 'from the middle'),
+        (lambda: Tap(small_net(), [('0', 'input')]), r"got \('0', 'input'\)"),
+        (lambda: Tap(small_net(), ['0'], [('0', 'out', 2)]), "a path, .path, 'in'. or .path, 'out'."),
+        (lambda: Tap(small_net(), ['0'], feat=3), 'got 3'),
     ],
 )
 def test_mistakes_with_taps(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def small_net(*middle: torch.nn.Module, forward=None) -> torch.nn.Module:
+    """conv 0, batch norm 1, middle ..., pooling, flatten, linear; or another forward with these layers."""
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), *middle]
+    end = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2)]
+    net = torch.nn.Sequential(*layers, *end)
+    if forward:
+        net.forward = lambda x: net[-1](net[-2](net[-3](forward(net, x))))
+    return net
+
+
+def adds(net, x):
+    x = net[1](net[0](x))
+    x += 1
+    return x
+
+
+IN_PLACE = {
+    'functional': (small_net(forward=lambda net, x: torch.relu_(net[1](net[0](x)))), '1'),
+    'sum': (small_net(forward=adds), '1'),
+    'view': (
+        small_net(forward=lambda net, x: net[1](net[0](x)).flatten(1).mul_(2).unflatten(1, (4, 6, 6))),
+        '1',
+    ),
+    'input': (small_net(forward=lambda net, x: net[1](net[0](x.mul_(2)))), ('0', 'in')),
+    'shortcut': (torchvision.models.resnet18(num_classes=2), 'layer1.1.bn2'),
+}
+
+
+@pytest.mark.parametrize('kind', IN_PLACE)
+def test_a_map_that_is_changed_afterwards_is_refused(kind):
+    net, layer = IN_PLACE[kind]
+    path = layer if isinstance(layer, str) else layer[0]
+    if kind == 'input':  # the change must come after the reading
+        net.forward = lambda x: net[1](net[0](x)).sum(dim=(2, 3)) @ torch.ones(4, 2) + x.mul_(2).sum()
+    with pytest.raises(RuntimeError, match=rf'{re.escape(path)} is changed in place.* without in-place'):
+        Tap(net, [layer])(torch.randn(2, 3, 8, 8), True)
+    with pytest.raises(ValueError), torch.no_grad():
+        Tap(net, [layer]).eval()(torch.randn(2, 3, 8, 8), True)
+    with torch.inference_mode():  # where changes are not counted, the map is a copy
+        f = Tap(net, [layer], feat=layer)
+        assert f.eval()(torch.randn(2, 3, 8, 8), True).fms[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    'module',
+    [torch.nn.ReLU, torch.nn.SELU, torch.nn.CELU, torch.nn.Hardtanh, torch.nn.Mish, torch.nn.Dropout,
+     torch.nn.Dropout2d, torch.nn.RReLU, torch.nn.AlphaDropout],
+)  # fmt: skip
+def test_modules_that_work_in_place_are_switched(module):
+    torch.manual_seed(0)
+    net = small_net(module(inplace=True))
+    f = Tap(net, ['2'], ['1'])(torch.randn(2, 3, 8, 8), True)
+    assert not torch.equal(f.pres[0], f.fms[0]) and abs(f.pres[0].mean()) < 1e-5, 'the norm before it'
+
+
+@pytest.mark.parametrize('name', ['mobilenet_v2', 'vgg11_bn', 'efficientnet_b0', 'mobilenet_v3_small'])
+def test_the_embedding_is_taken_before_the_dropout(name):
+    """With the noise of a dropout in it, a student's embedding could not meet its teacher's."""
+    torch.manual_seed(0)
+    tap, x = models.build(f'torchvision:{name}', 5).train(), torch.randn(2, 3, 64, 64)
+    for m in tap.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            m.eval()
+    for m in tap.modules():
+        if 'StochasticDepth' in type(m).__name__ or (name == 'vgg11_bn' and m is tap.wrapped.classifier[2]):
+            m.eval()
+    first, second = tap(x, True), tap(x, True)
+    assert torch.equal(first.feat, second.feat) and not torch.equal(first.out, second.out)
+    assert (first.feat == 0).float().mean() < 0.9 and torch.equal(tap.eval()(x, True).feat, first.feat)
+    with torch.no_grad():
+        torch.testing.assert_close(tap.classifier_layer()(first.feat), tap(x))
+
+
+class Checkpointed(torch.nn.Module):
+    """Three convolutions, the middle one (or another module) under activation checkpointing."""
+
+    def __init__(self, use_reentrant: bool, middle: torch.nn.Module | None = None):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(i, 4, 3) for i in (3, 4, 4))
+        self.d, self.fc, self.use_reentrant = middle, torch.nn.Linear(4, 2), use_reentrant
+
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(self.d or self.b, self.a(x), use_reentrant=self.use_reentrant)
+        return self.fc(self.c(x).mean(dim=(2, 3)))
+
+
+def test_maps_without_gradient_are_refused():
+    """Reentrant checkpointing runs its part without a graph: distillation would silently stop there."""
+    x = torch.randn(2, 3, 16, 16)
+    good = Tap(Checkpointed(False), ['a', 'b', 'c'])
+    sum(fm.sum() for fm in good(x, True).fms).backward()
+    assert all(p.grad is not None for m in (good.a, good.b, good.c) for p in m.parameters())
+    warnings.filterwarnings('ignore', 'None of the inputs have requires_grad')
+    bad = Tap(Checkpointed(True), ['a', 'b', 'c'])
+    with pytest.raises(RuntimeError, match='Checkpointed: b has no gradient .*use_reentrant=False'):
+        bad(x, True)
+    bad.b.requires_grad_(False)  # what comes before it still wants a gradient
+    with pytest.raises(RuntimeError, match='b has no gradient'):
+        bad(x, True)
+    for layer in ('c', 'd.0', 'd.1'):  # deep inside, where no input tells
+        inner = Tap(
+            Checkpointed(True, torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.ReLU())), [layer]
+        )
+        if layer != 'c':
+            with pytest.raises(RuntimeError, match=f'{layer} has no gradient'):
+                inner(x, True)
+            for module in (inner.a, inner.b, inner.c, inner.d):
+                module.requires_grad_(False)
+        inner(x, True)
+    with torch.no_grad():
+        bad(x, True)
+    bad.eval()(x, True)
+    bad.train().a.requires_grad_(False)
+    assert [fm.requires_grad for fm in bad(x, True).fms] == [False, False, True], 'frozen parts are allowed'
+    bad.requires_grad_(False)(x, True)
+    net = small_net(forward=lambda net, x: net[1](net[0](x)).detach())
+    Tap(net, ['0', '1'])(x, True)
+    with pytest.raises(RuntimeError, match='2 has no gradient'):
+        Tap(small_net(Detached()), ['2'])(x, True)
+
+
+class Detached(torch.nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+def test_data_parallel_is_named():
+    tap = Tap(small_net(), ['0'])
+    replica = tap._replicate_for_data_parallel()
+    for feats in (False, True):
+        with pytest.raises(RuntimeError, match='nn.DataParallel.* DistributedDataParallel'):
+            replica(torch.randn(2, 3, 8, 8), feats)
+    inside = Tap(torch.nn.DataParallel(small_net()), ['module.0'])
+    inside.wrapped.module[0]._is_replica = True  # as the copies of the threads are marked
+    with pytest.raises(RuntimeError, match='nn.DataParallel'):
+        inside(torch.randn(2, 3, 8, 8), True)
+
+
+def test_a_tap_keeps_its_ways_when_copied():
+    """Mode, closed hooks and a shared network; hooks of a copy report to the copy."""
+    net = small_net()
+    tap = Tap(net, ['0', '1'], to_map=None).eval()
+    both = torch.nn.ModuleList([net, tap])
+    twin_net, twin = copy.deepcopy(both)
+    assert not twin.training and twin.wrapped is twin_net
+    assert twin.get_submodule('0') is twin_net[0] is not net[0]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(twin(x, True).fms[1], tap(x, True).fms[1])
+    twin.train()
+    assert twin_net.training and not net.training
+    assert [len(m._forward_hooks) for m in twin_net] == [len(m._forward_hooks) for m in net]
+    tap.close()
+    for closed in (tap, copy.deepcopy(tap)):
+        with pytest.raises(RuntimeError, match='was not called'):
+            closed(x, True)
+    assert twin(x, True).fms[0].shape == (2, 4, 6, 6)
+    tap.half()
+    assert net[0].weight.dtype == torch.float16 and twin_net[0].weight.dtype == torch.float32
+
+
+def test_a_network_with_a_child_called_net_and_parameters_of_its_own():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.scale = small_net(), torch.nn.Parameter(torch.ones(()))
+            self.register_buffer('seen', torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            return self.net(self.scale * x)
+
+    tap = Tap(Own(), ['net.0'])
+    assert tap.state_dict().keys() == Own().state_dict().keys() and 'scale' in tap.state_dict()
+    double = {key: 2 * value for key, value in tap.state_dict().items()}
+    x = torch.randn(2, 3, 8, 8)
+    out = torch.func.functional_call(tap.eval(), {'scale': double['scale']}, (x,))
+    tap.load_state_dict({**tap.state_dict(), 'scale': double['scale']})
+    assert torch.equal(tap(x), out) and tap.wrapped.scale == 2
+    assert copy.deepcopy(tap).wrapped.scale is not tap.wrapped.scale
+
+
+def test_a_layer_without_a_tensor_is_named():
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            return x, x
+
+    net = small_net(Twice(), forward=lambda net, x: net[2](x=net[1](input=net[0](x)))[0])
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match='2 is a tuple, not a tensor'):
+        Tap(net, ['2'])(x, True)
+    f = Tap(net, ['2'], [('2', 'in')], to_map=lambda x: x[0] if isinstance(x, tuple) else x)(x, True)
+    assert torch.equal(f.fms[0], f.pres[0]), 'an input that is given by name is read, too'
 
 
 def test_a_layer_that_is_not_called_is_named():

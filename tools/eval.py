@@ -1,7 +1,8 @@
 """Print the accuracy of checkpoints: `python tools/eval.py --net_name resnet20 --data_name cifar10 FILE...`
 
-Reads every container that --t_model reads: ours, RepDistiller's, mdistiller's, Knowledge-Distillation-Zoo's,
-chenyaofo's. A file that does not fit is reported in its line; the exit code then is 2.
+Reads every file that --t_model reads: ours (also of methods that add layers to the student), RepDistiller's,
+mdistiller's, Knowledge-Distillation-Zoo's, chenyaofo's, timm's. A file that does not fit, or that was trained
+for other classes, is reported in its line; the exit code then is 2.
 """
 
 import sys
@@ -26,13 +27,15 @@ def main():
     args = parse_args()
     args.seed = 0  # nothing is drawn here
     device = utils.setup(args)
+    with utils.user_errors():
+        models.build(args.net_name)  # an unknown name is no file's fault
     _, test = utils.read_data(args, device)
     width, failed = max(map(len, args.files)), False
     print(f'{"file":{width}}   top-1   top-5   on {len(test)} test images of {args.data_name}')
     for path in args.files:
-        with utils.user_errors():
-            net = models.build(args.net_name, test.num_classes)
         try:
+            with utils.user_errors():
+                net = models.build_for(path, args.net_name, test.num_classes)
             row = utils.load_teacher(net, path, test, utils.autocast(device, args.amp))
         except utils.UserError as error:
             print(f'{path:{width}}   {error}')

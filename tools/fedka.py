@@ -59,7 +59,7 @@ def main():
     name = f'fedka-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}'
     folder = utils.output_folder(Path(args.save_root) / (args.note or name))
     log = utils.Log(folder)
-    train, _, test = utils.load_data(args, device)
+    train, _, test = utils.load_data(args, device, log)
     clients = len(args.t_model)
     with utils.user_errors():
         parts = dataset.split_classes(train.num_classes, clients, args.split, args.seed)
@@ -78,7 +78,7 @@ def main():
         c_s, c_t = (net.eval()(look[:2], True).fms[-1].shape[1] for net in (student, teachers[0]))
     losses = nn.ModuleList(FedKA(c_s, c_t) for _ in range(clients)).to(device)
 
-    origin = utils.provenance(device)
+    origin = utils.provenance(device) | utils.class_names_of(train)
     math_args = utils.math_args(
         args, script='fedka', student=args.s_name, teachers=[utils.fingerprint(t) for t in teachers],
         parts=parts, **{key: getattr(args, key) for key in ('probe', 'topk', 'local_epochs', 'select_every',

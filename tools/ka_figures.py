@@ -289,7 +289,7 @@ def main() -> int:
         import matplotlib.pyplot as plt
     except ImportError:
         raise utils.UserError('no figures, matplotlib is not installed (pip install matplotlib)') from None
-    args.out.mkdir(parents=True, exist_ok=True)
+    utils.output_folder(args.out)
     made = collect(args.folder) if (args.folder / 'args.json').exists() else {}
     for name, arrays in made.items():
         np.savez_compressed(args.out / f'{name}.npz', **arrays)

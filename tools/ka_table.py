@@ -5,9 +5,7 @@ table.md and table.csv, a table per experiment. With --readme FILE the tables al
 `<!-- NAME:begin -->` and `<!-- NAME:end -->` there.
 """
 
-import argparse
 import csv
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models  # noqa: E402
-from tools.table import insert, spread  # noqa: E402
+import utils  # noqa: E402
+from tools.table import insert, read_json, spread  # noqa: E402
 
 NOTE = (
     'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax among '
@@ -28,7 +27,7 @@ def read_results(folders: list[str]) -> list[dict]:
     results = []
     for folder in map(Path, folders):
         for path in sorted(folder.rglob('*.json')):
-            content = json.loads(path.read_text())
+            content = read_json(path)
             if isinstance(content, dict) and content.get('script') == 'train_ka':
                 place = path.parent.parent if path.name == 'results.json' else path.parent
                 results.append(content | {'experiment': place.name})
@@ -158,9 +157,7 @@ def text_of(made: list[tuple[str, list[list]]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.Parser(__doc__)
     parser.add_argument('folders', nargs='+', help='where result files are')
     parser.add_argument('--out', required=True, help='folder for table.md and table.csv')
     parser.add_argument('--readme', help='file to put the tables into')
@@ -168,14 +165,10 @@ def main() -> int:
     args = parser.parse_args()
     results = read_results(args.folders)
     if not results:
-        print(
-            f'ka_table.py: error: no results of train_ka.py below {", ".join(args.folders)}', file=sys.stderr
-        )
-        return 2
+        raise utils.UserError(f'no results of train_ka.py below {", ".join(args.folders)}')
     made = tables(results)
     text = text_of(made)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = utils.output_folder(Path(args.out))
     (out / 'table.md').write_text(text)
     with open(out / 'table.csv', 'w', newline='') as file:
         for title, rows in made:
@@ -187,4 +180,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    utils.run(main)

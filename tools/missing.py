@@ -7,13 +7,15 @@ the loss and every flag that changes the numbers are the same. example_train_scr
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import utils  # noqa: E402
+from tools.table import read_json  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
 
 
 def wanted(script: str, token: str | None, words: list[str]) -> dict:
@@ -40,10 +42,14 @@ def done(recipe: dict, results: list[dict]) -> bool:
 
 
 def main():
-    cut = sys.argv.index('--')
-    tokens, (script, *words) = sys.argv[1:cut], sys.argv[cut + 1 :]
-    folder = Path(__file__).parent.parent / 'results'
-    results = [json.loads(path.read_text()) for path in sorted(folder.rglob('*.json'))]
+    parser = utils.Parser(__doc__)
+    parser.add_argument('methods', nargs='*', metavar='METHOD', help='names of methods')
+    parser.add_argument('command', nargs='*', metavar='-- SCRIPT FLAG', help='the command without --kd_mode')
+    cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
+    tokens, (script, *words) = parser.parse_args(sys.argv[1:cut]).methods, sys.argv[cut + 1 :] or ['']
+    if not (script.startswith('train_') and (ROOT / script).is_file()):
+        raise utils.UserError(f'after -- comes a training command, e.g. train_kd.py ..., got {script!r}')
+    results = [read_json(path) for path in sorted((ROOT / 'results').rglob('*.json'))]
     recipes = [r['recipe'] for r in results if isinstance(r, dict) and 'recipe' in r]
     print(' '.join(token for token in tokens if not done(wanted(script, token, words), recipes)))
 

@@ -6,7 +6,6 @@ table also replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end
 --name.
 """
 
-import argparse
 import hashlib
 import json
 import statistics
@@ -15,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import utils  # noqa: E402
 from methods import METHODS  # noqa: E402
 
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
@@ -27,10 +27,17 @@ def read_results(folders: list[str]) -> list[dict]:
     results = []
     for folder in map(Path, folders):
         for path in sorted([folder] if folder.is_file() else folder.rglob('*.json')):
-            content = json.loads(path.read_text())
+            content = read_json(path)
             if isinstance(content, dict) and {'method', 'last', 'best', 'curve'} <= content.keys():
                 results.append(content)
     return results
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise utils.UserError(f'{path}: cannot be read as JSON ({error})') from None
 
 
 def group(results: list[dict]) -> dict[tuple, list[dict]]:
@@ -130,9 +137,7 @@ def figure(results: list[dict], path: Path) -> None:
         matplotlib.use('Agg')
         import matplotlib.pyplot as plt
     except ImportError:
-        raise SystemExit(
-            'table.py: no figure, matplotlib is not installed (pip install matplotlib)'
-        ) from None
+        raise utils.UserError('no figure, matplotlib is not installed (pip install matplotlib)') from None
     groups = group(results)
     methods = [key for key in groups if key[3] != 'baseline']
     short = max((key[4] for key in methods), default=9) < 4
@@ -210,17 +215,16 @@ def curves(groups: dict, plt):
 
 def insert(readme: Path, name: str, text: str) -> None:
     begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
-    before, found, rest = readme.read_text().partition(begin)
+    with utils.user_errors():
+        before, found, rest = readme.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise SystemExit(f'table.py: error: {readme} has no {begin} ... {end}')
+        raise utils.UserError(f'{readme} has no {begin} ... {end}')
     readme.write_text(f'{before}{begin}\n{text}{end}{after}')
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.Parser(__doc__)
     parser.add_argument('folders', nargs='+', help='where result files are')
     parser.add_argument('--out', required=True, help='folder for table.md and accuracy.png')
     parser.add_argument('--readme', help='file to put the table into')
@@ -230,8 +234,7 @@ def main() -> int:
     if not results:
         print(f'table.py: error: no result files below {", ".join(args.folders)}', file=sys.stderr)
         return 2
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = utils.output_folder(Path(args.out))
     text = table(results)
     (out / 'table.md').write_text(text)
     if args.readme:
@@ -243,4 +246,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    utils.run(main)
