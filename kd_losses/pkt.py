@@ -37,23 +37,82 @@ class PKT(nn.Module):
         self.eps = eps
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
-        if feat_s.dim() < 2:
-            raise ValueError(f'PKT: feat_s must be (N, D), got {tuple(feat_s.shape)}')
-        if feat_t.dim() < 2 or len(feat_t) != len(feat_s):
-            raise ValueError(f'PKT: feat_t must be ({len(feat_s)}, D) as feat_s, got {tuple(feat_t.shape)}')
+        _expect('PKT', 'feat_s', feat_s, 'N', *'D' * (feat_s.dim() - 1 or 1))  # one axis of features or more
+        _expect('PKT', 'feat_t', feat_t, len(feat_s), *'D' * (feat_t.dim() - 1 or 1))
+        n = len(feat_s)
         with torch.autocast(feat_s.device.type, enabled=False):
-            p_s, p_t = self.neighbours(_full(feat_s)), self.neighbours(_full(feat_t.detach()))
-            return (p_t * torch.log((p_t + self.eps) / (p_s + self.eps))).mean()
+            q_s = self._surplus(_full(feat_s))
+            q_t = self._surplus(_full(feat_t.detach(), feat_s))
+            # p = (1 + q) / N, and the logarithm is that of 1 + (p_t - p_s) / (p_s + eps)
+            return ((1 + q_t) * torch.log1p((q_t - q_s) / (q_s + (1 + n * self.eps)))).mean() / n
 
     def neighbours(self, feat: Tensor) -> Tensor:
         """(N, D) -> (N, N): row i is how likely i picks each sample as its neighbour."""
+        return (1 + self._surplus(feat)) / len(feat)
+
+    def _surplus(self, feat: Tensor) -> Tensor:
+        """(N, N), N p - 1, from what is missing to 1 in c: the cosines themselves would be 1 to all digits
+        where the embeddings share a large mean."""
         feat = feat.flatten(1)
         norm = torch.linalg.vector_norm(feat, dim=1, keepdim=True)
-        u = torch.where(norm > 0, feat / (norm + self.eps), 0.0)
-        c = (u @ u.T + 1) / 2
-        return c / c.sum(dim=1, keepdim=True)
+        zero = norm == 0
+        u = torch.where(zero, 0.0, feat / torch.where(zero, 1.0, norm + self.eps))
+        length = norm / torch.where(zero, 1.0, norm + self.eps)
+        short = (1 + length) * torch.where(zero, 1.0, self.eps / (norm + self.eps))  # 1 - length^2
+        v = u - u.mean(dim=0)
+        half = _exact((short + v.square().sum(dim=1, keepdim=True)) / 4)
+        v = _exact(v)
+        d = torch.addmm(half + half.T, v, v.T, alpha=-0.5)  # 1 - c, from |u_i - u_j|^2
+        mean = d.mean(dim=1, keepdim=True)
+        return ((mean - d) / (1 - mean)).to(feat.dtype)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right):
+        return
+    if 0 in got:
+        remedy = 'leave out an empty batch'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and x.device.type != 'mps' and _rounded() else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    modes = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    return 'tf32' in modes or 'bf16' in modes
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
