@@ -58,7 +58,9 @@ class BSS(nn.Module):
         self.attacker = BSSAttacker(step_alpha, num_steps, eps, clip, score)
 
     def forward(self, attacked_out_s: Tensor, attacked_out_t: Tensor, valid: Tensor | None = None) -> Tensor:
-        _expect('BSS', 'attacked_out_s', attacked_out_s, len(attacked_out_s), 'K')  # none is legal
+        if attacked_out_s.shape[:1] == (0,) == attacked_out_t.shape[:1]:
+            return _full(attacked_out_s).sum()  # none was attacked
+        _expect('BSS', 'attacked_out_s', attacked_out_s, 'M', 'K')
         _expect('BSS', 'attacked_out_t', attacked_out_t, *attacked_out_s.shape)
         if valid is not None:
             _expect('BSS', 'valid', valid, len(attacked_out_s))
@@ -66,7 +68,7 @@ class BSS(nn.Module):
         log_p_t = F.log_softmax(_full(attacked_out_t.detach(), attacked_out_s) / self.T, dim=1)
         p_t = log_p_t.exp()
         kl = torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)).sum(dim=1)
-        return kl.sum() / max(len(kl), 1) if valid is None else _mean(kl, valid)
+        return _mean(kl, valid)
 
     @torch.no_grad()
     def attack(
@@ -80,12 +82,16 @@ class BSS(nn.Module):
         _expect('BSS', 'out_s', out_s, 'N', 'K')
         _expect('BSS', 'out_t', out_t, *out_s.shape)
         target, known = _labels('BSS', target, *out_s.shape)
-        index, valid = choose(out_s, out_t, torch.where(known, target, -100), self.attack_size)
+        wanted = target if known is None else torch.where(known, target, -100)  # -100: never right
+        index, valid = choose(out_s, out_t, wanted, self.attack_size)
         slots = torch.arange(len(index), device=index.device)
         index = index[slots % valid.sum().clamp(min=1)]
         u = torch.rand(len(index), generator=generator, device=index.device)
         attack_class = sample_attack_class(out_t, index, u.to(_full(out_t).dtype))
-        return self.attacker.attack(teacher, img[index], target[index], attack_class), valid
+        # what is not finite counts as right, and must show in the images
+        hidden = 0 * (out_s + out_t).softmax(dim=1).sum(dim=1)[index]
+        img = img[index] + hidden.to(img.dtype).reshape(-1, *[1] * (img.dim() - 1))
+        return self.attacker.attack(teacher, img, target[index], attack_class), valid
 
 
 class BSSAttacker:
@@ -142,6 +148,7 @@ def choose(out_s: Tensor, out_t: Tensor, target: Tensor, attack_size: int) -> tu
     """
     out_s, out_t = _full(out_s.detach()), _full(out_t.detach(), out_s)
     right = (out_s.argmax(dim=1) == target) & (out_t.argmax(dim=1) == target)
+    right = right | ((out_s + out_t).softmax(dim=1).sum(dim=1).isnan() & (target != -100))
     other = torch.arange(out_s.shape[1], device=out_s.device) != target[:, None]
     score = ((out_t.softmax(dim=1) - out_s.softmax(dim=1)).square() * other).sum(dim=1)
     index = torch.arange(len(target), device=target.device)
@@ -173,10 +180,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -198,8 +205,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
-def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor]:
-    """n labels of 0..K-1 as int64, and which rows count: not those of -100, which are 0 then.
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
 
     Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
     """
@@ -208,20 +215,25 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not torch.compiler.is_compiling():
-        for y in set(target.tolist()):
-            if y != -100 and not 0 <= y < K:
+        seen = set(target.tolist())
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen - {-100}:
+            if not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
 
 
-def _mean(rows: Tensor, valid: Tensor) -> Tensor:
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
     """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
     counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
     return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -55,7 +55,7 @@ def to_cam(fm: Tensor, fc_weight: Tensor) -> Tensor:
     if fm.dim() != 4 or fc_weight.dim() != 2 or fc_weight.shape[1] != fm.shape[1]:
         shapes = f'{tuple(fm.shape)} and {tuple(fc_weight.shape)}'
         raise ValueError(f'to_cam: fm and fc_weight must be (N, C, H, W) and (K, C), got {shapes}')
-    with torch.autocast(fm.device.type, enabled=False):
+    with _no_autocast(fm):
         return F.conv2d(_full(fm), fc_weight.to(_full(fm).dtype)[:, :, None, None])
 
 
@@ -63,10 +63,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -88,6 +88,11 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -97,5 +102,5 @@ def _unit(x: Tensor) -> Tensor:
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -52,13 +52,15 @@ class CTKD(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor, lam: float) -> Tensor:
         _expect('CTKD', 'out_s', out_s, 'N', 'K')
         _expect('CTKD', 'out_t', out_t, *out_s.shape)
-        with torch.autocast(out_s.device.type, enabled=False):
+        with _no_autocast(out_s):
             out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
             theta = _Reversal.apply(self.theta, float(lam)).to(out_s.dtype)
             T = self.t_start + self.t_range * torch.sigmoid(theta)
-            log_p_s, log_p_t = F.log_softmax(out_s / T, dim=1), F.log_softmax(out_t / T, dim=1)
+            masked = out_t == -torch.inf  # a legal probability of 0, that must not reach the gradient of T
+            z_t = torch.where(masked, -torch.inf, torch.where(masked, 0.0, out_t) / T)
+            log_p_s, log_p_t = F.log_softmax(out_s / T, dim=1), F.log_softmax(z_t, dim=1)
             p_t = log_p_t.exp()
-            kl = torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)).sum(dim=1).mean()
+            kl = (p_t * torch.where(p_t == 0, 0.0, log_p_t - log_p_s)).sum(dim=1).mean()
             return (kl * T.square()).squeeze(0)
 
 
@@ -85,10 +87,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -110,7 +112,12 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -71,14 +71,16 @@ class FCFD(nn.Module):
 
     def to_teacher(self, fm_s: Tensor, k: int) -> Tensor:
         """The student's map of stage k = 1, 2, ... in the teacher's space."""
-        with torch.autocast(fm_s.device.type, enabled=False):
+        with _no_autocast(fm_s):
             return _run(self.bridges_t[k - 1], _full(fm_s))
 
     def to_student(self, fm_t: Tensor, k: int) -> Tensor:
         """The teacher's map of stage k = 1, 2, ... in the student's space."""
-        with torch.autocast(fm_t.device.type, enabled=False):
+        with _no_autocast(fm_t):
             bridge = self.bridges_s[k - 1]
-            return _run(bridge, _full(fm_t.detach(), next(bridge.parameters())))
+            # the student is not here to ask: float64 if teacher and bridge agree on it
+            like = next(bridge.parameters())
+            return _run(bridge, _full(fm_t.detach(), like if fm_t.dtype == torch.float64 else fm_t))
 
     def forward(
         self,
@@ -156,10 +158,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -194,7 +196,12 @@ def _run(module: nn.Module, x: Tensor, *more):
     return y
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

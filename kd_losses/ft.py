@@ -59,7 +59,7 @@ class FactorTransfer(nn.Module):
         _expect('FactorTransfer', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
         _expect('FactorTransfer', 'fm_t', fm_t, len(fm_s), self.t_channels, *fm_s.shape[2:])
         self.paraphraser.eval()
-        with torch.autocast(fm_s.device.type, enabled=False):
+        with _no_autocast(fm_s):
             with torch.no_grad():
                 factor_t = _run(self.paraphraser.encoder, _full(fm_t, fm_s))
             return self.factor_loss(_run(self.translator, _full(fm_s)), factor_t)
@@ -68,7 +68,7 @@ class FactorTransfer(nn.Module):
         """The reconstruction error that trains the paraphraser, before anything else."""
         _expect('FactorTransfer', 'fm_t', fm_t, 'N', self.t_channels, 'H', 'W')
         self.paraphraser.train(self.training)
-        with torch.autocast(fm_t.device.type, enabled=False):
+        with _no_autocast(fm_t):
             fm_t = _full(fm_t.detach(), next(self.paraphraser.parameters()))
             _, recon = _run(self.paraphraser, fm_t)
             return F.mse_loss(recon, fm_t) if self.recon_loss == 'mse' else F.l1_loss(recon, fm_t)
@@ -133,10 +133,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -171,6 +171,11 @@ def _run(module: nn.Module, x: Tensor, *more):
     return y
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -180,5 +185,5 @@ def _unit(x: Tensor) -> Tensor:
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -52,7 +52,7 @@ class IRG(nn.Module):
             _check(name, graph, len(irg_s[0]))
         _expect('IRG', 'out in irg_t', irg_t[3], *irg_s[3].shape)
         s, t = [_full(x, irg_s[0]) for x in irg_s], [_full(x.detach(), irg_s[0]) for x in irg_t]
-        with torch.autocast(s[0].device.type, enabled=False):
+        with _no_autocast(s[0]):
             edge = sum(F.mse_loss(_edges(s[i]), _edges(t[i])) for i in range(3)) / 3
             transformation = F.mse_loss(_changes(s[0], s[1]), _changes(t[0], t[1]))
             return F.mse_loss(s[3], t[3]), edge, transformation
@@ -61,7 +61,9 @@ class IRG(nn.Module):
 def _check(name: str, graph: list[Tensor], n: int) -> None:
     wanted = {'fm1': (n, 'C1', 'H1', 'W1'), 'fm2': (n, 'C2', 'H2', 'W2'), 'feat': (n, 'D'), 'out': (n, 'C')}
     if len(graph) != 4:
-        raise ValueError(f'IRG: {name} must hold {", ".join(wanted)}, got {len(graph)} tensors')
+        raise ValueError(
+            f'IRG: {name} must hold {", ".join(wanted)}, got {len(graph)}: one map or vector each'
+        )
     for (part, shape), x in zip(wanted.items(), graph):
         _expect('IRG', f'{part} in {name}', x, *shape)
     fm1, fm2 = graph[:2]
@@ -113,10 +115,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -138,17 +140,23 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _exact(x: Tensor) -> Tensor:
     """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
-    return x.double() if x.dtype == torch.float32 and x.device.type != 'mps' and _rounded() else x
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
 
 
 def _rounded() -> bool:
     """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
-    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):  # before torch 2.9
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
         return torch.get_float32_matmul_precision() != 'highest'
-    modes = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return 'tf32' in modes or 'bf16' in modes
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
 
 
 _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
@@ -156,5 +164,5 @@ _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -108,10 +108,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -133,8 +133,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
-def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor]:
-    """n labels of 0..K-1 as int64, and which rows count: not those of -100, which are 0 then.
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
 
     Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
     """
@@ -143,8 +143,11 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not torch.compiler.is_compiling():
-        for y in set(target.tolist()):
-            if y != -100 and not 0 <= y < K:
+        seen = set(target.tolist())
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen - {-100}:
+            if not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
@@ -157,23 +160,26 @@ def _is(target: Tensor, K: int) -> Tensor:
     )
 
 
-def _mean(rows: Tensor, valid: Tensor) -> Tensor:
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
     """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
     counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
     return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
 
 
 def _exact(x: Tensor) -> Tensor:
     """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
-    return x.double() if x.dtype == torch.float32 and x.device.type != 'mps' and _rounded() else x
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
 
 
 def _rounded() -> bool:
     """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
-    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):  # before torch 2.9
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
         return torch.get_float32_matmul_precision() != 'highest'
-    modes = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return 'tf32' in modes or 'bf16' in modes
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
 
 
 _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
@@ -181,5 +187,5 @@ _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -11,11 +11,13 @@ entries of size 1/N: the value shrinks with the batch and useful weights are hug
 
 Differences: the authors' code, diagonal included (the paper leaves it out). Their gradient is NaN as soon as
 one student embedding is all zero; here such a row is the zero vector with zero gradient.
-Knowledge-Distillation-Zoo uses eps 1e-6.
+Knowledge-Distillation-Zoo uses eps 1e-6. Value and gradient come from differences to 1 of the cosines, so
+they keep their digits where all embeddings share a large mean. It cannot be differentiated twice.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class PKT(nn.Module):
@@ -39,42 +41,74 @@ class PKT(nn.Module):
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         _expect('PKT', 'feat_s', feat_s, 'N', *'D' * (feat_s.dim() - 1 or 1))  # one axis of features or more
         _expect('PKT', 'feat_t', feat_t, len(feat_s), *'D' * (feat_t.dim() - 1 or 1))
-        n = len(feat_s)
-        with torch.autocast(feat_s.device.type, enabled=False):
-            q_s = self._surplus(_full(feat_s))
-            q_t = self._surplus(_full(feat_t.detach(), feat_s))
-            # p = (1 + q) / N, and the logarithm is that of 1 + (p_t - p_s) / (p_s + eps)
-            return ((1 + q_t) * torch.log1p((q_t - q_s) / (q_s + (1 + n * self.eps)))).mean() / n
+        feat_s, feat_t = _full(feat_s).flatten(1), _full(feat_t.detach(), feat_s).flatten(1)
+        with _no_autocast(feat_s):
+            return _Divergence.apply(feat_s, feat_t, self.eps)[0]
 
     def neighbours(self, feat: Tensor) -> Tensor:
         """(N, D) -> (N, N): row i is how likely i picks each sample as its neighbour."""
-        return (1 + self._surplus(feat)) / len(feat)
+        u, norm = _rows(feat.flatten(1), self.eps)
+        return (1 + _surplus(u, norm, self.eps)[0]) / len(feat)
 
-    def _surplus(self, feat: Tensor) -> Tensor:
-        """(N, N), N p - 1, from what is missing to 1 in c: the cosines themselves would be 1 to all digits
-        where the embeddings share a large mean."""
-        feat = feat.flatten(1)
-        norm = torch.linalg.vector_norm(feat, dim=1, keepdim=True)
-        zero = norm == 0
-        u = torch.where(zero, 0.0, feat / torch.where(zero, 1.0, norm + self.eps))
-        length = norm / torch.where(zero, 1.0, norm + self.eps)
-        short = (1 + length) * torch.where(zero, 1.0, self.eps / (norm + self.eps))  # 1 - length^2
-        v = u - u.mean(dim=0)
-        half = _exact((short + v.square().sum(dim=1, keepdim=True)) / 4)
-        v = _exact(v)
-        d = torch.addmm(half + half.T, v, v.T, alpha=-0.5)  # 1 - c, from |u_i - u_j|^2
-        mean = d.mean(dim=1, keepdim=True)
-        return ((mean - d) / (1 - mean)).to(feat.dtype)
+
+def _rows(feat: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(feat, dim=1, keepdim=True)
+    return feat / (norm + eps), norm
+
+
+def _surplus(u: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """N p - 1, (N, N), and the mean of c, (N, 1).
+
+    Embeddings with a large common mean have cosines near 1, of which float32 keeps no difference; so this
+    starts from d = 1 - c, which is small then: |u_i - u_j|^2 / 4 and what the lengths are short of 1.
+    """
+    v = _exact(u - u.mean(dim=0))
+    short = eps * (2 * norm + eps) / (norm + eps).square()
+    half = (short + v.square().sum(dim=1, keepdim=True)) / 4
+    d = torch.addmm(half + half.T, v, v.T, alpha=-0.5)
+    mean = d.mean(dim=1, keepdim=True)
+    return (mean - d) / (1 - mean), 1 - mean
+
+
+class _Divergence(torch.autograd.Function):
+    """The loss and its gradient. With p = (1 + q) / N, plain autograd would subtract numbers near 1."""
+
+    @staticmethod
+    def forward(feat_s: Tensor, feat_t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        n = len(feat_s)
+        u, norm = _rows(feat_s, eps)
+        (q_s, c), (q_t, _) = _surplus(u, norm, eps), _surplus(*_rows(feat_t, eps), eps)
+        # log(a / b) = 2 atanh((a - b) / (a + b)), exact for a near b too
+        gap, base = q_t - q_s, q_s + (1 + n * eps)
+        half_log = torch.atanh(gap / torch.add(gap, base, alpha=2))
+        loss = torch.addcmul(half_log, half_log, q_t).mean() * (2 / n)
+        # the slope for q_s, without what is constant in a row (q_s has mean 0 there), then for c, then for u
+        slope = (n * eps - gap) / base
+        slope = (slope - torch.addcmul(slope, slope, q_s).mean(dim=1, keepdim=True)) / c
+        grad = ((slope + slope.T) @ _exact(u)).to(u.dtype) / (2 * n**3)
+        # through u = feat / (norm + eps)
+        grad = grad - u * ((u * grad).sum(dim=1, keepdim=True) * (norm + eps) / norm)
+        return loss.to(u.dtype), torch.where(norm == 0, 0.0, grad / (norm + eps))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor, _):
+        return grad_out * ctx.saved_tensors[0], None, None
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -96,17 +130,23 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _exact(x: Tensor) -> Tensor:
     """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
-    return x.double() if x.dtype == torch.float32 and x.device.type != 'mps' and _rounded() else x
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
 
 
 def _rounded() -> bool:
     """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
-    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):  # before torch 2.9
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
         return torch.get_float32_matmul_precision() != 'highest'
-    modes = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return 'tf32' in modes or 'bf16' in modes
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
 
 
 _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
@@ -114,5 +154,5 @@ _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -55,12 +55,12 @@ class RKD(nn.Module):
 
     def distance(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         feat_s, feat_t = _prepare(feat_s, feat_t)
-        with torch.autocast(feat_s.device.type, enabled=False):
+        with _no_autocast(feat_s):
             return F.smooth_l1_loss(_relative_distances(feat_s), _relative_distances(feat_t)).to(feat_s.dtype)
 
     def angle(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         feat_s, feat_t = _prepare(feat_s, feat_t)
-        with torch.autocast(feat_s.device.type, enabled=False):
+        with _no_autocast(feat_s):
             return _AngleLoss.apply(_few_coordinates(feat_s), _few_coordinates(feat_t))[0].to(feat_s.dtype)
 
 
@@ -135,10 +135,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -160,17 +160,23 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _exact(x: Tensor) -> Tensor:
     """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
-    return x.double() if x.dtype == torch.float32 and x.device.type != 'mps' and _rounded() else x
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
 
 
 def _rounded() -> bool:
     """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
-    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):  # before torch 2.9
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
         return torch.get_float32_matmul_precision() != 'highest'
-    modes = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return 'tf32' in modes or 'bf16' in modes
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
 
 
 _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
@@ -178,5 +184,5 @@ _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

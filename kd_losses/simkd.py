@@ -51,6 +51,7 @@ class SimKD(nn.Module):
         self.register_buffer('size', torch.zeros(2, dtype=torch.int64))  # of the teacher's map; 0 0: unknown
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        _expect('SimKD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
         _expect('SimKD', 'fm_t', fm_t, len(fm_s), self.t_channels, 'H', 'W')
         for i, side in enumerate(fm_t.shape[2:]):
             self.size[i].fill_(side)  # a tensor copied from the host would wait on a GPU
@@ -59,7 +60,7 @@ class SimKD(nn.Module):
     def project(self, fm_s: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, s_channels, H_s, W_s) -> (N, t_channels, H, W); size: of the teacher's map."""
         _expect('SimKD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
-        with torch.autocast(fm_s.device.type, enabled=False):
+        with _no_autocast(fm_s):
             fm_s = _full(fm_s)
             if size is not None and fm_s.shape[2] > size[0]:
                 fm_s = F.adaptive_avg_pool2d(fm_s, size)
@@ -123,10 +124,10 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
     right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
-    if len(got) == len(wanted) and all(right):
+    if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
-        remedy = 'leave out an empty batch'
+        remedy = 'leave an empty batch out'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
@@ -161,7 +162,12 @@ def _run(module: nn.Module, x: Tensor, *more):
     return y
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
-    x = x.to(torch.float64 if (x if like is None else like).dtype == torch.float64 else torch.float32)
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
