@@ -80,7 +80,8 @@ class CFL(nn.Module):
             each = [mmd(h_s, h_t, self.sigmas, self.normalized) for h_t in h_ts]
             decoded = [_run(decode, h_t) for decode, h_t in zip(self.dec_t, h_ts)]
             recons = sum(F.mse_loss(got, _full(f_t.detach(), got)) for got, f_t in zip(decoded, f_ts))
-            loss = sum(each) + self.beta * recons
+            hidden = 0 * _full(f_s.detach()).sum()  # a ReLU may swallow an inf, which must show
+            loss = sum(each) + self.beta * recons + hidden
         return (loss, {'mmd': sum(each), 'recons': recons}) if return_terms else loss
 
     def common(self, f_s: Tensor, f_ts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -74,6 +74,8 @@ class OODKAGenerator(nn.Module):
                 f'got {len(outs_t)}, {len(fms_t)}: concat_kd takes more'
             )
         _expect('OODKAGenerator', 'out_s', out_s, 'N', 'K')
+        for i, out_t in enumerate(outs_t):
+            _expect('OODKAGenerator', f'outs_t[{i}]', out_t, len(out_s), 'C')
         _expect('OODKAGenerator', 'out_s', out_s, len(out_s), sum(out_t.shape[1] for out_t in outs_t))
         shapes = [[(len(fm), *fm.shape[2:]) for fm in fms] for fms in fms_t]
         if shapes[0] != shapes[1]:

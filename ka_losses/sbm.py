@@ -132,7 +132,8 @@ def _kl(s: Tensor, t: Tensor, T: float) -> Tensor:
 
 
 def _hard(s: Tensor, t: Tensor) -> Tensor:
-    return F.cross_entropy(s, t.argmax(dim=1))
+    hidden = 0 * t.softmax(dim=1).sum()  # argmax does not see NaN and inf, which must show
+    return F.cross_entropy(s, t.argmax(dim=1)) + hidden
 
 
 def _si(s: Tensor, t: Tensor) -> Tensor:
@@ -141,7 +142,8 @@ def _si(s: Tensor, t: Tensor) -> Tensor:
     d = torch.where(valid, d, 0.0)
     count = valid.sum(dim=1).clamp(min=1)
     each = d.square().sum(dim=1) / count - 0.5 * (d.sum(dim=1) / count).square()
-    return each.sum() / valid.any(dim=1).sum().clamp(min=1)
+    hidden = 0 * (s.detach().sum() + t.sum())  # the clamp makes inf finite
+    return each.sum() / valid.any(dim=1).sum().clamp(min=1) + hidden
 
 
 def _cosine(s: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:

@@ -59,6 +59,11 @@ class SubTask(nn.Module):
                 f'SubTask: sub_classes must be distinct, some but not all of 0..{num_classes - 1}, '
                 f'got {list(sub_classes)}'
             )
+        if not 2 <= len(wanted) <= num_classes - 2:
+            raise ValueError(
+                f'SubTask: sub_classes must be two or more, and leave two or more of {num_classes}, '
+                f'got {list(sub_classes)}: a softmax over one class is constant'
+            )
         if not T > 0:
             raise ValueError(f'SubTask: T must be > 0, got {T}')
         self.lambda_adv, self.T, self.adv_cap = lambda_adv, T, adv_cap
