@@ -27,6 +27,7 @@ class AFK(nn.Module):
     Shape:
         outs_s, outs_t: lists over streams of (N, K_u), equal. Returns a scalar, with return_terms=True also
         {'stream0': ..., ...}. No gradient reaches outs_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: lists or shapes that do not meet.

@@ -42,6 +42,7 @@ class CFL(nn.Module):
         f_s: (N, s_channels, H, W), f_ts: list of (N, t_channels[i], H, W); fc: (N, s_channels), (N,
         t_channels[i]). Returns a scalar, with return_terms=True also {'mmd', 'recons'} without beta. No
         gradient reaches f_ts. `common` gives the features in the common space.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: unknown block; no teacher; a map has other channels, batch or size.

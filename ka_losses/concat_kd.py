@@ -36,6 +36,7 @@ class ConcatKD(nn.Module):
     Shape:
         out_s: (N, K_1 + ... + K_m); outs_t: list of (N, K_i). Returns a scalar, with return_terms=True also
         {'kd': the same}. No gradient reaches outs_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; unknown mode or align; shapes that do not add up.

@@ -40,6 +40,7 @@ class Customize(nn.Module):
         fms_s, fms_t: lists over levels of (N, C, H, W), H and W equal per level; out_s, out_t: (N, K), equal.
         Returns a scalar, with return_terms=True also {'feat', 'soft', 'wn'}. No gradient reaches fms_t
         and out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: lists of different lengths; shapes that do not meet.

@@ -34,6 +34,7 @@ class FedKA(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W); fm_t: (N, int(k t_channels), H, W). Returns a scalar, with
         return_terms=True also {'feat': the same}. No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: other channels, batch or size.

@@ -27,6 +27,7 @@ class TokenAmalgamation(nn.Module):
         toks_s: list over levels of (N, L_1 + ... + L_m, D); toks_t: list over teachers of lists over levels
         of (N, L_i, D). Returns a scalar, with return_terms=True also {'level0': ..., ...}. No gradient
         reaches toks_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: unknown normalize; numbers of levels or shapes that do not meet.

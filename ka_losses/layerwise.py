@@ -34,6 +34,7 @@ class LayerwiseKA(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W); fms_t: list of (N, t_channels[i], H, W). Returns a scalar, with
         return_terms=True also {'amal', 'recons'} without weights. No gradient reaches fms_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: t_channels is empty; a map has other channels, batch or size.

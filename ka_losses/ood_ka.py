@@ -35,6 +35,7 @@ class OODKAGenerator(nn.Module):
         out_s: (N, K_1 + K_2); outs_t: two of (N, K_i); fms_t: two lists over levels of (N, C, H, W), equal
         sizes per level; d_fake: (N, 1, h, w) logits; bn_stats: list of (x (N, C, H, W), (C,), (C,)). Returns
         a scalar, with return_terms=True also the six terms without weights.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: not two teachers; shapes that do not meet.

@@ -35,6 +35,7 @@ class SoftFocal(nn.Module):
     Shape:
         out_s, out_t: (N, K) or (N, K, H, W), equal. Returns a scalar, with return_terms=True also {'ce'}, the
         mean cross-entropy. No gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: gamma is negative; shapes differ.

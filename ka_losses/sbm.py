@@ -41,6 +41,7 @@ class SBM(nn.Module):
         outs_s, outs_t: lists over tasks of (N, K, H, W), (N, 1, H, W), (N, 3, H, W), equal; mask: (N, 1, H,
         W) of 0 and 1, used by the normals only. Returns a scalar, with return_terms=True also {task: term}
         without weights. No gradient reaches outs_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: unknown task or form; T not positive; lists or shapes that do not meet.

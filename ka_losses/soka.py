@@ -33,6 +33,7 @@ class SOKAFeature(nn.Module):
     Shape:
         fm_s: (N, C, H, W); fms_t: list of the same shape. Returns a scalar, with return_terms=True also
         {'la': the same}. No gradient reaches fms_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: shape does not have three axes; a map does not fit it or fm_s.

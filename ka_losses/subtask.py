@@ -34,6 +34,7 @@ class SubTask(nn.Module):
     Shape:
         out_s: (N, number wanted); out_adv: (N, K - number wanted); out_t: (N, K). Returns a scalar, with
         return_terms=True also {'sub', 'adv'}. No gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: classes outside 0..K-1, twice, or none left; T not positive; shapes that do not meet.

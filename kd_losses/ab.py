@@ -33,6 +33,7 @@ class AB(nn.Module):
 
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H, W). Returns a scalar. No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: only one of the channels is given; margin or reduction is not legal; the maps do not fit.

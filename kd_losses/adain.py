@@ -33,6 +33,7 @@ class AdaINKD(nn.Module):
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t), each of more than one position;
         out_t: (N, K); teacher_tail: callable (N, t_channels, H_t, W_t) -> (N, K), frozen. Returns a scalar.
         No gradient reaches fm_t and out_t. `terms` returns (stat, adain).
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: only one of the channels is given; eps is not positive; shapes do not fit.

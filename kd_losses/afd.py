@@ -29,6 +29,7 @@ class AFD(nn.Module):
     Shape:
         fm_s, fm_t: (N, C, H, W), equal. Returns a scalar. No gradient reaches fm_t.
         `attention_of(fm_t)` gives rho, (N, C).
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: the channel counts differ; a map is not (N, C, H, W); the shapes differ.

@@ -31,6 +31,7 @@ class AT(nn.Module):
     Shape:
         fm_s: (N, C_s, H_s, W_s), fm_t: (N, C_t, H_t, W_t). Returns a scalar. No gradient reaches fm_t.
         A sample whose map is all zero has attention 0 and gradient 0.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: p is not positive; a map is not 4-D; the batch sizes differ.

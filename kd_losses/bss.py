@@ -36,6 +36,7 @@ class BSS(nn.Module):
     Shape:
         attacked_out_s, attacked_out_t: (M, K), equal. valid: (M,) bool, samples that count; default all.
         Returns a scalar, 0 if none counts. No gradient reaches attacked_out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T or attack_size is not positive; the shapes differ.
@@ -68,7 +69,7 @@ class BSS(nn.Module):
         log_p_t = F.log_softmax(_full(attacked_out_t.detach(), attacked_out_s) / self.T, dim=1)
         p_t = log_p_t.exp()
         kl = torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)).sum(dim=1)
-        return _mean(kl, valid)
+        return _mean(kl, valid) + 0 * kl.detach().sum()  # NaN and inf show in spare slots too
 
     @torch.no_grad()
     def attack(

@@ -31,8 +31,9 @@ class BYOT(nn.Module):
         skip: indices of exits without the feature term; none.
 
     Shape:
-        outs: list of L tensors (N, K); feats: list of L tensors (N, feat_dims[i]); target: (N,) int64.
+        outs: list of L tensors (N, K); feats: list of L tensors (N, feat_dims[i]); target: (N,) labels.
         Returns a scalar. `terms` returns the sums (hard, soft, features), weights included.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; lists of another length; shapes differ.

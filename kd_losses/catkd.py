@@ -29,6 +29,7 @@ class CATKD(nn.Module):
 
     Shape:
         cam_s: (N, K, H_s, W_s), cam_t: (N, K, H_t, W_t). Returns a scalar. No gradient reaches cam_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: resolution < 1; a map is not 4-D; batch or classes differ.

@@ -36,6 +36,7 @@ class CC(nn.Module):
     Shape:
         feat_s: (N, D_s), feat_t: (N, D_t); further axes are flattened. Returns a scalar.
         No gradient reaches feat_t. An all-zero embedding is similar to nothing and gets no gradient.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: unknown kernel; P_order is not an integer >= 0; an argument has no feature axis; the batch

@@ -33,7 +33,8 @@ class CRD(nn.Module):
     Args:
         s_dim, t_dim: widths of the two embeddings.
         n_data: size of the training set.
-        targets: (n_data,) its labels; negatives then are of other classes. None: any image, with replacement.
+        targets: (n_data,) its labels, also as list or array; negatives then are of other classes. An image of
+            label -100 is no negative and left out of the loss. None: any image, with replacement.
         feat_dim: common width, 128.
         nce_n: negatives per image, 16384.
         nce_t: temperature, > 0; 0.07 (Knowledge-Distillation-Zoo 0.1).
@@ -43,10 +44,11 @@ class CRD(nn.Module):
         feat_s: (N, s_dim), feat_t: (N, t_dim); further axes are flattened. index: (N,) int64. sample_idx:
         (N, 1 + n) int64 instead of drawn ones, the positive first. generator: where to draw from. Returns a
         scalar. No gradient reaches feat_t. In eval mode and without gradients nothing is remembered.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: nce_t is not positive; targets is not (n_data,); a feature, index or sample_idx of a wrong
-        shape.
+        ValueError: nce_t is not positive; targets is not (n_data,) or of one class; a feature, index or sample_idx of
+            a wrong shape.
     """
 
     def __init__(

@@ -25,6 +25,7 @@ class CSKD(nn.Module):
 
     Shape:
         out, out_pair: (N, K), equal. Returns a scalar. No gradient reaches out_pair.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; the shapes differ or are not (N, K).

@@ -32,6 +32,7 @@ class CTKD(nn.Module):
     Shape:
         out_s, out_t: (N, K), equal. lam: number >= 0, the strength of the reversal. Returns a scalar. No
         gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: t_start or t_range is not legal; the shapes differ or are not (N, K).

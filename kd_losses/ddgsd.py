@@ -27,8 +27,9 @@ class DDGSD(nn.Module):
         mu: weight of the MMD; 5e-4.
 
     Shape:
-        out_a, out_b: (N, K), feat_a, feat_b: (N, D), target: (N,) int64. Returns a scalar. `terms` returns
+        out_a, out_b: (N, K), feat_a, feat_b: (N, D), target: (N,) labels. Returns a scalar. `terms` returns
         (cross-entropy, KD, MMD), unweighted.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes differ.

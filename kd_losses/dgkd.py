@@ -29,9 +29,10 @@ class DGKD(nn.Module):
         drop: teachers left out of a training step; 1.
 
     Shape:
-        out_s: (N, K); outs_t: list of M tensors (N, K), or stacked (M, N, K); target: (N,) int64; keep: (M,)
+        out_s: (N, K); outs_t: list of M tensors (N, K), or stacked (M, N, K); target: (N,) labels; keep: (M,)
         of 0 and 1, which teachers count, otherwise drawn in training mode (from generator) and all in eval
         mode. Returns a scalar. No gradient reaches outs_t.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: an argument is not legal; shapes do not fit.

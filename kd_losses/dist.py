@@ -32,6 +32,7 @@ class DIST(nn.Module):
     Shape:
         out_s, out_t: (N, K), equal, or (N, K, H, W), every position a sample. Returns a scalar.
         No gradient reaches out_t. `terms` returns (inter, intra), tau^2 included, beta and gamma not.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: tau is not positive; the shapes differ or are neither (N, K) nor (N, K, H, W).

@@ -31,8 +31,9 @@ class DKD(nn.Module):
         T: temperature, > 0; 4 on CIFAR, 1 on ImageNet.
 
     Shape:
-        out_s, out_t: (N, K), equal, K >= 2 (with K = 2 the second term is 0); target: (N,) int64.
+        out_s, out_t: (N, K), equal, K >= 2 (with K = 2 the second term is 0); target: (N,) labels.
         Returns a scalar. No gradient reaches out_t. `terms` returns (TCKD, NCKD) without alpha and beta.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes differ; K < 2; target is not (N,) of integers.

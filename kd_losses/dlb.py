@@ -29,9 +29,10 @@ class DLB(nn.Module):
         alpha: weight of the soft targets; 1.
 
     Shape:
-        out: (N, K), target: (N,) int64; out_prev_now, out_prev_then: (N', K) and target_prev: (N',), all or
+        out: (N, K), target: (N,) labels; out_prev_now, out_prev_then: (N', K) and target_prev: (N',), all or
         none. Returns a scalar. No gradient reaches out_prev_then. `terms` returns (cross-entropy, KD),
         unweighted.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes do not fit; only some of the previous batch is given.

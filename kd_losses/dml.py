@@ -27,6 +27,7 @@ class DML(nn.Module):
     Shape:
         out: (N, K); peers: a tensor (N, K), or a list of them. Returns a scalar. No gradient reaches the
         peers.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: peer_reduction is neither; there is no peer; the shapes differ.

@@ -31,8 +31,9 @@ class EEL(nn.Module):
         angle: in degrees, between 0 and 90; 45.
 
     Shape:
-        feat_s: (N, s_dim), feat_t: (N, t_dim), target: (N,) int64. Returns a scalar; a sample without a
+        feat_s: (N, s_dim), feat_t: (N, t_dim), target: (N,) labels. Returns a scalar; a sample without a
         negative contributes 0. No gradient reaches feat_t.
+        Rows of label -100 are left out. Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: angle is out of range; a feature or target of a wrong shape.

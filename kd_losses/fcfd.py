@@ -37,6 +37,7 @@ class FCFD(nn.Module):
         fms_t: list of the teacher's maps (N, C, H, W); out_s, out_t: (N, K); outs_mix: list of (N, K), may be
         empty. ramp: factor of the epoch. Returns a scalar. No gradient reaches fms_t and out_t. `appearance`
         gives one stage's A_k.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; lists of unequal length; a stride is none of the three; shapes differ.

@@ -30,6 +30,7 @@ class FitNet(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H, W); without a regressor any two equal shapes.
         Returns a scalar. No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: only one of the two channel counts is given; the shapes differ after the regressor.

@@ -28,6 +28,7 @@ class FSP(nn.Module):
     Shape:
         fm_s1, fm_t1: (N, C_1, H, W), fm_s2, fm_t2: (N, C_2, H', W'); any sizes. Returns a scalar. No gradient
         reaches fm_t1 and fm_t2.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: pool is neither; a map is not 4-D; batch sizes differ, or the teacher's channels from the

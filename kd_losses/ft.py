@@ -33,6 +33,7 @@ class FactorTransfer(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H, W). Returns a scalar. No gradient reaches fm_t
         or the paraphraser; that one learns by `pretrain_loss(fm_t)`, before, and is in eval mode here.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: recon_loss is not known; a map is not 4-D or has other channels than announced; batch or

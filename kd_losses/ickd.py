@@ -27,6 +27,7 @@ class ICKD(nn.Module):
     Shape:
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t). Returns a scalar.
         No gradient reaches fm_t.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: a map is not 4-D or has other channels than announced; the batch sizes differ.

@@ -25,6 +25,7 @@ class IKD(nn.Module):
 
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H, W). Returns a scalar. No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: a map has other channels than announced; batch or sizes differ.

@@ -33,6 +33,7 @@ class IRG(nn.Module):
     Shape:
         irg_s, irg_t: lists [fm1 (N, C1, H1, W1), fm2 (N, C2, H2, W2), feat (N, D), out (N, K)], fm1 the
         earlier map. Returns a scalar. No gradient reaches irg_t. `terms` returns the three terms, unweighted.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: a list has not four tensors of one batch; out differs in shape; within a network C2 is not

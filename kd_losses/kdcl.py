@@ -31,8 +31,9 @@ class KDCL(nn.Module):
         lam: weight of the soft targets; 1.
 
     Shape:
-        outs: list of M tensors (N, K), or stacked (M, N, K); target: (N,) int64; weights: (M,), for
+        outs: list of M tensors (N, K), or stacked (M, N, K); target: (N,) labels; weights: (M,), for
         'general'. Returns a scalar. `combine` returns z (N, K).
+        Rows of label -100 are left out. Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: an argument is not legal; shapes differ; weights are missing or not (M,).

@@ -31,6 +31,7 @@ class KDSVD(nn.Module):
     Shape:
         fms_s, fms_t: lists of L >= 2 maps, shallow to deep, (N, C_l, H, W) and (N, C_l, H', W') at stage l.
         Returns a scalar. No gradient reaches fms_t. `terms` returns the L - 1 summands.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: k < 1 or more than a stage has; fewer than two stages; unequal lengths, batches or

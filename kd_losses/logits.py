@@ -20,6 +20,7 @@ class Logits(nn.Module):
 
     Shape:
         out_s, out_t: (N, K), equal. Returns a scalar. No gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: the shapes differ or are not (N, K).

@@ -27,10 +27,12 @@ class LSKD(nn.Module):
         T: temperature of the soft targets, > 0; 2. Not used with another base.
 
     Shape:
-        out_s, out_t: (N, K), equal, K >= 2. Returns a scalar. No gradient reaches out_t.
+        out_s, out_t: (N, K), equal, K >= 3. Returns a scalar. No gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: T is not positive; the shapes differ or are not (N, K) with K >= 2.
+        ValueError: T is not positive; the shapes differ or are not (N, K) with K >= 3: two standardised
+            logits are constant.
     """
 
     def __init__(self, base: nn.Module | None = None, T: float = 2.0) -> None:

@@ -29,9 +29,10 @@ class LwM(nn.Module):
 
     Shape:
         out_s, out_t: (N, K); fm_s: (N, C_s, H_s, W_s), fm_t: (N, C_t, H_t, W_t), nodes of the graphs that
-        gave the logits; target: (N,) int64. cam_t: (N, H_t, W_t), the teacher's `grad_cam`, if it is known
+        gave the logits; target: (N,) labels. cam_t: (N, H_t, W_t), the teacher's `grad_cam`, if it is known
         already; out_t and fm_t are then not used and may be None. Returns a scalar. No gradient reaches the
         teacher.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: reduction is neither; shapes do not fit; a map does not require grad or its logits do not
@@ -88,7 +89,8 @@ def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False
             'needs an image that requires grad, or a detached map that does and the rest of the network on it'
         )
     weight = _full(grad, out).mean(dim=(2, 3), keepdim=True)
-    return (weight * _full(fm, out)).sum(dim=1).relu()
+    cam = (weight * _full(fm, out)).sum(dim=1)
+    return cam.relu() + 0 * cam.detach()  # the ReLU would swallow -inf, which must show
 
 
 def _pool(m: Tensor, size: tuple[int, int]) -> Tensor:

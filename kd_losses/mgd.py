@@ -32,6 +32,7 @@ class MGD(nn.Module):
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H, W). mask: (N, t_channels, 1, 1) or (N, 1, H, W)
         of 0 and 1 instead of a drawn one. generator: where to draw from. Returns a scalar. No gradient
         reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: mask_ratio is not in [0, 1); a map has other channels or sizes than announced; mask does

@@ -39,6 +39,7 @@ class MHGD(nn.Module):
         fms_s, fms_t: lists of maps (N, dims[l], H, W), any sizes. Returns a scalar. No gradient reaches fms_t
         or the heads. `attention_loss(fms_t)` returns the scalar that trains the heads; generator: where to
         draw from.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: fewer than two stages; lists, channels or batches do not fit.

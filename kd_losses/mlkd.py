@@ -33,6 +33,7 @@ class MLKD(nn.Module):
     Shape:
         out_s, out_t, and with two_view out_s_strong, out_t_strong: (N, K), equal. Returns a scalar.
         No gradient reaches the teacher's. `terms` returns the instance, batch and class parts of the sum.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: a temperature is not positive; the shapes differ or are not (N, K); two_view without

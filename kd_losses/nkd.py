@@ -29,9 +29,10 @@ class NKD(nn.Module):
         T: its temperature, > 0; 1 on ImageNet, 3 on CIFAR-100.
 
     Shape:
-        out_s, out_t: (N, K), equal, K >= 2 (with K = 2 the second term is 0); target: (N,) int64, or (N, K)
+        out_s, out_t: (N, K), equal, K >= 2 (with K = 2 the second term is 0); target: (N,) labels, or (N, K)
         probabilities of which the largest counts. Returns a scalar. No gradient reaches out_t.
         `terms` returns (target term, non-target term), gamma T^2 included.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes differ; K < 2; target is neither.

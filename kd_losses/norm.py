@@ -29,6 +29,7 @@ class NORM(nn.Module):
     Shape:
         fm_s: (N, R C_t, h, w), fm_t: (N, C_t, H, W), H = k h and W = k w. Returns a scalar. No gradient
         reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: num_repeats < 1; channels, batch or sizes do not fit.

@@ -38,6 +38,7 @@ class NST(nn.Module):
     Shape:
         fm_s: (N, C_s, H_s, W_s), fm_t: (N, C_t, H_t, W_t). Returns a scalar. No gradient reaches fm_t.
         A channel that is zero everywhere counts as the zero vector and gets no gradient.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: unknown kernel; d is not a positive integer; a map is not 4-D; the batch sizes differ.

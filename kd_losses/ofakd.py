@@ -27,8 +27,9 @@ class OFAKD(nn.Module):
         T: temperature, > 0; 1.
 
     Shape:
-        out_s, out_t: (N, K), equal; target: (N,) int64, or (N, K) of which the largest counts. Returns a
+        out_s, out_t: (N, K), equal; target: (N,) labels, or (N, K) of which the largest counts. Returns a
         scalar. No gradient reaches out_t.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: eps or T is not positive; shapes differ; target is neither.

@@ -38,6 +38,7 @@ class OFD(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H_t, W_t), both pre-activation. Returns a scalar.
         No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: unknown reduction; margin, fm_s or fm_t of a wrong shape.

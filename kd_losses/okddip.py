@@ -33,9 +33,10 @@ class OKDDip(nn.Module):
 
     Shape:
         outs: list of M tensors (N, K), feats: list of M tensors (N, feat_dim), or both stacked; out_leader:
-        (N, K); target: (N,) int64; kd_weight: of this epoch. Returns a scalar. `terms` returns
+        (N, K); target: (N,) labels; kd_weight: of this epoch. Returns a scalar. `terms` returns
         (cross-entropies, peers' KL, leader's KL); `attention` and `targets` the (N, M, M) weights and (N, K,
         M) targets.
+        Rows of label -100 are left out. Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes do not fit.

@@ -31,7 +31,8 @@ class OnAdvFD(nn.Module):
         channels: list, channels of the networks' last maps, to own their `adversaries`; None: logits only.
 
     Shape:
-        out_1, out_2: (N, K), equal; target: (N,) int64. Returns a scalar. No gradient reaches out_2.
+        out_1, out_2: (N, K), equal; target: (N,) labels. Returns a scalar. No gradient reaches out_2.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes do not fit.

@@ -31,9 +31,10 @@ class ONE(nn.Module):
         T: temperature, > 0; 3.
 
     Shape:
-        outs: list of M tensors (N, K), or stacked (M, N, K); feat: (N, feat_dim); target: (N,) int64;
+        outs: list of M tensors (N, K), or stacked (M, N, K); feat: (N, feat_dim); target: (N,) labels;
         kd_weight: of this epoch. Returns a scalar. `terms` returns (cross-entropies, KD); `ensemble` is z of
         the last call, detached.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes do not fit.

@@ -29,6 +29,7 @@ class PAD(nn.Module):
     Shape:
         feat_s: (N, s_dim), feat_t: (N, t_dim). Returns a scalar, possibly negative. No gradient reaches
         feat_t. `l2(feat_s, feat_t)` is the warm-up loss.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: a feature of another shape than announced; the batch sizes differ.

@@ -30,8 +30,9 @@ class PSKD(nn.Module):
         total_epochs: length of the run; 300.
 
     Shape:
-        out: (N, K), target: (N,) int64, index: (N,) int64 positions, epoch: from 0. Returns a scalar. In
+        out: (N, K), target: (N,) labels, index: (N,) int64 positions, epoch: from 0. Returns a scalar. In
         training mode with gradients the predictions are remembered.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: alpha_T or total_epochs is not legal; shapes do not fit.

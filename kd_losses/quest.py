@@ -33,6 +33,7 @@ class QuEST(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H', W'), H' and W' the same multiple of H and W or
         equal. Returns a scalar. No gradient reaches fm_t.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: centroids has another shape; a map has other channels or sizes than allowed.

@@ -31,6 +31,7 @@ class ReviewKD(nn.Module):
     Shape:
         fms_s, fms_t: lists of L maps, shallow to deep, (N, s_channels[i], H, W) and (N, t_channels[i], H',
         W'). Returns a scalar. No gradient reaches fms_t. `fuse` returns the L outputs, `terms` their losses.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: the numbers of levels differ; a map is not 4-D or has other channels than announced; the

@@ -35,6 +35,7 @@ class RKD(nn.Module):
         feat_s: (N, D_s), feat_t: (N, D_t); further axes are flattened. Returns a scalar, 0 for N = 1.
         No gradient reaches feat_t. `distance` and `angle` take the same arguments and give one term,
         unweighted.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: an argument has no feature axis; the batch sizes differ.

@@ -29,6 +29,7 @@ class SAD(nn.Module):
     Shape:
         fm: (N, C_1, H, W), fm_next: (N, C_2, h, w), not larger. Returns a scalar. No gradient reaches
         fm_next.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; a map is not 4-D; batch sizes differ; fm_next is larger.

@@ -30,8 +30,9 @@ class SDD(nn.Module):
         consistent, complementary: weights of regions that agree with the whole, and that do not; 1 and 2.
 
     Shape:
-        patch_s, patch_t: (N, K, R), equal, region 0 the whole; target: (N,) int64. Returns a scalar.
+        patch_s, patch_t: (N, K, R), equal, region 0 the whole; target: (N,) labels. Returns a scalar.
         No gradient reaches patch_t.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: unknown base; T is not positive; the shapes differ or are not (N, K, R); target is not

@@ -34,6 +34,7 @@ class SemCKD(nn.Module):
     Shape:
         fms_s: list of S maps (batch_size, C, H, W), fms_t: list of T maps. Returns a scalar. No gradient
         reaches fms_t. `terms` returns (w, m), each (N, S, T).
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: batch_size < factor; soft is not positive; a list has another length, a map other

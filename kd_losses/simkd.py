@@ -31,6 +31,7 @@ class SimKD(nn.Module):
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t). Returns a scalar. No gradient
         reaches fm_t. `predict(fm_s, classifier)` returns logits (N, K); classifier: the teacher's last layer,
         a module or a pair (weight (K, t_channels), bias (K,)).
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: factor leaves no channel; a map is not 4-D or has other channels than announced; the batch

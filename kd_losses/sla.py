@@ -31,6 +31,7 @@ class SLA(nn.Module):
     Shape:
         joint_out: (N M, K M), sample-major (copies of a sample are neighbours); out: (N, K); target: (N,)
         int64. Returns a scalar. `terms` returns (joint, single, kd); `aggregate` the (N, K) averaged logits.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T or num_transforms is not positive; shapes do not fit.

@@ -23,6 +23,7 @@ class SP(nn.Module):
     Shape:
         fm_s: (N, ...), fm_t: (N, ...), only N must agree. Returns a scalar, 0 for N = 1.
         No gradient reaches fm_t.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: an argument has no feature axis; the batch sizes differ.

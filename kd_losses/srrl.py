@@ -30,6 +30,7 @@ class SRRL(nn.Module):
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t), out_t: (N, K); classifier: a module
         from (N, t_channels) to (N, K) or a pair (weight (K, t_channels), bias (K,)). Returns a scalar. No
         gradient reaches fm_t, out_t or the classifier's parameters. `terms` returns (FM, SR).
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: a map is not 4-D or has other channels than announced; the batch sizes differ; out_t is

@@ -25,6 +25,7 @@ class SoftTarget(nn.Module):
 
     Shape:
         out_s, out_t: (N, K), equal. Returns a scalar. No gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; the shapes differ or are not (N, K).

@@ -33,7 +33,8 @@ class TfKDReg(nn.Module):
         variant: 'code' or 'paper'.
 
     Shape:
-        out_s: (N, K), K >= 2; target: (N,) int64. Returns a scalar.
+        out_s: (N, K), K >= 2; target: (N,) labels. Returns a scalar.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: an argument is not legal; shapes do not fit.

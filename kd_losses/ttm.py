@@ -29,6 +29,7 @@ class TTM(nn.Module):
 
     Shape:
         out_s, out_t: (N, K), equal. Returns a scalar. No gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: l is not positive; the shapes differ or are not (N, K).

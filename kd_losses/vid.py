@@ -39,6 +39,7 @@ class VID(nn.Module):
     Shape:
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t). Returns a scalar.
         No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: init_var <= eps; a map is not 4-D or has other channels than announced; the batch sizes
@@ -80,7 +81,8 @@ class VID(nn.Module):
             var = F.softplus(_full(self.alpha, fm_s)) + self.eps
             # one variance per channel: reduce the squared error first, then everything else is C numbers
             error = (_run(self.regressor, fm_s) - fm_t).square().mean(dim=(0, 2, 3))
-            return 0.5 * (var.log() + error / var).mean()
+            hidden = 0 * fm_s.detach().sum()  # a ReLU may swallow an inf, which must show
+            return 0.5 * (var.log() + error / var).mean() + hidden
 
 
 def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

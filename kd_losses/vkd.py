@@ -31,6 +31,7 @@ class VkD(nn.Module):
     Shape:
         feat_s: (N, s_dim), feat_t: (N, t_dim); further axes are flattened. Returns a scalar. No gradient
         reaches feat_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: a feature has another width than announced; the batch sizes differ.

@@ -25,7 +25,8 @@ class WSLD(nn.Module):
         T: temperature, > 0; 4 on CIFAR, 2 on ImageNet.
 
     Shape:
-        out_s, out_t: (N, K), equal; target: (N,) int64. Returns a scalar. No gradient reaches out_t.
+        out_s, out_t: (N, K), equal; target: (N,) labels. Returns a scalar. No gradient reaches out_t.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes differ; target is not (N,) of integers.

@@ -612,8 +612,10 @@ def test_what_is_not_finite_shows(name, bad):
         seen.append(place)
         if place.startswith('img') and bad == torch.inf:
             continue  # shown to a network, which may well saturate
-        loss = changed(name, kd, place, lambda x: x.view(-1)[:1].fill_(bad))
-        assert not torch.isfinite(loss), f'{bad} in {place} gives {loss}'
+        size = leaves(w)[place].numel()
+        for entry in (0, size // 2, size - 1):
+            loss = changed(name, kd, place, lambda x, i=entry: x.view(-1)[i].fill_(bad))
+            assert not torch.isfinite(loss), f'{bad} in entry {entry} of {place} gives {loss}'
     assert seen
 
 

@@ -230,16 +230,18 @@ def spoil(made, argument, path, change):
 def test_what_is_not_finite_shows(name, bad):
     """One bad entry in any argument, on either side: the value itself must tell."""
 
-    def poison(x):
-        x.view(-1)[0] = bad
-        return x
-
     for argument in Made(name).inputs:
         for path in places(Made(name).inputs[argument]):
-            made = Made(name)
-            spoil(made, argument, path, poison)
-            value = made()
-            assert not torch.isfinite(value), f'{bad} in {argument}{list(path)} gives {value}'
+            for where in (0, 0.5, 1):
+
+                def poison(x, where=where):
+                    x.view(-1)[int(where * (x.numel() - 1))] = bad
+                    return x
+
+                made = Made(name)
+                spoil(made, argument, path, poison)
+                value = made()
+                assert not torch.isfinite(value), f'{bad} in {argument}{list(path)} gives {value}'
 
 
 @pytest.mark.parametrize('name', CASES)
