@@ -47,8 +47,8 @@ class CRD(nn.Module):
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: nce_t is not positive; targets is not (n_data,) or of one class; a feature, index or sample_idx of
-            a wrong shape.
+        ValueError: nce_t is not positive; targets is not (n_data,) or of one class; a feature,
+            index or sample_idx of a wrong shape.
     """
 
     def __init__(

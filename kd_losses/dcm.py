@@ -26,8 +26,8 @@ class DCM(nn.Module):
         eps: smoothing of the probabilities, >= 0; 1e-8.
 
     Shape:
-        outs_1, outs_2: lists of L tensors (N, K), or stacked (L, N, K); target: (N,) labels. Returns a scalar.
-        `terms` returns (cross-entropies, divergences).
+        outs_1, outs_2: lists of L tensors (N, K), or stacked (L, N, K); target: (N,) labels. Returns a
+        scalar. `terms` returns (cross-entropies, divergences).
         Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:

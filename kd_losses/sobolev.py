@@ -25,8 +25,8 @@ class Sobolev(nn.Module):
 
     Shape:
         out_s, out_t: (N, K), computed from img in the graph that is still alive; img: (N, C, H, W), requires
-        grad; target: (N,) labels. jac_t: (N, C, H, W), the teacher's `input_gradient`, if it is known already;
-        out_t is then not used and may be None. Returns a scalar. No gradient reaches the teacher.
+        grad; target: (N,) labels. jac_t: (N, C, H, W), the teacher's `input_gradient`, if it is known
+        already; out_t is then not used and may be None. Returns a scalar. No gradient reaches the teacher.
         Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:

@@ -32,8 +32,8 @@ class USKD(nn.Module):
         rank_on: 'prob' or 'logprob', what the logits contribute to the ranking.
 
     Shape:
-        feat_mid: (N, mid_dim), out_s: (N, K), target: (N,) labels. Returns a scalar. `terms` returns the three
-        summands, weights included.
+        feat_mid: (N, mid_dim), out_s: (N, K), target: (N,) labels. Returns a scalar. `terms` returns the
+        three summands, weights included.
         Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
