@@ -174,10 +174,14 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def detr_ce(logits: Tensor, labels: Tensor, eos: float = 0.1) -> Tensor:
-    """DETR's classification: logits (N, Q, 1 + K), labels (N, Q) with 0 for background, which weighs eos."""
-    weight = torch.ones(logits.shape[2], device=logits.device, dtype=_full(logits).dtype)
-    weight[0] = eos
-    return F.cross_entropy(_full(logits).flatten(0, 1), labels.flatten().long(), weight)
+    """DETR's classification: logits (N, Q, 1 + K), labels (N, Q) with 0 for background, which weighs eos;
+    -100 is left out."""
+    out = _full(logits).flatten(0, 1)
+    y, valid = _labels('detr_ce', labels.flatten(), *out.shape, 'labels')
+    weight = torch.where(y == 0, eos, 1.0).to(out.dtype)
+    weight = weight if valid is None else torch.where(valid, weight, 0.0)
+    ce = F.cross_entropy(out, y, reduction='none')
+    return torch.where(weight == 0, 0.0, weight * ce).sum() / weight.sum().clamp(min=1e-12)
 
 
 class SeqHint(nn.Module):
@@ -304,6 +308,26 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
     shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
 
 
 def _run(module: nn.Module, x: Tensor, *more):

@@ -106,7 +106,12 @@ class CRD(nn.Module):
         if sample_idx is None:
             sample_idx = self._draw(index, generator)
         else:
-            _expect('CRD', 'sample_idx', sample_idx, n, 'K')  # two columns at least
+            _expect('CRD', 'sample_idx', sample_idx, n, 'D')
+            if sample_idx.shape[1] < 2:
+                raise ValueError(
+                    f'CRD: sample_idx must be ({n}, 1 + n), got {tuple(sample_idx.shape)}: '
+                    'the image itself, then its negatives'
+                )
         counts = index >= 0 if self.targets is None else self.targets[index] != -100
         with _no_autocast(feat_s):
             e_s = _unit(_run(self.embed_s, _full(feat_s)))

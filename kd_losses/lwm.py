@@ -136,11 +136,11 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not torch.compiler.is_compiling():
-        seen = set(target.tolist())
+        seen = target.tolist()
         if min(seen) >= 0 and max(seen) < K:
             return target, None
-        for y in seen - {-100}:
-            if not 0 <= y < K:
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid

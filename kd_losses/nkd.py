@@ -62,7 +62,7 @@ class NKD(nn.Module):
         q = F.softmax((out_t / self.T).masked_fill(is_y, -torch.inf), dim=1)
         log_p = F.log_softmax((out_s / self.T).masked_fill(is_y, -torch.inf), dim=1)
         others = torch.where(q == 0, 0.0, q * log_p).sum(dim=1)  # 0 at y, where log p' is -inf
-        return -_mean((q_y * log_p_y)[:, 0], valid), -self.gamma * self.T**2 * _mean(others, valid)
+        return -_mean((q_y * log_p_y).squeeze(1), valid), -self.gamma * self.T**2 * _mean(others, valid)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -104,11 +104,11 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not torch.compiler.is_compiling():
-        seen = set(target.tolist())
+        seen = target.tolist()
         if min(seen) >= 0 and max(seen) < K:
             return target, None
-        for y in seen - {-100}:
-            if not 0 <= y < K:
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid

@@ -62,6 +62,11 @@ class ReviewKD(nn.Module):
     def fuse(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> list[Tensor]:
         self._check('fms_s', fms_s, self.s_channels, len(fms_s[0]) or 'N')
         self._check('fms_t', fms_t, self.t_channels, len(fms_s[0]))
+        if self.training and any(fm[:, 0].numel() == 1 for fm in fms_s):  # torch would not say which
+            raise ValueError(
+                'ReviewKD: fms_s must hold more than 1 value per channel in training, for batch norm, '
+                f'got {[tuple(fm.shape) for fm in fms_s]}: leave a last batch of one out, drop_last=True'
+            )
         outs, y = [], None
         with _no_autocast(fms_s[0]):
             for abf, s, t in zip(reversed(self.abfs), reversed(fms_s), reversed(fms_t)):

@@ -49,7 +49,7 @@ class SemCKD(nn.Module):
         if d < 1 or not soft > 0:
             raise ValueError(
                 f'SemCKD: batch_size must be at least factor, and soft > 0, '
-                f'got {batch_size}, {factor} and {soft}'
+                f'got {batch_size}, {factor} and {soft}: lower factor'
             )
         self.s_channels, self.t_channels = list(s_channels), list(t_channels)
         self.batch_size, self.soft = batch_size, soft

@@ -351,6 +351,20 @@ def test_one_logit_is_refused(name):
         made()
 
 
+def test_detr_labels():
+    """-100 is left out as F.cross_entropy does it, other strange labels are refused."""
+    from ka_losses.transformer_ka import detr_ce
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4), torch.tensor([[0, 3, -100], [1, -100, 0]])
+    weight = torch.tensor([0.1, 1, 1, 1])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight)
+    torch.testing.assert_close(detr_ce(logits, labels), expected)
+    assert detr_ce(logits, torch.full_like(labels, -100)) == 0
+    with pytest.raises(ValueError, match='got 255'):
+        detr_ce(logits, torch.full_like(labels, 255))
+
+
 def test_wrong_options_are_named():
     from ka_losses import (
         CFL,

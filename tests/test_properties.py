@@ -36,6 +36,7 @@ from kd_losses.ab import AB
 from kd_losses.adain import AdaINKD
 from kd_losses.bss import BSS, BSSAttacker, sample_attack_class, select_base_samples
 from kd_losses.catkd import CATKD, to_cam
+from kd_losses.cd import GKD
 from kd_losses.cskd import CSKD
 from kd_losses.ctkd import CTKD, cosine_lambda
 from kd_losses.dcm import DCM
@@ -511,6 +512,20 @@ def test_pskd_does_not_remember_rows_without_a_label():
     rows = [0, 1, 3, 4, 5]
     near(memory.memory[rows], out.softmax(dim=1)[rows], 1e-6)
     assert not memory.memory[2].any()
+
+
+def test_gkd_leaves_rows_out_and_shows_what_is_not_finite():
+    s, t, y = rand(6, 4), rand(6, 4, seed=1), torch.tensor([0, 1, -100, 3, -100, 1])
+    rows = [0, 1, 3, 5]
+    near(GKD(T=2.0)(s, t, y), GKD(T=2.0)(s[rows], t[rows], y[rows]))
+    near(GKD()(s, t, torch.full((6,), -100)), 0)
+    for bad in (math.nan, math.inf):
+        for x in (s, t):
+            poisoned = [z.clone() if z is x else z for z in (s, t)]
+            poisoned[0 if x is s else 1][3, 2] = bad
+            assert not GKD()(*poisoned, t.argmax(dim=1)).isfinite()
+    with pytest.raises(ValueError, match='got 255'):
+        GKD()(s, t, torch.full((6,), 255))
 
 
 def test_dlb_leaves_rows_without_a_label_out_of_both_batches():
