@@ -27,6 +27,7 @@ class AFK(nn.Module):
     Shape:
         outs_s, outs_t: lists over streams of (N, K_u), equal. Returns a scalar, with return_terms=True also
         {'stream0': ..., ...}. No gradient reaches outs_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: lists or shapes that do not meet.
@@ -34,15 +35,15 @@ class AFK(nn.Module):
 
     def forward(self, outs_s: list[Tensor], outs_t: list[Tensor], return_terms: bool = False):
         if len(outs_s) != len(outs_t) or not outs_s:
-            raise ValueError(f'AFK: outs_t must hold {len(outs_s)} tensors as outs_s, got {len(outs_t)}')
+            raise ValueError(
+                f'AFK: outs_t must hold {len(outs_s)} tensors as outs_s, got {len(outs_t)}: one per stream'
+            )
         terms = {}
         for u, (out_s, out_t) in enumerate(zip(outs_s, outs_t)):
-            if out_s.dim() != 2 or out_t.shape != out_s.shape:
-                raise ValueError(
-                    f'AFK: outs_t[{u}] must be {tuple(out_s.shape)} as outs_s[{u}], (N, K), '
-                    f'got {tuple(out_t.shape)}'
-                )
-            label = (_full(out_t.detach()) > 0).to(_full(out_s))
+            _expect('AFK', f'outs_s[{u}]', out_s, 'N', 'C')
+            _expect('AFK', f'outs_t[{u}]', out_t, *out_s.shape)
+            t = _full(out_t.detach(), out_s)
+            label = torch.where(t > 0, 1.0, 0.0).to(t) + 0 * t  # NaN and inf must show
             terms[f'stream{u}'] = F.binary_cross_entropy_with_logits(_full(out_s), label)
         loss = sum(terms.values())
         return (loss, terms) if return_terms else loss
@@ -70,11 +71,40 @@ class Filter(nn.Module):
         self.w2 = nn.Conv2d(hidden, out_channels, 1, bias=False)
 
     def forward(self, mid: Tensor) -> Tensor:
-        if mid.dim() != 4 or mid.shape[1] != self.w1.in_channels:
-            raise ValueError(f'Filter: mid must be (N, {self.w1.in_channels}, H, W), got {tuple(mid.shape)}')
+        _expect('Filter', 'mid', mid, 'N', self.w1.in_channels, 'H', 'W')
         return torch.sigmoid(self.w2(F.relu(self.w1(mid.mean(dim=(2, 3), keepdim=True)))))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

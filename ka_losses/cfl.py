@@ -42,6 +42,7 @@ class CFL(nn.Module):
         f_s: (N, s_channels, H, W), f_ts: list of (N, t_channels[i], H, W); fc: (N, s_channels), (N,
         t_channels[i]). Returns a scalar, with return_terms=True also {'mmd', 'recons'} without beta. No
         gradient reaches f_ts. `common` gives the features in the common space.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: unknown block; no teacher; a map has other channels, batch or size.
@@ -76,28 +77,27 @@ class CFL(nn.Module):
 
     def forward(self, f_s: Tensor, f_ts: list[Tensor], return_terms: bool = False):
         h_s, h_ts = self.common(f_s, f_ts)
-        with torch.autocast(f_s.device.type, enabled=False):
+        with _no_autocast(f_s):
             each = [mmd(h_s, h_t, self.sigmas, self.normalized) for h_t in h_ts]
-            decoded = [decode(h_t) for decode, h_t in zip(self.dec_t, h_ts)]
-            recons = sum(F.mse_loss(got, _full(f_t.detach())) for got, f_t in zip(decoded, f_ts))
-            loss = sum(each) + self.beta * recons
+            decoded = [_run(decode, h_t) for decode, h_t in zip(self.dec_t, h_ts)]
+            recons = sum(F.mse_loss(got, _full(f_t.detach(), got)) for got, f_t in zip(decoded, f_ts))
+            hidden = 0 * _full(f_s.detach()).sum()  # a ReLU may swallow an inf, which must show
+            loss = sum(each) + self.beta * recons + hidden
         return (loss, {'mmd': sum(each), 'recons': recons}) if return_terms else loss
 
     def common(self, f_s: Tensor, f_ts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Student's and teachers' features in the common space, h_channels wide."""
-        if f_s.dim() != (4 if self.conv else 2) or f_s.shape[1] != self.channels[0]:
-            form = f'(N, {self.channels[0]}{", H, W" if self.conv else ""})'
-            raise ValueError(f'CFL: f_s must be {form}, got {tuple(f_s.shape)}')
+        _expect('CFL', 'f_s', f_s, 'N', self.channels[0], *('HW' if self.conv else ''))
         if len(f_ts) != len(self.align_t):
-            raise ValueError(f'CFL: f_ts must hold {len(self.align_t)} tensors, got {len(f_ts)}')
+            raise ValueError(
+                f'CFL: f_ts must hold {len(self.align_t)} tensors, got {len(f_ts)}: one per teacher'
+            )
         for i, (f_t, channels) in enumerate(zip(f_ts, self.channels[1:])):
-            wanted = (len(f_s), channels, *f_s.shape[2:])
-            if f_t.shape != wanted:
-                raise ValueError(f'CFL: f_ts[{i}] must be {wanted}, got {tuple(f_t.shape)}')
-        with torch.autocast(f_s.device.type, enabled=False):
-            h_s = self.extractor(self.align_s(_full(f_s)))
-            aligned = [align(_full(f_t.detach())) for align, f_t in zip(self.align_t, f_ts)]
-            return h_s, [self.extractor(x) for x in aligned]
+            _expect('CFL', f'f_ts[{i}]', f_t, len(f_s), channels, *f_s.shape[2:])
+        with _no_autocast(f_s):
+            h_s = _run(self.extractor, _run(self.align_s, _full(f_s)))
+            aligned = [_run(align, _full(f_t.detach(), f_s)) for align, f_t in zip(self.align_t, f_ts)]
+            return h_s, [_run(self.extractor, x) for x in aligned]
 
 
 def mmd(x: Tensor, y: Tensor, sigmas: tuple, normalized: bool = True) -> Tensor:
@@ -110,7 +110,8 @@ def mmd(x: Tensor, y: Tensor, sigmas: tuple, normalized: bool = True) -> Tensor:
 
 def _kernel(x: Tensor, y: Tensor, sigmas: tuple) -> Tensor:
     floor = 1e-12
-    d2 = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
+    product = (_exact(x) @ _exact(y).T).to(x.dtype)
+    d2 = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * product
     if x is y:
         d2 = d2.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
     d2 = d2.clamp(min=floor)
@@ -149,6 +150,71 @@ def _decode_fc(channels: int, h: int) -> nn.Module:
     return nn.Sequential(nn.Linear(h, channels), nn.ReLU(), nn.Linear(channels, channels))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -36,6 +36,7 @@ class ConcatKD(nn.Module):
     Shape:
         out_s: (N, K_1 + ... + K_m); outs_t: list of (N, K_i). Returns a scalar, with return_terms=True also
         {'kd': the same}. No gradient reaches outs_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; unknown mode or align; shapes that do not add up.
@@ -52,20 +53,12 @@ class ConcatKD(nn.Module):
         self.T, self.mode, self.align = T, mode, align
 
     def forward(self, out_s: Tensor, outs_t: list[Tensor], return_terms: bool = False):
-        if out_s.dim() != 2:
-            raise ValueError(f'ConcatKD: out_s must be (N, K), got {tuple(out_s.shape)}')
+        _expect('ConcatKD', 'out_s', out_s, 'N', 'C' if self.mode == 'mse' else 'K')
         for i, out_t in enumerate(outs_t):
-            if out_t.dim() != 2 or len(out_t) != len(out_s):
-                raise ValueError(
-                    f'ConcatKD: outs_t[{i}] must be ({len(out_s)}, K_{i}), got {tuple(out_t.shape)}'
-                )
+            _expect('ConcatKD', f'outs_t[{i}]', out_t, len(out_s), 'K' if self.mode == 'parts' else 'C')
         widths = [out_t.shape[1] for out_t in outs_t]
-        if sum(widths) != out_s.shape[1]:
-            raise ValueError(
-                f'ConcatKD: out_s must be ({len(out_s)}, {sum(widths)}), the classes of all outs_t, '
-                f'got {tuple(out_s.shape)}'
-            )
-        out_s, outs_t = _full(out_s), [_full(out_t.detach()) for out_t in outs_t]
+        _expect('ConcatKD', 'out_s', out_s, len(out_s), sum(widths))  # the classes of all outs_t
+        out_s, outs_t = _full(out_s), [_full(out_t.detach(), out_s) for out_t in outs_t]
         if self.align == 'center':
             outs_t = [out_t - out_t.mean(dim=1, keepdim=True) for out_t in outs_t]
         if self.mode == 'mse':
@@ -82,9 +75,39 @@ class ConcatKD(nn.Module):
         p = log_p.exp()
         inner = -log_q if self.mode == 'soft_ce' else log_p - log_q
         # a class that a teacher excludes (p = 0) adds nothing, whatever its logarithm
-        return torch.where(p > 0, p * inner, 0.0).sum(dim=1).mean() * self.T**2
+        return torch.where(p == 0, 0.0, p * inner).sum(dim=1).mean() * self.T**2
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -40,6 +40,7 @@ class Customize(nn.Module):
         fms_s, fms_t: lists over levels of (N, C, H, W), H and W equal per level; out_s, out_t: (N, K), equal.
         Returns a scalar, with return_terms=True also {'feat', 'soft', 'wn'}. No gradient reaches fms_t
         and out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: lists of different lengths; shapes that do not meet.
@@ -74,31 +75,32 @@ class Customize(nn.Module):
         return_terms: bool = False,
     ):
         self._check(fms_s, fms_t, out_s, out_t)
-        with torch.autocast(out_s.device.type, enabled=False):
-            fms_s, fms_t = [_full(fm) for fm in fms_s], [_full(fm.detach()) for fm in fms_t]
-            bridged = [b(fm) for b, fm in zip(self.bridge_t, fms_t)] if len(self.bridge_t) else fms_t
-            feat = sum(F.mse_loss(b(fm), want) for b, fm, want in zip(self.bridge_s, fms_s, bridged))
-            scale = 1 if self.m is None else self.m
-            soft = F.mse_loss(scale * _full(out_s), _full(out_t.detach()))
+        with _no_autocast(out_s):
+            fms_s, fms_t = [_full(fm, out_s) for fm in fms_s], [_full(fm.detach(), out_s) for fm in fms_t]
+            bridged = [_run(b, fm) for b, fm in zip(self.bridge_t, fms_t)] if len(self.bridge_t) else fms_t
+            feat = sum(F.mse_loss(_run(b, fm), want) for b, fm, want in zip(self.bridge_s, fms_s, bridged))
+            scale = 1 if self.m is None else _full(self.m, out_s)
+            soft = F.mse_loss(scale * _full(out_s), _full(out_t.detach(), out_s))
             wn = sum(
-                [(b.weight.flatten(1).square().sum(dim=1) - 1).square().mean() for b in self.bridge_t],
+                [
+                    (_full(b.weight, out_s).flatten(1).square().sum(dim=1) - 1).square().mean()
+                    for b in self.bridge_t
+                ],
                 start=torch.zeros_like(soft),
             )
             loss = feat + soft + self.w_wn * wn
         return (loss, {'feat': feat, 'soft': soft, 'wn': wn}) if return_terms else loss
 
     def _check(self, fms_s, fms_t, out_s, out_t) -> None:
+        _expect('Customize', 'out_s', out_s, 'N', 'C')
         for name, fms, channels in (('fms_s', fms_s, self.s_channels), ('fms_t', fms_t, self.t_channels)):
             if len(fms) != len(channels):
-                raise ValueError(f'Customize: {name} must hold {len(channels)} maps, got {len(fms)}')
+                raise ValueError(
+                    f'Customize: {name} must hold {len(channels)} maps, got {len(fms)}: one per level'
+                )
             for level, (fm, c) in enumerate(zip(fms, channels)):
-                wanted = (len(out_s), c, *fms_s[level].shape[2:])
-                if fm.dim() != 4 or fm.shape != wanted:
-                    raise ValueError(f'Customize: {name}[{level}] must be {wanted}, got {tuple(fm.shape)}')
-        if out_t.shape != out_s.shape:
-            raise ValueError(
-                f'Customize: out_t must be {tuple(out_s.shape)} as out_s, got {tuple(out_t.shape)}'
-            )
+                _expect('Customize', f'{name}[{level}]', fm, len(out_s), c, *fms_s[level].shape[2:])
+        _expect('Customize', 'out_t', out_t, *out_s.shape)
 
 
 def entropies(outs_t: list[Tensor]) -> Tensor:
@@ -112,6 +114,54 @@ def select_teacher(outs_t: list[Tensor]) -> Tensor:
     return entropies(outs_t).argmin(dim=1)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

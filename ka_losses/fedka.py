@@ -34,6 +34,7 @@ class FedKA(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W); fm_t: (N, int(k t_channels), H, W). Returns a scalar, with
         return_terms=True also {'feat': the same}. No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: other channels, batch or size.
@@ -44,14 +45,10 @@ class FedKA(nn.Module):
         self.translator = Translator(s_channels, t_channels, k)
 
     def forward(self, fm_s: Tensor, fm_t: Tensor, return_terms: bool = False):
-        wanted = (len(fm_s), self.translator.channels, *fm_s.shape[2:])
-        if fm_s.dim() != 4 or fm_s.shape[1] != self.translator.encoder[0].in_channels:
-            channels = self.translator.encoder[0].in_channels
-            raise ValueError(f'FedKA: fm_s must be (N, {channels}, H, W), got {tuple(fm_s.shape)}')
-        if fm_t.shape != wanted:
-            raise ValueError(f'FedKA: fm_t must be {wanted}, got {tuple(fm_t.shape)}')
-        with torch.autocast(fm_s.device.type, enabled=False):
-            loss = F.mse_loss(self.translator(_full(fm_s)), _full(fm_t.detach()))
+        _expect('FedKA', 'fm_s', fm_s, 'N', self.translator.encoder[0].in_channels, 'H', 'W')
+        _expect('FedKA', 'fm_t', fm_t, len(fm_s), self.translator.channels, *fm_s.shape[2:])
+        with _no_autocast(fm_s):
+            loss = F.mse_loss(_run(self.translator, _full(fm_s)), _full(fm_t.detach(), fm_s))
         return (loss, {'feat': loss}) if return_terms else loss
 
 
@@ -112,6 +109,54 @@ def saliency(fm: Tensor, out: Tensor) -> Tensor:
     return torch.where(high > low, (cam - low) / (high - low).clamp(min=1e-12), 0.0)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

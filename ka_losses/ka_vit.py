@@ -27,6 +27,7 @@ class TokenAmalgamation(nn.Module):
         toks_s: list over levels of (N, L_1 + ... + L_m, D); toks_t: list over teachers of lists over levels
         of (N, L_i, D). Returns a scalar, with return_terms=True also {'level0': ..., ...}. No gradient
         reaches toks_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: unknown normalize; numbers of levels or shapes that do not meet.
@@ -42,19 +43,21 @@ class TokenAmalgamation(nn.Module):
         for j, levels in enumerate(toks_t):
             if len(levels) != len(toks_s):
                 raise ValueError(
-                    f'TokenAmalgamation: toks_t[{j}] must hold {len(toks_s)} levels, got {len(levels)}'
+                    f'TokenAmalgamation: toks_t[{j}] must hold {len(toks_s)} levels, '
+                    f'got {len(levels)}: tap both alike'
                 )
         terms = {}
         for level, (tok_s, *each) in enumerate(zip(toks_s, *toks_t)):
+            _expect('TokenAmalgamation', f'toks_s[{level}]', tok_s, 'N', 'L', 'D')
             if any(tok_t.dim() != 3 or tok_t.shape[::2] != tok_s.shape[::2] for tok_t in each) or (
                 sum(tok_t.shape[1] for tok_t in each) != tok_s.shape[1]
             ):
                 shapes = ', '.join(str(tuple(tok_t.shape)) for tok_t in each)
                 raise ValueError(
                     f"TokenAmalgamation: toks_s[{level}] must be (N, L, D) with the teachers' N and D, all "
-                    f'their tokens ({shapes}), got {tuple(tok_s.shape)}'
+                    f'their tokens ({shapes}), got {tuple(tok_s.shape)}: see TokenExpand'
                 )
-            tok_s, tok_t = _full(tok_s), torch.cat([_full(tok_t.detach()) for tok_t in each], dim=1)
+            tok_s, tok_t = _full(tok_s), torch.cat([_full(tok_t.detach(), tok_s) for tok_t in each], dim=1)
             if self.normalize == 'layer':
                 tok_s, tok_t = (F.layer_norm(tok, tok.shape[-1:]) for tok in (tok_s, tok_t))
             terms[f'level{level}'] = F.mse_loss(tok_s, tok_t)
@@ -81,13 +84,40 @@ class TokenExpand(nn.Module):
         self.linear = nn.Linear(n_tokens, n_tokens * n_teachers)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 3 or x.shape[1] != self.linear.in_features:
-            raise ValueError(
-                f'TokenExpand: x must be (N, {self.linear.in_features}, D), got {tuple(x.shape)}'
-            )
+        _expect('TokenExpand', 'x', x, 'N', self.linear.in_features, 'D')
         return self.linear(x.transpose(1, 2)).transpose(1, 2)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

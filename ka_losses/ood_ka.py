@@ -35,6 +35,7 @@ class OODKAGenerator(nn.Module):
         out_s: (N, K_1 + K_2); outs_t: two of (N, K_i); fms_t: two lists over levels of (N, C, H, W), equal
         sizes per level; d_fake: (N, 1, h, w) logits; bn_stats: list of (x (N, C, H, W), (C,), (C,)). Returns
         a scalar, with return_terms=True also the six terms without weights.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: not two teachers; shapes that do not meet.
@@ -70,27 +71,34 @@ class OODKAGenerator(nn.Module):
     ):
         if len(outs_t) != 2 or len(fms_t) != 2:
             raise ValueError(
-                f'OODKAGenerator: outs_t and fms_t must be of two teachers, got {len(outs_t)}, {len(fms_t)}'
+                f'OODKAGenerator: outs_t and fms_t must be of two teachers, '
+                f'got {len(outs_t)}, {len(fms_t)}: concat_kd takes more'
             )
-        wanted = (len(out_s), sum(out_t.shape[1] for out_t in outs_t))
-        if out_s.shape != wanted:
-            raise ValueError(f'OODKAGenerator: out_s must be {wanted}, got {tuple(out_s.shape)}')
+        _expect('OODKAGenerator', 'out_s', out_s, 'N', 'K')
+        for i, out_t in enumerate(outs_t):
+            _expect('OODKAGenerator', f'outs_t[{i}]', out_t, len(out_s), 'C')
+        _expect('OODKAGenerator', 'out_s', out_s, len(out_s), sum(out_t.shape[1] for out_t in outs_t))
         shapes = [[(len(fm), *fm.shape[2:]) for fm in fms] for fms in fms_t]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f'OODKAGenerator: fms_t[1] must have the sizes of fms_t[0], {shapes[0]}, got {shapes[1]}'
+                f'OODKAGenerator: fms_t[1] must have the sizes of fms_t[0], {shapes[0]}, '
+                f'got {shapes[1]}: average-pool them'
             )
-        out_s, outs_t, d_fake = _full(out_s), [_full(out_t) for out_t in outs_t], _full(d_fake)
-        with torch.autocast(out_s.device.type, enabled=False):
+        out_s, outs_t, d_fake = _full(out_s), [_full(x, out_s) for x in outs_t], _full(d_fake, out_s)
+        with _no_autocast(out_s):
             ones = torch.ones_like(d_fake)
             terms = {
                 'adv': -_kl(out_s, torch.cat(outs_t, dim=1)),
                 'local': F.binary_cross_entropy_with_logits(d_fake, ones, reduction='sum') / len(out_s),
                 'balance': sum(_negative_entropy(out_t) for out_t in outs_t),
-                'bn': sum((_bn_distance(*stats) for stats in bn_stats), start=out_s.new_zeros(())),
+                'bn': sum(
+                    (_bn_distance(*(_full(x, out_s) for x in stats)) for stats in bn_stats),
+                    start=out_s.new_zeros(()),
+                ),
                 'oh': sum(F.cross_entropy(out_t, out_t.argmax(dim=1)) for out_t in outs_t),
                 'sim': sum(
-                    (_unlikeness(_full(a), _full(b)) for a, b in zip(*fms_t)), start=out_s.new_zeros(())
+                    (_unlikeness(_full(a, out_s), _full(b, out_s)) for a, b in zip(*fms_t)),
+                    start=out_s.new_zeros(()),
                 ),
             }
             loss = sum(self.weights[name] * term for name, term in terms.items())
@@ -108,7 +116,7 @@ def disc_loss(d_real: Tensor, d_fake: Tensor) -> Tensor:
 def _kl(out_s: Tensor, out_t: Tensor) -> Tensor:
     log_q, log_p = F.log_softmax(out_s, dim=1), F.log_softmax(out_t, dim=1)
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1).mean()
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1).mean()
 
 
 def _negative_entropy(out_t: Tensor) -> Tensor:
@@ -117,16 +125,68 @@ def _negative_entropy(out_t: Tensor) -> Tensor:
 
 
 def _bn_distance(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    mean = _full(x).mean(dim=(0, 2, 3))
-    var = _full(x).var(dim=(0, 2, 3), unbiased=False)
+    mean = x.mean(dim=(0, 2, 3))
+    var = x.var(dim=(0, 2, 3), unbiased=False)
     return torch.linalg.vector_norm(running_var - var) + torch.linalg.vector_norm(running_mean - mean)
 
 
 def _unlikeness(a: Tensor, b: Tensor) -> Tensor:
     a, b = F.normalize(a.flatten(2), dim=2), F.normalize(b.flatten(2), dim=2)
-    return (1 - (a @ b.transpose(1, 2)).abs()).mean()
+    return (1 - (_exact(a) @ _exact(b).transpose(1, 2)).abs()).mean().to(a.dtype)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

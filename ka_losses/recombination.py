@@ -35,6 +35,7 @@ class SoftFocal(nn.Module):
     Shape:
         out_s, out_t: (N, K) or (N, K, H, W), equal. Returns a scalar, with return_terms=True also {'ce'}, the
         mean cross-entropy. No gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: gamma is negative; shapes differ.
@@ -47,14 +48,10 @@ class SoftFocal(nn.Module):
         self.gamma, self.alpha = gamma, alpha
 
     def forward(self, out_s: Tensor, out_t: Tensor, return_terms: bool = False):
-        if out_s.dim() < 2:
-            raise ValueError(f'SoftFocal: out_s must be (N, K, ...), got {tuple(out_s.shape)}')
-        if out_t.shape != out_s.shape:
-            raise ValueError(
-                f'SoftFocal: out_t must be {tuple(out_s.shape)} as out_s, got {tuple(out_t.shape)}'
-            )
-        p = F.softmax(_full(out_t.detach()), dim=1)
-        ce = torch.where(p > 0, -p * F.log_softmax(_full(out_s), dim=1), 0.0).sum(dim=1)
+        _expect('SoftFocal', 'out_s', out_s, 'N', 'K', *'HW' * (out_s.dim() == 4))
+        _expect('SoftFocal', 'out_t', out_t, *out_s.shape)
+        p = F.softmax(_full(out_t.detach(), out_s), dim=1)
+        ce = torch.where(p == 0, 0.0, -p * F.log_softmax(_full(out_s), dim=1)).sum(dim=1)
         weight = self.alpha
         if self.gamma:
             weight = weight * (-torch.expm1(-ce)).clamp(min=1e-12) ** self.gamma
@@ -178,6 +175,36 @@ def _fill(joined: nn.Module, parts: list[nn.Module]) -> None:
         row, column = row + rows, column + columns
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -41,6 +41,7 @@ class SBM(nn.Module):
         outs_s, outs_t: lists over tasks of (N, K, H, W), (N, 1, H, W), (N, 3, H, W), equal; mask: (N, 1, H,
         W) of 0 and 1, used by the normals only. Returns a scalar, with return_terms=True also {task: term}
         without weights. No gradient reaches outs_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: unknown task or form; T not positive; lists or shapes that do not meet.
@@ -78,18 +79,16 @@ class SBM(nn.Module):
     ):
         for name, outs in (('outs_s', outs_s), ('outs_t', outs_t)):
             if len(outs) != len(self.tasks):
-                raise ValueError(f'SBM: {name} must hold {len(self.tasks)} tensors, got {len(outs)}')
+                raise ValueError(
+                    f'SBM: {name} must hold {len(self.tasks)} tensors, got {len(outs)}: one per task'
+                )
         terms = {}
         for task, out_s, out_t in zip(self.tasks, outs_s, outs_t):
-            channels = {'depth': 1, 'normal': 3}.get(task)
-            if out_s.dim() != 4 or channels not in (None, out_s.shape[1]):
-                form = f'(N, {channels or "K"}, H, W)'
-                raise ValueError(f'SBM: outs_s of {task} must be {form}, got {tuple(out_s.shape)}')
-            if out_t.shape != out_s.shape:
-                raise ValueError(
-                    f'SBM: outs_t of {task} must be {tuple(out_s.shape)} as outs_s, got {tuple(out_t.shape)}'
-                )
-            terms[task] = self._term(task, _full(out_s), _full(out_t.detach()), mask)
+            _expect(
+                'SBM', f'outs_s of {task}', out_s, 'N', {'depth': 1, 'normal': 3}.get(task, 'K'), 'H', 'W'
+            )
+            _expect('SBM', f'outs_t of {task}', out_t, *out_s.shape)
+            terms[task] = self._term(task, _full(out_s), _full(out_t.detach(), out_s), mask)
         loss = sum(weight * term for weight, term in zip(self.weights, terms.values()))
         return (loss, terms) if return_terms else loss
 
@@ -122,10 +121,7 @@ class ChannelCoding(nn.Module):
         self.w2 = nn.Conv2d(hidden, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.w1.in_channels:
-            raise ValueError(
-                f'ChannelCoding: x must be (N, {self.w1.in_channels}, H, W), got {tuple(x.shape)}'
-            )
+        _expect('ChannelCoding', 'x', x, 'N', self.w1.in_channels, 'H', 'W')
         pooled = x.mean(dim=(2, 3), keepdim=True)
         return x * torch.sigmoid(self.w2(F.relu(self.w1(pooled))))
 
@@ -133,11 +129,12 @@ class ChannelCoding(nn.Module):
 def _kl(s: Tensor, t: Tensor, T: float) -> Tensor:
     log_p_s, log_p_t = F.log_softmax(s / T, dim=1), F.log_softmax(t / T, dim=1)
     p_t = log_p_t.exp()
-    return torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0.0).sum(dim=1).mean() * T**2
+    return torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)).sum(dim=1).mean() * T**2
 
 
 def _hard(s: Tensor, t: Tensor) -> Tensor:
-    return F.cross_entropy(s, t.argmax(dim=1))
+    hidden = 0 * t.softmax(dim=1).sum()  # argmax does not see NaN and inf, which must show
+    return F.cross_entropy(s, t.argmax(dim=1)) + hidden
 
 
 def _si(s: Tensor, t: Tensor) -> Tensor:
@@ -146,19 +143,49 @@ def _si(s: Tensor, t: Tensor) -> Tensor:
     d = torch.where(valid, d, 0.0)
     count = valid.sum(dim=1).clamp(min=1)
     each = d.square().sum(dim=1) / count - 0.5 * (d.sum(dim=1) / count).square()
-    return each.sum() / valid.any(dim=1).sum().clamp(min=1)
+    hidden = 0 * (s.detach().sum() + t.sum())  # the clamp makes inf finite
+    return each.sum() / valid.any(dim=1).sum().clamp(min=1) + hidden
 
 
 def _cosine(s: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
     dot = (F.normalize(s, dim=1) * F.normalize(t, dim=1)).sum(dim=1, keepdim=True)
     if mask is None:
         return -dot.mean()
-    if mask.shape != dot.shape:
-        raise ValueError(f'SBM: mask must be {tuple(dot.shape)}, got {tuple(mask.shape)}')
+    _expect('SBM', 'mask', mask, *dot.shape)
     mask = mask.to(dot)
     return -((dot * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1)).mean()
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

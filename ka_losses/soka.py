@@ -33,6 +33,7 @@ class SOKAFeature(nn.Module):
     Shape:
         fm_s: (N, C, H, W); fms_t: list of the same shape. Returns a scalar, with return_terms=True also
         {'la': the same}. No gradient reaches fms_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: shape does not have three axes; a map does not fit it or fm_s.
@@ -46,20 +47,21 @@ class SOKAFeature(nn.Module):
 
     def forward(self, fm_s: Tensor, fms_t: list[Tensor], return_terms: bool = False):
         teachers, *shape = self.weight.shape
-        if (
-            fm_s.dim() != 4
-            or any(w not in (1, x) for w, x in zip(shape, fm_s.shape[1:]))
-            or (fm_s.shape[1] != shape[0])
-        ):
-            raise ValueError(f'SOKAFeature: fm_s must be (N, C, H, W) for {shape}, got {tuple(fm_s.shape)}')
+        _expect(
+            'SOKAFeature',
+            'fm_s',
+            fm_s,
+            'N',
+            shape[0],
+            *('HW'[i] if n == 1 else n for i, n in enumerate(shape[1:])),
+        )
         if len(fms_t) != teachers:
-            raise ValueError(f'SOKAFeature: fms_t must hold {teachers} maps, got {len(fms_t)}')
+            raise ValueError(
+                f'SOKAFeature: fms_t must hold {teachers} maps, got {len(fms_t)}: one per teacher'
+            )
         for i, fm_t in enumerate(fms_t):
-            if fm_t.shape != fm_s.shape:
-                raise ValueError(
-                    f'SOKAFeature: fms_t[{i}] must be {tuple(fm_s.shape)} as fm_s, got {tuple(fm_t.shape)}'
-                )
-        joined = sum(weight * _full(fm_t.detach()) for weight, fm_t in zip(self.weight, fms_t))
+            _expect('SOKAFeature', f'fms_t[{i}]', fm_t, *fm_s.shape)
+        joined = sum(w * _full(fm_t.detach(), fm_s) for w, fm_t in zip(_full(self.weight, fm_s), fms_t))
         loss = (_full(fm_s) - joined).square().mean()
         return (loss, {'la': loss}) if return_terms else loss
 
@@ -115,6 +117,36 @@ class GradNorm(nn.Module):
         self.weights.div_(self.weights.sum())
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

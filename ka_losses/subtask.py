@@ -34,6 +34,7 @@ class SubTask(nn.Module):
     Shape:
         out_s: (N, number wanted); out_adv: (N, K - number wanted); out_t: (N, K). Returns a scalar, with
         return_terms=True also {'sub', 'adv'}. No gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: classes outside 0..K-1, twice, or none left; T not positive; shapes that do not meet.
@@ -59,6 +60,11 @@ class SubTask(nn.Module):
                 f'SubTask: sub_classes must be distinct, some but not all of 0..{num_classes - 1}, '
                 f'got {list(sub_classes)}'
             )
+        if not 2 <= len(wanted) <= num_classes - 2:
+            raise ValueError(
+                f'SubTask: sub_classes must be two or more, and leave two or more of {num_classes}, '
+                f'got {list(sub_classes)}: a softmax over one class is constant'
+            )
         if not T > 0:
             raise ValueError(f'SubTask: T must be > 0, got {T}')
         self.lambda_adv, self.T, self.adv_cap = lambda_adv, T, adv_cap
@@ -78,16 +84,44 @@ class SubTask(nn.Module):
 
     def _kl(self, name: str, out: Tensor, out_t: Tensor, classes: Tensor) -> Tensor:
         total = len(self.sub) + len(self.others)
-        if out_t.dim() != 2 or out_t.shape[1] != total:
-            raise ValueError(f'SubTask: out_t must be (N, {total}), got {tuple(out_t.shape)}')
-        if out.shape != (len(out_t), len(classes)):
-            raise ValueError(f'SubTask: {name} must be {(len(out_t), len(classes))}, got {tuple(out.shape)}')
+        _expect('SubTask', 'out_t', out_t, 'N', total)
+        _expect('SubTask', name, out, len(out_t), len(classes))
         log_q = F.log_softmax(_full(out) / self.T, dim=1)
-        log_p = F.log_softmax(_full(out_t.detach())[:, classes] / self.T, dim=1)
+        log_p = F.log_softmax(_full(out_t.detach(), out)[:, classes] / self.T, dim=1)
         p = log_p.exp()
-        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1).mean() * self.T**2
+        return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1).mean() * self.T**2
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -46,6 +46,7 @@ class TaskAmalgamation(nn.Module):
         out_s: {'logits': (N, Q, 1 + num_classes), 'boxes': (N, Q, 4) as centre x, centre y, width, height in
         0..1}; outs_t: list of the same with 1 + len(teacher_tasks[i]) columns and any Q. Returns a scalar,
         with return_terms=True also {'kd', 'bbox', 'giou'} without weights. No gradient reaches outs_t.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: classes outside the range; shapes that do not meet; a box of negative size.
@@ -74,30 +75,32 @@ class TaskAmalgamation(nn.Module):
         self.eos, self.cost, self.w_bbox, self.w_giou = eos, tuple(cost), w_bbox, w_giou
 
     def forward(self, out_s: dict, outs_t: list[dict], return_terms: bool = False):
-        targets = self.targets(outs_t)
+        targets = self.targets(outs_t, out_s['logits'])
         kd, bbox, giou = self._losses(out_s, targets, self.match(out_s, targets))
         loss = kd + self.w_bbox * bbox + self.w_giou * giou
+        # a NaN or inf may sit where nothing was matched, but must show
+        seen = [out_s['boxes'], *(x for out in outs_t for x in (out['logits'].softmax(dim=2), out['boxes']))]
+        loss = loss + 0 * sum(_full(x.detach(), loss).sum() for x in seen)
         return (loss, {'kd': kd, 'bbox': bbox, 'giou': giou}) if return_terms else loss
 
     @torch.no_grad()
-    def targets(self, outs_t: list[dict]) -> list[dict]:
+    def targets(self, outs_t: list[dict], like: Tensor | None = None) -> list[dict]:
         """Per image, surest first: boxes (M, 4), labels (M,) student columns, logits (M, 1 + K), keep (M,),
-        teacher * Q + query."""
+        teacher * Q + query. like: the student's logits, for the precision."""
         if len(outs_t) != len(self.columns):
-            raise ValueError(f'TaskAmalgamation: outs_t must hold {len(self.columns)}, got {len(outs_t)}')
+            raise ValueError(
+                f'TaskAmalgamation: outs_t must hold {len(self.columns)}, got {len(outs_t)}: one per teacher'
+            )
         wide, boxes = [], []
         for i, (out, columns) in enumerate(zip(outs_t, self.columns)):
-            logits = _full(out['logits'].detach())
-            if logits.dim() != 3 or logits.shape[2] != len(columns):
-                raise ValueError(
-                    f'TaskAmalgamation: logits of outs_t[{i}] must be (N, Q, {len(columns)}), '
-                    f'got {tuple(logits.shape)}'
-                )
+            logits = _full(out['logits'].detach(), like)
+            _expect('TaskAmalgamation', f'logits of outs_t[{i}]', logits, 'N', 'Q', len(columns))
+            _expect('TaskAmalgamation', f'boxes of outs_t[{i}]', out['boxes'], *logits.shape[:2], 4)
             padded = logits.new_full((*logits.shape[:2], 1 + self.num_classes), -5.0)
             padded[:, :, columns] = logits
             p, label = logits.softmax(dim=2).max(dim=2)
             wide.append((padded, p, label, torch.tensor(columns, device=logits.device)[label]))
-            boxes.append(_full(out['boxes'].detach()))
+            boxes.append(_full(out['boxes'].detach(), like))
         logits, p, own, label = (torch.cat(x, dim=1) for x in zip(*wide))
         boxes = torch.cat(boxes, dim=1)
         result = []
@@ -122,7 +125,7 @@ class TaskAmalgamation(nn.Module):
             c_class, c_box, c_giou = self.cost
             cost = -c_class * p[:, target['labels']] + c_box * torch.cdist(box, target['boxes'], p=1)
             cost = cost - c_giou * giou(box[:, None], target['boxes'][None])
-            source, wanted = linear_sum_assignment(cost.cpu().numpy())
+            source, wanted = linear_sum_assignment(cost.nan_to_num(0.0, 0.0, 0.0).cpu().numpy())
             result.append(
                 (torch.as_tensor(source, device=p.device), torch.as_tensor(wanted, device=p.device))
             )
@@ -147,17 +150,14 @@ class TaskAmalgamation(nn.Module):
         return kd, (box_s - box_t).abs().sum() / count, (1 - giou(box_s, box_t)).sum() / count
 
     def _check(self, out_s: dict, targets: list[dict]) -> tuple[Tensor, Tensor]:
-        logits, boxes = _full(out_s['logits']), _full(out_s['boxes'])
-        wanted = (len(targets), logits.shape[1], 1 + self.num_classes)
-        if logits.shape != wanted:
-            raise ValueError(f'TaskAmalgamation: logits of out_s must be {wanted}, got {tuple(logits.shape)}')
-        if boxes.shape != (*wanted[:2], 4):
-            raise ValueError(
-                f'TaskAmalgamation: boxes of out_s must be {(*wanted[:2], 4)}, got {tuple(boxes.shape)}'
-            )
+        logits, boxes = _full(out_s['logits']), _full(out_s['boxes'], out_s['logits'])
+        _expect('TaskAmalgamation', 'logits of out_s', logits, len(targets), 'Q', 1 + self.num_classes)
+        _expect('TaskAmalgamation', 'boxes of out_s', boxes, *logits.shape[:2], 4)
         for name, box in [('out_s', boxes), *(('outs_t', target['boxes']) for target in targets)]:
             if (box[..., 2:] < 0).any():
-                raise ValueError(f'TaskAmalgamation: boxes of {name} must have sizes >= 0')
+                raise ValueError(
+                    f'TaskAmalgamation: boxes of {name} must have sizes >= 0, got less: give centre and size'
+                )
         return logits, boxes
 
 
@@ -174,10 +174,14 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def detr_ce(logits: Tensor, labels: Tensor, eos: float = 0.1) -> Tensor:
-    """DETR's classification: logits (N, Q, 1 + K), labels (N, Q) with 0 for background, which weighs eos."""
-    weight = torch.ones(logits.shape[2], device=logits.device, dtype=_full(logits).dtype)
-    weight[0] = eos
-    return F.cross_entropy(_full(logits).flatten(0, 1), labels.flatten(), weight)
+    """DETR's classification: logits (N, Q, 1 + K), labels (N, Q) with 0 for background, which weighs eos;
+    -100 is left out."""
+    out = _full(logits).flatten(0, 1)
+    y, valid = _labels('detr_ce', labels.flatten(), *out.shape, 'labels')
+    weight = torch.where(y == 0, eos, 1.0).to(out.dtype)
+    weight = weight if valid is None else torch.where(valid, weight, 0.0)
+    ce = F.cross_entropy(out, y, reduction='none')
+    return torch.where(weight == 0, 0.0, weight * ce).sum() / weight.sum().clamp(min=1e-12)
 
 
 class SeqHint(nn.Module):
@@ -206,13 +210,11 @@ class SeqHint(nn.Module):
         _check_sequences('SeqHint', seq_s, seqs_t, self.n_teachers, self.n_teachers)
         loss = 0.0
         for chunk, seq_t in zip(_full(seq_s).chunk(self.n_teachers), seqs_t):
-            error = (self.norm(chunk) - self.norm(_full(seq_t.detach()))).square()
+            error = (_run(self.norm, chunk) - _run(self.norm, _full(seq_t.detach(), chunk))).square()
             if pad_mask is None:
                 loss = loss + error.mean()
                 continue
-            wanted = (error.shape[1], error.shape[0])
-            if pad_mask.shape != wanted:
-                raise ValueError(f'SeqHint: pad_mask must be {wanted}, got {tuple(pad_mask.shape)}')
+            _expect('SeqHint', 'pad_mask', pad_mask, error.shape[1], error.shape[0])
             kept = ~pad_mask.T[:, :, None]
             loss = loss + (error * kept).sum() / (kept.sum() * error.shape[2]).clamp(min=1)
         return (loss, {'hint': loss}) if return_terms else loss
@@ -232,8 +234,8 @@ class SeqAgg(nn.Module):
 
     def forward(self, seq_s: Tensor, seqs_t: list[Tensor], return_terms: bool = False):
         _check_sequences('SeqAgg', seq_s, seqs_t, self.n_teachers, 1)
-        joined = torch.cat([self.norm(_full(seq_t.detach())) for seq_t in seqs_t], dim=2)
-        loss = F.mse_loss(self.norm(_full(seq_s)), joined @ self.proj)
+        joined = torch.cat([_run(self.norm, _full(seq_t.detach(), seq_s)) for seq_t in seqs_t], dim=2)
+        loss = F.mse_loss(_run(self.norm, _full(seq_s)), joined @ _full(self.proj, seq_s))
         return (loss, {'agg': loss}) if return_terms else loss
 
 
@@ -246,10 +248,12 @@ def compress_tokens(seqs_t: list[Tensor], cosine: bool = False) -> Tensor:
     tokens = torch.cat([_full(seq_t) for seq_t in seqs_t]).transpose(0, 1)  # (N, T L, D)
     if cosine:
         norm = torch.linalg.vector_norm(tokens, dim=2)
-        alike = (tokens @ tokens.transpose(1, 2)) / (norm[:, :, None] * norm[:, None] + 1e-5)
+        alike = (_exact(tokens) @ _exact(tokens).transpose(1, 2)).to(tokens.dtype) / (
+            norm[:, :, None] * norm[:, None] + 1e-5
+        )
         alike = alike.mean(dim=2)
     else:
-        alike = (tokens @ tokens.mean(dim=1)[:, :, None])[:, :, 0]
+        alike = (tokens * tokens.mean(dim=1, keepdim=True)).sum(dim=2)
     length = len(seqs_t[0])
     teacher = alike.unflatten(1, (len(seqs_t), length)).argmin(dim=1)  # (N, L)
     return (teacher * length + torch.arange(length, device=teacher.device)).sort(dim=1).values
@@ -268,15 +272,95 @@ class _Norm(nn.LayerNorm):
 
 def _check_sequences(owner: str, seq_s: Tensor, seqs_t: list[Tensor], teachers: int, chunks: int) -> None:
     if len(seqs_t) != teachers:
-        raise ValueError(f'{owner}: seqs_t must hold {teachers} sequences, got {len(seqs_t)}')
+        raise ValueError(
+            f'{owner}: seqs_t must hold {teachers} sequences, got {len(seqs_t)}: one per teacher'
+        )
     length, *rest = seqs_t[0].shape
     for i, seq_t in enumerate(seqs_t):
-        if seq_t.dim() != 3 or seq_t.shape != seqs_t[0].shape:
-            raise ValueError(f'{owner}: seqs_t[{i}] must be (L, N, D) as seqs_t[0], got {tuple(seq_t.shape)}')
-    if seq_s.shape != (chunks * length, *rest):
-        raise ValueError(f'{owner}: seq_s must be {(chunks * length, *rest)}, got {tuple(seq_s.shape)}')
+        _expect(owner, f'seqs_t[{i}]', seq_t, *(('L', 'N', 'D') if i == 0 else seqs_t[0].shape))
+    _expect(owner, 'seq_s', seq_s, chunks * length, *rest)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -33,6 +33,7 @@ class AdaINKD(nn.Module):
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t), each of more than one position;
         out_t: (N, K); teacher_tail: callable (N, t_channels, H_t, W_t) -> (N, K), frozen. Returns a scalar.
         No gradient reaches fm_t and out_t. `terms` returns (stat, adain).
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: only one of the channels is given; eps is not positive; shapes do not fit.
@@ -64,28 +65,20 @@ class AdaINKD(nn.Module):
         return self.stat_weight * stat + adain
 
     def terms(self, fm_s: Tensor, fm_t: Tensor, out_t: Tensor, teacher_tail) -> tuple[Tensor, Tensor]:
-        if fm_s.dim() != 4 or self.s_channels not in (None, fm_s.shape[1]) or fm_s[0, 0].numel() < 2:
-            raise ValueError(
-                f'AdaINKD: fm_s must be (N, {self.s_channels or "C"}, H, W) with H W > 1, '
-                f'got {tuple(fm_s.shape)}'
-            )
+        _expect('AdaINKD', 'fm_s', fm_s, 'N', self.s_channels or 'C', 'H', 'W')
         channels = fm_s.shape[1] if self.connector is None else self.connector[0].out_channels
-        if fm_t.dim() != 4 or fm_t.shape[:2] != (len(fm_s), channels) or fm_t[0, 0].numel() < 2:
-            raise ValueError(
-                f'AdaINKD: fm_t must be ({len(fm_s)}, {channels}, H, W) with H W > 1, got {tuple(fm_t.shape)}'
-            )
-        with torch.autocast(fm_s.device.type, enabled=False):
-            s, t = _full(fm_s), _full(fm_t.detach())
-            mu_s, sigma_s = self._statistics(s if self.connector is None else self.connector(s))
+        _expect('AdaINKD', 'fm_t', fm_t, len(fm_s), channels, 'H', 'W')
+        if min(fm_s[0, 0].numel(), fm_t[0, 0].numel()) < 2:
+            shapes = f'{tuple(fm_s.shape)} and {tuple(fm_t.shape)}'
+            raise ValueError(f'AdaINKD: fm_s and fm_t must have H W > 1, got {shapes}: tap an earlier layer')
+        with _no_autocast(fm_s):
+            s, t = _full(fm_s), _full(fm_t.detach(), fm_s)
+            mu_s, sigma_s = self._statistics(s if self.connector is None else _run(self.connector, s))
             mu_t, sigma_t = self._statistics(t)
             stat = F.mse_loss(mu_s, mu_t) + F.mse_loss(sigma_s, sigma_t)
-            out = _full(teacher_tail(sigma_s * (t - mu_t) / sigma_t + mu_s))
-            if out_t.shape != out.shape:
-                raise ValueError(
-                    f'AdaINKD: out_t must be {tuple(out.shape)} as teacher_tail gives, '
-                    f'got {tuple(out_t.shape)}'
-                )
-            return stat, F.mse_loss(out, _full(out_t.detach()))
+            out = _full(teacher_tail(sigma_s * (t - mu_t) / sigma_t + mu_s), s)
+            _expect('AdaINKD', 'out_t', out_t, *out.shape)  # what teacher_tail gives
+            return stat, F.mse_loss(out, _full(out_t.detach(), s))
 
     def _statistics(self, fm: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, 1, 1) each."""
@@ -93,9 +86,57 @@ class AdaINKD(nn.Module):
         return mean, (variance + self.eps).sqrt()
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -29,6 +29,7 @@ class AFD(nn.Module):
     Shape:
         fm_s, fm_t: (N, C, H, W), equal. Returns a scalar. No gradient reaches fm_t.
         `attention_of(fm_t)` gives rho, (N, C).
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: the channel counts differ; a map is not (N, C, H, W); the shapes differ.
@@ -50,17 +51,15 @@ class AFD(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-        if fm_s.dim() != 4 or fm_s.shape[1] != self.channels:
-            raise ValueError(f'AFD: fm_s must be (N, {self.channels}, H, W), got {tuple(fm_s.shape)}')
-        if fm_t.shape != fm_s.shape:
-            raise ValueError(f'AFD: fm_t must be {tuple(fm_s.shape)} as fm_s, got {tuple(fm_t.shape)}')
-        with torch.autocast(fm_s.device.type, enabled=False):
-            fm_s, fm_t = _full(fm_s), _full(fm_t.detach())
+        _expect('AFD', 'fm_s', fm_s, 'N', self.channels, 'H', 'W')
+        _expect('AFD', 'fm_t', fm_t, *fm_s.shape)
+        with _no_autocast(fm_s):
+            fm_s, fm_t = _full(fm_s), _full(fm_t.detach(), fm_s)
             error = (_channels(fm_s) - _channels(fm_t)).square().mean(dim=2)
             return (self.attention_of(fm_t) * error).sum(dim=1).mean()
 
     def attention_of(self, fm_t: Tensor) -> Tensor:
-        r = self.attention(fm_t.mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
+        r = _run(self.attention, fm_t.mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
         return r / r.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
 
@@ -70,6 +69,54 @@ def _channels(fm: Tensor) -> Tensor:
     return fm / (torch.linalg.vector_norm(fm, dim=2, keepdim=True) + 1e-6)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

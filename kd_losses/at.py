@@ -31,6 +31,7 @@ class AT(nn.Module):
     Shape:
         fm_s: (N, C_s, H_s, W_s), fm_t: (N, C_t, H_t, W_t). Returns a scalar. No gradient reaches fm_t.
         A sample whose map is all zero has attention 0 and gradient 0.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: p is not positive; a map is not 4-D; the batch sizes differ.
@@ -43,11 +44,9 @@ class AT(nn.Module):
         self.p = p
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-        if fm_s.dim() != 4:
-            raise ValueError(f'AT: fm_s must be (N, C, H, W), got {tuple(fm_s.shape)}')
-        if fm_t.dim() != 4 or len(fm_t) != len(fm_s):
-            raise ValueError(f'AT: fm_t must be ({len(fm_s)}, C, H, W) as fm_s, got {tuple(fm_t.shape)}')
-        fm_s, fm_t = _same_size(_full(fm_s), _full(fm_t.detach()))
+        _expect('AT', 'fm_s', fm_s, 'N', 'C', 'H', 'W')
+        _expect('AT', 'fm_t', fm_t, len(fm_s), 'C', 'H', 'W')
+        fm_s, fm_t = _same_size(_full(fm_s), _full(fm_t.detach(), fm_s))
         return F.mse_loss(self.attention(fm_s), self.attention(fm_t))
 
     def attention(self, fm: Tensor) -> Tensor:
@@ -68,13 +67,43 @@ def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
 
 
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

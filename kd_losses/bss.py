@@ -36,6 +36,7 @@ class BSS(nn.Module):
     Shape:
         attacked_out_s, attacked_out_t: (M, K), equal. valid: (M,) bool, samples that count; default all.
         Returns a scalar, 0 if none counts. No gradient reaches attacked_out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T or attack_size is not positive; the shapes differ.
@@ -58,22 +59,17 @@ class BSS(nn.Module):
         self.attacker = BSSAttacker(step_alpha, num_steps, eps, clip, score)
 
     def forward(self, attacked_out_s: Tensor, attacked_out_t: Tensor, valid: Tensor | None = None) -> Tensor:
-        if attacked_out_s.dim() != 2:
-            raise ValueError(f'BSS: attacked_out_s must be (M, K), got {tuple(attacked_out_s.shape)}')
-        if attacked_out_t.shape != attacked_out_s.shape:
-            raise ValueError(
-                f'BSS: attacked_out_t must be {tuple(attacked_out_s.shape)} as attacked_out_s, '
-                f'got {tuple(attacked_out_t.shape)}'
-            )
-        if valid is not None and valid.shape != attacked_out_s.shape[:1]:
-            raise ValueError(f'BSS: valid must be ({len(attacked_out_s)},), got {tuple(valid.shape)}')
+        if attacked_out_s.shape[:1] == (0,) == attacked_out_t.shape[:1]:
+            return _full(attacked_out_s).sum()  # none was attacked
+        _expect('BSS', 'attacked_out_s', attacked_out_s, 'M', 'K')
+        _expect('BSS', 'attacked_out_t', attacked_out_t, *attacked_out_s.shape)
+        if valid is not None:
+            _expect('BSS', 'valid', valid, len(attacked_out_s))
         log_p_s = F.log_softmax(_full(attacked_out_s) / self.T, dim=1)
-        log_p_t = F.log_softmax(_full(attacked_out_t.detach()) / self.T, dim=1)
+        log_p_t = F.log_softmax(_full(attacked_out_t.detach(), attacked_out_s) / self.T, dim=1)
         p_t = log_p_t.exp()
-        kl = torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0.0).sum(dim=1)
-        if valid is None:
-            return kl.sum() / max(len(kl), 1)
-        return torch.where(valid, kl, 0.0).sum() / valid.sum().clamp(min=1)
+        kl = torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)).sum(dim=1)
+        return _mean(kl, valid) + 0 * kl.detach().sum()  # NaN and inf show in spare slots too
 
     @torch.no_grad()
     def attack(
@@ -81,15 +77,22 @@ class BSS(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attacked images (M, C, H, W), M = min(attack_size, N), and which of them count (M,).
 
-        teacher: callable from images to logits. Spare slots repeat chosen samples, so that the student's
-        batch norm sees nothing else; if nothing could be chosen, no slot counts.
+        teacher: callable from images to logits. Labels of -100 are never attacked. Spare slots repeat chosen
+        samples, so that the student's batch norm sees nothing else; if none could be chosen, no slot counts.
         """
-        index, valid = choose(out_s, out_t, target, self.attack_size)
+        _expect('BSS', 'out_s', out_s, 'N', 'K')
+        _expect('BSS', 'out_t', out_t, *out_s.shape)
+        target, known = _labels('BSS', target, *out_s.shape)
+        wanted = target if known is None else torch.where(known, target, -100)  # -100: never right
+        index, valid = choose(out_s, out_t, wanted, self.attack_size)
         slots = torch.arange(len(index), device=index.device)
         index = index[slots % valid.sum().clamp(min=1)]
         u = torch.rand(len(index), generator=generator, device=index.device)
         attack_class = sample_attack_class(out_t, index, u.to(_full(out_t).dtype))
-        return self.attacker.attack(teacher, img[index], target[index], attack_class), valid
+        # what is not finite counts as right, and must show in the images
+        hidden = 0 * (out_s + out_t).softmax(dim=1).sum(dim=1)[index]
+        img = img[index] + hidden.to(img.dtype).reshape(-1, *[1] * (img.dim() - 1))
+        return self.attacker.attack(teacher, img, target[index], attack_class), valid
 
 
 class BSSAttacker:
@@ -144,8 +147,9 @@ def choose(out_s: Tensor, out_t: Tensor, target: Tensor, attack_size: int) -> tu
 
     More candidates than attack_size: those of the largest score, in descending order; else by index.
     """
-    out_s, out_t = _full(out_s.detach()), _full(out_t.detach())
+    out_s, out_t = _full(out_s.detach()), _full(out_t.detach(), out_s)
     right = (out_s.argmax(dim=1) == target) & (out_t.argmax(dim=1) == target)
+    right = right | ((out_s + out_t).softmax(dim=1).sum(dim=1).isnan() & (target != -100))
     other = torch.arange(out_s.shape[1], device=out_s.device) != target[:, None]
     score = ((out_t.softmax(dim=1) - out_s.softmax(dim=1)).square() * other).sum(dim=1)
     index = torch.arange(len(target), device=target.device)
@@ -173,9 +177,67 @@ def sample_attack_class(out_t: Tensor, idx: Tensor, u: Tensor | None = None) -> 
     return classes[:, 1:].gather(1, first[:, None])[:, 0]
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -31,8 +31,9 @@ class BYOT(nn.Module):
         skip: indices of exits without the feature term; none.
 
     Shape:
-        outs: list of L tensors (N, K); feats: list of L tensors (N, feat_dims[i]); target: (N,) int64.
+        outs: list of L tensors (N, K); feats: list of L tensors (N, feat_dims[i]); target: (N,) labels.
         Returns a scalar. `terms` returns the sums (hard, soft, features), weights included.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; lists of another length; shapes differ.
@@ -57,32 +58,33 @@ class BYOT(nn.Module):
         return sum(self.terms(outs, feats, target))
 
     def terms(self, outs: list[Tensor], feats: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self._check(outs, feats, target)
-        with torch.autocast(outs[0].device.type, enabled=False):
+        target, valid = self._check(outs, feats, target)
+        with _no_autocast(outs[0]):
             outs, feats = [_full(x) for x in outs], [_full(x) for x in feats]
-            hard = F.cross_entropy(outs[0], target)
+            hard = _mean(F.cross_entropy(outs[0], target, reduction='none'), valid)
             soft, features = torch.zeros_like(hard), torch.zeros_like(hard)
             q = F.softmax(outs[0].detach() / self.T, dim=1)
             for i, (out, feat, adapt) in enumerate(zip(outs[1:], feats[1:], self.adapt), 1):
-                hard = hard + (1 - self.alpha) * F.cross_entropy(out, target)
+                ce = F.cross_entropy(out, target, reduction='none')
+                hard = hard + (1 - self.alpha) * _mean(ce, valid)
                 log_p = F.log_softmax(out / self.T, dim=1)
-                soft = soft - self.alpha * (q * log_p).sum(dim=1).mean()
+                soft = soft - self.alpha * _mean((q * log_p).sum(dim=1), valid)
                 if i not in self.skip:
-                    gap = adapt(feat) - feats[0].detach()
+                    gap = _run(adapt, feat) - feats[0].detach()
+                    gap = gap if valid is None else torch.where(valid[:, None], gap, 0.0)
                     features = features + self.beta * torch.linalg.vector_norm(gap)
             return hard, soft, features
 
-    def _check(self, outs: list[Tensor], feats: list[Tensor], target: Tensor) -> None:
-        shapes = [tuple(x.shape) for x in outs]
-        if not shapes or len(shapes[0]) != 2 or any(s != shapes[0] for s in shapes):
-            raise ValueError(f'BYOT: outs must be tensors of one shape (N, K), got {shapes}')
-        if len(outs) != len(self.feat_dims):
-            raise ValueError(f'BYOT: outs must hold {len(self.feat_dims)} tensors, got {shapes}')
-        got, wanted = [tuple(x.shape) for x in feats], [(shapes[0][0], d) for d in self.feat_dims]
-        if got != wanted:
-            raise ValueError(f'BYOT: feats must be {wanted}, got {got}')
-        if target.shape != (shapes[0][0],) or target.is_floating_point():
-            raise ValueError(f'BYOT: target must be ({shapes[0][0]},) of integers, got {tuple(target.shape)}')
+    def _check(self, outs: list[Tensor], feats: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+        if len(outs) != len(self.feat_dims) or len(feats) != len(outs):
+            got = f'{len(outs)} and {len(feats)}'
+            raise ValueError(
+                f'BYOT: outs and feats must hold {len(self.feat_dims)} tensors, got {got}: one per feat_dims'
+            )
+        for i, (out, feat, width) in enumerate(zip(outs, feats, self.feat_dims)):
+            _expect('BYOT', f'outs[{i}]', out, *(('N', 'K') if i == 0 else outs[0].shape))
+            _expect('BYOT', f'feats[{i}]', feat, len(out), width)
+        return _labels('BYOT', target, *outs[0].shape)
 
 
 class BYOTStudent(nn.Module):
@@ -132,9 +134,85 @@ def _separable(a: tuple, b: tuple) -> nn.Sequential:
     )
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -29,6 +29,7 @@ class CATKD(nn.Module):
 
     Shape:
         cam_s: (N, K, H_s, W_s), cam_t: (N, K, H_t, W_t). Returns a scalar. No gradient reaches cam_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: resolution < 1; a map is not 4-D; batch or classes differ.
@@ -41,14 +42,9 @@ class CATKD(nn.Module):
         self.resolution, self.normalize = resolution, normalize
 
     def forward(self, cam_s: Tensor, cam_t: Tensor) -> Tensor:
-        if cam_s.dim() != 4:
-            raise ValueError(f'CATKD: cam_s must be (N, K, H, W), got {tuple(cam_s.shape)}')
-        if cam_t.dim() != 4 or cam_t.shape[:2] != cam_s.shape[:2]:
-            raise ValueError(
-                f'CATKD: cam_t must be ({cam_s.shape[0]}, {cam_s.shape[1]}, H, W) as cam_s, '
-                f'got {tuple(cam_t.shape)}'
-            )
-        return F.mse_loss(self._attention(_full(cam_s)), self._attention(_full(cam_t.detach())))
+        _expect('CATKD', 'cam_s', cam_s, 'N', 'C', 'H', 'W')  # one class is legal: nothing is a softmax
+        _expect('CATKD', 'cam_t', cam_t, *cam_s.shape[:2], 'H', 'W')
+        return F.mse_loss(self._attention(_full(cam_s)), self._attention(_full(cam_t.detach(), cam_s)))
 
     def _attention(self, cam: Tensor) -> Tensor:
         a = F.adaptive_avg_pool2d(cam, self.resolution).flatten(2)
@@ -60,20 +56,55 @@ def to_cam(fm: Tensor, fc_weight: Tensor) -> Tensor:
     if fm.dim() != 4 or fc_weight.dim() != 2 or fc_weight.shape[1] != fm.shape[1]:
         shapes = f'{tuple(fm.shape)} and {tuple(fc_weight.shape)}'
         raise ValueError(f'to_cam: fm and fc_weight must be (N, C, H, W) and (K, C), got {shapes}')
-    with torch.autocast(fm.device.type, enabled=False):
+    with _no_autocast(fm):
         return F.conv2d(_full(fm), fc_weight.to(_full(fm).dtype)[:, :, None, None])
+
+
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
 
 
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

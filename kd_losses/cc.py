@@ -36,6 +36,7 @@ class CC(nn.Module):
     Shape:
         feat_s: (N, D_s), feat_t: (N, D_t); further axes are flattened. Returns a scalar.
         No gradient reaches feat_t. An all-zero embedding is similar to nothing and gets no gradient.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: unknown kernel; P_order is not an integer >= 0; an argument has no feature axis; the batch
@@ -51,20 +52,18 @@ class CC(nn.Module):
         self.gamma, self.P_order, self.kernel = gamma, int(P_order), kernel
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
-        if feat_s.dim() < 2:
-            raise ValueError(f'CC: feat_s must be (N, D), got {tuple(feat_s.shape)}')
-        if feat_t.dim() < 2 or len(feat_t) != len(feat_s):
-            raise ValueError(f'CC: feat_t must be ({len(feat_s)}, D) as feat_s, got {tuple(feat_t.shape)}')
+        _expect('CC', 'feat_s', feat_s, 'N', *'D' * (feat_s.dim() - 1 or 1))  # one axis of features or more
+        _expect('CC', 'feat_t', feat_t, len(feat_s), *'D' * (feat_t.dim() - 1 or 1))
         matrix = _KERNELS[self.kernel]
-        with torch.autocast(feat_s.device.type, enabled=False):
+        with _no_autocast(feat_s):
             k_s = matrix(_full(feat_s).flatten(1), self.gamma, self.P_order)
-            k_t = matrix(_full(feat_t.detach()).flatten(1), self.gamma, self.P_order)
+            k_t = matrix(_full(feat_t.detach(), feat_s).flatten(1), self.gamma, self.P_order)
             return F.mse_loss(k_s, k_t)
 
 
 def _bilinear(feat: Tensor, gamma: float, order: int) -> Tensor:
-    f = _unit(feat)
-    return f @ f.T
+    f = _exact(_unit(feat))
+    return (f @ f.T).to(feat.dtype)
 
 
 def _rbf_taylor(feat: Tensor, gamma: float, order: int) -> Tensor:
@@ -87,13 +86,65 @@ def _mmd(feat: Tensor, gamma: float, order: int) -> Tensor:
 _KERNELS = {'rbf_taylor': _rbf_taylor, 'rbf': _rbf, 'bilinear': _bilinear, 'mmd': _mmd}
 
 
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -32,6 +32,7 @@ class CD(nn.Module):
     Shape:
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t). Returns a scalar.
         No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: a map is not 4-D or has other channels than announced; the batch sizes differ.
@@ -47,16 +48,11 @@ class CD(nn.Module):
         )
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-        if fm_s.dim() != 4 or fm_s.shape[1] != self.s_channels:
-            raise ValueError(f'CD: fm_s must be (N, {self.s_channels}, H, W), got {tuple(fm_s.shape)}')
-        if fm_t.dim() != 4 or fm_t.shape[:2] != (len(fm_s), self.t_channels):
-            raise ValueError(
-                f'CD: fm_t must be ({len(fm_s)}, {self.t_channels}, H, W) as fm_s and t_channels say, '
-                f'got {tuple(fm_t.shape)}'
-            )
-        with torch.autocast(fm_s.device.type, enabled=False):
-            c = self.connector(_full(fm_s)).mean(dim=(2, 3))
-            return F.mse_loss(c, _full(fm_t.detach()).mean(dim=(2, 3)))
+        _expect('CD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
+        _expect('CD', 'fm_t', fm_t, len(fm_s), self.t_channels, 'H', 'W')
+        with _no_autocast(fm_s):
+            c = _run(self.connector, _full(fm_s)).mean(dim=(2, 3))
+            return F.mse_loss(c, _full(fm_t.detach(), fm_s).mean(dim=(2, 3)))
 
 
 class GKD(nn.Module):
@@ -69,15 +65,17 @@ class GKD(nn.Module):
         self.T = T
 
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
-        if out_s.dim() != 2 or out_t.shape != out_s.shape or target.shape != out_s.shape[:1]:
-            shapes = [tuple(x.shape) for x in (out_s, out_t, target)]
-            raise ValueError(f'GKD: out_s, out_t and target must be (N, K), (N, K) and (N,), got {shapes}')
-        out_s, out_t = _full(out_s), _full(out_t.detach())
+        _expect('GKD', 'out_s', out_s, 'N', 'K')
+        _expect('GKD', 'out_t', out_t, *out_s.shape)
+        target, valid = _labels('GKD', target, *out_s.shape)
+        out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
         log_p, log_q = F.log_softmax(out_s / self.T, dim=1), F.log_softmax(out_t / self.T, dim=1)
         q = log_q.exp()
-        kl = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1)
-        right = (out_t.argmax(dim=1) == target).to(kl.dtype)
-        return (right * kl).sum() / right.sum().clamp(min=1) * self.T**2
+        kl = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1)
+        # a NaN is never the right answer, but must show
+        right = (out_t.argmax(dim=1) == target) | kl.isnan()
+        right = right if valid is None else right & valid
+        return _mean(kl, right) * self.T**2
 
 
 def edt_weight(
@@ -95,6 +93,82 @@ def edt_weight(
     return base * factor ** sum(epoch >= m for m in milestones)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

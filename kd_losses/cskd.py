@@ -25,6 +25,7 @@ class CSKD(nn.Module):
 
     Shape:
         out, out_pair: (N, K), equal. Returns a scalar. No gradient reaches out_pair.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; the shapes differ or are not (N, K).
@@ -37,19 +38,47 @@ class CSKD(nn.Module):
         self.T = T
 
     def forward(self, out: Tensor, out_pair: Tensor) -> Tensor:
-        if out.dim() != 2:
-            raise ValueError(f'CSKD: out must be (N, K), got {tuple(out.shape)}')
-        if out_pair.shape != out.shape:
-            raise ValueError(f'CSKD: out_pair must be {tuple(out.shape)} as out, got {tuple(out_pair.shape)}')
+        _expect('CSKD', 'out', out, 'N', 'K')
+        _expect('CSKD', 'out_pair', out_pair, *out.shape)
         log_p = F.log_softmax(_full(out) / self.T, dim=1)
-        log_q = F.log_softmax(_full(out_pair.detach()) / self.T, dim=1)
+        log_q = F.log_softmax(_full(out_pair.detach(), out) / self.T, dim=1)
         q = log_q.exp()
-        return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
+        return torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1).mean() * self.T**2
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -32,6 +32,7 @@ class CTKD(nn.Module):
     Shape:
         out_s, out_t: (N, K), equal. lam: number >= 0, the strength of the reversal. Returns a scalar. No
         gradient reaches out_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: t_start or t_range is not legal; the shapes differ or are not (N, K).
@@ -50,25 +51,28 @@ class CTKD(nn.Module):
         return self.t_start + self.t_range * torch.sigmoid(self.theta.detach())
 
     def forward(self, out_s: Tensor, out_t: Tensor, lam: float) -> Tensor:
-        if out_s.dim() != 2:
-            raise ValueError(f'CTKD: out_s must be (N, K), got {tuple(out_s.shape)}')
-        if out_t.shape != out_s.shape:
-            raise ValueError(f'CTKD: out_t must be {tuple(out_s.shape)} as out_s, got {tuple(out_t.shape)}')
-        with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = _full(out_s), _full(out_t.detach())
+        _expect('CTKD', 'out_s', out_s, 'N', 'K')
+        _expect('CTKD', 'out_t', out_t, *out_s.shape)
+        with _no_autocast(out_s):
+            out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
             theta = _Reversal.apply(self.theta, float(lam)).to(out_s.dtype)
             T = self.t_start + self.t_range * torch.sigmoid(theta)
-            log_p_s, log_p_t = F.log_softmax(out_s / T, dim=1), F.log_softmax(out_t / T, dim=1)
+            masked = out_t == -torch.inf  # a legal probability of 0, that must not reach the gradient of T
+            z_t = torch.where(masked, -torch.inf, torch.where(masked, 0.0, out_t) / T)
+            log_p_s, log_p_t = F.log_softmax(out_s / T, dim=1), F.log_softmax(z_t, dim=1)
             p_t = log_p_t.exp()
-            kl = torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0.0).sum(dim=1).mean()
+            kl = (p_t * torch.where(p_t == 0, 0.0, log_p_t - log_p_s)).sum(dim=1).mean()
             return (kl * T.square()).squeeze(0)
 
 
 class _Reversal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, lam: float) -> Tensor:
-        ctx.lam = lam
+    def forward(x: Tensor, lam: float) -> Tensor:
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.lam = inputs[1]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -80,9 +84,44 @@ def cosine_lambda(epoch: int, max_value: float = 1.0, num_loops: float = 10) -> 
     return max_value * (1 - math.cos(math.pi * min(epoch, num_loops) / num_loops)) / 2
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -26,8 +26,9 @@ class DCM(nn.Module):
         eps: smoothing of the probabilities, >= 0; 1e-8.
 
     Shape:
-        outs_1, outs_2: lists of L tensors (N, K), or stacked (L, N, K); target: (N,) int64. Returns a scalar.
-        `terms` returns (cross-entropies, divergences).
+        outs_1, outs_2: lists of L tensors (N, K), or stacked (L, N, K); target: (N,) labels. Returns a
+        scalar. `terms` returns (cross-entropies, divergences).
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: eps is negative; the shapes differ.
@@ -44,18 +45,20 @@ class DCM(nn.Module):
         return hard + soft
 
     def terms(self, outs_1: list[Tensor], outs_2: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
-        shapes = [[tuple(z.shape) for z in outs] for outs in (outs_1, outs_2)]
-        flat = shapes[0] + shapes[1]
-        if not flat or len(flat[0]) != 2 or any(s != flat[0] for s in flat):
-            raise ValueError(f'DCM: outs_1 and outs_2 must hold tensors of one shape (N, K), got {shapes}')
-        if len(outs_1) != len(outs_2):
-            raise ValueError(f'DCM: outs_1 and outs_2 must have one length, got {shapes}')
-        if target.shape != flat[0][:1] or target.is_floating_point():
-            raise ValueError(f'DCM: target must be ({flat[0][0]},) of integers, got {tuple(target.shape)}')
-        outs_1, outs_2 = ([_full(z) for z in outs] for outs in (outs_1, outs_2))
-        hard = sum(F.cross_entropy(z, target) for z in (*outs_1, *outs_2))
+        if len(outs_1) != len(outs_2) or not len(outs_1):
+            raise ValueError(
+                'DCM: outs_1 and outs_2 must hold equally many tensors, '
+                f'got {len(outs_1)} and {len(outs_2)}: '
+                'one per classifier of each network'
+            )
+        for name, outs in (('outs_1', outs_1), ('outs_2', outs_2)):
+            for i, z in enumerate(outs):
+                _expect('DCM', f'{name}[{i}]', z, *(('N', 'K') if z is outs_1[0] else outs_1[0].shape))
+        target, valid = _labels('DCM', target, *outs_1[0].shape)
+        outs_1, outs_2 = ([_full(z, outs_1[0]) for z in outs] for outs in (outs_1, outs_2))
+        each = (F.cross_entropy(z, target, reduction='none') for z in (*outs_1, *outs_2))
         q_1, q_2 = (self._smooth(torch.stack(outs)) for outs in (outs_1, outs_2))
-        return hard, self._pairs(q_1, q_2) + self._pairs(q_2, q_1)
+        return _mean(sum(each), valid), _mean(self._pairs(q_1, q_2) + self._pairs(q_2, q_1), valid)
 
     def _smooth(self, outs: Tensor) -> Tensor:
         """(L, N, K) logits -> smoothed log-probabilities."""
@@ -64,11 +67,11 @@ class DCM(nn.Module):
         return ((outs.softmax(dim=2) + self.eps) / (1 + outs.shape[2] * self.eps)).log()
 
     def _pairs(self, log_a: Tensor, log_b: Tensor) -> Tensor:
-        """Sum over all (a, b) of KL(a, b): L sum of a log a, minus (sum of a) times (sum of log b)."""
+        """(N,) sums over all (a, b) of KL(a, b): L sum of a log a, minus (sum of a) times (sum of log b)."""
         log_a = log_a.detach()
         a = log_a.exp()
-        entropy = torch.where(a > 0, a * log_a, 0.0).sum() * len(log_b)
-        return (entropy - (a.sum(dim=0) * log_b.sum(dim=0)).sum()) / log_a.shape[1]
+        entropy = torch.where(a == 0, 0.0, a * log_a).sum(dim=(0, 2)) * len(log_b)
+        return entropy - (a.sum(dim=0) * log_b.sum(dim=0)).sum(dim=1)
 
 
 class DCMStudent(nn.Module):
@@ -107,9 +110,67 @@ class DCMStudent(nn.Module):
         return f._replace(extra=[net.after(k, f.fms[k]).out for k, net in enumerate(self.others, 1)])
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

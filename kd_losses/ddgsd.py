@@ -27,8 +27,9 @@ class DDGSD(nn.Module):
         mu: weight of the MMD; 5e-4.
 
     Shape:
-        out_a, out_b: (N, K), feat_a, feat_b: (N, D), target: (N,) int64. Returns a scalar. `terms` returns
+        out_a, out_b: (N, K), feat_a, feat_b: (N, D), target: (N,) labels. Returns a scalar. `terms` returns
         (cross-entropy, KD, MMD), unweighted.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes differ.
@@ -45,30 +46,86 @@ class DDGSD(nn.Module):
         return ce + self.lam * kd + self.mu * mmd
 
     def terms(self, out_a, out_b, feat_a, feat_b, target) -> tuple[Tensor, Tensor, Tensor]:
-        if out_a.dim() != 2 or out_b.shape != out_a.shape:
-            shapes = f'{tuple(out_a.shape)} and {tuple(out_b.shape)}'
-            raise ValueError(f'DDGSD: out_a and out_b must be (N, K), equal, got {shapes}')
-        if feat_a.dim() != 2 or len(feat_a) != len(out_a) or feat_b.shape != feat_a.shape:
-            shapes = f'{tuple(feat_a.shape)} and {tuple(feat_b.shape)}'
-            raise ValueError(f'DDGSD: feat_a and feat_b must be ({len(out_a)}, D), equal, got {shapes}')
-        if target.shape != out_a.shape[:1] or target.is_floating_point():
-            raise ValueError(f'DDGSD: target must be ({len(out_a)},) of integers, got {tuple(target.shape)}')
-        out_a, out_b = _full(out_a), _full(out_b)
-        ce = F.cross_entropy(out_a, target) + F.cross_entropy(out_b, target)
+        _expect('DDGSD', 'out_a', out_a, 'N', 'K')
+        _expect('DDGSD', 'out_b', out_b, *out_a.shape)
+        _expect('DDGSD', 'feat_a', feat_a, len(out_a), 'D')
+        _expect('DDGSD', 'feat_b', feat_b, *feat_a.shape)
+        target, valid = _labels('DDGSD', target, *out_a.shape)
+        out_a, out_b, feat_a, feat_b = (_full(x, out_a) for x in (out_a, out_b, feat_a, feat_b))
+        ce = sum(F.cross_entropy(out, target, reduction='none') for out in (out_a, out_b))
         kd = self._kl(out_a, out_b) + self._kl(out_b, out_a)
-        mmd = (_full(feat_a).mean(dim=0) - _full(feat_b).mean(dim=0)).square().sum()
+        mmd = _mean(feat_a - feat_b, valid).square().sum()
+        ce, kd = _mean(ce, valid), _mean(kd, valid)
         return ce, kd, mmd
 
     def _kl(self, out: Tensor, goal: Tensor) -> Tensor:
         log_p = F.log_softmax(out / self.T, dim=1)
         log_q = F.log_softmax(goal.detach() / self.T, dim=1)
         q = log_q.exp()
-        return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
+        return torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1) * self.T**2
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -29,9 +29,10 @@ class DGKD(nn.Module):
         drop: teachers left out of a training step; 1.
 
     Shape:
-        out_s: (N, K); outs_t: list of M tensors (N, K), or stacked (M, N, K); target: (N,) int64; keep: (M,)
+        out_s: (N, K); outs_t: list of M tensors (N, K), or stacked (M, N, K); target: (N,) labels; keep: (M,)
         of 0 and 1, which teachers count, otherwise drawn in training mode (from generator) and all in eval
         mode. Returns a scalar. No gradient reaches outs_t.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: an argument is not legal; shapes do not fit.
@@ -51,22 +52,22 @@ class DGKD(nn.Module):
         keep: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        if out_s.dim() != 2:
-            raise ValueError(f'DGKD: out_s must be (N, K), got {tuple(out_s.shape)}')
-        shapes = [tuple(z.shape) for z in outs_t]
-        if not shapes or any(s != tuple(out_s.shape) for s in shapes):
-            raise ValueError(f'DGKD: outs_t must hold tensors {tuple(out_s.shape)} as out_s, got {shapes}')
-        if target.shape != out_s.shape[:1] or target.is_floating_point():
-            raise ValueError(f'DGKD: target must be ({len(out_s)},) of integers, got {tuple(target.shape)}')
+        _expect('DGKD', 'out_s', out_s, 'N', 'K')
+        if not len(outs_t):
+            raise ValueError('DGKD: outs_t must hold one tensor or more, got 0: one per teacher')
+        for i, z in enumerate(outs_t):
+            _expect('DGKD', f'outs_t[{i}]', z, *out_s.shape)
+        target, valid = _labels('DGKD', target, *out_s.shape)
         if keep is None:
-            keep = self._draw(len(shapes), out_s.device, generator)
-        elif keep.shape != (len(shapes),):
-            raise ValueError(f'DGKD: keep must be ({len(shapes)},), got {tuple(keep.shape)}')
-        out_s, outs_t = _full(out_s), torch.stack([_full(z.detach()) for z in outs_t])
+            keep = self._draw(len(outs_t), out_s.device, generator)
+        else:
+            _expect('DGKD', 'keep', keep, len(outs_t))
+        out_s, outs_t = _full(out_s), torch.stack([_full(z.detach(), out_s) for z in outs_t])
         log_p, log_q = F.log_softmax(out_s / self.T, dim=1), F.log_softmax(outs_t / self.T, dim=2)
         q = log_q.exp()
-        kl = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=2).mean(dim=1) * self.T**2
-        return (1 - self.lam) * F.cross_entropy(out_s, target) + self.lam * (keep.to(kl.dtype) * kl).sum()
+        kl = _mean(torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=2).T, valid) * self.T**2
+        ce = _mean(F.cross_entropy(out_s, target, reduction='none'), valid)
+        return (1 - self.lam) * ce + self.lam * (keep.to(kl.dtype) * kl).sum()
 
     def _draw(self, count: int, device, generator: torch.Generator | None) -> Tensor:
         dropped = min(self.drop, count - 1) if self.training else 0
@@ -74,9 +75,67 @@ class DGKD(nn.Module):
         return rank >= dropped
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

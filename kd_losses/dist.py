@@ -32,6 +32,7 @@ class DIST(nn.Module):
     Shape:
         out_s, out_t: (N, K), equal, or (N, K, H, W), every position a sample. Returns a scalar.
         No gradient reaches out_t. `terms` returns (inter, intra), tau^2 included, beta and gamma not.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: tau is not positive; the shapes differ or are neither (N, K) nor (N, K, H, W).
@@ -48,12 +49,10 @@ class DIST(nn.Module):
         return self.beta * inter + self.gamma * intra
 
     def terms(self, out_s: Tensor, out_t: Tensor) -> tuple[Tensor, Tensor]:
-        if out_s.dim() not in (2, 4):
-            raise ValueError(f'DIST: out_s must be (N, K) or (N, K, H, W), got {tuple(out_s.shape)}')
-        if out_t.shape != out_s.shape:
-            raise ValueError(f'DIST: out_t must be {tuple(out_s.shape)} as out_s, got {tuple(out_t.shape)}')
+        _expect('DIST', 'out_s', out_s, 'N', 'K', *'HW' * (out_s.dim() == 4))
+        _expect('DIST', 'out_t', out_t, *out_s.shape)
         p_s = F.softmax(_samples(_full(out_s)) / self.tau, dim=1)
-        p_t = F.softmax(_samples(_full(out_t.detach())) / self.tau, dim=1)
+        p_t = F.softmax(_samples(_full(out_t.detach(), out_s)) / self.tau, dim=1)
         inter, intra = (1 - _pearson(p_s, p_t, dim).mean() for dim in (1, 0))
         return inter * self.tau**2, intra * self.tau**2
 
@@ -65,9 +64,39 @@ def _samples(out: Tensor) -> Tensor:
 def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
     a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
-    return torch.where(norms > 1e-12, (a * b).sum(dim) / (norms + 1e-8), 0.0)
+    return torch.where(norms <= 1e-12, 0.0, (a * b).sum(dim) / (norms + 1e-8))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -29,9 +29,10 @@ class DLB(nn.Module):
         alpha: weight of the soft targets; 1.
 
     Shape:
-        out: (N, K), target: (N,) int64; out_prev_now, out_prev_then: (N', K) and target_prev: (N',), all or
+        out: (N, K), target: (N,) labels; out_prev_now, out_prev_then: (N', K) and target_prev: (N',), all or
         none. Returns a scalar. No gradient reaches out_prev_then. `terms` returns (cross-entropy, KD),
         unweighted.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes do not fit; only some of the previous batch is given.
@@ -56,25 +57,25 @@ class DLB(nn.Module):
         return ce + self.alpha * kd
 
     def terms(self, out, target, out_prev_now=None, out_prev_then=None, target_prev=None):
-        _check('out', out, 'target', target)
+        _expect('DLB', 'out', out, 'N', 'K')
+        y, valid = _labels('DLB', target, *out.shape)
         out = _full(out)
         given = [x is not None for x in (out_prev_now, out_prev_then, target_prev)]
         if not any(given):
-            return F.cross_entropy(out, target), out.new_zeros(())
+            return _mean(F.cross_entropy(out, y, reduction='none'), valid), out.new_zeros(())
         if not all(given):
             raise ValueError('DLB: give out_prev_now, out_prev_then and target_prev, or none of them')
-        _check('out_prev_now', out_prev_now, 'target_prev', target_prev)
-        if out_prev_then.shape != out_prev_now.shape or out_prev_now.shape[1] != out.shape[1]:
-            shapes = f'{tuple(out_prev_now.shape)} and {tuple(out_prev_then.shape)}'
-            raise ValueError(
-                f"DLB: out_prev_now and out_prev_then must be (N', {out.shape[1]}), equal, got {shapes}"
-            )
-        now, then = _full(out_prev_now), _full(out_prev_then.detach())
-        ce = F.cross_entropy(torch.cat([now, out]), torch.cat([target_prev, target]))
+        _expect('DLB', 'out_prev_now', out_prev_now, 'N', out.shape[1])
+        _expect('DLB', 'out_prev_then', out_prev_then, *out_prev_now.shape)
+        _, valid_prev = _labels('DLB', target_prev, *out_prev_now.shape, 'target_prev')
+        both = torch.cat([target_prev, target])
+        y, valid = _labels('DLB', both, len(both), out.shape[1])
+        now, then = _full(out_prev_now, out), _full(out_prev_then.detach(), out)
+        ce = F.cross_entropy(torch.cat([now, out]), y, reduction='none')
         log_p, log_q = F.log_softmax(now / self.T, dim=1), F.log_softmax(then / self.T, dim=1)
         q = log_q.exp()
-        kd = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
-        return ce, kd
+        kd = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1)
+        return _mean(ce, valid), _mean(kd, valid_prev) * self.T**2
 
     def remember(self, img: Tensor, target: Tensor, out: Tensor) -> None:
         """Keep this batch for the next step: its second view, labels, and logits of the first view."""
@@ -87,19 +88,67 @@ class DLB(nn.Module):
         self.last = state
 
 
-def _check(name: str, out: Tensor, target_name: str, target: Tensor) -> None:
-    if out.dim() != 2:
-        raise ValueError(f'DLB: {name} must be (N, K), got {tuple(out.shape)}')
-    if target.shape != out.shape[:1] or target.is_floating_point():
-        raise ValueError(
-            f'DLB: {target_name} must be ({len(out)},) of integers as {name} {tuple(out.shape)}, '
-            f'got {tuple(target.shape)}'
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
         )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -27,6 +27,7 @@ class DML(nn.Module):
     Shape:
         out: (N, K); peers: a tensor (N, K), or a list of them. Returns a scalar. No gradient reaches the
         peers.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: peer_reduction is neither; there is no peer; the shapes differ.
@@ -40,24 +41,54 @@ class DML(nn.Module):
 
     def forward(self, out: Tensor, peers: Tensor | list[Tensor]) -> Tensor:
         peers = [peers] if isinstance(peers, Tensor) else list(peers)
-        if out.dim() != 2:
-            raise ValueError(f'DML: out must be (N, K), got {tuple(out.shape)}')
-        if not peers or any(p.shape != out.shape for p in peers):
-            shapes = [tuple(p.shape) for p in peers]
-            raise ValueError(f'DML: peers must be one or more {tuple(out.shape)} as out, got {shapes}')
+        _expect('DML', 'out', out, 'N', 'K')
+        if not peers:
+            raise ValueError("DML: peers must be one or more, got 0: the other networks' logits")
+        for i, p in enumerate(peers):
+            _expect('DML', f'peers[{i}]', p, *out.shape)
         log_p = F.log_softmax(_full(out), dim=1)
-        total = sum(_kl(F.log_softmax(_full(p.detach()), dim=1), log_p) for p in peers)
+        total = sum(_kl(F.log_softmax(_full(p.detach(), out), dim=1), log_p) for p in peers)
         return total / len(peers) if self.peer_reduction == 'mean' else total
 
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     q = log_q.exp()
-    return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean()
+    return torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1).mean()
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -34,11 +34,13 @@ class DOT(torch.optim.Optimizer):
     Shape:
         gradients of the parameters' shapes. `step_kd()` stores the current gradients as the distillation's,
         `step()` takes the current ones as the task's and moves the parameters; without step_kd it is SGD with
-        momentum.
+        momentum. Not under a GradScaler: what step_kd stored would stay scaled. bfloat16 needs none.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range. RuntimeError: a GradScaler calls step.
     """
+
+    _step_supports_amp_scaling = True  # a GradScaler then shows itself by setting grad_scale before step
 
     def __init__(
         self,
@@ -68,6 +70,11 @@ class DOT(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the stored and the current gradients."""
+        if hasattr(self, 'grad_scale'):
+            raise RuntimeError(
+                'DOT: does not work with a GradScaler, the gradients that step_kd() stored are still scaled; '
+                'use autocast in bfloat16, which needs no scaler'
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -37,6 +37,7 @@ class FCFD(nn.Module):
         fms_t: list of the teacher's maps (N, C, H, W); out_s, out_t: (N, K); outs_mix: list of (N, K), may be
         empty. ramp: factor of the epoch. Returns a scalar. No gradient reaches fms_t and out_t. `appearance`
         gives one stage's A_k.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; lists of unequal length; a stride is none of the three; shapes differ.
@@ -71,13 +72,16 @@ class FCFD(nn.Module):
 
     def to_teacher(self, fm_s: Tensor, k: int) -> Tensor:
         """The student's map of stage k = 1, 2, ... in the teacher's space."""
-        with torch.autocast(fm_s.device.type, enabled=False):
-            return self.bridges_t[k - 1](_full(fm_s))
+        with _no_autocast(fm_s):
+            return _run(self.bridges_t[k - 1], _full(fm_s))
 
     def to_student(self, fm_t: Tensor, k: int) -> Tensor:
         """The teacher's map of stage k = 1, 2, ... in the student's space."""
-        with torch.autocast(fm_t.device.type, enabled=False):
-            return self.bridges_s[k - 1](_full(fm_t.detach()))
+        with _no_autocast(fm_t):
+            bridge = self.bridges_s[k - 1]
+            # the student is not here to ask: float64 if teacher and bridge agree on it
+            like = next(bridge.parameters())
+            return _run(bridge, _full(fm_t.detach(), like if fm_t.dtype == torch.float64 else fm_t))
 
     def forward(
         self,
@@ -90,7 +94,8 @@ class FCFD(nn.Module):
     ) -> Tensor:
         if len(maps) != len(fms_t) or not maps:
             raise ValueError(
-                f'FCFD: maps and fms_t must be lists of one length, got {len(maps)} and {len(fms_t)}'
+                f'FCFD: maps and fms_t must be lists of one length, '
+                f'got {len(maps)} and {len(fms_t)}: one per stage'
             )
         last = len(maps) - 1
         appearance = sum(self.appearance(b, fm_t, k == last) for k, (b, fm_t) in enumerate(zip(maps, fms_t)))
@@ -99,27 +104,24 @@ class FCFD(nn.Module):
 
     def appearance(self, maps: list[Tensor], fm_t: Tensor, last: bool = False) -> Tensor:
         """A_k of one stage."""
-        fm_t, total = _full(fm_t.detach()), 0.0
+        total = 0.0
+        _expect('FCFD', 'fms_t', fm_t, 'N', 'C', 'H', 'W')
         for b in maps:
-            if b.dim() != 4 or b.shape != fm_t.shape:
-                raise ValueError(
-                    f'FCFD: maps must have the shape of fms_t, {tuple(fm_t.shape)}, got {tuple(b.shape)}'
-                )
-            total = total + F.mse_loss(_full(b), fm_t)
+            _expect('FCFD', 'maps', b, *fm_t.shape)
+            pair = _full(b), _full(fm_t.detach(), b)
+            total = total + F.mse_loss(*pair)
             if last:
-                pooled = (x.relu().mean(dim=(2, 3)) for x in (_full(b), fm_t))
-                total = total + F.mse_loss(*pooled)
+                total = total + F.mse_loss(*(x.relu().mean(dim=(2, 3)) for x in pair))
         return total
 
     def divergence(self, out: Tensor, out_t: Tensor) -> Tensor:
         """T^2 KL of softened probabilities, teacher's to the other's."""
-        if out.dim() != 2 or out_t.shape != out.shape:
-            shapes = f'{tuple(out.shape)} and {tuple(out_t.shape)}'
-            raise ValueError(f'FCFD: out_s, outs_mix and out_t must be (N, K), equal, got {shapes}')
+        _expect('FCFD', 'out_s', out, 'N', 'K')
+        _expect('FCFD', 'out_t', out_t, *out.shape)
         log_p = F.log_softmax(_full(out) / self.T, dim=1)
-        log_q = F.log_softmax(_full(out_t.detach()) / self.T, dim=1)
+        log_q = F.log_softmax(_full(out_t.detach(), out) / self.T, dim=1)
         q = log_q.exp()
-        return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
+        return torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1).mean() * self.T**2
 
 
 class ghost_statistics:
@@ -153,9 +155,57 @@ def _bridge(c_in: int, c_out: int, ratio: float, post_relu: bool) -> nn.Sequenti
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([nn.LeakyReLU(0.1)] if post_relu else []))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

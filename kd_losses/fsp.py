@@ -28,6 +28,7 @@ class FSP(nn.Module):
     Shape:
         fm_s1, fm_t1: (N, C_1, H, W), fm_s2, fm_t2: (N, C_2, H', W'); any sizes. Returns a scalar. No gradient
         reaches fm_t1 and fm_t2.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: pool is neither; a map is not 4-D; batch sizes differ, or the teacher's channels from the
@@ -41,26 +42,20 @@ class FSP(nn.Module):
         self.pool = pool
 
     def forward(self, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor) -> Tensor:
-        if fm_s1.dim() != 4:
-            raise ValueError(f'FSP: fm_s1 must be (N, C, H, W), got {tuple(fm_s1.shape)}')
-        if fm_s2.dim() != 4 or len(fm_s2) != len(fm_s1):
-            raise ValueError(f'FSP: fm_s2 must be ({len(fm_s1)}, C, H, W) as fm_s1, got {tuple(fm_s2.shape)}')
-        for name, t, s in (('1', fm_t1, fm_s1), ('2', fm_t2, fm_s2)):
-            if t.dim() != 4 or t.shape[:2] != s.shape[:2]:
-                raise ValueError(
-                    f'FSP: fm_t{name} must be ({s.shape[0]}, {s.shape[1]}, H, W), with batch and channels of '
-                    f'fm_s{name}, got {tuple(t.shape)}'
-                )
-        with torch.autocast(fm_s1.device.type, enabled=False):
-            g_s = self.matrix(_full(fm_s1), _full(fm_s2))
-            g_t = self.matrix(_full(fm_t1.detach()), _full(fm_t2.detach()))
+        _expect('FSP', 'fm_s1', fm_s1, 'N', 'C', 'H', 'W')
+        _expect('FSP', 'fm_s2', fm_s2, len(fm_s1), 'C', 'H', 'W')
+        _expect('FSP', 'fm_t1', fm_t1, *fm_s1.shape[:2], 'H', 'W')
+        _expect('FSP', 'fm_t2', fm_t2, *fm_s2.shape[:2], 'H', 'W')
+        with _no_autocast(fm_s1):
+            g_s = self.matrix(_full(fm_s1), _full(fm_s2, fm_s1))
+            g_t = self.matrix(_full(fm_t1.detach(), fm_s1), _full(fm_t2.detach(), fm_s1))
             return F.mse_loss(g_s, g_t)
 
     def matrix(self, a: Tensor, b: Tensor) -> Tensor:
         """(N, C_1, H, W) and (N, C_2, H', W') -> (N, C_1, C_2)."""
         size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
         a, b = (_pool(x, size, self.pool) for x in (a, b))
-        return a.flatten(2) @ b.flatten(2).mT / (size[0] * size[1])
+        return (_exact(a.flatten(2)) @ _exact(b.flatten(2)).mT).to(a.dtype) / (size[0] * size[1])
 
 
 def _pool(x: Tensor, size: tuple[int, int], how: str) -> Tensor:
@@ -72,9 +67,61 @@ def _pool(x: Tensor, size: tuple[int, int], how: str) -> Tensor:
     return F.adaptive_avg_pool2d(x, size) if how == 'avg' else F.adaptive_max_pool2d(x, size)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -33,6 +33,7 @@ class FactorTransfer(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H, W). Returns a scalar. No gradient reaches fm_t
         or the paraphraser; that one learns by `pretrain_loss(fm_t)`, before, and is in eval mode here.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: recon_loss is not known; a map is not 4-D or has other channels than announced; batch or
@@ -56,25 +57,21 @@ class FactorTransfer(nn.Module):
         self.factor_loss = FT()
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-        if fm_s.dim() != 4 or fm_s.shape[1] != self.s_channels:
-            raise ValueError(
-                f'FactorTransfer: fm_s must be (N, {self.s_channels}, H, W), got {tuple(fm_s.shape)}'
-            )
-        wanted = (len(fm_s), self.t_channels, *fm_s.shape[2:])
-        if fm_t.shape != wanted:
-            raise ValueError(f'FactorTransfer: fm_t must be {wanted} as fm_s, got {tuple(fm_t.shape)}')
+        _expect('FactorTransfer', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
+        _expect('FactorTransfer', 'fm_t', fm_t, len(fm_s), self.t_channels, *fm_s.shape[2:])
         self.paraphraser.eval()
-        with torch.autocast(fm_s.device.type, enabled=False):
+        with _no_autocast(fm_s):
             with torch.no_grad():
-                factor_t = self.paraphraser.encoder(_full(fm_t))
-            return self.factor_loss(self.translator(_full(fm_s)), factor_t)
+                factor_t = _run(self.paraphraser.encoder, _full(fm_t, fm_s))
+            return self.factor_loss(_run(self.translator, _full(fm_s)), factor_t)
 
     def pretrain_loss(self, fm_t: Tensor) -> Tensor:
         """The reconstruction error that trains the paraphraser, before anything else."""
+        _expect('FactorTransfer', 'fm_t', fm_t, 'N', self.t_channels, 'H', 'W')
         self.paraphraser.train(self.training)
-        with torch.autocast(fm_t.device.type, enabled=False):
-            fm_t = _full(fm_t.detach())
-            _, recon = self.paraphraser(fm_t)
+        with _no_autocast(fm_t):
+            fm_t = _full(fm_t.detach(), next(self.paraphraser.parameters()))
+            _, recon = _run(self.paraphraser, fm_t)
             return F.mse_loss(recon, fm_t) if self.recon_loss == 'mse' else F.l1_loss(recon, fm_t)
 
 
@@ -110,10 +107,9 @@ class FT(nn.Module):
     """The loss alone: mean absolute difference of normalised factors, (N, m, H, W) each, equal shapes."""
 
     def forward(self, factor_s: Tensor, factor_t: Tensor) -> Tensor:
-        if factor_s.dim() < 2 or factor_t.shape != factor_s.shape:
-            shapes = f'{tuple(factor_s.shape)} and {tuple(factor_t.shape)}'
-            raise ValueError(f'FT: factor_s and factor_t must have one shape (N, ...), got {shapes}')
-        z_s, z_t = _unit(_full(factor_s).flatten(1)), _unit(_full(factor_t.detach()).flatten(1))
+        _expect('FT', 'factor_s', factor_s, 'N', *'D' * (factor_s.dim() - 1 or 1))
+        _expect('FT', 'factor_t', factor_t, *factor_s.shape)
+        z_s, z_t = _unit(_full(factor_s).flatten(1)), _unit(_full(factor_t.detach(), factor_s).flatten(1))
         return F.l1_loss(z_s, z_t)
 
 
@@ -134,16 +130,64 @@ def _layers(conv: type, widths: list[tuple[int, int]], use_bn: bool) -> nn.Seque
     return nn.Sequential(*layers)
 
 
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -33,6 +33,7 @@ class IRG(nn.Module):
     Shape:
         irg_s, irg_t: lists [fm1 (N, C1, H1, W1), fm2 (N, C2, H2, W2), feat (N, D), out (N, K)], fm1 the
         earlier map. Returns a scalar. No gradient reaches irg_t. `terms` returns the three terms, unweighted.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: a list has not four tensors of one batch; out differs in shape; within a network C2 is not
@@ -50,26 +51,27 @@ class IRG(nn.Module):
     def terms(self, irg_s: list[Tensor], irg_t: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         for name, graph in (('irg_s', irg_s), ('irg_t', irg_t)):
             _check(name, graph, len(irg_s[0]))
-        if irg_s[3].shape != irg_t[3].shape:
-            raise ValueError(
-                f'IRG: out in irg_t must be {tuple(irg_s[3].shape)} as in irg_s, got {tuple(irg_t[3].shape)}'
-            )
-        s, t = [_full(x) for x in irg_s], [_full(x.detach()) for x in irg_t]
-        with torch.autocast(s[0].device.type, enabled=False):
+        _expect('IRG', 'out in irg_t', irg_t[3], *irg_s[3].shape)
+        s, t = [_full(x, irg_s[0]) for x in irg_s], [_full(x.detach(), irg_s[0]) for x in irg_t]
+        with _no_autocast(s[0]):
             edge = sum(F.mse_loss(_edges(s[i]), _edges(t[i])) for i in range(3)) / 3
             transformation = F.mse_loss(_changes(s[0], s[1]), _changes(t[0], t[1]))
             return F.mse_loss(s[3], t[3]), edge, transformation
 
 
 def _check(name: str, graph: list[Tensor], n: int) -> None:
-    wanted = f'[({n}, C1, H1, W1), ({n}, C2, H2, W2), ({n}, D), ({n}, K)]'
-    shapes = [tuple(x.shape) for x in graph]
-    if [x.dim() for x in graph] != [4, 4, 2, 2] or any(len(x) != n for x in graph):
-        raise ValueError(f'IRG: {name} must be {wanted}, got {shapes}')
-    fm1, fm2 = graph[0], graph[1]
+    wanted = {'fm1': (n, 'C1', 'H1', 'W1'), 'fm2': (n, 'C2', 'H2', 'W2'), 'feat': (n, 'D'), 'out': (n, 'C')}
+    if len(graph) != 4:
+        raise ValueError(
+            f'IRG: {name} must hold {", ".join(wanted)}, got {len(graph)}: one map or vector each'
+        )
+    for (part, shape), x in zip(wanted.items(), graph):
+        _expect('IRG', f'{part} in {name}', x, *shape)
+    fm1, fm2 = graph[:2]
     if fm2.shape[1] % fm1.shape[1] or fm1.shape[2] < fm2.shape[2] or fm1.shape[3] < fm2.shape[3]:
         raise ValueError(
-            f'IRG: in {name}, C2 must be a multiple of C1 and fm1 at least as large as fm2, got {shapes[:2]}'
+            f'IRG: in {name}, C2 must be a multiple of C1 and fm1 at least as large as fm2, '
+            f'got {tuple(fm1.shape)} and {tuple(fm2.shape)}: tap consecutive stages'
         )
 
 
@@ -87,13 +89,18 @@ class _Gram(torch.autograd.Function):
     """X X^T, with the one matrix product its gradient needs: (G + G^T) X. Autograd would run two."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x @ x.T
+    def forward(x: Tensor) -> Tensor:
+        y = _exact(x)
+        return (y @ y.T).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return (grad + grad.T) @ ctx.saved_tensors[0]
+        (x,) = ctx.saved_tensors
+        return (_exact(grad + grad.T) @ _exact(x)).to(x.dtype)
 
 
 def _changes(fm1: Tensor, fm2: Tensor) -> Tensor:
@@ -105,9 +112,61 @@ def _changes(fm1: Tensor, fm2: Tensor) -> Tensor:
     return b / b.amax()
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

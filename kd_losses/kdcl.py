@@ -31,8 +31,9 @@ class KDCL(nn.Module):
         lam: weight of the soft targets; 1.
 
     Shape:
-        outs: list of M tensors (N, K), or stacked (M, N, K); target: (N,) int64; weights: (M,), for
+        outs: list of M tensors (N, K), or stacked (M, N, K); target: (N,) labels; weights: (M,), for
         'general'. Returns a scalar. `combine` returns z (N, K).
+        Rows of label -100 are left out. Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: an argument is not legal; shapes differ; weights are missing or not (M,).
@@ -47,24 +48,25 @@ class KDCL(nn.Module):
         self.mode, self.T, self.lam = mode, T, lam
 
     def forward(self, outs: list[Tensor], target: Tensor, weights: Tensor | None = None) -> Tensor:
-        shapes = [tuple(z.shape) for z in outs]
-        if not shapes or len(shapes[0]) != 2 or any(s != shapes[0] for s in shapes):
-            raise ValueError(f'KDCL: outs must hold tensors of one shape (N, K), got {shapes}')
-        if target.shape != shapes[0][:1] or target.is_floating_point():
-            raise ValueError(f'KDCL: target must be ({shapes[0][0]},) of integers, got {tuple(target.shape)}')
-        if weights is not None and weights.shape != (len(shapes),):
-            raise ValueError(f'KDCL: weights must be ({len(shapes)},), got {tuple(weights.shape)}')
-        z = torch.stack([_full(x) for x in outs])
-        hard = sum(F.cross_entropy(x, target) for x in z)
+        if not len(outs):
+            raise ValueError('KDCL: outs must hold one tensor or more, got 0: one per network')
+        for i, z in enumerate(outs):
+            _expect('KDCL', f'outs[{i}]', z, *(('N', 'K') if i == 0 else outs[0].shape))
+        target, valid = _labels('KDCL', target, *outs[0].shape)
+        if weights is not None:
+            _expect('KDCL', 'weights', weights, len(outs))
+        z = torch.stack([_full(x, outs[0]) for x in outs])
+        hard = sum(F.cross_entropy(x, target, reduction='none') for x in z)
         log_q = F.log_softmax(self.combine(z, target, weights) / self.T, dim=1)
         log_p = F.log_softmax(z / self.T, dim=2)
         q = log_q.exp()
-        soft = torch.where(q > 0, q * (log_q - log_p), 0.0).sum() / z.shape[1]
-        return hard + self.lam * self.T**2 * soft
+        soft = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=(0, 2))
+        return _mean(hard + self.lam * self.T**2 * soft, valid)
 
     @torch.no_grad()
     def combine(self, outs: list[Tensor], target: Tensor, weights: Tensor | None = None) -> Tensor:
-        z = torch.stack([_full(x) for x in outs])
+        z = torch.stack([_full(x, outs[0]) for x in outs])
+        target, _ = _labels('KDCL', target, *z.shape[1:])
         truth = z.gather(2, target[None, :, None].expand(len(z), -1, 1))  # (M, N, 1)
         if self.mode == 'minlogit':
             return (z - truth).amin(dim=0)
@@ -75,7 +77,9 @@ class KDCL(nn.Module):
             return torch.einsum('mn,mnk->nk', _best_mixture(z, target), z)
         if weights is None or weights.shape != (len(z),):
             got = None if weights is None else tuple(weights.shape)
-            raise ValueError(f'KDCL: weights must be ({len(z)},) in mode general, got {got}')
+            raise ValueError(
+                f'KDCL: weights must be ({len(z)},) in mode general, got {got}: see general_weights'
+            )
         return torch.einsum('m,mnk->nk', weights.to(z.dtype), z)
 
 
@@ -83,7 +87,7 @@ class KDCL(nn.Module):
 def general_weights(probs: Tensor, onehot: Tensor) -> Tensor:
     """(M,) weights, to sum 1, from probabilities (M, n, K) and labels (n, K) of held-out data."""
     errors = (_full(probs) - onehot.to(_full(probs).dtype)).flatten(1)
-    C = errors @ errors.T / probs.shape[1]
+    C = (_exact(errors) @ _exact(errors).T).to(errors.dtype) / probs.shape[1]
     C = C + 1e-6 * torch.eye(len(C), dtype=C.dtype, device=C.device)  # equal networks make it singular
     w = torch.linalg.solve(C, torch.ones_like(C[0]))
     return w / w.sum()
@@ -92,7 +96,7 @@ def general_weights(probs: Tensor, onehot: Tensor) -> Tensor:
 def _best_mixture(z: Tensor, target: Tensor, steps: int = 100) -> Tensor:
     """(M, N) non-negative weights, to sum 1 per sample, of small cross-entropy: exponentiated gradient."""
     a = torch.full(z.shape[:2], 1 / len(z), dtype=z.dtype, device=z.device)
-    is_y = target[:, None] == torch.arange(z.shape[2], device=z.device)
+    is_y = _is(target, z.shape[2])
     reach = (z.amax(dim=(0, 2)) - z.amin(dim=(0, 2))).clamp(min=1e-6)  # bounds the slope
     for step in range(steps):
         p = torch.einsum('mn,mnk->nk', a, z).softmax(dim=1)
@@ -101,9 +105,91 @@ def _best_mixture(z: Tensor, target: Tensor, steps: int = 100) -> Tensor:
     return a
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _is(target: Tensor, K: int) -> Tensor:
+    """(N,) -> (N, K), True at the label."""
+    return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
+        1, target[:, None], True
+    )
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -31,6 +31,7 @@ class KDSVD(nn.Module):
     Shape:
         fms_s, fms_t: lists of L >= 2 maps, shallow to deep, (N, C_l, H, W) and (N, C_l, H', W') at stage l.
         Returns a scalar. No gradient reaches fms_t. `terms` returns the L - 1 summands.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: k < 1 or more than a stage has; fewer than two stages; unequal lengths, batches or
@@ -48,8 +49,10 @@ class KDSVD(nn.Module):
 
     def terms(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> list[Tensor]:
         self._check(fms_s, fms_t)
-        with torch.autocast(fms_s[0].device.type, enabled=False):
-            pairs = [self._vectors(_full(s), _full(t.detach())) for s, t in zip(fms_s, fms_t)]
+        with _no_autocast(fms_s[0]):
+            pairs = [
+                self._vectors(_full(s, fms_s[0]), _full(t.detach(), fms_s[0])) for s, t in zip(fms_s, fms_t)
+            ]
             relations = [
                 [torch.exp(-((deep[i][:, :, None] - shallow[i][:, None]).square()) / 8) for i in (0, 1)]
                 for shallow, deep in zip(pairs, pairs[1:])
@@ -65,9 +68,9 @@ class KDSVD(nn.Module):
             v_t = v_t * torch.where(v_t.gather(1, largest) < 0, -1.0, 1.0)
             norm = torch.linalg.vector_norm(values, dim=1, keepdim=True)
             weight = torch.where(norm > 1e-12, values / norm.clamp(min=1e-12), float(self.k == 1))[:, None]
-        a = _RightVectors.apply(x_s, min(self.k + 3, *x_s.shape[1:]))
+        a = _RightVectors.apply(x_s, min(self.k + 3, *x_s.shape[1:]))[0]
         with torch.no_grad():
-            match = a.mT @ v_t  # (N, candidates, k)
+            match = _exact(a).mT @ _exact(v_t)  # (N, candidates, k)
             chosen = match.abs().argmax(dim=1, keepdim=True)
             sign = torch.where(match.gather(1, chosen) < 0, -1.0, 1.0)
         a = a.gather(2, chosen.expand(-1, a.shape[1], -1)) * sign
@@ -76,16 +79,16 @@ class KDSVD(nn.Module):
     def _check(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> None:
         shapes = [tuple(x.shape) for x in fms_s], [tuple(x.shape) for x in fms_t]
         if len(fms_s) < 2 or len(fms_s) != len(fms_t):
-            raise ValueError(f'KDSVD: fms_s and fms_t must be lists of at least two maps each, got {shapes}')
+            raise ValueError(
+                f'KDSVD: fms_s and fms_t must be lists of at least two maps each, got {shapes}: one per stage'
+            )
         for s, t in zip(fms_s, fms_t):
-            if s.dim() != 4 or len(s) != len(fms_s[0]):
-                raise ValueError(f'KDSVD: fms_s must hold ({len(fms_s[0])}, C, H, W) maps, got {shapes[0]}')
-            if t.dim() != 4 or t.shape[:2] != s.shape[:2]:
-                raise ValueError(
-                    f'KDSVD: fms_t must have batch and channels of {shapes[0]} (fms_s), got {shapes[1]}'
-                )
+            _expect('KDSVD', 'fms_s', s, len(fms_s[0]), 'C', 'H', 'W')
+            _expect('KDSVD', 'fms_t', t, *s.shape[:2], 'H', 'W')
             if self.k > min(t.shape[1], t.shape[2] * t.shape[3], s.shape[2] * s.shape[3]):
-                raise ValueError(f'KDSVD: a stage must have at least k = {self.k} vectors, got {shapes}')
+                raise ValueError(
+                    f'KDSVD: a stage must have at least k = {self.k} vectors, got {shapes}: lower k'
+                )
 
 
 def _leading(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -96,32 +99,91 @@ def _leading(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _eigen(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (N, C) and vectors (N, C, C) of X^T X, largest first, in float64: squaring costs digits."""
-    squares, vectors = torch.linalg.eigh((x.mT @ x).double())
-    return squares.flip(1), vectors.flip(2)
+    x = _exact(x)
+    gram = (x.mT @ x).double()
+    squares, vectors = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))  # it would raise
+    hidden = 0 * gram.sum(dim=(1, 2), keepdim=True)  # NaN for NaN and inf, which must show in the loss
+    return squares.flip(1), vectors.flip(2) + hidden
 
 
 class _RightVectors(torch.autograd.Function):
     """The r leading right singular vectors, from X^T X, with a gradient that survives equal values."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: int) -> Tensor:
+    def forward(x: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         squares, vectors = _eigen(x)
+        return vectors[:, :, :r].to(x.dtype, copy=True), squares, vectors
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        (x, ctx.r), (_, squares, vectors) = inputs, output
+        ctx.mark_non_differentiable(squares, vectors)
         ctx.save_for_backward(x, squares, vectors)
-        ctx.r = r
-        return vectors[:, :, :r].to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, *_):
         x, squares, vectors = ctx.saved_tensors
         lead = squares[:, None, : ctx.r]
         gap = lead - squares[:, :, None]  # (N, C, r): lam_i - lam_j
         alive = gap.abs() > 1e-10 * squares[:, :1, None].clamp(min=1e-30)
         b = torch.where(alive, (vectors.mT @ grad.double()) / torch.where(alive, gap, 1.0), 0.0)
         k = vectors @ b @ vectors[:, :, : ctx.r].mT
-        return x @ (k + k.mT).to(x.dtype), None
+        return (_exact(x) @ (k + k.mT).to(_exact(x).dtype)).to(x.dtype), None
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

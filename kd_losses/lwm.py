@@ -29,9 +29,10 @@ class LwM(nn.Module):
 
     Shape:
         out_s, out_t: (N, K); fm_s: (N, C_s, H_s, W_s), fm_t: (N, C_t, H_t, W_t), nodes of the graphs that
-        gave the logits; target: (N,) int64. cam_t: (N, H_t, W_t), the teacher's `grad_cam`, if it is known
+        gave the logits; target: (N,) labels. cam_t: (N, H_t, W_t), the teacher's `grad_cam`, if it is known
         already; out_t and fm_t are then not used and may be None. Returns a scalar. No gradient reaches the
         teacher.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: reduction is neither; shapes do not fit; a map does not require grad or its logits do not
@@ -53,37 +54,32 @@ class LwM(nn.Module):
         target: Tensor,
         cam_t: Tensor | None = None,
     ) -> Tensor:
-        if out_s.dim() != 2:
-            raise ValueError(f'LwM: out_s must be (N, K), got {tuple(out_s.shape)}')
+        _expect('LwM', 'out_s', out_s, 'N', 'C')
         n = len(out_s)
-        if target.shape != (n,) or target.is_floating_point():
-            raise ValueError(
-                f'LwM: target must be ({n},) of integers as out_s {tuple(out_s.shape)} says, '
-                f'got {tuple(target.shape)} of {target.dtype}'
-            )
+        _, valid = _labels('LwM', target, n, out_s.shape[1])
         cam_s = grad_cam(out_s, fm_s, target, create_graph=True, side='s')
         if cam_t is None:
-            if out_t is None or fm_t is None or len(out_t) != n:
-                shape = None if out_t is None else tuple(out_t.shape)
-                raise ValueError(f'LwM: out_t must be ({n}, K) as out_s, got {shape}')
+            if out_t is None or fm_t is None:
+                raise ValueError('LwM: out_t and fm_t must be given, got None: or else cam_t')
+            _expect('LwM', 'out_t', out_t, n, 'C')
             cam_t = grad_cam(out_t, fm_t, target, side='t')
-        elif cam_t.dim() != 3 or len(cam_t) != n:
-            raise ValueError(f'LwM: cam_t must be ({n}, H, W), got {tuple(cam_t.shape)}')
+        else:
+            _expect('LwM', 'cam_t', cam_t, n, 'H', 'W')
         size = tuple(map(min, cam_s.shape[1:], cam_t.shape[1:]))
-        q_s, q_t = (_unit(_pool(m, size).flatten(1)) for m in (cam_s, _full(cam_t.detach())))
-        loss = F.l1_loss(q_s, q_t)
+        q_s, q_t = (_unit(_pool(m, size).flatten(1)) for m in (cam_s, _full(cam_t.detach(), cam_s)))
+        loss = _mean((q_s - q_t).abs().mean(dim=1), valid)
         return loss if self.reduction == 'mean' else loss * q_s.shape[1]
 
 
 def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False, side: str = 's') -> Tensor:
     """(N, H, W), not normalised; the graph of out survives. side names the network in messages."""
-    if out.dim() != 2:
-        raise ValueError(f'LwM: out_{side} must be (N, K), got {tuple(out.shape)}')
-    if fm.dim() != 4 or len(fm) != len(out):
-        raise ValueError(f'LwM: fm_{side} must be ({len(out)}, C, H, W), got {tuple(fm.shape)}')
+    _expect('LwM', f'out_{side}', out, 'N', 'C')
+    _expect('LwM', f'fm_{side}', fm, len(out), 'C', 'H', 'W')
+    target, valid = _labels('LwM', target, *out.shape)
     grad = None
     if fm.requires_grad and out.requires_grad:
-        chosen = out.gather(1, target[:, None]).sum()
+        chosen = out.gather(1, target[:, None])[:, 0]
+        chosen = (chosen if valid is None else torch.where(valid, chosen, 0.0)).sum()
         (grad,) = torch.autograd.grad(
             chosen, fm, create_graph=create_graph, retain_graph=True, allow_unused=True
         )
@@ -92,24 +88,83 @@ def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False
             f'LwM: out_{side} must depend on fm_{side}, and fm_{side} must require grad: a frozen teacher '
             'needs an image that requires grad, or a detached map that does and the rest of the network on it'
         )
-    weight = _full(grad).mean(dim=(2, 3), keepdim=True)
-    return (weight * _full(fm)).sum(dim=1).relu()
+    weight = _full(grad, out).mean(dim=(2, 3), keepdim=True)
+    cam = (weight * _full(fm, out)).sum(dim=1)
+    return cam.relu() + 0 * cam.detach()  # the ReLU would swallow -inf, which must show
 
 
 def _pool(m: Tensor, size: tuple[int, int]) -> Tensor:
     return m if m.shape[1:] == size else F.adaptive_avg_pool2d(m[:, None], size)[:, 0]
 
 
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -39,6 +39,7 @@ class MHGD(nn.Module):
         fms_s, fms_t: lists of maps (N, dims[l], H, W), any sizes. Returns a scalar. No gradient reaches fms_t
         or the heads. `attention_loss(fms_t)` returns the scalar that trains the heads; generator: where to
         draw from.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: fewer than two stages; lists, channels or batches do not fit.
@@ -62,9 +63,9 @@ class MHGD(nn.Module):
         self._check('fms_t', fms_t, len(fms_s[0]))
         modes = [m.training for m in self.modules()]
         self.eval()  # the heads are frozen, their batch norms too
-        with torch.autocast(fms_s[0].device.type, enabled=False):
-            v_t = [self._teacher_vector(fm) for fm in fms_t]
-            v_s = [_aligned(_full(fm), v) for fm, v in zip(fms_s, v_t)]
+        with _no_autocast(fms_s[0]):
+            v_t = [self._teacher_vector(fm, fms_s[0]) for fm in fms_t]
+            v_s = [_aligned(_full(fm, fms_s[0]), v) for fm, v in zip(fms_s, v_t)]
             loss = 0.0
             for level in range(len(self.query)):
                 log_p = F.log_softmax(self._graph(level, v_s, frozen=True).tanh(), dim=2)
@@ -77,8 +78,9 @@ class MHGD(nn.Module):
     def attention_loss(self, fms_t: list[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """How badly the heads predict each stage's vector from the stage before; trains the heads."""
         self._check('fms_t', fms_t)
-        with torch.autocast(fms_t[0].device.type, enabled=False):
-            v, loss = [self._teacher_vector(fm) for fm in fms_t], 0.0
+        with _no_autocast(fms_t[0]):
+            like = next(self.parameters())
+            v, loss = [self._teacher_vector(fm, like) for fm in fms_t], 0.0
             for level in range(len(self.query)):
                 mix = F.softmax(self._graph(level, v), dim=2)  # (heads, N, N)
                 if self.training and self.drop > 0:
@@ -86,8 +88,8 @@ class MHGD(nn.Module):
                         torch.rand(self.num_heads, 1, 1, device=mix.device, generator=generator) >= self.drop
                     )
                     mix = mix * kept / (1 - self.drop)
-                mixed = mix @ self.value[level](v[level]).relu()  # (heads, N, width)
-                guess = self.estimate[level](mixed.transpose(0, 1).flatten(1))
+                mixed = mix @ _run(self.value[level], v[level]).relu()  # (heads, N, width)
+                guess = _run(self.estimate[level], mixed.transpose(0, 1).flatten(1))
                 loss = loss + (1 - (_unit(guess) * v[level + 1]).sum(dim=1)).mean()
             return loss
 
@@ -98,23 +100,27 @@ class MHGD(nn.Module):
         q, k = self.query[level], self.key[level]
         if frozen:
             call = torch.func.functional_call
-            q, k = (
-                lambda x, m=m: call(m, {n: p.detach() for n, p in m.named_parameters()}, (x,)) for m in (q, k)
-            )
-        q, k = (x.unflatten(1, (self.num_heads, -1)).transpose(0, 1) for x in (q(v[level + 1]), k(v[level])))
-        return q @ k.mT
+            held = [
+                {n: _full(x.detach(), v[0]) for n, x in (*m.named_parameters(), *m.named_buffers())}
+                for m in (q, k)
+            ]
+            q, k = call(q, held[0], (v[level + 1],)), call(k, held[1], (v[level],))
+        else:
+            q, k = _run(q, v[level + 1]), _run(k, v[level])
+        q, k = (_exact(x).unflatten(1, (self.num_heads, -1)).transpose(0, 1) for x in (q, k))
+        return (q @ k.mT).to(v[0].dtype)
 
     @torch.no_grad()
-    def _teacher_vector(self, fm: Tensor) -> Tensor:
+    def _teacher_vector(self, fm: Tensor, like: Tensor) -> Tensor:
         """(N, C), its largest entry positive: the sign of a singular vector is arbitrary."""
-        v = _leading(_full(fm).flatten(2).mT)[1][:, :, 0]
+        v = _leading(_full(fm, like).flatten(2).mT)[1][:, :, 0]
         return v * torch.where(v.gather(1, v.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0)
 
     def _check(self, name: str, fms: list[Tensor], n: int | None = None) -> None:
-        got = [tuple(x.shape) for x in fms]
-        n = got[0][0] if got and n is None else n
-        if [s[:2] for s in got] != [(n, c) for c in self.dims] or any(len(s) != 4 for s in got):
-            raise ValueError(f'MHGD: {name} must be maps of {n} samples and channels {self.dims}, got {got}')
+        if len(fms) != len(self.dims):
+            raise ValueError(f'MHGD: {name} must hold {len(self.dims)} maps, got {len(fms)}: one per stage')
+        for fm, channels in zip(fms, self.dims):
+            _expect('MHGD', name, fm, len(fms[0]) if n is None else n, channels, 'H', 'W')
 
 
 def clipped(grad_kd: list[Tensor | None], grad_ce: list[Tensor | None], epoch: int) -> list[Tensor | None]:
@@ -136,9 +142,9 @@ def _unit_layer(d_in: int, d_out: int) -> nn.Sequential:
 def _aligned(fm: Tensor, v_t: Tensor) -> Tensor:
     """(N, C): of the map's four leading right singular vectors the one nearest to v_t, with its sign."""
     x = fm.flatten(2).mT
-    v = _RightVectors.apply(x, min(4, *x.shape[1:]))
+    v = _RightVectors.apply(x, min(4, *x.shape[1:]))[0]
     with torch.no_grad():
-        cosine = (v.mT @ v_t[:, :, None])[:, :, 0]
+        cosine = (_exact(v).mT @ _exact(v_t)[:, :, None])[:, :, 0]
         best = cosine.abs().argmax(dim=1, keepdim=True)
         sign = torch.where(cosine.gather(1, best) < 0, -1.0, 1.0)
     return v.gather(2, best[:, None].expand(-1, v.shape[1], -1))[:, :, 0] * sign
@@ -146,42 +152,114 @@ def _aligned(fm: Tensor, v_t: Tensor) -> Tensor:
 
 def _leading(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (N, C) and vectors (N, C, C) of X'X, largest first; in float64, squaring costs digits."""
-    squares, vectors = torch.linalg.eigh((x.mT @ x).double())
-    return squares.flip(1), vectors.flip(2).to(x.dtype)
+    y = _exact(x)
+    gram = (y.mT @ y).double()
+    squares, vectors = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))  # it would raise
+    hidden = 0 * gram.sum(dim=(1, 2), keepdim=True)  # NaN for NaN and inf, which must show in the loss
+    return squares.flip(1), (vectors.flip(2) + hidden).to(x.dtype)
 
 
 class _RightVectors(torch.autograd.Function):
     """The r leading right singular vectors, from X'X, with a gradient that survives equal values."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: int) -> Tensor:
+    def forward(x: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         squares, vectors = _leading(x)
+        return vectors[:, :, :r].clone(), squares, vectors
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        (x, ctx.r), (_, squares, vectors) = inputs, output
+        ctx.mark_non_differentiable(squares, vectors)
         ctx.save_for_backward(x, squares, vectors)
-        ctx.r = r
-        return vectors[:, :, :r].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, *_):
         x, squares, vectors = ctx.saved_tensors
         gap = squares[:, None, : ctx.r] - squares[:, :, None]  # (N, C, r)
         alive = gap.abs() > 1e-10 * squares[:, :1, None].clamp(min=1e-30)
         vectors = vectors.double()
         b = torch.where(alive, (vectors.mT @ grad.double()) / torch.where(alive, gap, 1.0), 0.0)
         k = vectors @ b @ vectors[:, :, : ctx.r].mT
-        return x @ (k + k.mT).to(x.dtype), None
+        return (_exact(x) @ (k + k.mT).to(_exact(x).dtype)).to(x.dtype), None
+
+
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
 
 
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -33,6 +33,7 @@ class MLKD(nn.Module):
     Shape:
         out_s, out_t, and with two_view out_s_strong, out_t_strong: (N, K), equal. Returns a scalar.
         No gradient reaches the teacher's. `terms` returns the instance, batch and class parts of the sum.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: a temperature is not positive; the shapes differ or are not (N, K); two_view without
@@ -63,18 +64,17 @@ class MLKD(nn.Module):
         out_s_strong: Tensor | None = None,
         out_t_strong: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if out_s.dim() != 2:
-            raise ValueError(f'MLKD: out_s must be (N, K), got {tuple(out_s.shape)}')
+        _expect('MLKD', 'out_s', out_s, 'N', 'K')
         strong = {'out_s_strong': out_s_strong, 'out_t_strong': out_t_strong} if self.two_view else {}
         for name, out in {'out_t': out_t, **strong}.items():
-            if out is None or out.shape != out_s.shape:
-                got = None if out is None else tuple(out.shape)
-                raise ValueError(f'MLKD: {name} must be {tuple(out_s.shape)} as out_s, got {got}')
+            if out is None:
+                raise ValueError(f'MLKD: {name} must be {tuple(out_s.shape)} with two_view=True, got None')
+            _expect('MLKD', name, out, *out_s.shape)
         if not self.two_view and (out_s_strong is not None or out_t_strong is not None):
             raise ValueError('MLKD: out_s_strong and out_t_strong are for two_view=True, got two_view=False')
 
-        s, t = _full(out_s), _full(out_t.detach())
-        with torch.autocast(s.device.type, enabled=False):
+        s, t = _full(out_s), _full(out_t.detach(), out_s)
+        with _no_autocast(s):
             batch, class_ = self._grams(s, t)
             if not self.two_view:
                 return sum(self._instance(s, t, T) for T in self.temps), batch, class_
@@ -82,7 +82,7 @@ class MLKD(nn.Module):
             m, c = _share_below_median(q.amax(dim=1)), _share_below_median(q.sum(dim=0))
             instance = m * sum(self._instance(s, t, T) for T in self.temps)
             instance = instance + sum(self._instance(s, t, T) for T in (self.temps[0], self.temps[-1]))
-            s, t = _full(out_s_strong), _full(out_t_strong.detach())
+            s, t = _full(out_s_strong, s), _full(out_t_strong.detach(), s)
             return instance + sum(self._instance(s, t, T) for T in self.temps[1:-1]), m * batch, c * class_
 
     def _instance(self, s: Tensor, t: Tensor, T: float) -> Tensor:
@@ -90,15 +90,22 @@ class MLKD(nn.Module):
             s, t = _standardize(s), _standardize(t)
         log_p, log_q = F.log_softmax(s / T, dim=1), F.log_softmax(t / T, dim=1)
         q = log_q.exp()
-        return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * T**2
+        return torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1).mean() * T**2
 
     def _grams(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        batch = class_ = 0.0
+        (n, K), batch, class_ = s.shape, 0.0, 0.0
         for T in self.temps:
             p, q = F.softmax(s / T, dim=1), F.softmax(t / T, dim=1)
-            batch = batch + (q @ q.T - p @ p.T).square().sum() / len(p)
-            class_ = class_ + (q.T @ q - p.T @ p).square().sum() / p.shape[1]
-        return batch, class_
+            p, q = _exact(p), _exact(q)
+            batch = batch + (q @ q.T - p @ p.T).square().sum() / n
+            if K <= 2 * n:
+                class_ = class_ + (q.T @ q - p.T @ p).square().sum() / K
+                continue
+            # the same without K x K: with d = q - p and m the mean of both, q^T q - p^T p = m^T d + d^T m
+            d, m = q - p, (q + p) / 2
+            x = m @ d.T
+            class_ = class_ + 2 * ((m @ m.T) * (d @ d.T) + x * x.T).sum() / K
+        return batch.to(s.dtype), class_.to(s.dtype)
 
 
 def _share_below_median(x: Tensor) -> Tensor:
@@ -112,13 +119,65 @@ def _standardize(out: Tensor) -> Tensor:
     """Mean 0, deviation 1 (with K - 1) per sample; constant rows to 0, without gradient."""
     centred = out - out.mean(dim=1, keepdim=True)
     deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / (out.shape[1] - 1) ** 0.5
-    alive = deviation > 1e-12
-    return torch.where(alive, centred / (1e-7 + torch.where(alive, deviation, 1.0)), 0.0)
+    dead = deviation <= 1e-12
+    return torch.where(dead, 0.0, centred / (1e-7 + torch.where(dead, 1.0, deviation)))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

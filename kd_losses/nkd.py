@@ -29,9 +29,10 @@ class NKD(nn.Module):
         T: its temperature, > 0; 1 on ImageNet, 3 on CIFAR-100.
 
     Shape:
-        out_s, out_t: (N, K), equal, K >= 2 (with K = 2 the second term is 0); target: (N,) int64, or (N, K)
+        out_s, out_t: (N, K), equal, K >= 2 (with K = 2 the second term is 0); target: (N,) labels, or (N, K)
         probabilities of which the largest counts. Returns a scalar. No gradient reaches out_t.
         `terms` returns (target term, non-target term), gamma T^2 included.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes differ; K < 2; target is neither.
@@ -48,27 +49,87 @@ class NKD(nn.Module):
         return target_term + other_term
 
     def terms(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if out_s.dim() != 2 or out_s.shape[1] < 2:
-            raise ValueError(f'NKD: out_s must be (N, K) with K >= 2, got {tuple(out_s.shape)}')
-        if out_t.shape != out_s.shape:
-            raise ValueError(f'NKD: out_t must be {tuple(out_s.shape)} as out_s, got {tuple(out_t.shape)}')
-        if target.shape == out_s.shape:
+        _expect('NKD', 'out_s', out_s, 'N', 'K')
+        _expect('NKD', 'out_t', out_t, *out_s.shape)
+        if target.dim() == 2:
+            _expect('NKD', 'target', target, *out_s.shape)
             target = target.argmax(dim=1)
-        if target.shape != out_s.shape[:1] or target.is_floating_point():
-            raise ValueError(
-                f'NKD: target must be ({len(out_s)},) of integers or {tuple(out_s.shape)}, '
-                f'got {tuple(target.shape)} of {target.dtype}'
-            )
-        out_s, out_t = _full(out_s), _full(out_t.detach())
+        target, valid = _labels('NKD', target, *out_s.shape)
+        out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
         y = target[:, None]
         q_y, log_p_y = F.softmax(out_t, dim=1).gather(1, y), F.log_softmax(out_s, dim=1).gather(1, y)
-        is_y = y == torch.arange(out_s.shape[1], device=out_s.device)
+        is_y = _is(target, out_s.shape[1])
         q = F.softmax((out_t / self.T).masked_fill(is_y, -torch.inf), dim=1)
         log_p = F.log_softmax((out_s / self.T).masked_fill(is_y, -torch.inf), dim=1)
-        others = torch.where(q > 0, q * log_p, 0.0).sum(dim=1)  # 0 at y, where log p' is -inf
-        return -(q_y * log_p_y).mean(), -self.gamma * self.T**2 * others.mean()
+        others = torch.where(q == 0, 0.0, q * log_p).sum(dim=1)  # 0 at y, where log p' is -inf
+        return -_mean((q_y * log_p_y).squeeze(1), valid), -self.gamma * self.T**2 * _mean(others, valid)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _is(target: Tensor, K: int) -> Tensor:
+    """(N,) -> (N, K), True at the label."""
+    return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
+        1, target[:, None], True
+    )
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -29,6 +29,7 @@ class NORM(nn.Module):
     Shape:
         fm_s: (N, R C_t, h, w), fm_t: (N, C_t, H, W), H = k h and W = k w. Returns a scalar. No gradient
         reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: num_repeats < 1; channels, batch or sizes do not fit.
@@ -42,20 +43,19 @@ class NORM(nn.Module):
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         R = self.num_repeats
-        if fm_s.dim() != 4 or fm_s.shape[1] % R:
-            raise ValueError(f'NORM: fm_s must be (N, {R} C, h, w), got {tuple(fm_s.shape)}')
-        if fm_t.dim() != 4 or fm_t.shape[:2] != (len(fm_s), fm_s.shape[1] // R):
+        _expect('NORM', 'fm_s', fm_s, 'N', 'C', 'H', 'W')
+        if fm_s.shape[1] % R:
             raise ValueError(
-                f'NORM: fm_t must be ({len(fm_s)}, {fm_s.shape[1] // R}, H, W) as fm_s {tuple(fm_s.shape)}, '
-                f'got {tuple(fm_t.shape)}'
+                f'NORM: fm_s must be (N, {R} C, h, w), got {tuple(fm_s.shape)}: see FeatureTransform'
             )
+        _expect('NORM', 'fm_t', fm_t, len(fm_s), fm_s.shape[1] // R, 'H', 'W')
         k = max(fm_t.shape[2] // fm_s.shape[2], 1)
-        fm_s, fm_t = _full(fm_s), _full(fm_t.detach())
+        fm_s, fm_t = _full(fm_s), _full(fm_t.detach(), fm_s)
         fm_t = F.max_pool2d(fm_t, k) if k > 1 else fm_t
         if fm_t.shape[2:] != fm_s.shape[2:]:
             raise ValueError(
                 f'NORM: fm_t must have the size of fm_s {tuple(fm_s.shape)} or a multiple, '
-                f'got {tuple(fm_t.shape)} after pooling by {k}'
+                f'got {tuple(fm_t.shape)} after pooling by {k}: average-pool it first'
             )
         return R * F.mse_loss(fm_s, fm_t.repeat(1, R, 1, 1))
 
@@ -109,9 +109,39 @@ class NORMStudent(nn.Module):
         return f._replace(out=end.out, feat=end.feat, extra=wide) if feats else end.out
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -31,12 +31,14 @@ class OFD(nn.Module):
 
     Args:
         s_channels, t_channels: channels of the two maps.
-        margin: (t_channels,) negative numbers, e.g. `OFD.margin_from_bn(bn.weight, bn.bias)`; None: from each
-        batch. reduction: 'batchmean' divides the sum by N (authors), 'mean' by the number of elements.
+        margin: (t_channels,) negative numbers or one for all, e.g. `OFD.margin_from_bn(bn.weight, bn.bias)`;
+            None: from each batch.
+        reduction: 'batchmean' divides the sum by N (authors), 'mean' by the number of elements.
 
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H_t, W_t), both pre-activation. Returns a scalar.
         No gradient reaches fm_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: unknown reduction; margin, fm_s or fm_t of a wrong shape.
@@ -48,21 +50,25 @@ class OFD(nn.Module):
         super().__init__()
         if reduction not in ('batchmean', 'mean'):
             raise ValueError(f"OFD: reduction must be 'batchmean' or 'mean', got {reduction!r}")
-        if margin is not None and tuple(margin.shape) != (t_channels,):
-            raise ValueError(f'OFD: margin must be ({t_channels},), got {tuple(margin.shape)}')
+        if margin is not None:
+            margin = margin.detach().expand(t_channels) if margin.dim() == 0 else margin.detach()
+            _expect('OFD', 'margin', margin, t_channels)
         self.s_channels, self.t_channels, self.reduction = s_channels, t_channels, reduction
         self.connector = nn.Sequential(
             nn.Conv2d(s_channels, t_channels, kernel_size=1, bias=False), nn.BatchNorm2d(t_channels)
         )
         nn.init.normal_(self.connector[0].weight, std=math.sqrt(2 / t_channels))
-        self.register_buffer(
-            'margin', None if margin is None else margin.detach().clone().reshape(1, -1, 1, 1)
-        )
+        self.register_buffer('margin', None if margin is None else margin.clone().reshape(1, -1, 1, 1))
 
     @staticmethod
-    def margin_from_bn(weight: Tensor, bias: Tensor) -> Tensor:
-        """Expected negative part per channel, (C,), from the affine parameters of a batch norm, each (C,)."""
-        mu, sigma = bias.detach().double(), weight.detach().double().abs()
+    def margin_from_bn(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Expected negative part per channel, (C,), from the affine parameters of a batch norm, each (C,).
+
+        None, of a batch norm without them, counts as 1 and 0; without both the result is one number, ().
+        """
+        weight = torch.ones(()) if weight is None else weight
+        sigma = weight.detach().double().abs()
+        mu = torch.zeros_like(sigma) if bias is None else bias.detach().double()
         sane = sigma.clamp(min=1e-12)
         z = mu / sane
         below = torch.special.ndtr(-z)  # P(x < 0)
@@ -78,30 +84,75 @@ class OFD(nn.Module):
         return (fm_t * negative).sum(dim=(0, 2, 3), keepdim=True) / (count + 1e-6)
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-        if fm_s.dim() != 4 or fm_s.shape[1] != self.s_channels:
-            raise ValueError(f'OFD: fm_s must be (N, {self.s_channels}, H, W), got {tuple(fm_s.shape)}')
-        if fm_t.dim() != 4 or fm_t.shape[:2] != (len(fm_s), self.t_channels):
-            raise ValueError(
-                f'OFD: fm_t must be ({len(fm_s)}, {self.t_channels}, H, W) as fm_s and t_channels say, '
-                f'got {tuple(fm_t.shape)}'
-            )
-        with torch.autocast(fm_s.device.type, enabled=False):
-            s = self.connector(_full(fm_s))
+        _expect('OFD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
+        _expect('OFD', 'fm_t', fm_t, len(fm_s), self.t_channels, 'H', 'W')
+        with _no_autocast(fm_s):
+            s = _run(self.connector, _full(fm_s))
             with torch.no_grad():
-                t = _full(fm_t)
+                t = _full(fm_t, s)
                 if t.shape[2:] != s.shape[2:]:
                     t = F.adaptive_avg_pool2d(t, s.shape[2:])
-                t = torch.maximum(t, self.margin_from_batch(t) if self.margin is None else self.margin)
+                t = torch.maximum(
+                    t, self.margin_from_batch(t) if self.margin is None else _full(self.margin, s)
+                )
                 # where nothing is demanded the target is the student itself: error and gradient are exactly 0
-                target = torch.where((s > t) | (t > 0), t, s)
+                target = torch.where((s <= t) & (t <= 0), s, t)  # NaN is t's, and shows
             if self.reduction == 'mean':
                 return F.mse_loss(s, target)
             return F.mse_loss(s, target, reduction='sum') / len(s)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

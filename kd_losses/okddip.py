@@ -33,9 +33,10 @@ class OKDDip(nn.Module):
 
     Shape:
         outs: list of M tensors (N, K), feats: list of M tensors (N, feat_dim), or both stacked; out_leader:
-        (N, K); target: (N,) int64; kd_weight: of this epoch. Returns a scalar. `terms` returns
+        (N, K); target: (N,) labels; kd_weight: of this epoch. Returns a scalar. `terms` returns
         (cross-entropies, peers' KL, leader's KL); `attention` and `targets` the (N, M, M) weights and (N, K,
         M) targets.
+        Rows of label -100 are left out. Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes do not fit.
@@ -62,44 +63,138 @@ class OKDDip(nn.Module):
         return hard + kd_weight * (peers + leader)
 
     def terms(self, outs, feats, out_leader, target) -> tuple[Tensor, Tensor, Tensor]:
-        shapes = [tuple(z.shape) for z in outs]
-        if out_leader.dim() != 2 or not shapes or any(s != tuple(out_leader.shape) for s in shapes):
+        _expect('OKDDip', 'out_leader', out_leader, 'N', 'K')
+        if not len(outs) or len(feats) != len(outs):
             raise ValueError(
-                f'OKDDip: outs and out_leader must be (N, K), equal, '
-                f'got {shapes} and {tuple(out_leader.shape)}'
+                f'OKDDip: outs and feats must hold equally many tensors, got {len(outs)} and {len(feats)}: '
+                'one per peer'
             )
-        n, got = len(out_leader), [tuple(f.shape) for f in feats]
-        if got != [(n, self.feat_dim)] * len(shapes):
-            raise ValueError(f'OKDDip: feats must be {len(shapes)} of {(n, self.feat_dim)}, got {got}')
-        if target.shape != (n,) or target.is_floating_point():
-            raise ValueError(f'OKDDip: target must be ({n},) of integers, got {tuple(target.shape)}')
-        with torch.autocast(out_leader.device.type, enabled=False):
-            outs, leader = torch.stack([_full(z) for z in outs]), _full(out_leader)
-            hard = sum(F.cross_entropy(z, target) for z in (*outs, leader))
+        for i, (z, feat) in enumerate(zip(outs, feats)):
+            _expect('OKDDip', f'outs[{i}]', z, *out_leader.shape)
+            _expect('OKDDip', f'feats[{i}]', feat, len(z), self.feat_dim)
+        target, valid = _labels('OKDDip', target, *out_leader.shape)
+        with _no_autocast(out_leader):
+            outs, leader = torch.stack([_full(z, outs[0]) for z in outs]), _full(out_leader, outs[0])
+            hard = sum(F.cross_entropy(z, target, reduction='none') for z in (*outs, leader))
             goals = self.targets(outs, feats).permute(2, 0, 1)
             mean = outs.mean(dim=0)
             if self.detach:
                 goals, mean = goals.detach(), mean.detach()
-            return hard, self._kl(outs, goals), self._kl(leader[None], mean[None])
+            kl = self._kl(outs, goals), self._kl(leader[None], mean[None])
+            return _mean(hard, valid), *(_mean(rows, valid) for rows in kl)
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """(N, M, M): sample, learning peer, peer it listens to."""
-        feats = torch.stack([_full(f) for f in feats], dim=1)
-        return F.softmax(self.query(feats) @ self.key(feats).mT, dim=2)
+        feats = torch.stack([_full(f, feats[0]) for f in feats], dim=1)
+        q, k = (_exact(_run(layer, feats)) for layer in (self.query, self.key))
+        return F.softmax((q @ k.mT).to(feats.dtype), dim=2)
 
     def targets(self, outs: Tensor, feats: list[Tensor]) -> Tensor:
         """(N, K, M): the logits that each peer learns from."""
-        return torch.einsum('nab,bnk->nka', self.attention(feats), outs)
+        return torch.einsum('nab,bnk->nka', self.attention(feats).to(outs.dtype), outs)
 
     def _kl(self, outs: Tensor, goals: Tensor) -> Tensor:
-        """Summed over the leading axis."""
+        """(N,), summed over the leading axis."""
         p = (goals / self.T).softmax(dim=2) + 1e-7
-        return (p * (p.log() - F.log_softmax(outs / self.T, dim=2))).sum() / outs.shape[1] * self.T**2
+        return (p * (p.log() - F.log_softmax(outs / self.T, dim=2))).sum(dim=(0, 2)) * self.T**2
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

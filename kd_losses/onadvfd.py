@@ -31,7 +31,8 @@ class OnAdvFD(nn.Module):
         channels: list, channels of the networks' last maps, to own their `adversaries`; None: logits only.
 
     Shape:
-        out_1, out_2: (N, K), equal; target: (N,) int64. Returns a scalar. No gradient reaches out_2.
+        out_1, out_2: (N, K), equal; target: (N,) labels. Returns a scalar. No gradient reaches out_2.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes do not fit.
@@ -45,18 +46,14 @@ class OnAdvFD(nn.Module):
         self.adversaries = None if channels is None else Adversaries(channels)
 
     def forward(self, out_1: Tensor, out_2: Tensor, target: Tensor) -> Tensor:
-        if out_1.dim() != 2 or out_2.shape != out_1.shape:
-            shapes = f'{tuple(out_1.shape)} and {tuple(out_2.shape)}'
-            raise ValueError(f'OnAdvFD: out_1 and out_2 must be (N, K), equal, got {shapes}')
-        if target.shape != out_1.shape[:1] or target.is_floating_point():
-            raise ValueError(
-                f'OnAdvFD: target must be ({len(out_1)},) of integers, got {tuple(target.shape)}'
-            )
-        out_1, out_2 = _full(out_1), _full(out_2.detach())
+        _expect('OnAdvFD', 'out_1', out_1, 'N', 'K')
+        _expect('OnAdvFD', 'out_2', out_2, *out_1.shape)
+        target, valid = _labels('OnAdvFD', target, *out_1.shape)
+        out_1, out_2 = _full(out_1), _full(out_2.detach(), out_1)
         log_p, log_q = F.log_softmax(out_1 / self.T, dim=1), F.log_softmax(out_2 / self.T, dim=1)
         q = log_q.exp()
-        kl = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
-        return F.cross_entropy(out_1, target) + kl
+        kl = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1) * self.T**2
+        return _mean(F.cross_entropy(out_1, target, reduction='none') + kl, valid)
 
 
 class Discriminator(nn.Module):
@@ -72,8 +69,8 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, fm: Tensor) -> Tensor:
-        with torch.autocast(fm.device.type, enabled=False):
-            return self.layers(_full(fm)).sigmoid()
+        with _no_autocast(fm):
+            return _run(self.layers, _full(fm)).sigmoid()
 
 
 class TransferLayer(nn.Sequential):
@@ -85,10 +82,6 @@ class TransferLayer(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
         )
-
-    def forward(self, fm: Tensor) -> Tensor:
-        with torch.autocast(fm.device.type, enabled=False):
-            return super().forward(_full(fm))
 
 
 class Adversaries(nn.Module):
@@ -110,14 +103,19 @@ class Adversaries(nn.Module):
 
     def d_loss(self, fms: list[Tensor]) -> Tensor:
         """Trains this module; the maps are detached."""
-        moved = [layer(fm.detach()) for layer, fm in zip(self.transfer, fms)]
+        moved = [_move(layer, fm.detach()) for layer, fm in zip(self.transfer, fms)]
         pairs = zip(self.discriminators, moved, [moved[-1], *moved[:-1]])
         return sum(d_loss(D(real), D(fake)) for D, fake, real in pairs)
 
     def g_loss(self, fms: list[Tensor]) -> Tensor:
         """Trains the networks."""
         trios = zip(self.discriminators, self.transfer, fms)
-        return sum(g_loss(D(layer(fm))) for D, layer, fm in trios)
+        return sum(g_loss(D(_move(layer, fm))) for D, layer, fm in trios)
+
+
+def _move(layer: nn.Module, fm: Tensor) -> Tensor:
+    with _no_autocast(fm):
+        return _run(layer, _full(fm))
 
 
 def d_loss(score_real: Tensor, score_fake: Tensor) -> Tensor:
@@ -130,9 +128,85 @@ def g_loss(score: Tensor) -> Tensor:
     return (1 - _full(score)).square().mean()
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -31,9 +31,10 @@ class ONE(nn.Module):
         T: temperature, > 0; 3.
 
     Shape:
-        outs: list of M tensors (N, K), or stacked (M, N, K); feat: (N, feat_dim); target: (N,) int64;
+        outs: list of M tensors (N, K), or stacked (M, N, K); feat: (N, feat_dim); target: (N,) labels;
         kd_weight: of this epoch. Returns a scalar. `terms` returns (cross-entropies, KD); `ensemble` is z of
         the last call, detached.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; shapes do not fit.
@@ -53,33 +54,35 @@ class ONE(nn.Module):
         return hard + kd_weight * kd
 
     def terms(self, outs: list[Tensor], feat: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        shapes = [tuple(z.shape) for z in outs]
-        if len(shapes) != self.num_branches or len(shapes[0]) != 2 or any(s != shapes[0] for s in shapes):
-            raise ValueError(f'ONE: outs must hold {self.num_branches} tensors (N, K), got {shapes}')
-        if feat.shape != (shapes[0][0], self.feat_dim):
-            raise ValueError(f'ONE: feat must be {(shapes[0][0], self.feat_dim)}, got {tuple(feat.shape)}')
-        if target.shape != shapes[0][:1] or target.is_floating_point():
-            raise ValueError(f'ONE: target must be ({shapes[0][0]},) of integers, got {tuple(target.shape)}')
-        with torch.autocast(feat.device.type, enabled=False):
-            outs = torch.stack([_full(z) for z in outs])
+        if len(outs) != self.num_branches:
+            raise ValueError(
+                f'ONE: outs must hold {self.num_branches} tensors, got {len(outs)}: one per branch'
+            )
+        for i, z in enumerate(outs):
+            _expect('ONE', f'outs[{i}]', z, *(('N', 'K') if i == 0 else outs[0].shape))
+        _expect('ONE', 'feat', feat, len(outs[0]), self.feat_dim)
+        target, valid = _labels('ONE', target, *outs[0].shape)
+        with _no_autocast(feat):
+            outs = torch.stack([_full(z, outs[0]) for z in outs])
             z = self.combine(outs, feat)
             self.ensemble = z.detach()
-            hard = sum(F.cross_entropy(out, target) for out in (*outs, z))
+            hard = sum(F.cross_entropy(out, target, reduction='none') for out in (*outs, z))
             q = (z.detach() / self.T).softmax(dim=1) + 1e-7
             log_p = F.log_softmax(outs / self.T, dim=2)
-            kd = (q * (q.log() - log_p)).sum() / outs.shape[1] * self.T**2
-            return hard, kd
+            kd = (q * (q.log() - log_p)).sum(dim=(0, 2)) * self.T**2
+            return _mean(hard, valid), _mean(kd, valid)
 
     def combine(self, outs: Tensor, feat: Tensor) -> Tensor:
         """Branches' logits (M, N, K) and trunk features (N, feat_dim) -> the ensemble's logits (N, K)."""
-        with torch.autocast(feat.device.type, enabled=False):
-            outs = torch.stack([_full(z) for z in outs])
-            x = self.gate(_full(feat))
+        with _no_autocast(feat):
+            outs = torch.stack([_full(z, outs[0]) for z in outs])
+            x = _run(self.gate, _full(feat, outs[0]))
             if self.training and len(x) == 1:
                 n = self.norm
-                x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps)
+                known = (_full(t, x) for t in (n.running_mean, n.running_var, n.weight, n.bias))
+                x = F.batch_norm(x, *known, eps=n.eps)
             else:
-                x = self.norm(x)
+                x = _run(self.norm, x)
             return torch.einsum('nm,mnk->nk', F.softmax(x.relu(), dim=1), outs)
 
 
@@ -115,9 +118,85 @@ class Branches(nn.Module):
         return [f, *(e._replace(fms=f.fms[:-1] + e.fms, pres=f.pres[:-1] + e.pres) for e in ends)]
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -11,11 +11,13 @@ entries of size 1/N: the value shrinks with the batch and useful weights are hug
 
 Differences: the authors' code, diagonal included (the paper leaves it out). Their gradient is NaN as soon as
 one student embedding is all zero; here such a row is the zero vector with zero gradient.
-Knowledge-Distillation-Zoo uses eps 1e-6.
+Knowledge-Distillation-Zoo uses eps 1e-6. Value and gradient come from differences to 1 of the cosines, so
+they keep their digits where all embeddings share a large mean. It cannot be differentiated twice.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class PKT(nn.Module):
@@ -27,6 +29,7 @@ class PKT(nn.Module):
     Shape:
         feat_s: (N, D_s), feat_t: (N, D_t); further axes are flattened. Returns a scalar, 0 for N = 1.
         No gradient reaches feat_t.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: an argument has no feature axis; the batch sizes differ.
@@ -37,23 +40,120 @@ class PKT(nn.Module):
         self.eps = eps
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
-        if feat_s.dim() < 2:
-            raise ValueError(f'PKT: feat_s must be (N, D), got {tuple(feat_s.shape)}')
-        if feat_t.dim() < 2 or len(feat_t) != len(feat_s):
-            raise ValueError(f'PKT: feat_t must be ({len(feat_s)}, D) as feat_s, got {tuple(feat_t.shape)}')
-        with torch.autocast(feat_s.device.type, enabled=False):
-            p_s, p_t = self.neighbours(_full(feat_s)), self.neighbours(_full(feat_t.detach()))
-            return (p_t * torch.log((p_t + self.eps) / (p_s + self.eps))).mean()
+        _expect('PKT', 'feat_s', feat_s, 'N', *'D' * (feat_s.dim() - 1 or 1))  # one axis of features or more
+        _expect('PKT', 'feat_t', feat_t, len(feat_s), *'D' * (feat_t.dim() - 1 or 1))
+        feat_s, feat_t = _full(feat_s).flatten(1), _full(feat_t.detach(), feat_s).flatten(1)
+        with _no_autocast(feat_s):
+            return _Divergence.apply(feat_s, feat_t, self.eps)[0]
 
     def neighbours(self, feat: Tensor) -> Tensor:
         """(N, D) -> (N, N): row i is how likely i picks each sample as its neighbour."""
-        feat = feat.flatten(1)
-        norm = torch.linalg.vector_norm(feat, dim=1, keepdim=True)
-        u = torch.where(norm > 0, feat / (norm + self.eps), 0.0)
-        c = (u @ u.T + 1) / 2
-        return c / c.sum(dim=1, keepdim=True)
+        u, norm = _rows(feat.flatten(1), self.eps)
+        return (1 + _surplus(u, norm, self.eps)[0]) / len(feat)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _rows(feat: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(feat, dim=1, keepdim=True)
+    return feat / (norm + eps), norm
+
+
+def _surplus(u: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """N p - 1, (N, N), and the mean of c, (N, 1).
+
+    Embeddings with a large common mean have cosines near 1, of which float32 keeps no difference; so this
+    starts from d = 1 - c, which is small then: |u_i - u_j|^2 / 4 and what the lengths are short of 1.
+    """
+    v = _exact(u - u.mean(dim=0))
+    short = eps * (2 * norm + eps) / (norm + eps).square()
+    half = (short + v.square().sum(dim=1, keepdim=True)) / 4
+    d = torch.addmm(half + half.T, v, v.T, alpha=-0.5)
+    mean = d.mean(dim=1, keepdim=True)
+    return (mean - d) / (1 - mean), 1 - mean
+
+
+class _Divergence(torch.autograd.Function):
+    """The loss and its gradient. With p = (1 + q) / N, plain autograd would subtract numbers near 1."""
+
+    @staticmethod
+    def forward(feat_s: Tensor, feat_t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        n = len(feat_s)
+        u, norm = _rows(feat_s, eps)
+        (q_s, c), (q_t, _) = _surplus(u, norm, eps), _surplus(*_rows(feat_t, eps), eps)
+        # log(a / b) = 2 atanh((a - b) / (a + b)), exact for a near b too
+        gap, base = q_t - q_s, q_s + (1 + n * eps)
+        half_log = torch.atanh(gap / torch.add(gap, base, alpha=2))
+        loss = torch.addcmul(half_log, half_log, q_t).mean() * (2 / n)
+        # the slope for q_s, without what is constant in a row (q_s has mean 0 there), then for c, then for u
+        slope = (n * eps - gap) / base
+        slope = (slope - torch.addcmul(slope, slope, q_s).mean(dim=1, keepdim=True)) / c
+        grad = ((slope + slope.T) @ _exact(u)).to(u.dtype) / (2 * n**3)
+        # through u = feat / (norm + eps)
+        grad = grad - u * ((u * grad).sum(dim=1, keepdim=True) * (norm + eps) / norm)
+        return loss.to(u.dtype), torch.where(norm == 0, 0.0, grad / (norm + eps))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor, _):
+        return grad_out * ctx.saved_tensors[0], None, None
+
+
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -30,8 +30,9 @@ class PSKD(nn.Module):
         total_epochs: length of the run; 300.
 
     Shape:
-        out: (N, K), target: (N,) int64, index: (N,) int64 positions, epoch: from 0. Returns a scalar. In
+        out: (N, K), target: (N,) labels, index: (N,) int64 positions, epoch: from 0. Returns a scalar. In
         training mode with gradients the predictions are remembered.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: alpha_T or total_epochs is not legal; shapes do not fit.
@@ -45,50 +46,109 @@ class PSKD(nn.Module):
             raise ValueError(
                 f'PSKD: alpha_T must be in [0, 1] and total_epochs >= 1, got {alpha_T} and {total_epochs}'
             )
+        if num_classes < 2:
+            raise ValueError(
+                f'PSKD: num_classes must be at least 2, got {num_classes}: '
+                'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+            )
         self.alpha_T, self.total_epochs = alpha_T, total_epochs
         self.register_buffer('memory', torch.zeros(num_samples, num_classes))
 
     def forward(self, out: Tensor, target: Tensor, index: Tensor, epoch: int) -> Tensor:
-        if out.dim() != 2 or out.shape[1] != self.memory.shape[1]:
-            raise ValueError(f'PSKD: out must be (N, {self.memory.shape[1]}), got {tuple(out.shape)}')
-        if index.shape != out.shape[:1] or index.is_floating_point():
-            raise ValueError(
-                f'PSKD: index must be ({len(out)},) of integers as out {tuple(out.shape)}, '
-                f'got {tuple(index.shape)}'
-            )
-        past = self.memory[index].to(_full(out).dtype)
-        if target.shape == out.shape[:1]:  # pskd_loss refuses others
-            past = torch.where(past.sum(dim=1, keepdim=True) > 0, past, _one_hot(target, out))
+        _expect('PSKD', 'out', out, 'N', self.memory.shape[1])
+        _expect('PSKD', 'index', index, len(out))
+        known, valid = _labels('PSKD', target, *out.shape)
+        past = _full(self.memory[index.long()], out)
+        unseen = past.sum(dim=1, keepdim=True) == 0
+        past_or_label = torch.where(unseen, _is(known, out.shape[1]).to(past.dtype), past)
         alpha = max(0.0, self.alpha_T * (epoch + 1) / self.total_epochs)
-        loss = pskd_loss(out, past, target, alpha)
+        loss = pskd_loss(out, past_or_label, target, alpha)
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                now = _full(out.detach()).softmax(dim=1)
-                self.memory.index_copy_(0, index, now.to(self.memory.dtype))
+                now = _full(out).softmax(dim=1)
+                now = now if valid is None else torch.where(valid[:, None], now, past)
+                self.memory.index_copy_(0, index.long(), now.to(self.memory.dtype))
         return loss
 
 
 def pskd_loss(out: Tensor, prev_prob: Tensor, target: Tensor, alpha: float) -> Tensor:
     """Cross-entropy of out (N, K) with (1 - alpha) onehot(target) + alpha prev_prob (N, K)."""
-    if prev_prob.shape != out.shape:
-        raise ValueError(
-            f'pskd_loss: prev_prob must be {tuple(out.shape)} as out, got {tuple(prev_prob.shape)}'
+    _expect('PSKD', 'out', out, 'N', 'K')
+    _expect('PSKD', 'prev_prob', prev_prob, *out.shape)
+    target, valid = _labels('PSKD', target, *out.shape)
+    out, past = _full(out), _full(prev_prob.detach(), out)
+    goal = (1 - alpha) * _is(target, out.shape[1]).to(out.dtype) + alpha * past
+    return -_mean((goal * F.log_softmax(out, dim=1)).sum(dim=1), valid)
+
+
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
         )
-    if target.shape != out.shape[:1] or target.is_floating_point():
-        raise ValueError(
-            f'PSKD: target must be ({len(out)},) of integers, got {tuple(target.shape)} of {target.dtype}'
-        )
-    goal = (1 - alpha) * _one_hot(target, out) + alpha * prev_prob.detach()
-    return -(goal * F.log_softmax(_full(out), dim=1)).sum(dim=1).mean()
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
-def _one_hot(target: Tensor, out: Tensor) -> Tensor:
-    return (target[:, None] == torch.arange(out.shape[1], device=out.device)).to(_full(out).dtype)
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _is(target: Tensor, K: int) -> Tensor:
+    """(N,) -> (N, K), True at the label."""
+    return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
+        1, target[:, None], True
+    )
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

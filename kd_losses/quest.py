@@ -33,6 +33,7 @@ class QuEST(nn.Module):
     Shape:
         fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H', W'), H' and W' the same multiple of H and W or
         equal. Returns a scalar. No gradient reaches fm_t.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: centroids has another shape; a map has other channels or sizes than allowed.
@@ -50,39 +51,36 @@ class QuEST(nn.Module):
         super().__init__()
         if centroids is None:
             centroids = torch.zeros(num_words, t_channels)
-        if centroids.shape != (num_words, t_channels):
-            raise ValueError(
-                f'QuEST: centroids must be {(num_words, t_channels)}, got {tuple(centroids.shape)}'
-            )
+        _expect('QuEST', 'centroids', centroids, num_words, t_channels)
         self.s_channels, self.t_channels, self.tau = s_channels, t_channels, tau
         self.register_buffer('centroids', centroids.detach().clone())
         self.weight = nn.Parameter(torch.randn(num_words, s_channels) * (2 / s_channels) ** 0.5)
         self.scale = nn.Parameter(torch.full((1,), float(scale)))
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-        if fm_s.dim() != 4 or fm_s.shape[1] != self.s_channels:
-            raise ValueError(f'QuEST: fm_s must be (N, {self.s_channels}, H, W), got {tuple(fm_s.shape)}')
+        _expect('QuEST', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
         fm_t = self._teacher_map(fm_t, fm_s.shape)
-        with torch.autocast(fm_s.device.type, enabled=False):
-            s, t = _positions(_full(fm_s)), _positions(_full(fm_t.detach()))
+        with _no_autocast(fm_s):
+            s, t = _positions(_full(fm_s)), _positions(_full(fm_t.detach(), fm_s))
             with torch.no_grad():
-                c = self.centroids.to(t.dtype)
+                c, t = _exact(_full(self.centroids, s)), _exact(t)
                 # -tau (||t - c||^2 - |t|^2)
                 nearness = torch.addmm(c.square().sum(dim=1), t, c.T, beta=-self.tau, alpha=2 * self.tau)
-                log_p = F.log_softmax(nearness, dim=1)
+                log_p = F.log_softmax(nearness.to(s.dtype), dim=1)
                 p = log_p.exp().flatten()
                 negative_entropy = torch.dot(p, log_p.flatten())
-            log_q = F.log_softmax(self.scale * _unit(s) @ _unit(self.weight.to(s.dtype)).T, dim=1)
+            words, scale = _exact(_unit(_full(self.weight, s))), _full(self.scale, s)
+            log_q = F.log_softmax((scale * _exact(_unit(s)) @ words.T).to(s.dtype), dim=1)
             # dot products: positions x words is the largest tensor here, a product would be one more
             return (negative_entropy - torch.dot(p, log_q.flatten())) / len(s)
 
     def _teacher_map(self, fm_t: Tensor, shape_s) -> Tensor:
         n, _, h, w = shape_s
-        fits = fm_t.dim() == 4 and fm_t.shape[:2] == (n, self.t_channels)
-        if not fits or fm_t.shape[2] % h or fm_t.shape[3] % w or fm_t.shape[2] // h != fm_t.shape[3] // w:
+        _expect('QuEST', 'fm_t', fm_t, n, self.t_channels, 'H', 'W')
+        if fm_t.shape[2] % h or fm_t.shape[3] % w or fm_t.shape[2] // h != fm_t.shape[3] // w:
             raise ValueError(
                 f'QuEST: fm_t must be {(n, self.t_channels, h, w)} as fm_s, or a multiple of its size, '
-                f'got {tuple(fm_t.shape)}'
+                f'got {tuple(fm_t.shape)}: bring maps to one size, F.adaptive_avg_pool2d'
             )
         factor = fm_t.shape[2] // h
         return fm_t if factor == 1 else F.avg_pool2d(fm_t, factor)
@@ -130,13 +128,65 @@ def _positions(fm: Tensor) -> Tensor:
     return fm.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

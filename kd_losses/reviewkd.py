@@ -31,6 +31,7 @@ class ReviewKD(nn.Module):
     Shape:
         fms_s, fms_t: lists of L maps, shallow to deep, (N, s_channels[i], H, W) and (N, t_channels[i], H',
         W'). Returns a scalar. No gradient reaches fms_t. `fuse` returns the L outputs, `terms` their losses.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: the numbers of levels differ; a map is not 4-D or has other channels than announced; the
@@ -59,32 +60,37 @@ class ReviewKD(nn.Module):
         return [self.hcl(out, t) for out, t in zip(outs, fms_t)]
 
     def fuse(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> list[Tensor]:
-        self._check('fms_s', fms_s, self.s_channels, len(fms_s[0]))
+        self._check('fms_s', fms_s, self.s_channels, len(fms_s[0]) or 'N')
         self._check('fms_t', fms_t, self.t_channels, len(fms_s[0]))
+        if self.training and any(fm[:, 0].numel() == 1 for fm in fms_s):  # torch would not say which
+            raise ValueError(
+                'ReviewKD: fms_s must hold more than 1 value per channel in training, for batch norm, '
+                f'got {[tuple(fm.shape) for fm in fms_s]}: leave a last batch of one out, drop_last=True'
+            )
         outs, y = [], None
-        with torch.autocast(fms_s[0].device.type, enabled=False):
+        with _no_autocast(fms_s[0]):
             for abf, s, t in zip(reversed(self.abfs), reversed(fms_s), reversed(fms_t)):
-                out, y = abf(_full(s), y, t.shape[2:])
+                out, y = _run(abf, _full(s, fms_s[0]), y, t.shape[2:])
                 outs.append(out)
         return outs[::-1]
 
     @staticmethod
     def _check(name: str, fms: list[Tensor], channels: list[int], n: int) -> None:
-        shapes = [tuple(x.shape) for x in fms]
-        if len(fms) != len(channels) or any(
-            x.dim() != 4 or x.shape[:2] != (n, c) for x, c in zip(fms, channels)
-        ):
-            wanted = ', '.join(f'({n}, {c}, H, W)' for c in channels)
-            raise ValueError(f'ReviewKD: {name} must be [{wanted}], got {shapes}')
+        if len(fms) != len(channels):
+            raise ValueError(
+                f'ReviewKD: {name} must hold {len(channels)} maps, got {len(fms)}: one per level'
+            )
+        for fm, c in zip(fms, channels):
+            _expect('ReviewKD', name, fm, n, c, 'H', 'W')
 
 
 class HCL(nn.Module):
     """Squared error of two (N, C, H, W) maps and, with halved weights, of their averages on coarser grids."""
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-        if fm_s.dim() != 4 or fm_t.shape != fm_s.shape:
-            raise ValueError(f'HCL: fm_t must be {tuple(fm_s.shape)} as fm_s, got {tuple(fm_t.shape)}')
-        fm_s, fm_t = _full(fm_s), _full(fm_t.detach())
+        _expect('HCL', 'fm_s', fm_s, 'N', 'C', 'H', 'W')
+        _expect('HCL', 'fm_t', fm_t, *fm_s.shape)
+        fm_s, fm_t = _full(fm_s), _full(fm_t.detach(), fm_s)
         loss, weight, total = F.mse_loss(fm_s, fm_t), 1.0, 1.0
         for side in (4, 2, 1):
             if side < fm_s.shape[2]:
@@ -127,9 +133,57 @@ class ABF(nn.Module):
         return self.conv2(x), x
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

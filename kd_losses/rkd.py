@@ -35,6 +35,7 @@ class RKD(nn.Module):
         feat_s: (N, D_s), feat_t: (N, D_t); further axes are flattened. Returns a scalar, 0 for N = 1.
         No gradient reaches feat_t. `distance` and `angle` take the same arguments and give one term,
         unweighted.
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: an argument has no feature axis; the batch sizes differ.
@@ -45,7 +46,8 @@ class RKD(nn.Module):
         self.w_dist, self.w_angle = w_dist, w_angle
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
-        loss = feat_s.new_zeros((), dtype=_full(feat_s).dtype)
+        feat_s, feat_t = _prepare(feat_s, feat_t)
+        loss = feat_s.new_zeros(())
         if self.w_dist != 0:
             loss = loss + self.w_dist * self.distance(feat_s, feat_t)
         if self.w_angle != 0:
@@ -54,27 +56,25 @@ class RKD(nn.Module):
 
     def distance(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         feat_s, feat_t = _prepare(feat_s, feat_t)
-        with torch.autocast(feat_s.device.type, enabled=False):
-            return F.smooth_l1_loss(_relative_distances(feat_s), _relative_distances(feat_t))
+        with _no_autocast(feat_s):
+            return F.smooth_l1_loss(_relative_distances(feat_s), _relative_distances(feat_t)).to(feat_s.dtype)
 
     def angle(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         feat_s, feat_t = _prepare(feat_s, feat_t)
-        with torch.autocast(feat_s.device.type, enabled=False):
-            return _AngleLoss.apply(_few_coordinates(feat_s), _few_coordinates(feat_t))
+        with _no_autocast(feat_s):
+            return _AngleLoss.apply(_few_coordinates(feat_s), _few_coordinates(feat_t))[0].to(feat_s.dtype)
 
 
 def _prepare(feat_s: Tensor, feat_t: Tensor) -> tuple[Tensor, Tensor]:
-    if feat_s.dim() < 2:
-        raise ValueError(f'RKD: feat_s must be (N, D), got {tuple(feat_s.shape)}')
-    if feat_t.dim() < 2 or len(feat_t) != len(feat_s):
-        raise ValueError(f'RKD: feat_t must be ({len(feat_s)}, D) as feat_s, got {tuple(feat_t.shape)}')
-    return _full(feat_s).flatten(1), _full(feat_t.detach()).flatten(1)
+    _expect('RKD', 'feat_s', feat_s, 'N', *'D' * (feat_s.dim() - 1 or 1))  # one axis of features or more
+    _expect('RKD', 'feat_t', feat_t, len(feat_s), *'D' * (feat_t.dim() - 1 or 1))
+    return _full(feat_s).flatten(1), _full(feat_t.detach(), feat_s).flatten(1)
 
 
 def _relative_distances(f: Tensor) -> Tensor:
     """(N, N) distances over their mean off the diagonal; duplicates count as 1e-6, without gradient."""
     n = len(f)
-    f = f - f.mean(dim=0)  # |a|^2 + |b|^2 - 2ab loses fewer digits around the centre
+    f = _exact(f - f.mean(dim=0))  # |a|^2 + |b|^2 - 2ab loses fewer digits around the centre
     square = f.square().sum(dim=1)
     d = torch.addmm(square[:, None] + square[None, :], f, f.T, alpha=-2).clamp(min=1e-12).sqrt()
     d = d.masked_fill(torch.eye(n, dtype=torch.bool, device=f.device), 0.0)
@@ -83,7 +83,7 @@ def _relative_distances(f: Tensor) -> Tensor:
 
 def _few_coordinates(f: Tensor) -> Tensor:
     """Angles only need inner products of differences: wide features fit exactly into N coordinates."""
-    f = f - f.mean(dim=0)
+    f = _exact(f - f.mean(dim=0))
     if f.shape[1] <= len(f):
         return f
     with torch.no_grad():
@@ -95,7 +95,7 @@ class _AngleLoss(torch.autograd.Function):
     """mean h(A_s - A_t) and its gradient in one pass over chunks of vertices that stay in cache."""
 
     @staticmethod
-    def forward(ctx, f_s: Tensor, f_t: Tensor) -> Tensor:
+    def forward(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
         n = len(f_s)
         budget = 2**24 if f_s.is_cuda else 2**18  # numbers of an (chunk, N, N) block
         chunk = max(1, budget // n**2)
@@ -111,12 +111,16 @@ class _AngleLoss(torch.autograd.Function):
             g = (g - e_s * (e_s * g).sum(dim=2, keepdim=True)) * inverse_s
             grad += g.sum(dim=0)
             grad[i : i + chunk] -= g.sum(dim=1)
-        ctx.save_for_backward(grad / n**3)
-        return loss / n**3
+        return loss / n**3, grad / n**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx, grad_out: Tensor, _):
         return grad_out * ctx.saved_tensors[0], None
 
 
@@ -124,10 +128,62 @@ def _directions(f: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     """Unit vectors from `count` vertices to every sample, and one over their lengths (0 for duplicates)."""
     v = f[None] - f[start : start + count, None]
     norm = torch.linalg.vector_norm(v, dim=2, keepdim=True)
-    inverse = torch.where(norm > 1e-12, 1 / norm.clamp(min=1e-12), 0.0)
+    inverse = torch.where(norm <= 1e-12, 0.0, 1 / norm.clamp(min=1e-12))
     return v * inverse, inverse
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -29,6 +29,7 @@ class SAD(nn.Module):
     Shape:
         fm: (N, C_1, H, W), fm_next: (N, C_2, h, w), not larger. Returns a scalar. No gradient reaches
         fm_next.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; a map is not 4-D; batch sizes differ; fm_next is larger.
@@ -41,16 +42,15 @@ class SAD(nn.Module):
         self.T = T
 
     def forward(self, fm: Tensor, fm_next: Tensor) -> Tensor:
-        if fm.dim() != 4:
-            raise ValueError(f'SAD: fm must be (N, C, H, W), got {tuple(fm.shape)}')
-        fits = fm_next.dim() == 4 and len(fm_next) == len(fm)
-        if not fits or fm_next.shape[2] > fm.shape[2] or fm_next.shape[3] > fm.shape[3]:
+        _expect('SAD', 'fm', fm, 'N', 'C', 'H', 'W')
+        _expect('SAD', 'fm_next', fm_next, len(fm), 'C', 'H', 'W')
+        if fm_next.shape[2] > fm.shape[2] or fm_next.shape[3] > fm.shape[3]:
             raise ValueError(
-                f'SAD: fm_next must be ({len(fm)}, C, h, w), not larger than fm {tuple(fm.shape)}, '
-                f'got {tuple(fm_next.shape)}'
+                f'SAD: fm_next must not be larger than fm {tuple(fm.shape)}, got {tuple(fm_next.shape)}: '
+                'the deeper map comes second'
             )
         energy = _full(fm).square().sum(dim=1)
-        deeper = _full(fm_next.detach()).square().sum(dim=1)
+        deeper = _full(fm_next.detach(), fm).square().sum(dim=1)
         if deeper.shape != energy.shape:
             deeper = F.interpolate(
                 deeper[:, None], size=energy.shape[1:], mode='bilinear', align_corners=False
@@ -58,9 +58,39 @@ class SAD(nn.Module):
         return F.mse_loss(*(F.softmax(g.flatten(1) / self.T, dim=1) for g in (energy, deeper)))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -30,8 +30,9 @@ class SDD(nn.Module):
         consistent, complementary: weights of regions that agree with the whole, and that do not; 1 and 2.
 
     Shape:
-        patch_s, patch_t: (N, K, R), equal, region 0 the whole; target: (N,) int64. Returns a scalar.
+        patch_s, patch_t: (N, K, R), equal, region 0 the whole; target: (N,) labels. Returns a scalar.
         No gradient reaches patch_t.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: unknown base; T is not positive; the shapes differ or are not (N, K, R); target is not
@@ -56,26 +57,21 @@ class SDD(nn.Module):
         self.consistent, self.complementary = consistent, complementary
 
     def forward(self, patch_s: Tensor, patch_t: Tensor, target: Tensor) -> Tensor:
-        if patch_s.dim() != 3:
-            raise ValueError(f'SDD: patch_s must be (N, K, R), got {tuple(patch_s.shape)}')
-        if patch_t.shape != patch_s.shape:
-            raise ValueError(
-                f'SDD: patch_t must be {tuple(patch_s.shape)} as patch_s, got {tuple(patch_t.shape)}'
-            )
-        if target.shape != patch_s.shape[:1]:
-            raise ValueError(f'SDD: target must be ({len(patch_s)},) as patch_s, got {tuple(target.shape)}')
-        s, t = _full(patch_s), _full(patch_t.detach())
+        _expect('SDD', 'patch_s', patch_s, 'N', 'K', 'R')
+        _expect('SDD', 'patch_t', patch_t, *patch_s.shape)
+        target, valid = _labels('SDD', target, *patch_s.shape[:2])
+        s, t = _full(patch_s), _full(patch_t.detach(), patch_s)
         right = t.argmax(dim=1) == target[:, None]  # (N, R)
         weight = torch.where(right == right[:, :1], self.consistent, self.complementary)
         z_s, z_t = s / self.T, t / self.T
         if self.base == 'kd':
             loss = _kl(F.log_softmax(z_t, dim=1), F.log_softmax(z_s, dim=1)).sum(dim=1)
         else:
-            is_y = torch.arange(s.shape[1], device=s.device)[:, None] == target[:, None, None]  # (N, K, 1)
+            is_y = _is(target, s.shape[1])[:, :, None]
             (y_s, rest_s, other_s), (y_t, rest_t, other_t) = (_log_probabilities(z, is_y) for z in (z_s, z_t))
             binary = _kl(y_t, y_s) + _kl(rest_t, rest_s)
             loss = self.alpha * binary + self.beta * _kl(other_t, other_s).sum(dim=1)
-        return (weight * loss).mean() * self.T**2
+        return _mean((weight * loss).mean(dim=1), valid) * self.T**2
 
 
 def local_logits(fm: Tensor, fc, scales: tuple = (1, 2, 4)) -> Tensor:
@@ -85,14 +81,14 @@ def local_logits(fm: Tensor, fc, scales: tuple = (1, 2, 4)) -> Tensor:
     if weight.shape[1] != fm.shape[1]:
         raise ValueError(
             f'local_logits: fm must be the map that is averaged for the classifier, '
-            f'(N, {weight.shape[1]}, H, W), got {tuple(fm.shape)}'
+            f'(N, {weight.shape[1]}, H, W), got {tuple(fm.shape)}: give the last map before the pooling'
         )
     grids = {4: F.adaptive_avg_pool2d(_full(fm), 4)}
     for side in (2, 1):
         grids[side] = F.adaptive_avg_pool2d(grids[2 * side], side)
     regions = torch.cat([grids[side].flatten(2) for side in (1, 2, 4) if side in scales], dim=2)
-    with torch.autocast(fm.device.type, enabled=False):
-        return F.linear(regions.mT, _full(weight), None if bias is None else _full(bias)).mT
+    with _no_autocast(fm):
+        return F.linear(regions.mT, _full(weight, fm), None if bias is None else _full(bias, fm)).mT
 
 
 def _log_probabilities(z: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,12 +105,82 @@ def _log_probabilities(z: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _kl(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
     """p_t (log p_t - log p_s), and 0 where p_t is 0 whatever the logarithms are."""
     p_t = log_p_t.exp()
-    return torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0.0)
+    return torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _is(target: Tensor, K: int) -> Tensor:
+    """(N,) -> (N, K), True at the label."""
+    return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
+        1, target[:, None], True
+    )
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -34,6 +34,7 @@ class SemCKD(nn.Module):
     Shape:
         fms_s: list of S maps (batch_size, C, H, W), fms_t: list of T maps. Returns a scalar. No gradient
         reaches fms_t. `terms` returns (w, m), each (N, S, T).
+        Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
         ValueError: batch_size < factor; soft is not positive; a list has another length, a map other
@@ -48,7 +49,7 @@ class SemCKD(nn.Module):
         if d < 1 or not soft > 0:
             raise ValueError(
                 f'SemCKD: batch_size must be at least factor, and soft > 0, '
-                f'got {batch_size}, {factor} and {soft}'
+                f'got {batch_size}, {factor} and {soft}: lower factor'
             )
         self.s_channels, self.t_channels = list(s_channels), list(t_channels)
         self.batch_size, self.soft = batch_size, soft
@@ -64,15 +65,18 @@ class SemCKD(nn.Module):
 
     def terms(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> tuple[Tensor, Tensor]:
         for name, maps, channels in (('fms_s', fms_s, self.s_channels), ('fms_t', fms_t, self.t_channels)):
-            shapes = [tuple(x.shape) for x in maps]
-            wanted = [(self.batch_size, c) for c in channels]
-            if [s[:2] for s in shapes] != wanted or any(len(s) != 4 for s in shapes):
-                raise ValueError(f'SemCKD: {name} must be maps of batch and channels {wanted}, got {shapes}')
-        with torch.autocast(fms_s[0].device.type, enabled=False):
-            fms_s, fms_t = [_full(x) for x in fms_s], [_full(x.detach()) for x in fms_t]
-            q = torch.stack([net(_gram(x)) for net, x in zip(self.query, fms_s)], dim=1)  # (N, S, d)
-            k = torch.stack([net(_gram(x)) for net, x in zip(self.key, fms_t)], dim=1)  # (N, T, d)
-            w = F.softmax(q @ k.mT / self.soft, dim=2)
+            if len(maps) != len(channels):
+                raise ValueError(
+                    f'SemCKD: {name} must hold {len(channels)} maps, got {len(maps)}: one per layer'
+                )
+            for fm, c in zip(maps, channels):
+                _expect('SemCKD', name, fm, self.batch_size, c, 'H', 'W')
+        with _no_autocast(fms_s[0]):
+            like = fms_s[0]
+            fms_s, fms_t = [_full(x, like) for x in fms_s], [_full(x.detach(), like) for x in fms_t]
+            q = torch.stack([_run(net, _gram(x)) for net, x in zip(self.query, fms_s)], dim=1)  # (N, S, d)
+            k = torch.stack([_run(net, _gram(x)) for net, x in zip(self.key, fms_t)], dim=1)  # (N, T, d)
+            w = F.softmax((_exact(q) @ _exact(k).mT).to(q.dtype) / self.soft, dim=2)
             m = [
                 torch.stack([_error(s, t, net) for t, net in zip(fms_t, nets)], dim=1)
                 for s, nets in zip(fms_s, self.regressor)
@@ -106,24 +110,89 @@ def _error(fm_s: Tensor, fm_t: Tensor, regressor: nn.Module) -> Tensor:
         fm_s = F.adaptive_avg_pool2d(fm_s, fm_t.shape[2:])
     elif fm_s.shape[2:] != fm_t.shape[2:]:
         fm_t = F.adaptive_avg_pool2d(fm_t, fm_s.shape[2:])
-    return (regressor(fm_s) - fm_t).square().mean(dim=(1, 2, 3))
+    return (_run(regressor, fm_s) - fm_t).square().mean(dim=(1, 2, 3))
 
 
 def _gram(fm: Tensor) -> Tensor:
-    f = fm.flatten(1)
-    return f @ f.T
+    f = _exact(fm.flatten(1))
+    return (f @ f.T).to(fm.dtype)
+
+
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
 
 
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -31,6 +31,7 @@ class SimKD(nn.Module):
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t). Returns a scalar. No gradient
         reaches fm_t. `predict(fm_s, classifier)` returns logits (N, K); classifier: the teacher's last layer,
         a module or a pair (weight (K, t_channels), bias (K,)).
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: factor leaves no channel; a map is not 4-D or has other channels than announced; the batch
@@ -51,33 +52,26 @@ class SimKD(nn.Module):
         self.register_buffer('size', torch.zeros(2, dtype=torch.int64))  # of the teacher's map; 0 0: unknown
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-        if fm_t.dim() != 4 or fm_t.shape[:2] != (len(fm_s), self.t_channels):
-            raise ValueError(
-                f'SimKD: fm_t must be ({len(fm_s)}, {self.t_channels}, H, W) as fm_s and t_channels say, '
-                f'got {tuple(fm_t.shape)}'
-            )
+        _expect('SimKD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
+        _expect('SimKD', 'fm_t', fm_t, len(fm_s), self.t_channels, 'H', 'W')
         for i, side in enumerate(fm_t.shape[2:]):
             self.size[i].fill_(side)  # a tensor copied from the host would wait on a GPU
         return self.distance(self.project(fm_s, tuple(fm_t.shape[2:])), fm_t)
 
     def project(self, fm_s: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, s_channels, H_s, W_s) -> (N, t_channels, H, W); size: of the teacher's map."""
-        if fm_s.dim() != 4 or fm_s.shape[1] != self.s_channels:
-            raise ValueError(f'SimKD: fm_s must be (N, {self.s_channels}, H, W), got {tuple(fm_s.shape)}')
-        with torch.autocast(fm_s.device.type, enabled=False):
+        _expect('SimKD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
+        with _no_autocast(fm_s):
             fm_s = _full(fm_s)
             if size is not None and fm_s.shape[2] > size[0]:
                 fm_s = F.adaptive_avg_pool2d(fm_s, size)
-            return self.projector(fm_s)
+            return _run(self.projector, fm_s)
 
     def distance(self, projected: Tensor, fm_t: Tensor) -> Tensor:
         """Mean squared difference; the teacher's map is pooled to the projected one's size."""
-        if fm_t.dim() != 4 or fm_t.shape[:2] != projected.shape[:2]:
-            raise ValueError(
-                f'SimKD: fm_t must be {tuple(projected.shape[:2])} and a size, as the projected map, '
-                f'got {tuple(fm_t.shape)}'
-            )
-        fm_t, size = _full(fm_t.detach()), projected.shape[2:]
+        _expect('SimKD', 'fm_t', fm_t, *projected.shape[:2], 'H', 'W')
+        projected, fm_t = _full(projected), _full(fm_t.detach(), projected)
+        size = projected.shape[2:]
         return F.mse_loss(projected, fm_t if fm_t.shape[2:] == size else F.adaptive_avg_pool2d(fm_t, size))
 
     def predict(self, fm_s: Tensor, classifier, size: tuple[int, int] | None = None) -> Tensor:
@@ -127,9 +121,57 @@ class SimKDStudent(nn.Module):
         return f._replace(out=out, feat=feat, extra=projected) if feats else out
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

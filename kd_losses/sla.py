@@ -31,6 +31,7 @@ class SLA(nn.Module):
     Shape:
         joint_out: (N M, K M), sample-major (copies of a sample are neighbours); out: (N, K); target: (N,)
         int64. Returns a scalar. `terms` returns (joint, single, kd); `aggregate` the (N, K) averaged logits.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T or num_transforms is not positive; shapes do not fit.
@@ -47,22 +48,18 @@ class SLA(nn.Module):
 
     def terms(self, joint_out: Tensor, out: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         M = self.num_transforms
-        if out.dim() != 2:
-            raise ValueError(f'SLA: out must be (N, K), got {tuple(out.shape)}')
-        wanted = (len(out) * M, out.shape[1] * M)
-        if joint_out.shape != wanted:
-            raise ValueError(
-                f'SLA: joint_out must be {wanted} as out {tuple(out.shape)}, got {tuple(joint_out.shape)}'
-            )
-        if target.shape != out.shape[:1] or target.is_floating_point():
-            raise ValueError(f'SLA: target must be ({len(out)},) of integers, got {tuple(target.shape)}')
-        joint_out, out = _full(joint_out), _full(out)
+        _expect('SLA', 'out', out, 'N', 'K')
+        _expect('SLA', 'joint_out', joint_out, len(out) * M, out.shape[1] * M)
+        target, valid = _labels('SLA', target, *out.shape)
+        joint_out, out = _full(joint_out, out), _full(out)
         label = (target[:, None] * M + torch.arange(M, device=target.device)).flatten()
         log_p = F.log_softmax(out / self.T, dim=1)
         log_q = F.log_softmax(self.aggregate(joint_out.detach()) / self.T, dim=1)
         q = log_q.exp()
-        kd = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=1).mean() * self.T**2
-        return F.cross_entropy(joint_out, label), F.cross_entropy(out, target), kd
+        kd = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1) * self.T**2
+        joint = F.cross_entropy(joint_out, label, reduction='none').unflatten(0, (-1, M)).mean(dim=1)
+        single = F.cross_entropy(out, target, reduction='none')
+        return _mean(joint, valid), _mean(single, valid), _mean(kd, valid)
 
     def aggregate(self, joint_out: Tensor) -> Tensor:
         """(N M, K M) -> (N, K): for each copy the logits of its own transform, averaged."""
@@ -108,9 +105,67 @@ class SLAStudent(nn.Module):
         )
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -17,7 +17,6 @@ zero.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -26,8 +25,9 @@ class Sobolev(nn.Module):
 
     Shape:
         out_s, out_t: (N, K), computed from img in the graph that is still alive; img: (N, C, H, W), requires
-        grad; target: (N,) int64. jac_t: (N, C, H, W), the teacher's `input_gradient`, if it is known already;
-        out_t is then not used and may be None. Returns a scalar. No gradient reaches the teacher.
+        grad; target: (N,) labels. jac_t: (N, C, H, W), the teacher's `input_gradient`, if it is known
+        already; out_t is then not used and may be None. Returns a scalar. No gradient reaches the teacher.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: shapes do not fit; img does not require grad, or the logits do not depend on it.
@@ -36,30 +36,28 @@ class Sobolev(nn.Module):
     def forward(
         self, out_s: Tensor, out_t: Tensor | None, img: Tensor, target: Tensor, jac_t: Tensor | None = None
     ) -> Tensor:
-        if out_s.dim() != 2 or img.dim() < 2 or len(img) != len(out_s):
-            shapes = f'{tuple(out_s.shape)} and {tuple(img.shape)}'
-            raise ValueError(f'Sobolev: out_s and img must be (N, K) and (N, C, H, W), got {shapes}')
-        if target.shape != out_s.shape[:1] or target.is_floating_point():
-            raise ValueError(
-                f'Sobolev: target must be ({len(out_s)},) of integers, '
-                f'got {tuple(target.shape)} of {target.dtype}'
-            )
+        _expect('Sobolev', 'out_s', out_s, 'N', 'C')
+        _expect('Sobolev', 'img', img, len(out_s), *'D' * (img.dim() - 1 or 1))
+        _, valid = _labels('Sobolev', target, *out_s.shape)
         if jac_t is None:
-            if out_t is None or out_t.dim() != 2 or len(out_t) != len(out_s):
-                shape = None if out_t is None else tuple(out_t.shape)
-                raise ValueError(f'Sobolev: out_t must be ({len(out_s)}, K) as out_s, got {shape}')
+            if out_t is None:
+                raise ValueError('Sobolev: out_t must be given, got None: or else jac_t')
+            _expect('Sobolev', 'out_t', out_t, len(out_s), 'C')
             jac_t = input_gradient(out_t, img, target)
-        elif jac_t.shape != img.shape:
-            raise ValueError(f'Sobolev: jac_t must be {tuple(img.shape)} as img, got {tuple(jac_t.shape)}')
+        else:
+            _expect('Sobolev', 'jac_t', jac_t, *img.shape)
         jac_s = input_gradient(out_s, img, target, create_graph=True)
-        return F.mse_loss(_unit(_full(jac_s).flatten(1)), _unit(_full(jac_t.detach()).flatten(1)))
+        j_s, j_t = (_unit(_full(j, out_s).flatten(1)) for j in (jac_s, jac_t.detach()))
+        return _mean((j_s - j_t).square().mean(dim=1), valid)
 
 
 def input_gradient(out: Tensor, img: Tensor, target: Tensor, create_graph: bool = False) -> Tensor:
     """d (sum over n of out[n, target_n]) / d img, of img's shape; the graph of out survives."""
     grad = None
+    target, valid = _labels('Sobolev', target, *out.shape)
     if img.requires_grad and out.requires_grad:
-        chosen = out.gather(1, target[:, None]).sum()
+        chosen = out.gather(1, target[:, None])[:, 0]
+        chosen = (chosen if valid is None else torch.where(valid, chosen, 0.0)).sum()
         (grad,) = torch.autograd.grad(
             chosen, img, create_graph=create_graph, retain_graph=True, allow_unused=True
         )
@@ -71,16 +69,74 @@ def input_gradient(out: Tensor, img: Tensor, target: Tensor, create_graph: bool 
     return grad
 
 
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    alive = norm > 1e-12
-    return torch.where(alive, x / torch.where(alive, norm, 1.0), 0.0)
+    dead = norm <= 1e-12  # NaN is not: it must show in the loss
+    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

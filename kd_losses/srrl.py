@@ -30,6 +30,7 @@ class SRRL(nn.Module):
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t), out_t: (N, K); classifier: a module
         from (N, t_channels) to (N, K) or a pair (weight (K, t_channels), bias (K,)). Returns a scalar. No
         gradient reaches fm_t, out_t or the classifier's parameters. `terms` returns (FM, SR).
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: a map is not 4-D or has other channels than announced; the batch sizes differ; out_t is
@@ -51,28 +52,70 @@ class SRRL(nn.Module):
         return feature + self.sr_weight * logit
 
     def terms(self, fm_s: Tensor, fm_t: Tensor, out_t: Tensor, classifier) -> tuple[Tensor, Tensor]:
-        if fm_s.dim() != 4 or fm_s.shape[1] != self.s_channels:
-            raise ValueError(f'SRRL: fm_s must be (N, {self.s_channels}, H, W), got {tuple(fm_s.shape)}')
-        if fm_t.dim() != 4 or fm_t.shape[:2] != (len(fm_s), self.t_channels):
-            raise ValueError(
-                f'SRRL: fm_t must be ({len(fm_s)}, {self.t_channels}, H, W) as fm_s and t_channels say, '
-                f'got {tuple(fm_t.shape)}'
-            )
+        _expect('SRRL', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
+        _expect('SRRL', 'fm_t', fm_t, len(fm_s), self.t_channels, 'H', 'W')
         weight, bias = (
             classifier if isinstance(classifier, (tuple, list)) else (classifier.weight, classifier.bias)
         )
-        if out_t.shape != (len(fm_s), len(weight)):
-            raise ValueError(f'SRRL: out_t must be {(len(fm_s), len(weight))}, got {tuple(out_t.shape)}')
-        with torch.autocast(fm_s.device.type, enabled=False):
-            pooled = self.connector(_full(fm_s)).mean(dim=(2, 3))
-            bias = None if bias is None else _full(bias.detach())
-            feature = F.mse_loss(pooled, _full(fm_t.detach()).mean(dim=(2, 3)))
-            return feature, F.mse_loss(F.linear(pooled, _full(weight.detach()), bias), _full(out_t.detach()))
+        _expect('SRRL', 'out_t', out_t, len(fm_s), len(weight))
+        with _no_autocast(fm_s):
+            pooled = _run(self.connector, _full(fm_s)).mean(dim=(2, 3))
+            weight, bias = (None if x is None else _full(x.detach(), fm_s) for x in (weight, bias))
+            feature = F.mse_loss(pooled, _full(fm_t.detach(), fm_s).mean(dim=(2, 3)))
+            return feature, F.mse_loss(F.linear(pooled, weight, bias), _full(out_t.detach(), fm_s))
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -33,7 +33,8 @@ class TfKDReg(nn.Module):
         variant: 'code' or 'paper'.
 
     Shape:
-        out_s: (N, K), K >= 2; target: (N,) int64. Returns a scalar.
+        out_s: (N, K), K >= 2; target: (N,) labels. Returns a scalar.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: an argument is not legal; shapes do not fit.
@@ -58,15 +59,16 @@ class TfKDReg(nn.Module):
         self.correct_prob, self.variant = correct_prob, variant
 
     def forward(self, out_s: Tensor, target: Tensor) -> Tensor:
-        _check('TfKDReg', out_s, target)
+        _expect('TfKDReg', 'out_s', out_s, 'N', 'K')
+        target, valid = _labels('TfKDReg', target, *out_s.shape)
         out_s = _full(out_s)
-        classes = torch.arange(out_s.shape[1], device=out_s.device)
         wrong = (1 - self.correct_prob) / (out_s.shape[1] - 1)
-        p = torch.full_like(out_s, wrong).masked_fill(target[:, None] == classes, self.correct_prob)
+        p = torch.full_like(out_s, wrong).masked_fill(_is(target, out_s.shape[1]), self.correct_prob)
         log_q = F.log_softmax((p if self.variant == 'code' else p.log()) / self.T, dim=1)
-        kl = (log_q.exp() * (log_q - F.log_softmax(out_s, dim=1))).sum(dim=1).mean()
+        kl = (log_q.exp() * (log_q - F.log_softmax(out_s, dim=1))).sum(dim=1)
         factor = self.multiplier / out_s.shape[1] if self.variant == 'code' else 1
-        return (1 - self.alpha) * F.cross_entropy(out_s, target) + self.alpha * factor * kl
+        ce = F.cross_entropy(out_s, target, reduction='none')
+        return _mean((1 - self.alpha) * ce + self.alpha * factor * kl, valid)
 
 
 class TfKDSelf(nn.Module):
@@ -82,30 +84,85 @@ class TfKDSelf(nn.Module):
         self.T, self.alpha, self.multiplier = T, alpha, multiplier
 
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
-        _check('TfKDSelf', out_s, target)
-        if out_t.shape != out_s.shape:
-            raise ValueError(
-                f'TfKDSelf: out_t must be {tuple(out_s.shape)} as out_s, got {tuple(out_t.shape)}'
-            )
-        out_s, out_t = _full(out_s), _full(out_t.detach())
+        _expect('TfKDSelf', 'out_s', out_s, 'N', 'K')
+        _expect('TfKDSelf', 'out_t', out_t, *out_s.shape)
+        target, valid = _labels('TfKDSelf', target, *out_s.shape)
+        out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
         log_p, log_q = F.log_softmax(out_s / self.T, dim=1), F.log_softmax(out_t / self.T, dim=1)
         q = log_q.exp()
-        kl = torch.where(q > 0, q * (log_q - log_p), 0.0).mean() * self.T**2
-        return (1 - self.alpha) * F.cross_entropy(out_s, target) + self.alpha * self.multiplier * kl
+        kl = torch.where(q == 0, 0.0, q * (log_q - log_p)).mean(dim=1) * self.T**2
+        ce = F.cross_entropy(out_s, target, reduction='none')
+        return _mean((1 - self.alpha) * ce + self.alpha * self.multiplier * kl, valid)
 
 
-def _check(who: str, out_s: Tensor, target: Tensor) -> None:
-    if out_s.dim() != 2 or out_s.shape[1] < 2:
-        raise ValueError(f'{who}: out_s must be (N, K) with K >= 2, got {tuple(out_s.shape)}')
-    if target.shape != out_s.shape[:1] or target.is_floating_point():
-        raise ValueError(
-            f'{who}: target must be ({len(out_s)},) of integers, got {tuple(target.shape)} of {target.dtype}'
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
         )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _is(target: Tensor, K: int) -> Tensor:
+    """(N,) -> (N, K), True at the label."""
+    return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
+        1, target[:, None], True
+    )
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

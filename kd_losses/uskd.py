@@ -32,8 +32,9 @@ class USKD(nn.Module):
         rank_on: 'prob' or 'logprob', what the logits contribute to the ranking.
 
     Shape:
-        feat_mid: (N, mid_dim), out_s: (N, K), target: (N,) int64. Returns a scalar. `terms` returns the three
-        summands, weights included.
+        feat_mid: (N, mid_dim), out_s: (N, K), target: (N,) labels. Returns a scalar. `terms` returns the
+        three summands, weights included.
+        Rows of label -100 are left out. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: rank_on is neither; K < 2; shapes do not fit.
@@ -52,7 +53,10 @@ class USKD(nn.Module):
         if rank_on not in ('prob', 'logprob'):
             raise ValueError(f'USKD: rank_on must be "prob" or "logprob", got {rank_on!r}')
         if num_classes < 2:
-            raise ValueError(f'USKD: num_classes must be at least 2, got {num_classes}')
+            raise ValueError(
+                f'USKD: num_classes must be at least 2, got {num_classes}: '
+                'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+            )
         self.mid_dim, self.num_classes, self.rank_on = mid_dim, num_classes, rank_on
         self.alpha, self.beta, self.mu = alpha, beta, mu
         self.fc = nn.Linear(mid_dim, num_classes)
@@ -61,30 +65,23 @@ class USKD(nn.Module):
         return sum(self.terms(feat_mid, out_s, target))
 
     def terms(self, feat_mid: Tensor, out_s: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if feat_mid.dim() != 2 or feat_mid.shape[1] != self.mid_dim:
-            raise ValueError(f'USKD: feat_mid must be (N, {self.mid_dim}), got {tuple(feat_mid.shape)}')
-        if out_s.shape != (len(feat_mid), self.num_classes):
-            raise ValueError(
-                f'USKD: out_s must be ({len(feat_mid)}, {self.num_classes}), got {tuple(out_s.shape)}'
-            )
-        if target.shape != out_s.shape[:1] or target.is_floating_point():
-            raise ValueError(
-                f'USKD: target must be ({len(out_s)},) of integers, '
-                f'got {tuple(target.shape)} of {target.dtype}'
-            )
-        with torch.autocast(out_s.device.type, enabled=False):
+        _expect('USKD', 'feat_mid', feat_mid, 'N', self.mid_dim)
+        _expect('USKD', 'out_s', out_s, len(feat_mid), self.num_classes)
+        target, valid = _labels('USKD', target, *out_s.shape)
+        with _no_autocast(out_s):
             out_s = _full(out_s)
-            weak = self.fc(_full(feat_mid))
-            log_p, is_y = F.log_softmax(out_s, dim=1), _is(target, out_s)
+            weak = _run(self.fc, _full(feat_mid, out_s))
+            log_p, is_y = F.log_softmax(out_s, dim=1), _is(target, out_s.shape[1])
             log_p_y = log_p.gather(1, target[:, None])[:, 0]
             square = log_p_y.detach().exp().square()
-            goal = square + 1 - square.mean()
+            goal = square + 1 - _mean(square, valid)
             z = self._ranks(log_p.detach(), weak.detach(), target, is_y)
             log_others = F.log_softmax(out_s.masked_fill(is_y, -torch.inf), dim=1)
+            weak_ce = F.cross_entropy(weak, target, reduction='none', label_smoothing=0.1)
             return (
-                -self.alpha * (goal * log_p_y).mean(),
-                -self.beta * torch.where(is_y, 0.0, z * log_others).sum(dim=1).mean(),
-                self.mu * F.cross_entropy(weak, target, label_smoothing=0.1),
+                -self.alpha * _mean(goal * log_p_y, valid),
+                -self.beta * _mean(torch.where(is_y, 0.0, z * log_others).sum(dim=1), valid),
+                self.mu * _mean(weak_ce, valid),
             )
 
     def _ranks(self, log_p: Tensor, weak: Tensor, target: Tensor, is_y: Tensor) -> Tensor:
@@ -97,13 +94,92 @@ class USKD(nn.Module):
         return z / z.sum(dim=1, keepdim=True)
 
 
-def _is(target: Tensor, out: Tensor) -> Tensor:
-    return target[:, None] == torch.arange(out.shape[1], device=out.device)
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> tuple[Tensor, Tensor | None]:
+    """n labels of 0..K-1 as int64, and which rows count, None for all: not those of -100, which are 0 then.
+
+    Other labels are refused, but on a GPU, where looking at them would wait, only by the kernels.
+    """
+    _expect(who, name, target, n)
+    if target.is_floating_point():
+        raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
+    target = target.long()
+    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        seen = target.tolist()
+        if min(seen) >= 0 and max(seen) < K:
+            return target, None
+        for y in seen:
+            if y != -100 and not 0 <= y < K:
+                raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
+    valid = target != -100
+    return torch.where(valid, target, 0), valid
+
+
+def _is(target: Tensor, K: int) -> Tensor:
+    """(N,) -> (N, K), True at the label."""
+    return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
+        1, target[:, None], True
+    )
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

@@ -31,6 +31,7 @@ class VkD(nn.Module):
     Shape:
         feat_s: (N, s_dim), feat_t: (N, t_dim); further axes are flattened. Returns a scalar. No gradient
         reaches feat_t.
+        Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: a feature has another width than announced; the batch sizes differ.
@@ -42,19 +43,63 @@ class VkD(nn.Module):
         self.projection = orthogonal(nn.Linear(s_dim, t_dim, bias=False))
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
-        if feat_s.dim() < 2 or feat_s[0].numel() != self.s_dim:
-            raise ValueError(f'VkD: feat_s must be (N, {self.s_dim}), got {tuple(feat_s.shape)}')
-        if feat_t.dim() < 2 or len(feat_t) != len(feat_s) or feat_t[0].numel() != self.t_dim:
-            raise ValueError(
-                f'VkD: feat_t must be ({len(feat_s)}, {self.t_dim}) as feat_s and t_dim say, '
-                f'got {tuple(feat_t.shape)}'
-            )
-        with torch.autocast(feat_s.device.type, enabled=False):
-            projected = self.projection(_full(feat_s).flatten(1))
-            t = F.layer_norm(_full(feat_t.detach()).flatten(1), (self.t_dim,), eps=1e-5)
+        feat_s, feat_t = (x.flatten(1) if x.dim() > 2 else x for x in (feat_s, feat_t))
+        _expect('VkD', 'feat_s', feat_s, 'N', self.s_dim)
+        _expect('VkD', 'feat_t', feat_t, len(feat_s), self.t_dim)
+        with _no_autocast(feat_s):
+            projected = _run(self.projection, _full(feat_s))
+            t = F.layer_norm(_full(feat_t.detach(), feat_s), (self.t_dim,), eps=1e-5)
             return F.smooth_l1_loss(projected, t)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _run(module: nn.Module, x: Tensor, *more):
+    """module(x, ...) in the precision of x, whatever half() or double() has made of the parameters."""
+    if all(p.dtype == x.dtype for p in module.parameters()):
+        return module(x, *more)
+    state = {name: _full(p, x) for name, p in module.named_parameters()}
+    state |= {name: _full(b, x) if b.is_floating_point() else b for name, b in module.named_buffers()}
+    y = torch.func.functional_call(module, state, (x, *more))
+    with torch.no_grad():
+        for name, b in module.named_buffers():  # running statistics
+            b.copy_(state[name])
+    return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

@@ -79,6 +79,56 @@ COARSE = {
     'one': "the trunk's mean",
     'sobolev': 'the network',
 }
+# rows without a softmax over classes: one logit is as good as several
+REGRESSION = {
+    'adain': 'squared errors of logits',
+    'catkd': 'maps of a class each',
+    'irg': 'squared errors of logits',
+    'logits': 'squared errors of logits',
+    'lwm': 'the gradient of a logit',
+    'sobolev': 'the gradient of a logit',
+    'srrl': 'squared errors of logits',
+}
+# rows in whose labelled loss a row of -100 still counts for something, with what
+SEEN = {
+    'bss': 'draws the attacked classes for all slots',
+    'fcfd': 'its networks',
+    'mlkd_strong': 'the cross-entropy of the trainer',
+}
+# rows with products in layers of a network, which round as the user has asked
+LAYERS = {
+    'adain': "the teacher's classifier",
+    'bss': 'the networks',
+    'byot': 'adapters',
+    'crd': 'embeddings',
+    'eel': 'the map to the wider space',
+    'fcfd': 'mixed paths',
+    'lwm': 'the last layer',
+    'mhgd': 'heads',
+    'mlkd_strong': 'the teacher on the strong view',
+    'okddip': 'query and key',
+    'one': 'the gate',
+    'pad': 'variance and connector',
+    'sdd': 'the classifiers',
+    'semckd': 'query and key',
+    'sobolev': 'the network',
+    'srrl': "the teacher's classifier",
+    'uskd': 'the weak head',
+    'vkd': 'the projection',
+}
+# rows that cannot run on meta tensors, with the reason
+NO_META = {
+    'bss': 'draws on the generator of the batch',
+    'crd': 'draws on the generator of the batch',
+    'dgkd': 'draws on the generator of the batch',
+    'fcfd': 'runs networks',
+    'lwm': 'differentiates what a network prepared',
+    'mgd': 'draws on the generator of the batch',
+    'mlkd_strong': 'runs networks',
+    'sobolev': 'differentiates what a network prepared',
+}
+# rows that a teacher's masked class, a logit of -inf, does not disturb
+MASKED = ['ctkd', 'cskd', 'dgkd', 'dist', 'dkd', 'fcfd', 'mlkd', 'nkd', 'ofakd', 'st', 'tfkd_self', 'ttm']
 # arguments of forward, where the trainer calls a part of the loss only
 DIRECT = {'simkd': lambda w: (w.s.fms[-1], w.t.fms[-1])}
 
@@ -522,3 +572,367 @@ def test_repr_and_modes(name):
     assert repr(kd)
     kd.eval()
     healthy(name, world(name), kd)
+
+
+# ------------------------------------------------------------------------- what public bug reports stumble on
+
+
+def outcome(name, kd, w):
+    """The loss from a fresh copy of its state, and where it differs from that."""
+    return call(name, copy.deepcopy(kd), w)
+
+
+def leaves(w) -> dict:
+    """Every tensor the loss may see, by its place."""
+    sides = {'s': w.s, 't': w.t, 'other': w.other, 'prepared': getattr(w.b, 'prepared', None)}
+    if METHODS[w.name].input_grad:
+        sides['img'] = w.b.img
+    return {f'{side}[{i}]': x for side, f in sides.items() for i, x in enumerate(tensors(f))}
+
+
+def prepared_world(name, **kw):
+    w = world(name, **kw)
+    w.name = name
+    return w
+
+
+def changed(name, kd, place, change):
+    """The loss where one tensor of a fresh world is changed in place."""
+    w = prepared_world(name)
+    with torch.no_grad():
+        change(leaves(w)[place])
+    if METHODS[name].prepare:
+        connect(name, w)
+    return outcome(name, kd, w)
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+@pytest.mark.parametrize('name', ROWS)
+def test_what_is_not_finite_shows(name, bad):
+    """One bad entry in anything that the loss looks at, on either side: the value itself must tell."""
+    w = prepared_world(name)
+    kd = build(name, w)
+    clean, seen = outcome(name, kd, w), []
+    for place in leaves(w):
+        if torch.equal(changed(name, kd, place, lambda x: x.copy_(-2 * x.flip(0) - 1)), clean):
+            continue  # not looked at
+        seen.append(place)
+        if place.startswith('img') and bad == torch.inf:
+            continue  # shown to a network, which may well saturate
+        size = leaves(w)[place].numel()
+        for entry in (0, size // 2, size - 1):
+            loss = changed(name, kd, place, lambda x, i=entry: x.view(-1)[i].fill_(bad))
+            assert not torch.isfinite(loss), f'{bad} in entry {entry} of {place} gives {loss}'
+    assert seen
+
+
+@pytest.mark.parametrize('name', MASKED)
+def test_a_masked_class_of_the_teacher_is_legal(name):
+    """-inf is probability 0 where a divergence is weighed by the teacher's probabilities."""
+    w = world(name)
+    with torch.no_grad():
+        w.t.out[:, K - 1] = -torch.inf
+    healthy(name, w)
+
+
+def one_class(arg):
+    """The same with one class instead of K."""
+    if isinstance(arg, list):
+        return [one_class(x) for x in arg]
+    if not isinstance(arg, torch.Tensor) or not arg.is_floating_point() or arg.dim() < 2:
+        return arg
+    return arg.narrow(1, 0, arg.shape[1] // K)
+
+
+def calls_of(name):
+    """(module, arguments) of the first call of the row's loss."""
+    w = world(name)
+    kd, calls = build(name, w), []
+    for loss in kd if isinstance(kd, nn.ModuleList) else [kd]:
+        loss.register_forward_pre_hook(lambda module, args: calls.append((module, list(args))))
+    call(name, kd, w)
+    return calls[0] if calls else (kd, list(DIRECT[name](w)))
+
+
+@pytest.mark.parametrize('name', [name for name in ROWS if name not in REGRESSION])
+def test_one_logit_is_refused(name):
+    module, args = calls_of(name)
+    names = list(inspect.signature(module.forward).parameters)
+    logits = [i for i, key in enumerate(names[: len(args)]) if re.search('out|peers|patch', key)]
+    if not logits:
+        return
+    with pytest.raises(ValueError) as caught:
+        module.forward(*[one_class(arg) if i in logits else arg for i, arg in enumerate(args)])
+    if 'num_classes' in inspect.signature(METHODS[name].loss).parameters:  # known before
+        with pytest.raises(ValueError) as caught:
+            METHODS[name].loss(4, 1)
+    assert 'torch.cat([torch.zeros_like(z), z], 1)' in str(caught.value)
+
+
+def labelled(name) -> bool:
+    """Whether the row's loss reads labels: an illegal one is noticed."""
+    return 'target' in inspect.signature(METHODS[name].loss.forward).parameters or name == 'bss'
+
+
+LABELLED = [name for name in ROWS if labelled(name)]
+
+
+@pytest.mark.parametrize('label', [-1, K, 255])
+@pytest.mark.parametrize('name', LABELLED)
+def test_illegal_labels_are_named(name, label):
+    if name == 'eel' and label > 0:
+        return  # it knows no number of classes
+    w = world(name)
+    kd = build(name, w)
+    w.b.target = w.b.target.clone()
+    w.b.target[2] = label
+    with pytest.raises(ValueError, match=f'target must be .* got {label}'):
+        call(name, kd, w)
+
+
+@pytest.mark.parametrize('dtype', [torch.int32, torch.uint8])
+@pytest.mark.parametrize('name', LABELLED)
+def test_other_integers_are_labels_too(name, dtype):
+    w, v = world(name), world(name)
+    kd = build(name, w)
+    v.b.target, v.b.index = v.b.target.to(dtype), v.b.index.int()
+    assert torch.equal(outcome(name, kd, v), outcome(name, kd, w))
+
+
+def part_of(w, rows) -> None:
+    """Keep some samples of a batch of five; copies of a sample are neighbours."""
+    relay(w, lambda x: x.unflatten(0, (5, -1))[rows].flatten(0, 1))
+    w.b.target, w.b.index = w.b.target[rows], w.b.index[rows]
+    w.b.img = w.b.img.detach()[rows].requires_grad_(w.b.img.requires_grad)
+    w.b.views = {view: x[rows] for view, x in w.b.views.items()}
+
+
+@pytest.mark.parametrize('name', [name for name in LABELLED if name not in SEEN])
+def test_rows_without_a_label_are_left_out(name):
+    """Two rows of -100: value and gradient are those of the other three, as F.cross_entropy has it."""
+    rows = torch.tensor([0, 2, 4])
+    w, v = world(name, dtype=torch.float64), world(name, dtype=torch.float64)
+    kd = build(name, w).eval()
+    w.b.target = w.b.target.clone()
+    w.b.target[[1, 3]] = -100
+    if METHODS[name].prepare:
+        for x in (w, v):
+            if x is v:
+                part_of(x, rows)
+            connect(name, x)
+            x.b.prepared = METHODS[name].prepare(x.b.net_t, x.t, x.b)
+    else:
+        part_of(v, rows)
+    loss, expected = outcome(name, kd, w), outcome(name, kd, v)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    loss.backward()
+    expected.backward()
+    sides = [[x.s] if METHODS[name].peers else [x.s, x.other, x.b.img] for x in (w, v)]
+    for g, h in zip(*map(grads, sides), strict=True):
+        g = g.unflatten(0, (5, -1))
+        torch.testing.assert_close(g[rows].flatten(0, 1), h, rtol=1e-9, atol=1e-12)
+        assert not g[[1, 3]].any(), 'a row that is left out learns'
+
+
+@pytest.mark.parametrize('name', LABELLED)
+def test_no_label_at_all_is_zero(name):
+    w = world(name)
+    kd = build(name, w)
+    w.b.target = torch.full_like(w.b.target, -100)
+    if METHODS[name].prepare:
+        connect(name, w)
+        w.b.prepared = METHODS[name].prepare(w.b.net_t, w.t, w.b)
+    loss = outcome(name, kd, w)
+    loss.backward()
+    assert loss == 0 and not any(g.any() for g in learning(w))
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_teacher_under_inference_mode_gives_the_same(name):
+    def again(f):
+        if f is None or isinstance(f, torch.Tensor):
+            return None if f is None else f.detach().clone()
+        return Feats(*map(again, f)) if isinstance(f, Feats) else [again(x) for x in f]
+
+    w, v = world(name), world(name)
+    kd = build(name, w)
+    with torch.inference_mode():
+        v.t = again(v.t)
+        v.b.ts = [v.t, v.t]
+        if METHODS[name].prepare:
+            v.b.prepared = again(v.b.prepared)
+    assert all(x.is_inference() for x in tensors(v.t))
+    expected, loss = outcome(name, kd, w), outcome(name, kd, v)
+    assert torch.equal(loss, expected)
+    expected.backward()
+    loss.backward()
+    assert all(torch.equal(g, h) for g, h in zip(learning(v), learning(w), strict=True))
+
+
+def cast(f, dtype):
+    if f is None or isinstance(f, torch.Tensor):
+        return None if f is None else f.detach().to(dtype).requires_grad_()
+    return Feats(*(cast(x, dtype) for x in f)) if isinstance(f, Feats) else [cast(x, dtype) for x in f]
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_a_float64_teacher(name):
+    """Cached by NumPy, say: the loss is the student's, float32."""
+    w, v = world(name), world(name)
+    kd = build(name, w)
+    v.t = cast(v.t, torch.float64)
+    v.b.ts = [v.t, v.t]
+    if METHODS[name].prepare:
+        v.b.prepared = v.b.prepared.double()
+    loss = healthy(name, v, copy.deepcopy(kd))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, outcome(name, kd, w))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('name', ROWS)
+def test_the_loss_in_another_precision(name, dtype):
+    """half(), bfloat16() or double() for the loss's own parameters: still computed as the student's are."""
+    w = world(name)
+    kd = build(name, w).to(dtype)
+    rounded = copy.deepcopy(kd).float()
+    if hasattr(kd, 'attack'):
+        kd.attacker = rounded.attacker
+    expected = healthy(name, world(name), rounded)
+    loss = healthy(name, w, kd)
+    assert loss.dtype == torch.float32 and all(p.dtype == dtype for p in kd.parameters())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for mine, other in zip(kd.buffers(), rounded.buffers()):  # running statistics and memories go on
+        torch.testing.assert_close(mine.float(), other.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('name', [name for name in ROWS if not METHODS[name].prepare and name not in COARSE])
+def test_a_float64_student_with_a_float32_loss(name):
+    w = world(name, dtype=torch.float64)
+    kd = build(name, w).float()
+    loss = healthy(name, w, copy.deepcopy(kd))
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(
+        loss, outcome(name, kd.double(), world(name, dtype=torch.float64)), rtol=1e-5, atol=1e-7
+    )
+
+
+class Rounding(TorchDispatchMode):
+    """Matrix products of float32 as TF32 or bf16 make them: with three digits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ('mm', 'bmm', 'addmm', 'baddbmm'):
+            args = [
+                x.bfloat16().float() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+                for x in args
+            ]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def lower_precision():
+    torch.set_float32_matmul_precision('medium')
+    yield
+    torch.set_float32_matmul_precision('highest')
+
+
+@pytest.mark.parametrize('name', [name for name in ROWS if name not in LAYERS])
+def test_products_are_exact(name, lower_precision):
+    """Whatever precision the user allows float32 products: those that decide a loss keep theirs."""
+    w, v = world(name), world(name)
+    kd = build(name, w)
+    torch.set_float32_matmul_precision('highest')
+    expected = outcome(name, kd, w)
+    expected.backward()
+    torch.set_float32_matmul_precision('medium')
+    with Rounding():
+        loss = outcome(name, kd, v)
+        loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-5, atol=1e-7)
+    for g, h in zip(learning(v), learning(w), strict=True):
+        torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-4 * float(h.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_an_empty_batch_is_refused(name):
+    w = world(name)
+    kd = build(name, w)
+    relay(w, lambda x: x[:0])
+    w.b.target, w.b.index, w.b.img = w.b.target[:0], w.b.index[:0], w.b.img.detach()[:0]
+    w.b.views = {view: x[:0] for view, x in w.b.views.items()}
+    if METHODS[name].prepare:
+        w.b.prepared = w.b.prepared[:0]
+        connect(name, w)
+    with pytest.raises(ValueError, match=r'\(0, .*: leave an empty batch out'):
+        call(name, kd, w)
+
+
+@pytest.mark.parametrize('name', [name for name in ROWS if name not in EAGER])
+def test_functional_gradients(name):
+    """torch.func.grad gives what backward gives."""
+    module, args = calls_of(name)
+    module.eval()
+    nested = isinstance(args[0], list)
+    first = tensors(args[0])[0]
+
+    def f(x):
+        torch.manual_seed(0)
+        return copy.deepcopy(module).forward(put_first(args[0], x) if nested else x, *args[1:])
+
+    plain = first.detach().clone().requires_grad_()
+    f(plain).backward()
+    torch.testing.assert_close(torch.func.grad(f)(first.detach()), plain.grad)
+
+
+def put_first(arg, x):
+    """x in the place of the first tensor of nested lists."""
+    return [put_first(arg[0], x), *arg[1:]] if isinstance(arg, list) else x
+
+
+@pytest.mark.parametrize('name', [name for name in ROWS if name not in NO_META])
+def test_meta_tensors(name):
+    """Shapes only: what planning tools ask for."""
+    w = world(name)
+    kd = build(name, w).to('meta')
+    relay(w, lambda x: x.to('meta'))
+    w.b.target, w.b.index = w.b.target.to('meta'), w.b.index.to('meta')
+    w.b.net_s.to('meta')
+    w.b.net_t.to('meta')
+    loss = call(name, kd, w)
+    assert loss.device.type == 'meta' and loss.shape == ()
+    loss.backward()
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_shape_messages_name_the_remedy(name):
+    """Wanted, got, and what to do about it; for text, sequences and volumes in particular."""
+    module, args = calls_of(name)
+    names = list(inspect.signature(module.forward).parameters)
+    for i, arg in enumerate(args):
+        if not isinstance(arg, (list, torch.Tensor)):
+            continue
+        for wrong in [
+            *spoiled(arg)[name in ANY_LENGTH and isinstance(arg, list) :],
+            *foreign(names[i % len(names)], arg),
+        ]:
+            with pytest.raises(ValueError) as caught:
+                module.forward(*[wrong if j == i else a for j, a in enumerate(args)])
+            assert re.search(r'must .*, got .*: \w.*\w', str(caught.value)), str(caught.value)
+    first = args[0]
+    if isinstance(first, torch.Tensor) and names[0] in ('out', 'out_s', 'out_1', 'out_a', 'patch_s'):
+        with pytest.raises(ValueError, match='flatten'):
+            module.forward(torch.randn(2, 3, 4, 5, 6), *args[1:])
+    if isinstance(first, torch.Tensor) and names[0] in ('fm_s', 'fm') and name != 'sp':
+        for shape, remedy in (((2, 4, 9), r'x\[..., None\]'), ((2, 4, 3, 3, 3), r'flatten\(3\)')):
+            if type(module).__name__ == 'FitNet' and module.regressor is None:
+                continue
+            with pytest.raises(ValueError, match=remedy):
+                module.forward(torch.randn(shape), *args[1:])
+
+
+def foreign(key: str, arg) -> list:
+    """Logits with an axis more."""
+    return (
+        [arg[:, None]] if re.search('out', key) and isinstance(arg, torch.Tensor) and arg.dim() == 2 else []
+    )

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ka_cases import CASES, file_of
 
@@ -208,6 +209,160 @@ def test_too_few_teachers_are_named(name):
         made.inputs[key] = made.inputs[key][:-1]
         with pytest.raises(ValueError, match=r'got'):
             made()
+
+
+def spoil(made, argument, path, change):
+    """Change one tensor of an argument, in its place."""
+    holder, *keys = (made.inputs, argument, *path)
+    for key in keys[:-1]:
+        holder = holder[key]
+    if isinstance(holder[keys[-1]], torch.Tensor):
+        value = change(holder[keys[-1]].detach().clone())
+        if isinstance(holder, tuple):  # of statistics
+            with torch.no_grad():
+                holder[keys[-1]].copy_(value)
+        else:
+            holder[keys[-1]] = value
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+@pytest.mark.parametrize('name', CASES)
+def test_what_is_not_finite_shows(name, bad):
+    """One bad entry in any argument, on either side: the value itself must tell."""
+
+    for argument in Made(name).inputs:
+        for path in places(Made(name).inputs[argument]):
+            for where in (0, 0.5, 1):
+
+                def poison(x, where=where):
+                    x.view(-1)[int(where * (x.numel() - 1))] = bad
+                    return x
+
+                made = Made(name)
+                spoil(made, argument, path, poison)
+                value = made()
+                assert not torch.isfinite(value), f'{bad} in {argument}{list(path)} gives {value}'
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_teachers_under_inference_mode_give_the_same(name):
+    made = Made(name)
+    expected = made()
+    made.check(expected)
+    made = Made(name)
+    for key in [key for key in made.inputs if '_t' in key and made.teachers]:
+        with torch.inference_mode():
+            made.inputs[key] = tree(made.inputs[key], lambda x: x.clone())
+    value = made()
+    assert torch.equal(value, expected)
+    made.check(value)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_float64_teachers(name):
+    made = Made(name)
+    for key in [key for key in made.inputs if '_t' in key]:
+        made.inputs[key] = tree(made.inputs[key], lambda x: x.double())
+    value = made()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, Made(name)())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('name', CASES)
+def test_the_loss_in_another_precision(name, dtype):
+    """half(), bfloat16() or double() for the loss's own parameters: still computed as the student's are."""
+    made, rounded = Made(name), Made(name)
+    made.loss.to(dtype)
+    rounded.loss.to(dtype).float()
+    value = made()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, rounded(), rtol=1e-5, atol=1e-6)
+    made.check(value)
+
+
+class Rounding(TorchDispatchMode):
+    """Matrix products of float32 as TF32 or bf16 make them: with three digits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ('mm', 'bmm', 'addmm', 'baddbmm'):
+            args = [
+                x.bfloat16().float() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+                for x in args
+            ]
+        return func(*args, **(kwargs or {}))
+
+
+# cases whose own linear layers round as the user has asked
+LAYERS = ('cfl_fc', 'transformer_ka_agg')
+
+
+@pytest.mark.parametrize('name', [name for name in CASES if name not in LAYERS])
+def test_products_are_exact(name):
+    """Whatever precision the user allows float32 products: those that decide a loss keep theirs."""
+    expected = Made(name)()
+    made = Made(name)
+    try:
+        torch.set_float32_matmul_precision('medium')
+        with Rounding():
+            value = made()
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_an_empty_batch_is_refused(name):
+    made = Made(name, n=0)
+    with pytest.raises(ValueError, match='leave an empty batch out'):
+        made()
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_shape_messages_name_the_remedy(name):
+    for argument in Made(name).inputs:
+        for path in places(Made(name).inputs[argument]):
+            if argument in ('bn_stats', 'd_fake'):
+                continue
+            made = Made(name)
+            spoil(made, argument, path, lambda x: x[..., None])
+            with pytest.raises(ValueError, match=r'(?s)must .*got .*: \w.*\w'):
+                made()
+
+
+@pytest.mark.parametrize('name', ['concat_kd', 'subtask', 'recombination', 'sbm', 'ood_ka'])
+def test_one_logit_is_refused(name):
+    made = Made(name)
+    if name == 'sbm':
+        made.inputs = {key: [x[0][:, :1], *x[1:]] for key, x in made.inputs.items()}
+    elif name == 'ood_ka':
+        made.inputs |= {'out_s': made.inputs['out_s'][:, :1]}
+    elif name == 'subtask':
+        with pytest.raises(ValueError, match='got'):
+            type(made.loss)([0], 6)
+        return
+    else:
+        made.inputs['out_s'] = made.inputs['out_s'][:, :1]
+        made.inputs['outs_t' if 'outs_t' in made.inputs else 'out_t'] = (
+            [made.inputs['out_s']] if 'outs_t' in made.inputs else made.inputs['out_s']
+        )
+    with pytest.raises(ValueError, match=r'torch\.cat'):
+        made()
+
+
+def test_detr_labels():
+    """-100 is left out as F.cross_entropy does it, other strange labels are refused."""
+    from ka_losses.transformer_ka import detr_ce
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4), torch.tensor([[0, 3, -100], [1, -100, 0]])
+    weight = torch.tensor([0.1, 1, 1, 1])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight)
+    torch.testing.assert_close(detr_ce(logits, labels), expected)
+    assert detr_ce(logits, torch.full_like(labels, -100)) == 0
+    with pytest.raises(ValueError, match='got 255'):
+        detr_ce(logits, torch.full_like(labels, 255))
 
 
 def test_wrong_options_are_named():

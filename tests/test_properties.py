@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_losses import (
     AT,
@@ -16,6 +17,7 @@ from kd_losses import (
     DKD,
     KDSVD,
     LSKD,
+    MLKD,
     NST,
     OFAKD,
     OFD,
@@ -32,6 +34,7 @@ from kd_losses.ab import AB
 from kd_losses.adain import AdaINKD
 from kd_losses.bss import BSS, BSSAttacker, sample_attack_class, select_base_samples
 from kd_losses.catkd import CATKD, to_cam
+from kd_losses.cd import GKD
 from kd_losses.cskd import CSKD
 from kd_losses.ctkd import CTKD, cosine_lambda
 from kd_losses.dcm import DCM
@@ -342,6 +345,60 @@ def test_sp_gradient_of_the_short_gram():
     near(s.grad, r.grad)
 
 
+def pkt_naive(s, t, eps=1e-7):
+    p = []
+    for f in (s, t):
+        u = f / (f.norm(dim=1, keepdim=True) + eps)
+        c = (u @ u.T + 1) / 2
+        p.append(c / c.sum(dim=1, keepdim=True))
+    return (p[1] * torch.log((p[1] + eps) / (p[0] + eps))).mean()
+
+
+@pytest.mark.parametrize('mean', [0, 1, 10, 100])
+def test_pkt_keeps_its_digits_around_a_large_mean(mean):
+    """float32 against the plain formula in float64: all cosines are near 1 there."""
+    s, t = (rand(32, 16, seed=seed).float() + mean for seed in (0, 1))
+    s.requires_grad_()
+    r = s.detach().double().requires_grad_()
+    loss, expected = PKT()(s, t), pkt_naive(r, t.double())
+    loss.backward()
+    expected.backward()
+    tol = max(1e-4 * mean, 1e-5)
+    torch.testing.assert_close(loss.double(), expected, rtol=tol, atol=0)
+    torch.testing.assert_close(s.grad.double(), r.grad, rtol=0, atol=tol * float(r.grad.abs().max()))
+
+
+@pytest.mark.parametrize('n,K', [(5, 4), (5, 30), (1, 3)])
+def test_mlkd_class_term_needs_no_square_of_the_classes(n, K):
+    """Whichever form is taken, value and gradient are those of the K x K matrices."""
+    s, t = 3 * rand(n, K).requires_grad_(), 3 * rand(n, K, seed=1)
+    term = MLKD(temps=(2.0,)).terms(s, t)[2]
+    p, q = (s / 2).softmax(dim=1), (t / 2).softmax(dim=1)
+    expected = (q.T @ q - p.T @ p).square().sum() / K
+    near(term, expected)
+    near(*(torch.autograd.grad(x, s, retain_graph=True)[0] for x in (term, expected)))
+    near(MLKD().terms(t, t)[2], 0.0, 1e-15)
+
+
+def test_mlkd_memory_is_linear_in_the_classes():
+    s, t = torch.randn(4, 100_000).requires_grad_(), torch.randn(4, 100_000)
+    with Largest() as largest:
+        MLKD()(s, t).backward()
+    assert largest.numel <= 4 * s.numel()
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
 @pytest.mark.parametrize(
     'make',
     [
@@ -361,6 +418,20 @@ def test_sp_gradient_of_the_short_gram():
 def test_wrong_hyperparameters_are_refused(make):
     with pytest.raises(ValueError, match='got'):
         make()
+
+
+def test_ofd_margin_of_batch_norms_without_parameters():
+    """Without weight and bias a channel is N(0, 1): E[x | x < 0] = -sqrt(2 / pi)."""
+    near(OFD.margin_from_bn(None, None), -math.sqrt(2 / math.pi), 1e-6)
+    near(OFD.margin_from_bn(torch.ones(3), None), torch.full((3,), -math.sqrt(2 / math.pi)), 1e-6)
+    bn = torch.nn.BatchNorm2d(4, affine=False)
+    ofd = OFD(3, 4, margin=OFD.margin_from_bn(bn.weight, bn.bias))
+    assert ofd.margin.shape == (1, 4, 1, 1) and ofd(torch.randn(2, 3, 4, 4), torch.randn(2, 4, 4, 4)) > 0
+
+
+def test_lskd_needs_three_classes():
+    with pytest.raises(ValueError, match='K >= 3.*constant'):
+        LSKD()(rand(4, 2), rand(4, 2))
 
 
 def test_fitnet_refuses_other_sizes():
@@ -397,6 +468,71 @@ def test_crd_against_the_definition():
         before = crd.memory_s.clone()
         crd(s, t, index, sample)
         assert torch.equal(crd.memory_s, before), 'nothing is remembered in eval mode'
+
+
+def test_crd_takes_labels_in_any_form():
+    labels = [i % 3 for i in range(30)]
+    for targets in (labels, np.array(labels), torch.tensor(labels, dtype=torch.int32)):
+        crd = CRD(4, 4, 30, targets, nce_n=5)
+        assert torch.equal(crd.targets, torch.tensor(labels))
+        crd(rand(4, 4).float(), rand(4, 4).float(), torch.arange(4, dtype=torch.int32)).backward()
+    for wrong in ([0] * 30, [0, -1] * 15):
+        with pytest.raises(ValueError, match='two classes'):
+            CRD(4, 4, 30, wrong)
+
+
+def test_crd_leaves_images_without_a_label_out():
+    """-100: never a negative, no row of the loss, not remembered."""
+    targets = torch.arange(30) % 3
+    targets[[1, 3, 20, 21]] = -100
+    crd = CRD(4, 4, 30, targets, nce_n=12).double()
+    drawn = crd._draw(torch.arange(5), torch.Generator().manual_seed(0))
+    assert not torch.isin(drawn[:, 1:], torch.tensor([1, 3, 20, 21])).any()
+    s, t, index = rand(5, 4).requires_grad_(), rand(5, 4, seed=1), torch.arange(5)
+    rows = torch.tensor([0, 2, 4])
+    part, before = copy.deepcopy(crd), crd.memory_s.clone()
+    some = part(s[rows], t[rows], index[rows], drawn[rows])
+    whole = crd(s, t, index, drawn)
+    near(whole, some)
+    (grad,) = torch.autograd.grad(whole, s)
+    near(grad, torch.autograd.grad(some, s)[0])
+    assert torch.equal(crd.memory_s[[1, 3]], before[[1, 3]]) and not torch.equal(crd.memory_s[0], before[0])
+    near(crd.memory_s, part.memory_s)
+    near(crd.z_s, part.z_s)
+    none = CRD(4, 4, 30, targets, nce_n=12).double()
+    value = none(s[[1, 3]], t[[1, 3]], index[[1, 3]])
+    assert value == 0 and none.z_s < 0 and not torch.autograd.grad(value, s)[0].any()
+
+
+def test_pskd_does_not_remember_rows_without_a_label():
+    memory, out = PSKD(6, 5).double(), rand(6, 5)
+    target = torch.arange(6) % 5
+    target[2] = -100
+    memory(out, target, torch.arange(6), 0)
+    rows = [0, 1, 3, 4, 5]
+    near(memory.memory[rows], out.softmax(dim=1)[rows], 1e-6)
+    assert not memory.memory[2].any()
+
+
+def test_gkd_leaves_rows_out_and_shows_what_is_not_finite():
+    s, t, y = rand(6, 4), rand(6, 4, seed=1), torch.tensor([0, 1, -100, 3, -100, 1])
+    rows = [0, 1, 3, 5]
+    near(GKD(T=2.0)(s, t, y), GKD(T=2.0)(s[rows], t[rows], y[rows]))
+    near(GKD()(s, t, torch.full((6,), -100)), 0)
+    for bad in (math.nan, math.inf):
+        for x in (s, t):
+            poisoned = [z.clone() if z is x else z for z in (s, t)]
+            poisoned[0 if x is s else 1][3, 2] = bad
+            assert not GKD()(*poisoned, t.argmax(dim=1)).isfinite()
+    with pytest.raises(ValueError, match='got 255'):
+        GKD()(s, t, torch.full((6,), 255))
+
+
+def test_dlb_leaves_rows_without_a_label_out_of_both_batches():
+    out, now, then, y = rand(5, 4), rand(3, 4, seed=1), rand(3, 4, seed=2), torch.arange(5) % 4
+    y[1], y_prev = -100, torch.tensor([2, -100, 0])
+    near(DLB()(out, y, now, then, y_prev),
+         DLB()(out[[0, 2, 3, 4]], y[[0, 2, 3, 4]], now[[0, 2]], then[[0, 2]], y_prev[[0, 2]]))  # fmt: skip
 
 
 def test_crd_draws_negatives_of_other_classes():
@@ -701,6 +837,25 @@ def test_dot_without_delta_is_sgd():
     for wrong in ({'delta': 0.2}, {'delta': -0.1}, {'momentum': 0.05, 'delta': 0.1}):
         with pytest.raises(ValueError, match='delta'):
             DOT([torch.zeros(2, requires_grad=True)], 0.1, **wrong)
+
+
+def test_dot_refuses_a_gradient_scaler():
+    """Its distillation gradients would stay scaled; a scaler that is switched off is no scaler."""
+    for enabled, unscaled in ((True, False), (True, True), (False, False)):
+        p = torch.ones(3, requires_grad=True)
+        opt, scaler = DOT([p], 0.1), torch.amp.GradScaler('cpu', init_scale=1024.0, enabled=enabled)
+        scaler.scale(p.sum()).backward()
+        opt.step_kd()
+        opt.zero_grad()
+        scaler.scale(p.square().sum()).backward()
+        if unscaled:
+            scaler.unscale_(opt)
+        if enabled:
+            with pytest.raises(RuntimeError, match='GradScaler.*bfloat16'):
+                scaler.step(opt)
+        else:
+            scaler.step(opt)
+            near(p.detach(), torch.full((3,), 1 - 0.1 * (1 + 2.0)), 1e-6)
 
 
 # ------------------------------------------------------------------------- peers and self-distillation

@@ -168,5 +168,53 @@ def test_explains_itself(path):
         assert re.search(rf'\b{argument}\b', said), f'{argument} is not explained'
 
 
+# helpers of one name that differ on purpose, with the reason
+OWN = {
+    '_kl': 'reduced as its file needs it',
+    '_leading': 'kdsvd keeps the singular values, mhgd the vectors alone',
+    '_log_probabilities': 'sdd has an axis of regions more',
+    '_mmd': "cc's kernel of means, nst's discrepancy",
+    '_pool': 'fsp also by maximum',
+    '_separable': 'exits of different networks',
+}
+
+
+def test_helpers_of_one_name_are_one_text():
+    """What stands in many files by design must not drift: mend one, mend all."""
+    seen = {}
+    for path in FILES:
+        source = path.read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith('_'):
+                seen.setdefault(node.name, {}).setdefault(ast.get_source_segment(source, node), []).append(
+                    path.stem
+                )
+    for name in (
+        '_expect',
+        '_full',
+        '_labels',
+        '_mean',
+        '_run',
+        '_exact',
+        '_rounded',
+        '_unit',
+        '_no_autocast',
+        '_is',
+    ):
+        assert sum(map(len, seen[name].values())) > 3, f'{name} is no longer shared'
+    drifted = {name: list(texts.values()) for name, texts in seen.items() if len(texts) > 1}
+    assert drifted.keys() == OWN.keys(), drifted
+
+
+@pytest.mark.parametrize('path', [p for p in FILES if p.stem != 'dot'], ids=lambda p: p.stem)
+def test_every_loss_guards_its_arguments(path):
+    """Shapes with remedies, precision, and exact products: a new file has them too."""
+    source = path.read_text()
+    assert '_expect(' in source and '_full(' in source
+    code = source.split('"""', 2)[2]
+    for product in re.findall(r'[^\n]*(?: @ |addmm|bmm)[^\n]*', code):
+        assert '_exact' in code, f'{product.strip()} is not exact'
+
+
 def test_there_are_files():
     assert len(FILES) >= 12
