@@ -931,16 +931,11 @@ class Record:
         self.history.append(row)
         if self.key in row and self.best is row:
             weights = self._weights()
-            best = {'net': weights, 'epoch': row['epoch'], **self._class_names()}
-            save_checkpoint(self.folder / 'best.pt', best)
+            save_checkpoint(self.folder / 'best.pt', {'net': weights, 'epoch': row['epoch']})
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args, 'origin': self.origin}
-        state |= self._class_names()
         write_metrics(self.folder / 'metrics.csv', self.history)
         save_checkpoint(self.folder / 'last.pt', state)
-
-    def _class_names(self) -> dict:
-        return {key: self.origin[key] for key in ('class_names',) if key in self.origin}
 
     def _weights(self) -> dict:
         return named_weights(deployed(self.parts['net']), self.origin.get('class_names'))
