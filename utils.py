@@ -1003,7 +1003,7 @@ class Record:
             weights = self._weights()
             for key, value in weights.items():
                 weights[key] = value.clone()
-            self.waiting = {'net': weights, 'epoch': row['epoch'], **self._class_names()}
+            self.waiting = {'net': weights, 'epoch': row['epoch']}
         if save:
             self.save()
         else:
@@ -1018,13 +1018,9 @@ class Record:
             self.waiting = None
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args, 'origin': self.origin}
-        state |= self._class_names()
         write_metrics(self.folder / 'metrics.csv', self.history)
         save_checkpoint(self.folder / 'last.pt', state)
         self.saved = self.epoch
-
-    def _class_names(self) -> dict:
-        return {key: self.origin[key] for key in ('class_names',) if key in self.origin}
 
     def _weights(self) -> dict:
         return named_weights(deployed(self.parts['net']), self.origin.get('class_names'))

@@ -418,7 +418,9 @@ def test_classes_of_val_that_are_not_those_of_train(fails, script, tmp_path):
 def names_in(path) -> list:
     if path.suffix == '.pt':
         content = torch.load(path, weights_only=True)
-        return getattr(content, 'class_names', None) or content['class_names']
+        if 'origin' in content:  # last.pt
+            return content['origin']['class_names']
+        return content.get('net', content).class_names
     return json.loads(path.read_text())['class_names']
 
 

@@ -584,8 +584,8 @@ def outcome(name, kd, w):
 
 def leaves(w) -> dict:
     """Every tensor the loss may see, by its place."""
-    sides = {'s': w.s, 't': w.t, 'other': w.other, 'prepared': getattr(w.b, 'prepared', None)}
-    if METHODS[w.name].input_grad:
+    sides = {'s': w.s, 't': w.t, 'other': w.other, 'prepared': getattr(w.b, 'from_teacher', None)}
+    if METHODS[w.name].needs.image_gradient:
         sides['img'] = w.b.img
     return {f'{side}[{i}]': x for side, f in sides.items() for i, x in enumerate(tensors(f))}
 
@@ -601,7 +601,7 @@ def changed(name, kd, place, change):
     w = prepared_world(name)
     with torch.no_grad():
         change(leaves(w)[place])
-    if METHODS[name].prepare:
+    if METHODS[name].own.once_per_batch:
         connect(name, w)
     return outcome(name, kd, w)
 
@@ -715,19 +715,19 @@ def test_rows_without_a_label_are_left_out(name):
     kd = build(name, w).eval()
     w.b.target = w.b.target.clone()
     w.b.target[[1, 3]] = -100
-    if METHODS[name].prepare:
+    if METHODS[name].own.once_per_batch:
         for x in (w, v):
             if x is v:
                 part_of(x, rows)
             connect(name, x)
-            x.b.prepared = METHODS[name].prepare(x.b.net_t, x.t, x.b)
+            x.b.from_teacher = METHODS[name].own.once_per_batch(x.b.net_t, x.t, x.b)
     else:
         part_of(v, rows)
     loss, expected = outcome(name, kd, w), outcome(name, kd, v)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     loss.backward()
     expected.backward()
-    sides = [[x.s] if METHODS[name].peers else [x.s, x.other, x.b.img] for x in (w, v)]
+    sides = [[x.s] if METHODS[name].own.peers else [x.s, x.other, x.b.img] for x in (w, v)]
     for g, h in zip(*map(grads, sides), strict=True):
         g = g.unflatten(0, (5, -1))
         torch.testing.assert_close(g[rows].flatten(0, 1), h, rtol=1e-9, atol=1e-12)
@@ -739,9 +739,9 @@ def test_no_label_at_all_is_zero(name):
     w = world(name)
     kd = build(name, w)
     w.b.target = torch.full_like(w.b.target, -100)
-    if METHODS[name].prepare:
+    if METHODS[name].own.once_per_batch:
         connect(name, w)
-        w.b.prepared = METHODS[name].prepare(w.b.net_t, w.t, w.b)
+        w.b.from_teacher = METHODS[name].own.once_per_batch(w.b.net_t, w.t, w.b)
     loss = outcome(name, kd, w)
     loss.backward()
     assert loss == 0 and not any(g.any() for g in learning(w))
@@ -758,9 +758,9 @@ def test_teacher_under_inference_mode_gives_the_same(name):
     kd = build(name, w)
     with torch.inference_mode():
         v.t = again(v.t)
-        v.b.ts = [v.t, v.t]
-        if METHODS[name].prepare:
-            v.b.prepared = again(v.b.prepared)
+        v.b.all_t = [v.t, v.t]
+        if METHODS[name].own.once_per_batch:
+            v.b.from_teacher = again(v.b.from_teacher)
     assert all(x.is_inference() for x in tensors(v.t))
     expected, loss = outcome(name, kd, w), outcome(name, kd, v)
     assert torch.equal(loss, expected)
@@ -781,9 +781,9 @@ def test_a_float64_teacher(name):
     w, v = world(name), world(name)
     kd = build(name, w)
     v.t = cast(v.t, torch.float64)
-    v.b.ts = [v.t, v.t]
-    if METHODS[name].prepare:
-        v.b.prepared = v.b.prepared.double()
+    v.b.all_t = [v.t, v.t]
+    if METHODS[name].own.once_per_batch:
+        v.b.from_teacher = v.b.from_teacher.double()
     loss = healthy(name, v, copy.deepcopy(kd))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, outcome(name, kd, w))
@@ -806,7 +806,9 @@ def test_the_loss_in_another_precision(name, dtype):
         torch.testing.assert_close(mine.float(), other.float(), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize('name', [name for name in ROWS if not METHODS[name].prepare and name not in COARSE])
+@pytest.mark.parametrize(
+    'name', [name for name in ROWS if not METHODS[name].own.once_per_batch and name not in COARSE]
+)
 def test_a_float64_student_with_a_float32_loss(name):
     w = world(name, dtype=torch.float64)
     kd = build(name, w).float()
@@ -861,8 +863,8 @@ def test_an_empty_batch_is_refused(name):
     relay(w, lambda x: x[:0])
     w.b.target, w.b.index, w.b.img = w.b.target[:0], w.b.index[:0], w.b.img.detach()[:0]
     w.b.views = {view: x[:0] for view, x in w.b.views.items()}
-    if METHODS[name].prepare:
-        w.b.prepared = w.b.prepared[:0]
+    if METHODS[name].own.once_per_batch:
+        w.b.from_teacher = w.b.from_teacher[:0]
         connect(name, w)
     with pytest.raises(ValueError, match=r'\(0, .*: leave an empty batch out'):
         call(name, kd, w)

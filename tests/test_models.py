@@ -18,7 +18,7 @@ import torchvision
 from torchvision.models import VisionTransformer
 
 import models
-from kd_losses import METHODS
+from methods import METHODS
 from models.checkpoint import head_names, load_weights, read_checkpoint
 from models.hooks import Tap, last_axis, tap_torchvision, tokens
 from models.segmentation import DeepLabV3Plus, LinkNet, SegNet
@@ -411,7 +411,7 @@ def test_without_safetensors_the_message_says_so(tmp_path, monkeypatch):
         load_weights(models.build('resnet8', 10), tmp_path / 'x.safetensors')
 
 
-@pytest.mark.parametrize('method', [name for name, row in METHODS.items() if row.student])
+@pytest.mark.parametrize('method', [name for name, row in METHODS.items() if row.own.student])
 def test_changed_students_load(method, tmp_path):
     """Whatever a method makes of its student: what is kept of it loads by name, and is the same network."""
     torch.manual_seed(0)
@@ -419,7 +419,7 @@ def test_changed_students_load(method, tmp_path):
     net_s, net_t = models.build('resnet8', 10).eval(), models.build('wrn_16_2', 10).eval()
     e = SimpleNamespace(s=net_s(img, True), t=net_t(img, True), net_s=net_s, net_t=net_t, num_classes=10)
     loss = row.build(row.loss, e)
-    trained = row.student(net_s, loss, e).train()
+    trained = row.own.student(net_s, loss, e).train()
     trained(img, True)  # running statistics of its own
     kept = trained.eval().deployed() if hasattr(trained, 'deployed') else trained.eval()
     for content in (kept.state_dict(), {'net': trained.state_dict(), 'kd': loss.state_dict(), 'epoch': 1}):
