@@ -15,6 +15,8 @@ import copy
 import time
 from pathlib import Path
 
+import engine.threads  # noqa: F401  before torch
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import engine.threads  # noqa: F401  before torch
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import engine.threads  # noqa: F401  before torch
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
