@@ -397,6 +397,8 @@ def setup(args: argparse.Namespace) -> torch.device:
 
 def cores() -> int:
     """Cores that this process may use: torch counts those of the whole machine."""
+    if (chosen := os.environ.get('OMP_NUM_THREADS', '')).isdecimal():
+        return max(int(chosen), 1)
     count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with contextlib.suppress(OSError, ValueError):  # a container's share, 'max' or microseconds per period
         quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()

@@ -4,8 +4,8 @@
     python -m benchmarks.side_by_side --quick    fewer rounds
 
 Both ways take turns in one process on the same students; the figure is milliseconds per student and step.
-Beside a busy process the goal is at most twice the time that the free share of the machine would allow. Writes
-JSON with --out FILE.
+Beside a busy process the goal is at most twice the time that the free share of the machine would allow.
+Writes JSON with --out FILE.
 """
 
 import argparse
