@@ -21,108 +21,126 @@ from torch import Tensor, nn
 
 import dataset
 import models
-import utils
-from engine import side_by_side
+from engine import errors, optimise, side_by_side
 from engine.batch import Batch
+from engine.device import PRECISIONS, autocast, compile_networks, setup
+from engine.errors import NonFinite, UserError, user_errors
+from engine.evaluate import measure, measured
+from engine.flags import Parser, add_common_flags, add_graph_flag, positive_int, whole_number
+from engine.meter import Meter
+from engine.optimise import sgd
+from engine.processes import distributed
+from engine.record import (
+    Record,
+    class_names_of,
+    fingerprint,
+    math_args,
+    output_folder,
+    provenance,
+    resume_point,
+    save_checkpoint,
+    write_json,
+)
+from engine.session import Log, StopAfterEpoch, load_data, progress_bar, tensorboard
 from engine.side_by_side import cast_weights
 
 
 def parse_args():
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument('--net_name', required=True, metavar='NAME',
         help=models.NAMES)  # fmt: skip
     parser.add_argument('--init', metavar='FILE', help='start from these weights instead of random ones')
     parser.add_argument('--new_head', action='store_true',
         help='of --init take all but the classifier: for weights with other classes, or none')  # fmt: skip
-    parser.add_argument('--keep', type=utils.positive_int, metavar='N',
+    parser.add_argument('--keep', type=positive_int, metavar='N',
         help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip
     # fmt: off
     flag = parser.add_argument_group('a part of the classes, for train_ka.py').add_argument
-    flag('--num_parts', type=utils.positive_int, metavar='N', help='cut the classes into so many parts')
-    flag('--part', type=utils.whole_number, metavar='I', help='... and train on this one, 0 to N - 1')
+    flag('--num_parts', type=positive_int, metavar='N', help='cut the classes into so many parts')
+    flag('--part', type=whole_number, metavar='I', help='... and train on this one, 0 to N - 1')
     flag('--split', choices=('contiguous', 'interleaved', 'random'), default='contiguous',
          help='which classes go together (random: after --seed); default contiguous')
     flag('--classes', metavar='LIST', help='or the classes themselves, e.g. 0-2,7')
     # fmt: on
-    utils.add_common_flags(parser)
-    utils.add_graph_flag(parser)
+    add_common_flags(parser)
+    add_graph_flag(parser)
     return parser.parse_args()
 
 
 def chosen_classes(args, num_classes: int) -> list[int] | None:
     """The classes to train on, None for all."""
     if (args.num_parts is None) != (args.part is None) or (args.classes and args.num_parts):
-        raise utils.UserError('say --num_parts N --part I, or --classes LIST')
-    with utils.user_errors():
+        raise UserError('say --num_parts N --part I, or --classes LIST')
+    with user_errors():
         if args.classes:
             return dataset.read_classes(args.classes, num_classes)
         if args.num_parts is None:
             return None
         parts = dataset.split_classes(num_classes, args.num_parts, args.split, args.seed)
     if args.part >= args.num_parts:
-        raise utils.UserError(f'--part {args.part}: there are parts 0 to {args.num_parts - 1}')
+        raise UserError(f'--part {args.part}: there are parts 0 to {args.num_parts - 1}')
     return parts[args.part]
 
 
 def main():
     args = parse_args()
     if args.new_head and not args.init:
-        raise utils.UserError('--new_head: goes with --init FILE')
-    device = utils.setup(args)
-    graphs = utils.graphs_wanted(args, device)
+        raise UserError('--new_head: goes with --init FILE')
+    device = setup(args)
+    graphs = side_by_side.graphs_wanted(args, device)
     part = f'-classes{args.classes}' if args.classes else ''
     part = f'-part{args.part}of{args.num_parts}' if args.num_parts else part
     name = f'base-{args.data_name.replace(":", "")}-{args.net_name}{part}-s{args.seed}'
-    folder = utils.output_folder(Path(args.save_root) / (args.note or name))
-    log = utils.Log(folder)
+    folder = output_folder(Path(args.save_root) / (args.note or name))
+    log = Log(folder)
 
-    train, val, test = utils.load_data(args, device, log)
+    train, val, test = load_data(args, device, log)
     if classes := chosen_classes(args, train.num_classes):
         log(f'classes {", ".join(map(str, classes))} of {train.num_classes}')
-        with utils.user_errors():
+        with user_errors():
             train, val, test = (data and dataset.take_classes(data, classes) for data in (train, val, test))
     torch.manual_seed(args.seed)
-    with utils.user_errors():
+    with user_errors():
         net = models.build(args.net_name, train.num_classes)
         if args.init:
             log(f'initial weights: {models.load_weights(net, args.init, new_head=args.new_head)}')
     initial = copy.deepcopy(models.named_weights(net, train.class_names))
-    math_args = utils.math_args(
-        args, script='train_base', net=args.net_name, initial=utils.fingerprint(net), classes=classes
+    recipe = math_args(
+        args, script='train_base', net=args.net_name, initial=fingerprint(net), classes=classes
     )
     net.to(device, memory_format=torch.channels_last)
-    opt = utils.sgd(net.parameters(), args)
-    amp = utils.autocast(device, args.amp)
+    opt = sgd(net.parameters(), args)
+    amp = autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
 
-    origin = utils.provenance(device) | utils.class_names_of(train)
+    origin = provenance(device) | class_names_of(train)
     parts = {'net': net, 'opt': opt, 'scaler': scaler}
-    record = utils.Record(folder, parts, math_args, origin, 'val' if val else 'test')
-    record.resume(utils.resume_point(args.resume, folder))
-    utils.save_checkpoint(folder / 'initial.pt', initial)
-    utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
-    board = utils.tensorboard(folder, args.tensorboard)
-    stop = utils.StopAfterEpoch()
+    record = Record(folder, parts, recipe, origin, 'val' if val else 'test')
+    record.resume(resume_point(args.resume, folder))
+    save_checkpoint(folder / 'initial.pt', initial)
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
+    board = tensorboard(folder, args.tensorboard)
+    stop = StopAfterEpoch()
     log(f'{args.net_name} on {args.data_name}: {len(train)} + {len(test)} images, {device}')
     log(f'{record.epoch} of {args.epochs} epochs done, output in {folder}')
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
-    utils.compile_networks(args, net)
-    steps, step = train.steps(args.batch_size), utils.distributed(net, device)
-    cast = utils.PRECISIONS[args.amp] if graphs else None
+    compile_networks(args, net)
+    steps, step = train.steps(args.batch_size), distributed(net, device)
+    cast = PRECISIONS[args.amp] if graphs else None
     counters = side_by_side.host_counters(net) if graphs else []
-    run = Run(args.net_name, step, opt, scaler, amp, utils.Meter(args.net_name, 0, device), cast, counters)
+    run = Run(args.net_name, step, opt, scaler, amp, Meter(args.net_name, 0, device), cast, counters)
     how = side_by_side.Graphs(device, log) if graphs else side_by_side.InTurn()
-    bar = utils.progress_bar(steps * args.epochs, steps * record.epoch, log)
+    bar = progress_bar(steps * args.epochs, steps * record.epoch, log)
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
-        lr = utils.learning_rate(args, epoch)
+        lr = optimise.learning_rate(args, epoch)
         run.meter.reset(epoch)
         net.train()
         batches = train.train_batches(args.batch_size, args.seed, epoch)
         for number, batch in enumerate(how.looks(Batch, batches), 1):
-            utils.set_learning_rate(opt, utils.learning_rate(args, epoch + (number - 0.5) / steps))
+            optimise.set_learning_rate(opt, optimise.learning_rate(args, epoch + (number - 0.5) / steps))
             how.train(train_step, [run], batch)
             if run.meter.failure:
                 break
@@ -133,12 +151,12 @@ def main():
         row = {'epoch': epoch + 1, 'lr': lr, **run.meter.read(net)}
         if run.meter.failure:
             log(f'stopped: {run.meter.failure}')
-            raise utils.NonFinite(run.meter.failure)
-        row |= utils.measured(utils.measure(net, val, test, amp))
+            raise NonFinite(run.meter.failure)
+        row |= measured(measure(net, val, test, amp))
         row['seconds'] = time.time() - started
         if args.keep and (epoch + 1) % args.keep == 0:
             weights = models.named_weights(net, train.class_names)
-            utils.save_checkpoint(folder / f'epoch{epoch + 1}.pt', weights)
+            save_checkpoint(folder / f'epoch{epoch + 1}.pt', weights)
         last = epoch + 1 == args.epochs
         record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
         log(f'epoch {epoch + 1}/{args.epochs}  ce {row["ce"]:.4f}  train {row["train_top1"]:.2f}  '
@@ -170,7 +188,7 @@ class Run:
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     amp: Callable
-    meter: utils.Meter
+    meter: Meter
     cast: torch.dtype | None  # the precision into which weights are cast all at once, see --cuda_graphs
     counters: list[Tensor]  # counts of batches that are kept on the host, see --cuda_graphs
     generators: tuple = ()  # nothing is drawn
@@ -198,4 +216,4 @@ def train_step(run: Run, batch: Batch) -> None:
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

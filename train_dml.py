@@ -22,13 +22,32 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-import utils
+from engine import errors, optimise
 from engine.batch import Batch, Probe, as_float
+from engine.device import autocast, compile_networks, setup
+from engine.errors import NonFinite, UserError, user_errors
+from engine.evaluate import outputs
+from engine.flags import Parser, add_common_flags, weights_and_options
+from engine.meter import Meter
+from engine.optimise import sgd
+from engine.processes import distributed, processes, rank
+from engine.record import (
+    Record,
+    class_names_of,
+    fingerprint,
+    math_args,
+    output_folder,
+    provenance,
+    resume_point,
+    save_checkpoint,
+    write_json,
+)
+from engine.session import Log, StopAfterEpoch, load_data, progress_bar, tensorboard
 from methods import KD, PEERS
 
 
 def parse_args():
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     # fmt: off
     names = list(PEERS)
     flag = parser.add_argument_group('mutual learning').add_argument
@@ -41,7 +60,7 @@ def parse_args():
     flag('--net_inits', nargs='+', default=[], metavar='FILE',
          help='initial weights, one file per network; default: drawn from --seed, --seed + 1, ...')
     # fmt: on
-    utils.add_common_flags(parser)
+    add_common_flags(parser)
     return parser.parse_args()
 
 
@@ -86,31 +105,31 @@ def mean_logits(kd, fs):
 def main():
     args = parse_args()
     method, weight, options = read_method(args)
-    device = utils.setup(args)
-    amp = utils.autocast(device, args.amp)
+    device = setup(args)
+    amp = autocast(device, args.amp)
     name = f'{args.kd_mode[0]}-{args.data_name.replace(":", "")}-{"-".join(args.net_names)}-s{args.seed}'
-    folder = utils.output_folder(Path(args.save_root) / (args.note or name))
-    log = utils.Log(folder)
+    folder = output_folder(Path(args.save_root) / (args.note or name))
+    log = Log(folder)
 
-    train, val, test = utils.load_data(args, device, log)
+    train, val, test = load_data(args, device, log)
     nets = build_networks(args, train.num_classes, device)
-    initial = [utils.fingerprint(net) for net in nets]
+    initial = [fingerprint(net) for net in nets]
     step = build_step(args, method, options, nets, train, amp, device)
-    opt = utils.sgd(step.parameters(), args)
+    opt = sgd(step.parameters(), args)
     opts = method.own.optimisers(step.kd, step.peers) if method.own.optimisers else {}
     rates = {key: other.param_groups[0]['lr'] for key, other in opts.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     generator = torch.Generator(device)
 
-    origin = utils.provenance(device) | utils.class_names_of(train)
-    math_args = utils.math_args(args, script='train_dml', nets=args.net_names, initial=initial,
+    origin = provenance(device) | class_names_of(train)
+    recipe = math_args(args, script='train_dml', nets=args.net_names, initial=initial,
                                 method=[args.kd_mode[0], weight, options])  # fmt: skip
     state = {'net': step.peers, 'kd': step.kd, 'opt': opt, 'scaler': scaler, **opts}
-    record = utils.Record(folder, state, math_args, origin, 'val' if val else 'test')
-    record.resume(utils.resume_point(args.resume, folder))
-    utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
-    board = utils.tensorboard(folder, args.tensorboard)
-    stop = utils.StopAfterEpoch()
+    record = Record(folder, state, recipe, origin, 'val' if val else 'test')
+    record.resume(resume_point(args.resume, folder))
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
+    board = tensorboard(folder, args.tensorboard)
+    stop = StopAfterEpoch()
     views = [f'view {k}' for k in range(1, len(nets))] if 'each' in method.needs.views else []
     log(f'{args.kd_mode[0]}: {", ".join(args.net_names)} on {args.data_name}: {len(train)} + {len(test)} '
         f'images, {device}')  # fmt: skip
@@ -118,27 +137,27 @@ def main():
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
-    utils.compile_networks(args, *step.peers.nets)
-    reading, whole = Reading(step), utils.distributed(step, device)
+    compile_networks(args, *step.peers.nets)
+    reading, whole = Reading(step), distributed(step, device)
     steps = train.steps(args.batch_size)
-    bar = utils.progress_bar(steps * args.epochs, steps * record.epoch, log)
+    bar = progress_bar(steps * args.epochs, steps * record.epoch, log)
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
-        lr = utils.learning_rate(args, epoch)
+        lr = optimise.learning_rate(args, epoch)
         if method.own.each_epoch:
-            with utils.user_errors():
+            with user_errors():
                 method.own.each_epoch(step.kd, lambda: held_out(reading, val))
-        generator.manual_seed(args.seed * 1_000_003 + epoch + 7919 * utils.rank())
+        generator.manual_seed(args.seed * 1_000_003 + epoch + 7919 * rank())
         inner = method.when.inner and method.when.inner(epoch, args.epochs)
-        meters = [utils.Meter(f'net{k}', epoch, device) for k in range(1, len(nets) + 1)]
+        meters = [Meter(f'net{k}', epoch, device) for k in range(1, len(nets) + 1)]
         step.train()
 
         batches = train.train_batches(args.batch_size, args.seed, epoch, views)
         for number, (img, target, index, more) in enumerate(batches, 1):
-            now = utils.learning_rate(args, epoch + (number - 0.5) / steps)
-            utils.set_learning_rate(opt, now)
+            now = optimise.learning_rate(args, epoch + (number - 0.5) / steps)
+            optimise.set_learning_rate(opt, now)
             for key, other in opts.items():
-                utils.set_learning_rate(other, rates[key] * now / args.lr)
+                optimise.set_learning_rate(other, rates[key] * now / args.lr)
             batch = Batch(img, target, index, more, now=epoch, epochs=args.epochs, generator=generator,
                           inner=inner)  # fmt: skip
             outs, loss_ce, loss_kd = whole(batch)
@@ -163,7 +182,7 @@ def main():
         if meters[0].failure:
             failure = meters[0].failure.replace('net1', args.kd_mode[0], 1)
             log(f'stopped: {failure}')
-            raise utils.NonFinite(failure)
+            raise NonFinite(failure)
         name = args.kd_mode[0]
         row = {'epoch': epoch + 1, 'lr': lr, name: means[0][name]}
         for k, mean in enumerate(means, 1):
@@ -188,13 +207,13 @@ def main():
     last = record.history[-1]
     for k in range(len(nets)):
         weights = models.named_weights(step.peers.weights(k), train.class_names)
-        utils.save_checkpoint(folder / f'net{k + 1}.pt', weights)
+        save_checkpoint(folder / f'net{k + 1}.pt', weights)
     each = {f'net{k}': {'name': net, 'top1': last[f'net{k}_test_top1'], 'top5': last[f'net{k}_test_top5']}
             for k, net in enumerate(args.net_names, 1)}  # fmt: skip
     facts = {'script': 'train_dml', 'method': args.kd_mode[0], 'student': '+'.join(args.net_names),
              'teacher': None, 'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs, **each,
              'ensemble': {'top1': last['ensemble_test_top1'], 'top5': last['ensemble_test_top5']},
-             'processes': utils.processes()}  # fmt: skip
+             'processes': processes()}  # fmt: skip
     log(f'mean of the networks: {record.finish("peers.pt", facts)}')
     for key, value in each.items():
         log(f'{key} {value["name"]}: top-1 {value["top1"]:.2f}')
@@ -205,7 +224,7 @@ def held_out(reading: Reading, val):
     """Logits of each network and labels on the validation split, if there is one."""
     if not val:
         return None
-    outs, target = utils.outputs(reading, val)
+    outs, target = outputs(reading, val)
     return outs[:-1], target  # without the ensemble
 
 
@@ -215,7 +234,7 @@ def measure(reading: Reading, val, test) -> dict[str, float]:
     for half, data in (('val', val), ('test', test)):
         if not data:
             continue
-        outs, target = utils.outputs(reading, data)
+        outs, target = outputs(reading, data)
         ranked = outs.topk(min(5, outs.shape[2]), dim=2).indices == target[None, :, None]
         top1, top5 = (100 * ranked[:, :, :k].any(dim=2).double().mean(dim=1) for k in (1, 5))
         row |= {f'{half}_top1': float(top1[:-1].mean()), f'{half}_top5': float(top5[:-1].mean())}
@@ -230,16 +249,14 @@ def read_method(args):
     (name,) = args.kd_mode
     if name not in PEERS:
         hint = ', use train_kd.py' if name in KD else ''
-        raise utils.UserError(
-            f'--kd_mode {name}: is not a method for peers{hint}; there are {", ".join(PEERS)}'
-        )
+        raise UserError(f'--kd_mode {name}: is not a method for peers{hint}; there are {", ".join(PEERS)}')
     if len(args.net_names) < 2:
-        raise utils.UserError(f'--net_names {" ".join(args.net_names)}: needs two networks or more')
+        raise UserError(f'--net_names {" ".join(args.net_names)}: needs two networks or more')
     if args.net_inits and len(args.net_inits) != len(args.net_names):
-        raise utils.UserError(f'--net_inits: {len(args.net_inits)} files for {len(args.net_names)} networks')
-    if utils.processes() > 1 and PEERS[name].limits.one_process:
-        raise utils.UserError(f'{name} runs in one process only: {PEERS[name].limits.one_process}')
-    weights, options = utils.weights_and_options(args, [name], PEERS)
+        raise UserError(f'--net_inits: {len(args.net_inits)} files for {len(args.net_names)} networks')
+    if processes() > 1 and PEERS[name].limits.one_process:
+        raise UserError(f'{name} runs in one process only: {PEERS[name].limits.one_process}')
+    weights, options = weights_and_options(args, [name], PEERS)
     return PEERS[name], weights[name], options[name]
 
 
@@ -248,15 +265,15 @@ def build_networks(args, num_classes: int, device) -> list[nn.Module]:
     nets = []
     for k, name in enumerate(args.net_names):
         torch.manual_seed(args.seed + k)
-        with utils.user_errors():
+        with user_errors():
             net = models.build(name, num_classes)
             if args.net_inits:
                 models.load_weights(net, args.net_inits[k])
         nets.append(net.to(device, memory_format=torch.channels_last))
-    prints = [utils.fingerprint(net) for net in nets]
+    prints = [fingerprint(net) for net in nets]
     for k, text in enumerate(prints):
         if text in prints[:k]:
-            raise utils.UserError(
+            raise UserError(
                 f'--net_inits: networks {prints.index(text) + 1} and {k + 1} start from equal weights '
                 f'and would stay equal'
             )
@@ -270,7 +287,7 @@ def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
         seen = [net.eval()(img, True) for net in nets]
 
     def another_net(net):
-        with utils.user_errors():
+        with user_errors():
             name = args.net_names[next(k for k, other in enumerate(nets) if other is net)]
             return models.build(name, train.num_classes).to(device, memory_format=torch.channels_last)
 
@@ -278,7 +295,7 @@ def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
                   another_net)  # fmt: skip
     torch.manual_seed(args.seed)
     try:
-        with utils.user_errors():
+        with user_errors():
             kd = method.build(method.loss, probe, **options).to(device)
             step = Step(method.own.peers(nets, probe), kd, method, amp).to(device)
             inner = method.when.inner and method.when.inner(0, args.epochs)
@@ -286,9 +303,9 @@ def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
                           inner=inner)  # fmt: skip
             copy.deepcopy(step).train()(batch)  # shapes that do not meet show here
     except TypeError as error:
-        raise utils.UserError(f'--kd_args: {args.kd_mode[0]}: {error}') from None
+        raise UserError(f'--kd_args: {args.kd_mode[0]}: {error}') from None
     return step
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

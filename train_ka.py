@@ -32,11 +32,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dataset
+import engine.evaluate
+import engine.session
 import models
-import utils
 from dataset.dense import TASKS, DenseMetrics, channels_of, supervised
-from engine import side_by_side
+from engine import errors, side_by_side
 from engine.batch import as_float
+from engine.device import autocast, compile_networks, setup
+from engine.errors import NonFinite, UserError, user_errors
+from engine.flags import (
+    Parser,
+    add_common_flags,
+    add_thread_flag,
+    positive_float,
+    positive_int,
+    weights_and_options,
+    whole_number,
+)
+from engine.meter import Meter
+from engine.optimise import one_cycle, sgd
+from engine.processes import distributed, gathered, processes, same_buffers
+from engine.record import (
+    Record,
+    class_names_of,
+    fingerprint,
+    math_args,
+    output_folder,
+    provenance,
+    resume_point,
+    save_checkpoint,
+    tested,
+    write_json,
+)
+from engine.session import Log, StopAfterEpoch, load_data, progress_bar, tensorboard
+from engine.teachers import load_teacher
 from ka_losses import METHODS, ConcatKD, Method
 from models.branching import JointNet
 from models.segmentation import SegNet
@@ -45,7 +74,7 @@ ENSEMBLE = 'ensemble'  # a word of --ka_mode that trains nothing
 
 
 def parse_args():
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     # fmt: off
     flag = parser.add_argument_group('amalgamation').add_argument
     flag('--ka_mode', nargs='+', required=True, metavar='METHOD',
@@ -57,7 +86,7 @@ def parse_args():
     flag('--lambda_kd', type=float, metavar='W',
          help='weight of soft targets over all classes beside it; default 1 for '
               + ', '.join(name for name, m in METHODS.items() if m.kd) + ', 0 for the others')
-    flag('--T', type=utils.positive_float, default=1.0, help='temperature of these, default 1')
+    flag('--T', type=positive_float, default=1.0, help='temperature of these, default 1')
     flag('--ka_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. h_channels=64, or METHOD.KEY=VALUE with several methods')
     flag('--ka_layers', nargs='+', type=stage, metavar='rbK',
@@ -70,7 +99,7 @@ def parse_args():
     flag('--s_name', metavar='NAME', help='student, one of the same names; default: as the first teacher')
     flag('--s_init', metavar='FILE', help='initial weights of all students; default: drawn from --seed')
     flag = parser.add_argument_group('who knows what').add_argument
-    flag('--num_parts', type=utils.positive_int, metavar='N',
+    flag('--num_parts', type=positive_int, metavar='N',
          help='parts of the classes, one per teacher in turn; default: as many as teachers')
     flag('--split', choices=('contiguous', 'interleaved', 'random'), default='contiguous',
          help='as for train_base.py; default contiguous')
@@ -79,27 +108,27 @@ def parse_args():
          help="the student's classes, where teachers share classes or not all are wanted: every teacher is "
               'cut to those it knows')
     flag('--unlabeled', metavar='NAME', help="train on another data set's images instead, e.g. cifar100")
-    flag('--limit_train', type=utils.positive_int, metavar='N', help='only N training images')
-    flag('--limit_test', type=utils.positive_int, metavar='N', help='only N test images')
+    flag('--limit_train', type=positive_int, metavar='N', help='only N training images')
+    flag('--limit_test', type=positive_int, metavar='N', help='only N test images')
     flag('--tasks', nargs='+', choices=TASKS, default=list(TASKS),
          help='scenes, nyuv2: the dense tasks, one per teacher; default ' + ' '.join(TASKS))
-    flag('--size', type=utils.positive_int, default=48, help='scenes, nyuv2: side of the images, default 48')
+    flag('--size', type=positive_int, default=48, help='scenes, nyuv2: side of the images, default 48')
     flag('--labelled', action='store_true',
          help='scenes: train on the images that the teachers had labels for; default where every student '
               'reads labels')
-    flag('--epochs_ft', type=utils.whole_number, default=5,
+    flag('--epochs_ft', type=whole_number, default=5,
          help='scenes: epochs of fine-tuning after those of --epochs, at half the learning rate; default 5')
     flag = parser.add_argument_group('optimiser').add_argument
     flag('--optim', choices=('adam', 'sgd'), default='adam',
          help='adam with cosine to 0 in every step (default), or sgd with milestones; --schedule onecycle '
               'replaces either')
-    flag('--lr_ka', type=utils.positive_float, metavar='LR',
+    flag('--lr_ka', type=positive_float, metavar='LR',
          help="learning rate of the loss's own modules; default as --lr with adam, 0.01 with sgd")
     # fmt: on
     rooms = '; dense tasks: scenes (embedded; scenes:N for N training images) or nyuv2'
     rate = 'default 0.001 with adam, 0.1 with sgd'
-    utils.add_common_flags(parser, epochs=100, lr=None, rate=rate, more_data=rooms)
-    utils.add_thread_flag(parser)
+    add_common_flags(parser, epochs=100, lr=None, rate=rate, more_data=rooms)
+    add_thread_flag(parser)
     args = parser.parse_args()
     args.lr = args.lr or {'adam': 1e-3, 'sgd': 0.1}[args.optim]
     args.lr_ka = args.lr_ka or {'adam': args.lr, 'sgd': 0.01}[args.optim]
@@ -147,36 +176,36 @@ class Run:
     ka: nn.Module
     opts: dict[str, torch.optim.Optimizer]  # by update
     scaler: torch.amp.GradScaler
-    record: utils.Record
+    record: Record
     layers: tuple
     rng: random.Random = None  # for losses that draw a choice
-    meter: utils.Meter | None = None
+    meter: Meter | None = None
 
 
 def main():
     args = parse_args()
     wanted, weights, options = read_methods(args)
-    device = utils.setup(args)
+    device = setup(args)
     name = f'ka-{args.data_name.replace(":", "")}-{args.s_name or "student"}-s{args.seed}'
-    folder = utils.output_folder(Path(args.save_root) / (args.note or name))
-    log = utils.Log(folder)
-    origin = utils.provenance(device)
+    folder = output_folder(Path(args.save_root) / (args.note or name))
+    log = Log(folder)
+    origin = provenance(device)
 
     kind = Scenes if args.data_name.partition(':')[0] in ('scenes', 'nyuv2') else Classes
     world = kind(args, wanted, device, log)
-    origin |= utils.class_names_of(world.train)
+    origin |= class_names_of(world.train)
     if world.nets:
         write_ensemble(folder, world, args, origin)
     runs = [
         build_run(args, name, method, weights[name], options[name], world, folder, origin)
         for name, method in wanted.items()
     ]
-    utils.compile_networks(args, *world.nets, *(run.net for run in runs))
-    utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
+    compile_networks(args, *world.nets, *(run.net for run in runs))
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
     if not runs:
         return None
-    board = utils.tensorboard(folder, args.tensorboard)
-    stop = utils.StopAfterEpoch()
+    board = tensorboard(folder, args.tensorboard)
+    stop = StopAfterEpoch()
     ends = world.phases(args)  # the last epoch of each phase + 1
     total, start = ends[-1], min(run.record.epoch for run in runs)
     log(f'{len(runs)} x {world.student_name} on {args.data_name}: {len(world.train)} + {len(world.test)} '
@@ -190,7 +219,7 @@ def main():
 
     together = side_by_side.choose(args, device, len(runs), log)
     steps, failures = world.train.steps(args.batch_size), []
-    bar = utils.progress_bar(steps * total, steps * start, log)
+    bar = progress_bar(steps * total, steps * start, log)
     for epoch in range(start, total):
         started = time.time()
         active = [run for run in runs if run.record.epoch == epoch]  # a kill may have left others ahead
@@ -242,13 +271,13 @@ def main():
     for run in runs:
         facts = {'script': 'train_ka', 'method': run.name, 'student': world.student_name, **world.facts,
                  'data': args.data_name, 'seed': args.seed, 'epochs': total, 'trained_with': list(wanted),
-                 'processes': utils.processes(), **world.details(run.net)}  # fmt: skip
+                 'processes': processes(), **world.details(run.net)}  # fmt: skip
         if len(ends) > 1:
-            facts['after_first_phase'] = utils.tested(run.record.history[ends[0] - 1])
-        utils.save_checkpoint(folder / run.name / 'ka.pt', run.ka.state_dict())
+            facts['after_first_phase'] = tested(run.record.history[ends[0] - 1])
+        save_checkpoint(folder / run.name / 'ka.pt', run.ka.state_dict())
         log(f'{run.name}: {run.record.finish("student.pt", facts)}')
     if failures:
-        raise utils.NonFinite('; '.join(failures))
+        raise NonFinite('; '.join(failures))
 
 
 @dataclass
@@ -290,7 +319,7 @@ def train_student(run: Run, seen: tuple, world, when: When) -> None:
 def begin_epoch(run: Run, epoch: int, phase: int, begins: bool, world, args, device, log) -> None:
     """Generators, meter and modes of a run for this epoch; what its method does where a phase begins."""
     run.rng = random.Random(args.seed * 1_000_003 + epoch)
-    run.meter = utils.Meter(run.name, epoch, device)
+    run.meter = Meter(run.name, epoch, device)
     if begins:
         for opt in run.opts.values():
             opt.state.clear()
@@ -305,7 +334,7 @@ def begin_epoch(run: Run, epoch: int, phase: int, begins: bool, world, args, dev
 def learning_rates(args, phase: int, done: float) -> dict[str, float]:
     """Of student ('net') and loss ('ka'); done: the share of this phase; a later phase has half the rate."""
     if args.schedule == 'onecycle':
-        factor = utils.one_cycle(done)
+        factor = one_cycle(done)
     elif args.optim == 'adam':
         factor = 0.5 * (1 + math.cos(math.pi * done))
     else:
@@ -319,15 +348,15 @@ class Classes:
     key, shown = 'top1', ('top1',)
 
     def __init__(self, args, wanted: dict[str, Method], device, log) -> None:
-        self.amp, self.T = utils.autocast(device, args.amp), args.T
-        train, val, test = utils.load_data(args, device, log)
+        self.amp, self.T = autocast(device, args.amp), args.T
+        train, val, test = load_data(args, device, log)
         names = args.t_name * len(args.t_model) if len(args.t_name) == 1 else args.t_name
         if len(names) != len(args.t_model) or len(names) < 2:
-            raise utils.UserError(
+            raise UserError(
                 f'--t_name and --t_model: needs two teachers or more, got {len(args.t_name)} names and '
                 f'{len(args.t_model)} files'
             )
-        with utils.user_errors():
+        with user_errors():
             parts = self._parts(args, train.num_classes, len(names))
             chosen = dataset.read_classes(args.wanted, train.num_classes) if args.wanted else None
             self.split = dataset.ClassParts(parts, chosen)
@@ -338,7 +367,7 @@ class Classes:
         }
         for name, method in wanted.items():
             if method.shared != self.split.overlap and not method.labels:
-                raise utils.UserError(f'--ka_mode {name}: {asks[method.shared]}')
+                raise UserError(f'--ka_mode {name}: {asks[method.shared]}')
         self.nets = [
             self._teacher(i, name, path, part, test, log)
             for i, (name, path, part) in enumerate(zip(names, args.t_model, parts), 1)
@@ -346,7 +375,7 @@ class Classes:
         self.facts = {'teacher': '+'.join(names), 'parts': parts, 'classes': self.split.classes,
                       'teachers': [{'name': name, 'classes': part, 'top1': net.top1}
                                    for name, part, net in zip(names, parts, self.nets)]}  # fmt: skip
-        with utils.user_errors():
+        with user_errors():
             self.train, self.val, self.test = (
                 data and dataset.take_classes(data, self.split.classes) for data in (train, val, test)
             )
@@ -364,18 +393,18 @@ class Classes:
         else:
             parts = dataset.split_classes(num_classes, args.num_parts or teachers, args.split, args.seed)
         if len(parts) != teachers:
-            raise utils.UserError(f'{len(parts)} parts of the classes for {teachers} teachers')
+            raise UserError(f'{len(parts)} parts of the classes for {teachers} teachers')
         return parts
 
     def _teacher(self, i: int, name: str, path: str, part: list[int], test, log) -> nn.Module:
         """A frozen teacher that is good for its part, with its accuracy there as .top1."""
         try:
-            with utils.user_errors():
+            with user_errors():
                 net = models.build_for(path, name, len(part))
                 mine = dataset.take_classes(test, part)
-            read = utils.load_teacher(net, path, mine, self.amp)
-        except utils.UserError as error:
-            raise utils.UserError(f'teacher {i} ({name} for the classes {part}): {error}') from None
+            read = load_teacher(net, path, mine, self.amp)
+        except UserError as error:
+            raise UserError(f'teacher {i} ({name} for the classes {part}): {error}') from None
         log(f'teacher {i}, {name}: {read["said"]}; classes {part}, top-1 there {read["top1"]:.2f}')
         net.top1 = read['top1']
         return net
@@ -386,7 +415,7 @@ class Classes:
 
     def student(self, method: Method) -> nn.Module:
         torch.manual_seed(self.args.seed)
-        with utils.user_errors():
+        with user_errors():
             net = models.build(self.student_name, len(self.split.classes))
             if self.args.s_init:
                 models.load_weights(net, self.args.s_init)
@@ -449,12 +478,12 @@ class Classes:
 
     def _logits(self, nets: list[nn.Module], data) -> tuple[Tensor, Tensor]:
         """(N, K) of all networks side by side, and the labels."""
-        outs, target = utils.outputs(SideBySide(nets, self.amp), data)
+        outs, target = engine.evaluate.outputs(SideBySide(nets, self.amp), data)
         return outs[0], target
 
 
 class SideBySide(nn.Module):
-    """The logits of several networks, concatenated; utils.outputs wants them stacked."""
+    """The logits of several networks, concatenated; engine.evaluate.outputs wants them stacked."""
 
     def __init__(self, nets: list[nn.Module], amp: torch.autocast) -> None:
         super().__init__()
@@ -472,34 +501,34 @@ class Scenes:
     key, blocks, val = 'score', (), None
 
     def __init__(self, args, wanted: dict[str, Method], device, log) -> None:
-        self.amp, self.T, self.args = utils.autocast(device, args.amp), args.T, args
+        self.amp, self.T, self.args = autocast(device, args.amp), args.T, args
         labelled = args.labelled or all(method.labels for method in wanted.values())
         if args.val_split:
-            raise utils.UserError('--val_split: not for scenes and nyuv2')
-        with utils.user_errors():
+            raise UserError('--val_split: not for scenes and nyuv2')
+        with user_errors():
             self.train, self.test = dataset.load_dense(
                 args.data_name, args.img_root, device, args.size, labelled
             )
-        utils.share(self.train, self.test)
+        engine.session.share(self.train, self.test)
         needs = [name for name, method in wanted.items() if not method.labels]
         self.tasks, self.student_name = tuple(args.tasks), args.s_name or 'segnet'
         if len(args.t_model) not in ((len(self.tasks),) if needs else (0, len(self.tasks))):
-            raise utils.UserError(
+            raise UserError(
                 f'--t_model: needs one teacher per task ({", ".join(self.tasks)}), got {len(args.t_model)}'
             )
         names = args.t_name * len(self.tasks) if len(args.t_name) == 1 else args.t_name
         names = names or ['segnet'] * len(self.tasks)
         if len(names) != len(self.tasks):
-            raise utils.UserError(f'--t_name: {len(args.t_name)} names for {len(self.tasks)} tasks')
+            raise UserError(f'--t_name: {len(args.t_name)} names for {len(self.tasks)} tasks')
         self.nets, figures = [], []
         for task, name, path in zip(self.tasks, names, args.t_model):
             net = self.network(name, task)
-            with utils.user_errors():
+            with user_errors():
                 said = models.load_weights(net, path)
             net.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
             read = self._metrics(lambda img, net=net: [net(img)], (task,))
             if not all(math.isfinite(value) for value in read.values()):
-                raise utils.UserError(f'{path}: the teacher is not finite')
+                raise UserError(f'{path}: the teacher is not finite')
             log(f'teacher {task}: {said}; ' + ', '.join(f'{k} {v:.3g}' for k, v in read.items()))
             self.nets.append(net)
             figures.append({'name': name, 'task': task, **read})
@@ -514,9 +543,7 @@ class Scenes:
             'segnet_vgg': {},
         }
         if name not in forms:
-            raise utils.UserError(
-                f'no network for dense tasks is called {name!r}; there are {", ".join(forms)}'
-            )
+            raise UserError(f'no network for dense tasks is called {name!r}; there are {", ".join(forms)}')
         return SegNet(channels_of(task, self.train.num_classes), **forms[name])
 
     def phases(self, args) -> list[int]:
@@ -551,7 +578,7 @@ class Scenes:
 
     def measure(self, net: nn.Module) -> dict[str, float]:
         net.eval()
-        utils.same_buffers(net)
+        same_buffers(net)
         read = self._metrics(lambda img: self.forward(net, SimpleNamespace(img=img)), self.tasks)
         return {f'test_{key}': value for key, value in read.items()}
 
@@ -572,7 +599,7 @@ class Scenes:
             with self.amp():
                 outs = outputs(img)
             metrics.add(outs, labels)
-        metrics.merge(utils.gathered(metrics.state()))
+        metrics.merge(gathered(metrics.state()))
         return metrics.read()
 
 
@@ -594,7 +621,7 @@ def write_ensemble(folder: Path, world, args, origin: dict) -> None:
     (folder / ENSEMBLE).mkdir(exist_ok=True)
     facts = {'script': 'train_ka', 'method': ENSEMBLE, 'student': None, **world.facts,
              'data': args.data_name, 'seed': args.seed}  # fmt: skip
-    utils.write_json(folder / ENSEMBLE / 'results.json', facts | {'ensembles': world.ensembles(), **origin})
+    write_json(folder / ENSEMBLE / 'results.json', facts | {'ensembles': world.ensembles(), **origin})
 
 
 def read_methods(args) -> tuple[dict[str, Method], dict, dict]:
@@ -603,24 +630,22 @@ def read_methods(args) -> tuple[dict[str, Method], dict, dict]:
     dense = args.data_name.partition(':')[0] in ('scenes', 'nyuv2')
     for name in names:
         if name not in METHODS:
-            raise utils.UserError(f'--ka_mode: no method is called {name!r}; there are {", ".join(METHODS)}')
+            raise UserError(f'--ka_mode: no method is called {name!r}; there are {", ".join(METHODS)}')
         if METHODS[name].dense not in (None, dense):
             fitting = ', '.join(key for key, m in METHODS.items() if m.dense in (None, dense))
-            raise utils.UserError(
-                f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}'
-            )
-        if utils.processes() > 1 and METHODS[name].one_process:
-            raise utils.UserError(f'{name} runs in one process only: {METHODS[name].one_process}')
+            raise UserError(f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}')
+        if processes() > 1 and METHODS[name].one_process:
+            raise UserError(f'{name} runs in one process only: {METHODS[name].one_process}')
     if len(set(args.ka_mode)) < len(args.ka_mode):
-        raise utils.UserError(f'--ka_mode {" ".join(args.ka_mode)}: something is named twice')
-    return {name: METHODS[name] for name in names}, *utils.weights_and_options(args, names, METHODS, 'ka')
+        raise UserError(f'--ka_mode {" ".join(args.ka_mode)}: something is named twice')
+    return {name: METHODS[name] for name in names}, *weights_and_options(args, names, METHODS, 'ka')
 
 
 def build_run(args, name: str, method: Method, weight: float, options: dict, world, folder, origin) -> Run:
     """A student with its loss, optimisers and record; the record's checkpoint if there is one to continue."""
     device = world.train.device
     net = world.student(method)
-    initial = utils.fingerprint(net)
+    initial = fingerprint(net)
     net.to(device, memory_format=torch.channels_last)
     layers = tuple(args.ka_layers or method.layers) if method.layers else ()
     img, target, *_ = next(world.train.train_batches(args.batch_size, args.seed, 0))
@@ -635,23 +660,23 @@ def build_run(args, name: str, method: Method, weight: float, options: dict, wor
         check_stages(name, e, layers)
     torch.manual_seed(args.seed)
     try:
-        with utils.user_errors():
+        with user_errors():
             ka = method.build(method.loss, e, **options).to(device)
     except TypeError as error:  # an argument that the table fills
-        raise utils.UserError(f'--ka_args: {name}: {error}') from None
+        raise UserError(f'--ka_args: {name}: {error}') from None
     kd = method.kd if args.lambda_kd is None else args.lambda_kd * bool(method.kd)
     step = Step(net, ka, method, kd, weight, world)
     groups = method.groups(net, ka)
     opts = {update: optimiser(args, *group) for update, group in groups.items()}
     trial = copy.deepcopy(step).train()
-    with utils.user_errors():  # shapes that do not meet show here, before anything is trained
+    with user_errors():  # shapes that do not meet show here, before anything is trained
         for update in opts:
             b.update = update
             trial(b, ts)
-    math_args = utils.math_args(
+    recipe = math_args(
         args, script='train_ka', student=world.student_name, initial=initial,
         method=[name, weight, kd, options],
-        teachers=[utils.fingerprint(t) for t in world.nets], layers=list(layers), T=args.T, optim=args.optim,
+        teachers=[fingerprint(t) for t in world.nets], layers=list(layers), T=args.T, optim=args.optim,
         lr_ka=args.lr_ka, parts=world.facts.get('parts'), classes=world.facts.get('classes'),
         unlabeled=args.unlabeled, limit_train=args.limit_train, tasks=list(getattr(world, 'tasks', ())),
         size=args.size, epochs_ft=args.epochs_ft, labelled=world.facts.get('labelled'),
@@ -659,18 +684,16 @@ def build_run(args, name: str, method: Method, weight: float, options: dict, wor
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     state = {'net': net, 'ka': ka, 'scaler': scaler, **{f'opt_{key}': opt for key, opt in opts.items()}}
     half = 'val' if world.val else 'test'
-    record = utils.Record(folder / name, state, math_args, origin, half, world.key)
-    record.resume(utils.resume_point(args.resume, folder / name))
-    return Run(name, method, utils.distributed(step, device), net, ka, opts, scaler, record, layers)
+    record = Record(folder / name, state, recipe, origin, half, world.key)
+    record.resume(resume_point(args.resume, folder / name))
+    return Run(name, method, distributed(step, device), net, ka, opts, scaler, record, layers)
 
 
 def check_stages(name: str, e: SimpleNamespace, layers: tuple) -> None:
     """Every network has the stages that the loss attaches to."""
     least = min(len(f.fms) for f in (e.s, *e.ts)) - 1
     if max(layers) > least:
-        raise utils.UserError(
-            f'--ka_layers: {name} attaches to stage {max(layers)}, a network has {least} only'
-        )
+        raise UserError(f'--ka_layers: {name} attaches to stage {max(layers)}, a network has {least} only')
 
 
 def optimiser(args, net: list, ka: list) -> torch.optim.Optimizer:
@@ -678,8 +701,8 @@ def optimiser(args, net: list, ka: list) -> torch.optim.Optimizer:
     if args.optim == 'adam':
         cuda = groups[0]['params'][0].is_cuda
         return torch.optim.Adam(groups, args.lr, weight_decay=args.weight_decay, fused=cuda)
-    return utils.sgd(groups, args)
+    return sgd(groups, args)
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

@@ -27,16 +27,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-import utils
-from engine import side_by_side
+from engine import errors, optimise, side_by_side
 from engine.batch import Batch, InFloat32, Probe
+from engine.device import PRECISIONS, autocast, compile_networks, setup
+from engine.errors import NonFinite, UserError, user_errors
+from engine.evaluate import measure, measured
+from engine.flags import (
+    Parser,
+    add_common_flags,
+    add_graph_flag,
+    add_thread_flag,
+    positive_int,
+    share_of_ce,
+    weights_and_options,
+    whole_number,
+)
+from engine.meter import Meter
+from engine.optimise import phase_epochs, sgd
+from engine.processes import distributed, gather_batches, processes, rank
+from engine.record import (
+    Record,
+    class_names_of,
+    fingerprint,
+    math_args,
+    output_folder,
+    provenance,
+    resume_point,
+    write_json,
+)
+from engine.session import Log, StopAfterEpoch, load_data, progress_bar, tensorboard
 from engine.side_by_side import cast_weights
-from engine.teachers import Teachers
+from engine.teachers import Teachers, load_teacher
 from methods import KD, PEERS, Method, schedules
 
 
 def parse_args(words=None):
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     # fmt: off
     flag = parser.add_argument_group('distillation').add_argument
     names = list(KD)
@@ -45,11 +71,11 @@ def parse_args(words=None):
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
          help='weight of the loss beside cross-entropy: a number, or METHOD=number with several methods; '
               'defaults: ' + ', '.join(f'{name} {KD[name].weight:g}' for name in names))
-    flag('--lambda_ce', type=utils.share_of_ce, metavar='W',
+    flag('--lambda_ce', type=share_of_ce, metavar='W',
          help='weight of cross-entropy; default 1, or what the methods say: '
               + ', '.join(f'{name} {m.when.ce:g}' for name, m in KD.items()
                           if not callable(m.when.ce) and m.when.ce != 1))
-    flag('--ramp_epochs', type=utils.positive_int, metavar='N',
+    flag('--ramp_epochs', type=positive_int, metavar='N',
          help='epochs over which the weight of a loss rises, for methods that have such a ramp: '
               + ', '.join(f'{name} {m.when.ramp.epochs:g} of {m.when.ramp.of:g}' for name, m in KD.items()
                           if isinstance(m.when.ramp, schedules.linear)) + ', scaled')
@@ -66,11 +92,11 @@ def parse_args(words=None):
               'just as there')
     flag('--new_head', action='store_true',
          help='of --s_init take all but the classifier: for weights with other classes, or none')
-    flag('--init_epochs', type=utils.whole_number, metavar='N',
+    flag('--init_epochs', type=whole_number, metavar='N',
          help='epochs of the loss alone before cross-entropy alone, for methods that initialise the student: '
               + ', '.join(f'{name} {m.when.alone}' for name, m in KD.items() if m.when.alone)
               + ' of 200, scaled')
-    flag('--pretrain_epochs', type=utils.whole_number, metavar='N',
+    flag('--pretrain_epochs', type=whole_number, metavar='N',
          help="epochs in which the loss's own modules learn first: "
               + ', '.join(f'{name} {m.when.pretrain}' for name, m in KD.items() if m.when.pretrain)
               + ' of 200, scaled')
@@ -82,9 +108,9 @@ def parse_args(words=None):
          help='under torchrun: losses that relate the samples of a batch (rkd, sp, ...) see the batches of '
               'all processes, not only their own')
     # fmt: on
-    utils.add_common_flags(parser)
-    utils.add_thread_flag(parser)
-    utils.add_graph_flag(parser)
+    add_common_flags(parser)
+    add_thread_flag(parser)
+    add_graph_flag(parser)
     return parser.parse_args(words)
 
 
@@ -188,8 +214,8 @@ class Run:
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator  # for losses that draw on the device
-    record: utils.Record
-    meter: utils.Meter
+    record: Record
+    meter: Meter
     before: tuple[int, int]  # epochs of pretraining and of initialisation
     batch_size: int
     epochs: int  # of the training proper
@@ -226,10 +252,10 @@ class Run:
         return 'train' if own >= 0 else 'init' if own >= -self.before[1] else 'pretrain'
 
     def learning_rate(self, epoch: float, args) -> float:
-        """epoch: with its fraction, as in utils.learning_rate."""
+        """epoch: with its fraction, as in optimise.learning_rate."""
         phase = self.phase_of(math.floor(epoch))
         if phase == 'train' or self.inside:
-            return utils.learning_rate(args, epoch) / (1 if phase == 'train' else 10)
+            return optimise.learning_rate(args, epoch) / (1 if phase == 'train' else 10)
         init = self.before[1]
         done = (math.floor(epoch) + init) / init if phase == 'init' else 0
         return args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))  # the seed zoo's
@@ -245,46 +271,46 @@ class Run:
 def main():
     args = parse_args()
     if args.new_head and not args.s_init:
-        raise utils.UserError('--new_head: goes with --s_init FILE')
+        raise UserError('--new_head: goes with --s_init FILE')
     wanted = read_methods(args)
-    device = utils.setup(args)
-    amp = utils.autocast(device, args.amp)
+    device = setup(args)
+    amp = autocast(device, args.amp)
     name = (
         f'kd-{args.data_name.replace(":", "")}-{"-".join(args.t_name) or "self"}-{args.s_name}-s{args.seed}'
     )
-    folder = utils.output_folder(Path(args.save_root) / (args.note or name))
-    log = utils.Log(folder)
+    folder = output_folder(Path(args.save_root) / (args.note or name))
+    log = Log(folder)
 
-    train, val, test = utils.load_data(args, device, log)
+    train, val, test = load_data(args, device, log)
     nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log)
     torch.manual_seed(args.seed)
-    with utils.user_errors():
+    with user_errors():
         net_s = models.build(args.s_name, train.num_classes)
         if args.s_init:
             log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
 
-    origin = utils.provenance(device) | utils.class_names_of(train)
+    origin = provenance(device) | class_names_of(train)
     views = sorted({view for terms in wanted.values() for term in terms for view in term.method.needs.views})
     teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0])
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device)
-    utils.compile_networks(args, *teachers.fast, *(run.net for run in runs))
-    utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
-    board = utils.tensorboard(folder, args.tensorboard)
-    stop = utils.StopAfterEpoch()
+    compile_networks(args, *teachers.fast, *(run.net for run in runs))
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
+    board = tensorboard(folder, args.tensorboard)
+    stop = StopAfterEpoch()
     first = min(run.first for run in runs)
     start = min(max(run.epoch, first) for run in runs)
     log(f'{len(runs)} x {args.s_name} on {args.data_name}: {len(train)} + {len(test)} images, {device}')
-    if utils.processes() > 1:
+    if processes() > 1:
         scope = 'the batches of all processes' if args.global_relations else "each process's own batch"
-        log(f'{utils.processes()} processes x {args.batch_size} images; relations between samples: {scope}')
+        log(f'{processes()} processes x {args.batch_size} images; relations between samples: {scope}')
     log(f'{start - first} of {args.epochs - first} epochs done, output in {folder}')
     if not val:
         log('best.pt is selected on test data (--val_split holds out training images for that)')
 
     together = side_by_side.choose(args, device, len(runs), log)
     steps, failures = train.steps(args.batch_size), []
-    bar = utils.progress_bar(steps * (args.epochs - first), steps * (start - first), log)
+    bar = progress_bar(steps * (args.epochs - first), steps * (start - first), log)
     for epoch in range(start, args.epochs):
         started = time.time()
         active = [run for run in runs if run.epoch == epoch]  # others begin later, or a kill left them ahead
@@ -295,7 +321,7 @@ def main():
         batches = train.train_batches(args.batch_size, args.seed, epoch, views)
         for number, batch in enumerate(together.looks(teachers, batches), 1):
             for run in active:
-                utils.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))
+                optimise.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))
             together.train(train_student, active, batch)
             bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
@@ -313,9 +339,9 @@ def main():
             runs.remove(run)
             begun.remove(run)
         in_training = [run for run in begun if run.phase == 'train']
-        counts = together.each(lambda run: utils.measure(run.net, val, test, amp), in_training)
+        counts = together.each(lambda run: measure(run.net, val, test, amp), in_training)
         for run, counted in zip(in_training, counts):
-            rows[run.name] |= utils.measured(counted)
+            rows[run.name] |= measured(counted)
         for run in begun:
             row = rows[run.name] | {'seconds': time.time() - started}
             run.record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
@@ -337,13 +363,13 @@ def main():
     for run in runs:
         facts = {'script': 'train_kd', 'method': run.name, 'student': args.s_name, **facts_t,
                  'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs,
-                 'trained_with': list(wanted), 'processes': utils.processes(),
+                 'trained_with': list(wanted), 'processes': processes(),
                  'global_relations': args.global_relations}  # fmt: skip
         log(f'{run.name}: {run.record.finish("student.pt", facts)}')
         path = folder / run.name / 'student.pt'
         log(f'weights: {models.how_to_load(path, args.s_name, args.data_name, train.num_classes)}')
     if failures:
-        raise utils.NonFinite('; '.join(failures))
+        raise NonFinite('; '.join(failures))
 
 
 def train_student(run: Run, seen: Batch) -> None:
@@ -384,7 +410,7 @@ def begin_epoch(run: Run, epoch: int, args) -> None:
     run.weights = whole.weights(run.phase, run.now, run.epochs)
     run.inner = whole.inner(run.now, run.epochs)
     seed = args.seed * 1_000_003 + epoch
-    run.generator.manual_seed(seed + 7919 * utils.rank())  # processes draw different numbers
+    run.generator.manual_seed(seed + 7919 * rank())  # processes draw different numbers
     run.rng = random.Random(seed)
     run.meter.reset(epoch)
 
@@ -409,9 +435,9 @@ def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Modul
     """The frozen teachers, and what the result files say about them."""
     nets, top1 = [], []
     for name, path in zip(args.t_name, args.t_model):
-        with utils.user_errors():
+        with user_errors():
             net = models.build_for(path, name, num_classes)
-        teacher = utils.load_teacher(net, path, test, amp)
+        teacher = load_teacher(net, path, test, amp)
         log(f'teacher {name}: {teacher["said"]}')
         log(f'teacher {name}: top-1 {teacher["top1"]:.2f}, top-5 {teacher["top5"]:.2f} on the test set')
         nets.append(net)
@@ -425,15 +451,13 @@ def read_methods(args) -> dict[str, list[Term]]:
     tokens = {token: token.split('+') for token in args.kd_mode}
     names = {name for terms in tokens.values() for name in terms}
     for name in sorted(names - KD.keys() - PEERS.keys()):
-        raise utils.UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(KD)}')
+        raise UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(KD)}')
     for name in sorted(name for name in names if name in PEERS):
-        raise utils.UserError(
-            f'--kd_mode {name}: trains networks that learn from each other, use train_dml.py'
-        )
+        raise UserError(f'--kd_mode {name}: trains networks that learn from each other, use train_dml.py')
     if len(tokens) < len(args.kd_mode) or any(len(set(terms)) < len(terms) for terms in tokens.values()):
-        raise utils.UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
+        raise UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
     check_teachers(args, names)
-    weights, options = utils.weights_and_options(args, sorted(names), KD)
+    weights, options = weights_and_options(args, sorted(names), KD)
     wanted = {
         token: [Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args)) for name in terms]
         for token, terms in tokens.items()
@@ -445,9 +469,9 @@ def read_methods(args) -> dict[str, list[Term]]:
         ):
             several = [term.name for term in terms if getattr(term.method.own, column)]
             if len(several) > 1:
-                raise utils.UserError(f'--kd_mode {token}: {" and ".join(several)} {what}, only one can')
+                raise UserError(f'--kd_mode {token}: {" and ".join(several)} {what}, only one can')
         if args.amp == 'fp16' and any(term.method.own.update for term in terms):
-            raise utils.UserError(f'--amp fp16: {token} has a training step of its own; use bf16')
+            raise UserError(f'--amp fp16: {token} has a training step of its own; use bf16')
     return wanted
 
 
@@ -461,27 +485,23 @@ def ramp_of(method: Method, args):
 
 def check_teachers(args, names: set[str]) -> None:
     if len(args.t_name) != len(args.t_model):
-        raise utils.UserError(
-            f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files'
-        )
+        raise UserError(f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files')
     needy = sorted(name for name in names if KD[name].needs.teacher)
     if needy and not args.t_name:
-        raise utils.UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
+        raise UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
     if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
         teams = [name for name, method in KD.items() if method.needs.all_teachers]
-        raise utils.UserError(
-            f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several'
-        )
+        raise UserError(f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several')
     for name in sorted(names):
-        if utils.processes() > 1 and KD[name].limits.one_process:
-            raise utils.UserError(f'{name} runs in one process only: {KD[name].limits.one_process}')
+        if processes() > 1 and KD[name].limits.one_process:
+            raise UserError(f'{name} runs in one process only: {KD[name].limits.one_process}')
 
 
 def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device) -> list[Run]:
     """The students, all with the weights of net_s, each with its losses, optimiser, generator and record."""
     every = [term.method for terms in wanted.values() for term in terms]
-    graphs = utils.graphs_wanted(args, device)
-    initial, teacher = utils.fingerprint(net_s), '+'.join(map(utils.fingerprint, teachers.nets))
+    graphs = side_by_side.graphs_wanted(args, device)
+    initial, teacher = fingerprint(net_s), '+'.join(map(fingerprint, teachers.nets))
     net_s.to(device, memory_format=torch.channels_last)
     whole = any(method.needs.full_batches for method in every)
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes
@@ -508,7 +528,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         ce = math.prod(1.0 if callable(ce) else ce for ce in ces)
         ce = ce if args.lambda_ce is None else args.lambda_ce
         before = tuple(
-            max((utils.phase_epochs(epochs, args.epochs, chosen) for epochs in of_200), default=0)
+            max((phase_epochs(epochs, args.epochs, chosen) for epochs in of_200), default=0)
             for of_200, chosen in (
                 ([term.method.when.pretrain for term in terms], args.pretrain_epochs),
                 ([term.method.when.alone for term in terms], args.init_epochs),
@@ -516,35 +536,35 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         )
         inside = args.phases == 'inside'
         if inside and sum(before) >= args.epochs:
-            raise utils.UserError(f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs '
+            raise UserError(f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs '
                                   f'{args.epochs} leaves none to train')  # fmt: skip
-        gather = utils.gather_batches if args.global_relations else None
-        cast = utils.PRECISIONS[args.amp] if graphs else None
+        gather = gather_batches if args.global_relations else None
+        cast = PRECISIONS[args.amp] if graphs else None
         step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast)
-        optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [utils.sgd]
+        optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [sgd]
         opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
-        math_args = utils.math_args(
+        recipe = math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
             teacher_weights=teacher, ce=ce, before=list(before), global_relations=args.global_relations,
             methods=[[term.name, term.weight, term.options] for term in terms],
         )  # fmt: skip
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
-        record = utils.Record(folder / token, state, math_args, origin, selected_on)
+        record = Record(folder / token, state, recipe, origin, selected_on)
         run = Run(
             token, step, terms, net, opt, scaler, torch.Generator(device), record,
-            utils.Meter(token, 0, device), before, args.batch_size, args.epochs - inside * sum(before),
+            Meter(token, 0, device), before, args.batch_size, args.epochs - inside * sum(before),
             inside, counters=side_by_side.host_counters(net) if graphs else [],
             usual_only='; '.join(filter(None, (term.method.limits.no_graph for term in terms))),
         )  # fmt: skip
         try_once(run, step, seen)
-        record.resume(utils.resume_point(args.resume, folder / token))
-        if not record.epoch and utils.rank() == 0:  # the other processes are sent the result
+        record.resume(resume_point(args.resume, folder / token))
+        if not record.epoch and rank() == 0:  # the other processes are sent the result
             for term in terms:
                 if term.method.own.before:
-                    with utils.user_errors():
+                    with user_errors():
                         term.method.own.before(term.loss, teachers.teacher, probe)
-        run.step = utils.distributed(step, device)
+        run.step = distributed(step, device)
         runs.append(run)
     return runs
 
@@ -555,7 +575,7 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
     trial.gather = None
     generator = torch.Generator(seen.img.device)
     try:
-        with utils.user_errors():
+        with user_errors():
             for phase, count in (('pretrain', run.before[0]), ('init', run.before[1]), ('train', 1)):
                 if count:
                     batch = replace(seen, now=run.epochs // 2, epochs=run.epochs, generator=generator,
@@ -563,21 +583,21 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
                     inner = trial.inner(batch.now, run.epochs)
                     trial(batch, trial.weights(phase, batch.now, run.epochs), inner, phase)
     except AttributeError as error:  # a network of the user's own, without a term that this method asks for
-        raise utils.UserError(f'{run.name}: {error}') from None
+        raise UserError(f'{run.name}: {error}') from None
 
 
 def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
     """Build the loss of a method, and return the network that this method trains."""
     method = term.method
     try:
-        with utils.user_errors():
+        with user_errors():
             term.loss = method.build(method.loss, probe, **term.options).to(device)
             if method.own.student:
                 net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
     except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels
-        raise utils.UserError(f'--kd_args: {term.name}: {error}') from None
+        raise UserError(f'--kd_args: {term.name}: {error}') from None
     return net
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

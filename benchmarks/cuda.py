@@ -34,10 +34,13 @@ import torch
 import models
 import train_base
 import train_kd
-import utils
 from benchmarks.trainer import BATCH, data, students_of
-from engine import side_by_side
+from engine import optimise, side_by_side
 from engine.batch import Batch
+from engine.device import autocast
+from engine.meter import Meter
+from engine.optimise import sgd
+from engine.record import provenance, write_json
 from kd_losses import CRD
 from methods import METHODS
 
@@ -61,7 +64,7 @@ def one_student(name: str, phase: str, train, amp: str, n: int, **flags):
     (run,), teachers, args = students_of([name], 'resnet14', train, amp, n, **flags)
     early = {'train': 140, 'init': -1, 'pretrain': -sum(run.before)}
     train_kd.begin_epoch(run, early[phase], args)
-    utils.set_learning_rate(run.opt, 0.01)
+    optimise.set_learning_rate(run.opt, 0.01)
     return run, teachers
 
 
@@ -191,16 +194,16 @@ def replay(device: torch.device, steps: int, done) -> None:
 
 def faster(device: torch.device, steps: int) -> dict:
     """G1, in milliseconds per step; both ways take turns."""
-    train, amp = data(device=device), utils.autocast(device, 'bf16')
+    train, amp = data(device=device), autocast(device, 'bf16')
     batch, ways = next(train.train_batches(BATCH, 0, 0)), {}
     for way in ('usual', 'replayed'):
         torch.manual_seed(0)
         net = models.build('resnet20', 10).to(device, memory_format=torch.channels_last).train()
         args = argparse.Namespace(lr=0.1, momentum=0.9, weight_decay=1e-4)
-        opt, scaler = utils.sgd(net.parameters(), args), torch.amp.GradScaler(device.type, enabled=False)
+        opt, scaler = sgd(net.parameters(), args), torch.amp.GradScaler(device.type, enabled=False)
         lean = way == 'replayed' and device.type == 'cuda'
         cast, counters = (torch.bfloat16, side_by_side.host_counters(net)) if lean else (None, [])
-        run = train_base.Run(way, net, opt, scaler, amp, utils.Meter(way, 0, device), cast, counters)
+        run = train_base.Run(way, net, opt, scaler, amp, Meter(way, 0, device), cast, counters)
         ways[way] = run, side_by_side.Graphs(device) if lean else side_by_side.InTurn()
     for run, how in ways.values():
         several_steps(run, how, batch, 8)
@@ -307,7 +310,7 @@ def main() -> int:
     if unknown := [*sorted(set(args.goals) - goals.keys()), *sorted(set(args.rows) - set(ROWS))]:
         print(f'benchmarks.cuda: error: no goal or method is called {", ".join(unknown)}', file=sys.stderr)
         return 2
-    rows, origin = [], utils.provenance(device)
+    rows, origin = [], provenance(device)
     origin['command'] = ' '.join(['python -m benchmarks.cuda', *sys.argv[1:]])
 
     def done(goal: str, what: str, phase: str, measure) -> None:
@@ -322,7 +325,7 @@ def main() -> int:
         print(f'{goal:6s} {what:12s} {phase:8s} {row["said"]}{missed}', flush=True)
         rows.append(row)
         if args.out:
-            utils.write_json(Path(args.out), {'rows': rows, **origin})
+            write_json(Path(args.out), {'rows': rows, **origin})
 
     for goal in args.goals or [goal for goal in goals if goal != 'G2']:
         goals[goal](done)

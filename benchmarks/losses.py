@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-import utils
 from benchmarks import naive
+from engine.record import provenance, write_json
 from kd_losses import (
     AB,
     AT,
@@ -334,9 +334,9 @@ def main():
         )
         print(LINE.format(*cells, limit) + ('' if row['met'] else '  missed'), flush=True)
     if args.out:
-        origin = utils.provenance(torch.device('cpu'))
+        origin = provenance(torch.device('cpu'))
         origin['command'] = ' '.join(['python -m benchmarks.losses', *args.names])
-        utils.write_json(Path(args.out), {'rows': rows, **origin})
+        write_json(Path(args.out), {'rows': rows, **origin})
 
 
 if __name__ == '__main__':

@@ -19,10 +19,11 @@ import engine.threads  # noqa: F401
 
 import torch
 
+import engine.device
 import train_kd
-import utils
 from benchmarks.trainer import BATCH, data, students_of
 from engine import side_by_side
+from engine.record import provenance, write_json
 
 METHODS = ['st', 'at', 'sp', 'pkt']
 
@@ -61,7 +62,7 @@ def main() -> int:
     parser.add_argument('--out', help='also write the results here, as JSON')
     args = parser.parse_args()
     rounds, steps = (2, 2) if args.quick else (5, 4)
-    cores, rows = utils.cores(), []
+    cores, rows = engine.device.cores(), []
     for beside in (0, 1):
         busy = [multiprocessing.get_context('fork').Process(target=spin, daemon=True) for _ in range(beside)]
         for process in busy:
@@ -82,9 +83,9 @@ def main() -> int:
         print(f'{cores} cores, {beside} busy beside: in turn {row["in_turn_ms"]:.0f} ms, workers '
               f'{row["workers_ms"]:.0f} ms: x{row["ratio"]:.2f}{said}', flush=True)  # fmt: skip
     if args.out:
-        origin = utils.provenance(torch.device('cpu'))
+        origin = provenance(torch.device('cpu'))
         origin['command'] = ' '.join(['python -m benchmarks.side_by_side', *sys.argv[1:]])
-        utils.write_json(Path(args.out), {'rows': rows, **origin})
+        write_json(Path(args.out), {'rows': rows, **origin})
     return 0
 
 

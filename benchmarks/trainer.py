@@ -25,10 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import models
 import train_kd
-import utils
 from dataset import Resident
 from engine import side_by_side
 from engine.batch import Batch, Probe
+from engine.device import autocast
+from engine.evaluate import evaluate
+from engine.record import provenance, save_checkpoint, write_json
 from engine.teachers import Teachers
 from methods import METHODS
 
@@ -106,7 +108,7 @@ def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: in
     wanted = train_kd.read_methods(args)
     views = sorted({view for parts in wanted.values() for part in parts for view in part.method.needs.views})
     img = next(train.test_batches(2))[0]
-    teachers = Teachers([net_t], utils.autocast(device, amp), views, img)
+    teachers = Teachers([net_t], autocast(device, amp), views, img)
     with tempfile.TemporaryDirectory() as folder:
         origin = {'commit': None}
         net_s = models.build('resnet20', 10)
@@ -207,7 +209,7 @@ def group_cost(rounds: int) -> dict:
     group = our_loop(EIGHT, 'resnet20', train, 'bf16')
     alone = [our_loop([method], 'resnet20', train, 'bf16') for method in EIGHT]
     net_t = models.build('resnet20', 10).eval().to(memory_format=torch.channels_last)
-    amp, ratios = utils.autocast(torch.device('cpu'), 'bf16'), []
+    amp, ratios = autocast(torch.device('cpu'), 'bf16'), []
     for loop in (group, *alone):
         seconds(loop, 1)
     for epoch in range(rounds):
@@ -231,19 +233,17 @@ def overhead(rounds: int) -> dict:
     """T9: evaluation of 10 000 images and a checkpoint, as a share of an epoch of 50 000, one student, st."""
     train, test = data(), data(16 * BATCH)
     loop = our_loop(['st'], 'resnet20', train, 'bf16')
-    net, amp, shares = models.build('resnet20', 10), utils.autocast(torch.device('cpu'), 'bf16'), []
+    net, amp, shares = models.build('resnet20', 10), autocast(torch.device('cpu'), 'bf16'), []
     net.to(memory_format=torch.channels_last)
     seconds(loop, 1)
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
             epoch = seconds(loop, 6) / (6 * BATCH) * 50_000
             started = time.perf_counter()
-            utils.evaluate(net, test, amp)
+            evaluate(net, test, amp)
             extra = (time.perf_counter() - started) / len(test) * 10_000
             started = time.perf_counter()
-            utils.save_checkpoint(
-                Path(folder) / 'last.pt', {'net': net.state_dict(), 'opt': net.state_dict()}
-            )
+            save_checkpoint(Path(folder) / 'last.pt', {'net': net.state_dict(), 'opt': net.state_dict()})
             extra += time.perf_counter() - started
             shares.append(extra / (epoch + extra))
     what, middle = 'evaluation and checkpoint, share of an epoch', statistics.median(shares)
@@ -265,9 +265,9 @@ def main():
     rows += [group_cost(rounds)] if not goals or 'T7' in goals else []
     rows += [overhead(rounds)] if not goals or 'T9' in goals else []
     if args.out:
-        origin = utils.provenance(torch.device('cpu'))
+        origin = provenance(torch.device('cpu'))
         origin['command'] = ' '.join(['python -m benchmarks.trainer', *args.goals])
-        utils.write_json(Path(args.out), {'rows': rows, **origin})
+        write_json(Path(args.out), {'rows': rows, **origin})
 
 
 if __name__ == '__main__':

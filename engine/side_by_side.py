@@ -15,6 +15,7 @@ Each has `looks` (what is seen of every batch of an epoch), `train` (a step of e
 (anything else that is done for every student, such as the evaluation).
 """
 
+import argparse
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -23,14 +24,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-import utils
+import engine.processes
+import engine.side_by_side
+from engine.errors import UserError
+from engine.processes import processes
 
 
 def choose(args, device: torch.device, students: int, log: Callable[[str], None]):
     """One of the three, as the flags, the device and the cores say."""
-    if utils.graphs_wanted(args, device):
+    if engine.side_by_side.graphs_wanted(args, device):
         return Graphs(device, log)
-    if device.type != 'cpu' or utils.processes() > 1:
+    if device.type != 'cpu' or engine.processes.processes() > 1:
         return InTurn()
     each, cores = args.student_threads, torch.get_num_threads()
     if students == 1 and each < cores:
@@ -291,3 +295,13 @@ def cast_weights(net: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if weight.dtype == torch.float32
     ]
     return dict(zip(names, CastTogether.apply(dtype, *(net.get_parameter(name) for name in names))))
+
+
+def graphs_wanted(args: argparse.Namespace, device: torch.device) -> bool:
+    if not getattr(args, 'cuda_graphs', False) or device.type != 'cuda':
+        return False
+    if args.amp == 'fp16':
+        raise UserError('--cuda_graphs: the loss scaling of --amp fp16 cannot be recorded; use bf16')
+    if processes() > 1:
+        raise UserError('--cuda_graphs: works in one process only')
+    return True

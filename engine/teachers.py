@@ -1,11 +1,16 @@
 """The frozen teachers."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 import models
 from engine.batch import Batch, InFloat32
-from utils import precision
+from engine.device import precision
+from engine.errors import UserError, user_errors
+from engine.evaluate import evaluate
+from models import load_weights
 
 
 class Teachers:
@@ -38,3 +43,16 @@ class Teachers:
     def teachers_on(self, img: Tensor) -> list[InFloat32]:
         with self.amp():
             return [InFloat32(net(img, True), reads) for net, reads in zip(self.fast, self.reads)]
+
+
+def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autocast]) -> dict[str, float]:
+    """Fill, freeze and measure a teacher; one that gives non-finite logits is refused."""
+    with user_errors():
+        said = load_weights(net, path, class_names=getattr(data, 'class_names', None))
+    net.requires_grad_(False).to(data.device, memory_format=torch.channels_last)
+    measured = evaluate(net, data, amp)
+    if measured['bad']:
+        raise UserError(
+            f'{path}: the teacher is not finite, {measured["bad"]} of its logits on the test set are not'
+        )
+    return measured | {'said': said}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import utils
+import engine.errors
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def script(monkeypatch, capsys, img_root, tmp_path):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
         try:
-            utils.run(importlib.import_module(name).main)
+            engine.errors.run(importlib.import_module(name).main)
         except SystemExit as stop:
             code = stop.code or 0
         finally:

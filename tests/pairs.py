@@ -79,8 +79,8 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
     """('works', 'adapter' or 'refuses', what was said) of a forward and backward pass."""
     import random
 
+    import engine.device
     import train_kd
-    import utils
     from engine.batch import Probe
     from engine.teachers import Teachers
 
@@ -89,7 +89,7 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
     torch.manual_seed(1)
     n = 4
     img, target = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
-    amp = utils.autocast(torch.device('cpu'), 'off')
+    amp = engine.device.autocast(torch.device('cpu'), 'off')
     teachers = Teachers([net_t], amp, [], img)
     teachers.prepare = {method.own.once_per_batch} - {None}
     views = {view: img for view in method.needs.views}

@@ -14,12 +14,12 @@ import sys
 import pytest
 import torch
 
+import engine.flags
 import models
 import train_base
 import train_dml
 import train_ka
 import train_kd as train_kd_module
-import utils
 from ka_losses import METHODS as KA_METHODS
 from methods import METHODS
 from models.checkpoint import compare_classes
@@ -83,7 +83,7 @@ def flags_of(module, monkeypatch) -> set[str]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.Parser, 'parse_args', parse)
+        patch.setattr(engine.flags.Parser, 'parse_args', parse)
         with pytest.raises(KeyboardInterrupt):
             module.parse_args()
     return {option for action in seen['parser']._actions for option in action.option_strings}
@@ -619,7 +619,7 @@ def test_mistakes_with_the_download():
 
 def test_an_old_torch_is_named():
     """The losses run with it; the scripts say in one line that they do not."""
-    code = "import torch; torch.__version__ = '2.2.2'; import utils"
+    code = "import torch; torch.__version__ = '2.2.2'; import engine.errors"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count('\n') == 1
     assert 'torch >= 2.11' in done.stderr and '2.2.2' in done.stderr

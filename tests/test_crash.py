@@ -9,7 +9,10 @@ import sys
 import pytest
 import torch
 
-import utils
+import engine.errors
+import engine.meter
+import engine.optimise
+import engine.record
 from tests.conftest import ROOT, TINY
 from tests.test_train import weights
 
@@ -17,12 +20,12 @@ from tests.test_train import weights
 def test_a_kill_during_the_write_leaves_the_old_file(tmp_path):
     """os._exit in the middle of the second save, in another process: no handler, no cleanup."""
     program = """
-import os, sys, torch, utils
+import os, sys, torch, engine.record
 from pathlib import Path
 path = Path(sys.argv[1])
-utils.save_checkpoint(path, {'epoch': 1, 'net': torch.zeros(1000)})
+engine.record.save_checkpoint(path, {'epoch': 1, 'net': torch.zeros(1000)})
 os.fsync = lambda fd: os._exit(9)
-utils.save_checkpoint(path, {'epoch': 2, 'net': torch.ones(1000)})
+engine.record.save_checkpoint(path, {'epoch': 2, 'net': torch.ones(1000)})
 """
     path = tmp_path / 'last.pt'
     done = subprocess.run(
@@ -31,7 +34,7 @@ utils.save_checkpoint(path, {'epoch': 2, 'net': torch.ones(1000)})
     assert done.returncode == 9, done.stderr
     assert torch.load(path, weights_only=True)['epoch'] == 1
     assert len(list(tmp_path.iterdir())) == 2, 'the half-written file lies beside it'
-    utils.Record(tmp_path, {}, {}, {}, 'test')
+    engine.record.Record(tmp_path, {}, {}, {}, 'test')
     assert [p.name for p in tmp_path.iterdir()] == ['last.pt'], 'and the next start removes it'
 
 
@@ -58,9 +61,10 @@ def test_disk_full(tmp_path, img_root, teacher):
     ]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     stopper = (
-        'import sys, train_base, utils; real = utils.Record.epoch_done\n'
-        'def two(r, row, save):\n    real(r, row)\n    if r.epoch == 2: raise utils.UserError("enough")\n'
-        'utils.Record.epoch_done = two; utils.run(train_base.main)'
+        'import sys, train_base, engine.record; real = engine.record.Record.epoch_done\n'
+        'def two(r, row, save):\n    real(r, row)\n'
+        '    if r.epoch == 2: raise engine.errors.UserError("enough")\n'
+        'engine.record.Record.epoch_done = two; engine.errors.run(train_base.main)'
     )
     first = subprocess.run(
         [sys.executable, '-c', stopper, *command[2:]], cwd=ROOT, capture_output=True, text=True, env=env
@@ -117,8 +121,9 @@ def test_a_diverging_run_stops_before_the_update(script, tmp_path):
 
 
 def test_divergence_after_a_checkpoint_leaves_it_finite(script, tmp_path, monkeypatch):
-    rate = utils.learning_rate
-    monkeypatch.setattr(utils, 'learning_rate', lambda args, epoch: 1e30 if epoch >= 1 else rate(args, epoch))
+    rate = engine.optimise.learning_rate
+    huge = lambda args, epoch: 1e30 if epoch >= 1 else rate(args, epoch)  # noqa: E731
+    monkeypatch.setattr(engine.optimise, 'learning_rate', huge)
     done = script('train_base', '--net_name', 'resnet8', '--note', 'd', *TINY)
     assert done.code == 1 and 'at epoch 2, step ' in done.err
     state = weights(tmp_path / 'd')
@@ -175,7 +180,7 @@ def test_the_device_side_guard(monkeypatch):
     device = torch.device('cpu')
     weight = torch.nn.Parameter(torch.ones(3))
     opt = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True)
-    meter = utils.Meter('x', 4, device)
+    meter = engine.meter.Meter('x', 4, device)
     out, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
 
     class OnDevice:  # a loss that says it is not on the CPU

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import dataset
 from tests.conftest import ROOT, TINY
 from tests.test_train import rows, same, weights
 
@@ -25,15 +26,17 @@ def torchrun(*words, processes=2, program=None, restarts=0, timeout=300):
 
 GRADIENTS = """
 import sys, torch
-import utils
+import engine.device
+import engine.evaluate
+import engine.processes
 from types import SimpleNamespace
 from methods import METHODS
 from models import Feats
 
 names, path = sys.argv[1].split(','), sys.argv[2]
-if utils.processes() > 1:
-    utils.join_processes(torch.device('cpu'))
-n, rank, many = 12, utils.rank(), utils.processes()
+if engine.processes.processes() > 1:
+    engine.processes.join_processes(torch.device('cpu'))
+n, rank, many = 12, engine.processes.rank(), engine.processes.processes()
 
 class Net(torch.nn.Module):  # no batch norm: that sees its own process only
     def __init__(self, seed, width):
@@ -60,7 +63,7 @@ class Step(torch.nn.Module):
         self.net, self.kd, self.feed = net, kd, feed
 
     def forward(self, img, t, b):
-        s, t, b = utils.gather_batches(self.net(img), t, b)
+        s, t, b = engine.processes.gather_batches(self.net(img), t, b)
         return self.feed(self.kd, s, t, b)
 
 torch.manual_seed(1)
@@ -73,7 +76,7 @@ for name in names:
     net = Net(5, 4)
     e = SimpleNamespace(s=net(img[:2]), t=net_t(img[:2]))
     kd = method.build(method.loss, e).double()
-    step = utils.distributed(Step(net, kd, method.feed), torch.device('cpu'))
+    step = engine.processes.distributed(Step(net, kd, method.feed), torch.device('cpu'))
     b = SimpleNamespace(target=target[mine], epoch=5, epochs=10)
     with torch.no_grad():
         t = net_t(img[mine])
@@ -106,7 +109,7 @@ def test_relations_of_one_process_are_not_those_of_all(tmp_path):
     """The test above can fail: without gathering, a relational loss has another gradient."""
     program = tmp_path / 'gradients.py'
     program.write_text(
-        GRADIENTS.replace('utils.gather_batches(self.net(img), t, b)', '(self.net(img), t, b)')
+        GRADIENTS.replace('engine.processes.gather_batches(self.net(img), t, b)', '(self.net(img), t, b)')
     )
     for many in (1, 2):
         assert torchrun('rkd,st', tmp_path / f'{many}.pt', processes=many, program=program).returncode == 0
@@ -132,13 +135,14 @@ def test_training_on_two_processes(script, teacher, root, tmp_path):
     for token in kinds:
         result = json.loads((tmp_path / 'two' / token / 'results.json').read_text())
         assert result['processes'] == 2 and result['global_relations'] is True
-    import utils
+    import engine.device
+    import engine.evaluate
     from models import build, load_weights
 
     net = build('resnet8', 10)
     load_weights(net, tmp_path / 'two' / 'st' / 'student.pt')
-    test = utils.dataset.load('shapes:96', tmp_path)[1]
-    alone = utils.evaluate(net, test, utils.autocast(torch.device('cpu'), 'off'))
+    test = dataset.load('shapes:96', tmp_path)[1]
+    alone = engine.evaluate.evaluate(net, test, engine.device.autocast(torch.device('cpu'), 'off'))
     assert alone['top1'] == pytest.approx(float(rows(tmp_path / 'two' / 'st')[-1]['test_top1']), abs=1e-3)
     done = torchrun('train_base.py', '--net_name', 'resnet8', *words, *root, '--note', 'base')
     assert done.returncode == 0, done.stderr
@@ -161,17 +165,17 @@ def test_a_killed_process_is_restarted(teacher, root, tmp_path):
     program.write_text(
         'import os, signal, sys\n'
         f'sys.path.insert(0, {str(ROOT)!r})\n'
-        'import train_kd, utils\n'
+        'import train_kd, engine.errors, engine.processes\n'
         'real = train_kd.begin_epoch\n'
         'def begin(run, epoch, args):\n'
         f'    once = {str(tmp_path / "died")!r}\n'
-        '    if epoch == 2 and utils.rank() == 1 and not os.path.exists(once):\n'
+        '    if epoch == 2 and engine.processes.rank() == 1 and not os.path.exists(once):\n'
         '        open(once, "w").close()\n'
         '        os.kill(os.getpid(), signal.SIGKILL)\n'
         '    return real(run, epoch, args)\n'
         'train_kd.begin_epoch = begin\n'
         'sys.argv[0] = "train_kd.py"\n'
-        'utils.run(train_kd.main)\n'
+        'engine.errors.run(train_kd.main)\n'
     )
     done = torchrun(*words, '--note', 'cut', program=program, restarts=2)
     assert done.returncode == 0, done.stderr

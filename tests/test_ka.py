@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import dataset
+import engine.record
 import train_ka
-import utils
 from dataset.dense import DenseMetrics, supervised
 from dataset.parts import ClassParts, read_classes, split_classes, take_classes
 from dataset.scenes import objects, scene
@@ -333,7 +333,7 @@ def test_labels_are_not_read(ka, tmp_path, monkeypatch):
 def test_resumed_equals_undisturbed(ka, tmp_path, monkeypatch):
     modes = ['concat', 'soka', 'cfl', 'customize_target']
     assert ka(*modes, '--note', 'whole', epochs=3).code == 0
-    real, wrote = utils.write_atomic, []
+    real, wrote = engine.record.write_atomic, []
 
     class Killed(BaseException):
         pass
@@ -344,10 +344,10 @@ def test_resumed_equals_undisturbed(ka, tmp_path, monkeypatch):
             raise Killed  # in the second epoch, when the second student is due
         real(path, content)
 
-    monkeypatch.setattr(utils, 'write_atomic', dies)
+    monkeypatch.setattr(engine.record, 'write_atomic', dies)
     with pytest.raises(Killed):
         ka(*modes, '--note', 'cut', '--resume', 'auto', epochs=3)
-    monkeypatch.setattr(utils, 'write_atomic', real)
+    monkeypatch.setattr(engine.record, 'write_atomic', real)
     done = ka(*modes, '--note', 'cut', '--resume', 'auto', epochs=3)
     assert done.code == 0 and '1 of 3 epochs done' in done.out
     for mode in modes:
@@ -500,7 +500,7 @@ def test_rooms_block_phase_selection_fine_tuning(script, room_teachers, tmp_path
     assert [teacher['task'] for teacher in result['teachers']] == ['seg', 'depth', 'normal']
 
     for count in (2, 3, 5):  # killed in the block phase, at its end, and while fine-tuning
-        real, wrote = utils.write_atomic, []
+        real, wrote = engine.record.write_atomic, []
 
         class Killed(BaseException):
             pass
@@ -512,7 +512,7 @@ def test_rooms_block_phase_selection_fine_tuning(script, room_teachers, tmp_path
             real(path, content)
 
         with monkeypatch.context() as patch:
-            patch.setattr(utils, 'write_atomic', dies)
+            patch.setattr(engine.record, 'write_atomic', dies)
             with pytest.raises(Killed):
                 script('train_ka', *words, '--note', f'cut{count}', '--resume', 'auto')
         assert script('train_ka', *words, '--note', f'cut{count}', '--resume', 'auto').code == 0
@@ -621,7 +621,7 @@ def test_federation(script, halves, tmp_path):
     assert result['probe'] == 50 and 'probe_alone' in result and result['last']['epoch'] == 3
     drawn = [row['clients'] for row in rows(tmp_path / 'whole')]
     assert drawn[0] == drawn[1] and len(json.loads(drawn[0])) == 2
-    real = utils.write_atomic
+    real = engine.record.write_atomic
 
     class Killed(BaseException):
         pass
@@ -634,7 +634,7 @@ def test_federation(script, halves, tmp_path):
 
     from unittest import mock
 
-    with mock.patch.object(utils, 'write_atomic', dies), pytest.raises(Killed):
+    with mock.patch.object(engine.record, 'write_atomic', dies), pytest.raises(Killed):
         script('tools.fedka', *words, *place, '--note', 'cut')
     assert script('tools.fedka', *words, *place, '--note', 'cut', '--resume', 'auto').code == 0
     assert same(weights(tmp_path / 'whole')['net'], weights(tmp_path / 'cut')['net'])

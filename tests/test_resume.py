@@ -10,7 +10,9 @@ import time
 import pytest
 import torch
 
-import utils
+import engine.optimise
+import engine.record
+import engine.session
 from tests.conftest import ROOT
 from tests.test_train import rows, same, weights
 
@@ -45,7 +47,7 @@ def check_equal(a, b):
 def test_killed_at_any_write(train_kd, tmp_path, monkeypatch, file):
     """Killed in an epoch just before a file of one student is replaced: others are then an epoch ahead."""
     assert train_kd(*GROUP, '--note', 'whole', *FOUR).code == 0
-    real, rate = utils.write_atomic, utils.learning_rate
+    real, rate = engine.record.write_atomic, engine.optimise.learning_rate
     for epoch, victim in ((1, 'st'), (3, 'st'), (2, 'vid'), (4, 'pkt+st')):
         note, epochs_begun = f'cut{epoch}{victim}', []
 
@@ -61,8 +63,8 @@ def test_killed_at_any_write(train_kd, tmp_path, monkeypatch, file):
             return rate(args, e)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(utils, 'learning_rate', rated)
-            patch.setattr(utils, 'write_atomic', dies)
+            patch.setattr(engine.optimise, 'learning_rate', rated)
+            patch.setattr(engine.record, 'write_atomic', dies)
             train_kd(*GROUP, '--note', note, *FOUR)
         assert sorted(set(epochs_begun)) == list(range(1, epoch + 1))
         again = train_kd(*GROUP, '--note', note, *FOUR, '--resume', 'auto')
@@ -85,14 +87,14 @@ def test_base_killed_and_resumed(script, tmp_path, monkeypatch):
 
 def killed_after(epochs: int, monkeypatch):
     """In this context a run dies once its record holds so many epochs."""
-    real = utils.Record.epoch_done
+    real = engine.record.Record.epoch_done
 
     def dies(record, row):
         real(record, row)
         if record.epoch == epochs:
             raise Killed
 
-    monkeypatch.setattr(utils.Record, 'epoch_done', dies)
+    monkeypatch.setattr(engine.record.Record, 'epoch_done', dies)
 
 
 def test_resume_from_a_path_and_with_other_company(train_kd, tmp_path, monkeypatch):
@@ -136,8 +138,9 @@ def test_origin_is_kept(script, tmp_path, monkeypatch):
     for number in range(4):
         commit = 'abc'[min(number, 2)] * 40
         origin = {'command': f'call {number}', 'commit': commit, 'machine': {}}
-        monkeypatch.setattr(utils, 'provenance', lambda device, origin=origin: dict(origin))
-        monkeypatch.setattr(utils.StopAfterEpoch, '__init__', lambda stop: setattr(stop, 'signal', 15))
+        monkeypatch.setattr(engine.record, 'provenance', lambda device, origin=origin: dict(origin))
+        at_once = lambda stop: setattr(stop, 'signal', 15)  # noqa: E731
+        monkeypatch.setattr(engine.session.StopAfterEpoch, '__init__', at_once)
         assert script('train_base', *net).code == (128 + 15 if number < 3 else 0)
     result = json.loads((tmp_path / 'o' / 'results.json').read_text())
     assert result['command'] == 'call 0' and result['commit'] == 'a' * 40

@@ -13,8 +13,13 @@ import weakref
 import pytest
 import torch
 
+import engine.device
+import engine.errors
+import engine.meter
+import engine.optimise
+import engine.record
+import engine.side_by_side
 import train_kd
-import utils
 from benchmarks import cuda
 from dataset import load
 from engine import side_by_side
@@ -159,7 +164,7 @@ def test_a_recorded_run_is_the_usual_run(script, teacher, tmp_path, monkeypatch)
     assert script('train_kd', *words, '--note', 'usual').code == 0
     stand_in = StandIn()
     monkeypatch.setattr(side_by_side, 'cuda_capture', stand_in)
-    monkeypatch.setattr(utils, 'graphs_wanted', lambda *_: True)
+    monkeypatch.setattr(engine.side_by_side, 'graphs_wanted', lambda *_: True)
     done = script('train_kd', *words, '--note', 'recorded')
     assert done.code == 0, done.err
     # 7 batches an epoch, the last smaller: of 18 whole ones 3 are usual. Recordings are kept over epochs, but
@@ -217,7 +222,7 @@ def test_a_recording_that_fails_leaves_usual_steps(script, teacher, tmp_path, mo
         return capture
 
     monkeypatch.setattr(side_by_side, 'cuda_capture', fails)
-    monkeypatch.setattr(utils, 'graphs_wanted', lambda *_: True)
+    monkeypatch.setattr(engine.side_by_side, 'graphs_wanted', lambda *_: True)
     done = script('train_kd', *words, '--note', 'recorded')
     assert done.code == 0 and done.out.count('at: its step cannot be recorded, usual steps follow') == 1
     assert len(counted) == 1
@@ -236,14 +241,14 @@ def test_the_flag_means_nothing_without_cuda(script, teacher, tmp_path):
 def test_what_cannot_be_recorded_is_refused(monkeypatch):
     device = torch.device('cuda')
     args = argparse.Namespace(cuda_graphs=True, amp='bf16')
-    assert utils.graphs_wanted(args, device)
-    assert not utils.graphs_wanted(args, torch.device('cpu'))
-    assert not utils.graphs_wanted(argparse.Namespace(cuda_graphs=False, amp='fp16'), device)
-    with pytest.raises(utils.UserError, match='fp16'):
-        utils.graphs_wanted(argparse.Namespace(cuda_graphs=True, amp='fp16'), device)
+    assert engine.side_by_side.graphs_wanted(args, device)
+    assert not engine.side_by_side.graphs_wanted(args, torch.device('cpu'))
+    assert not engine.side_by_side.graphs_wanted(argparse.Namespace(cuda_graphs=False, amp='fp16'), device)
+    with pytest.raises(engine.errors.UserError, match='fp16'):
+        engine.side_by_side.graphs_wanted(argparse.Namespace(cuda_graphs=True, amp='fp16'), device)
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(utils.UserError, match='one process'):
-        utils.graphs_wanted(args, device)
+    with pytest.raises(engine.errors.UserError, match='one process'):
+        engine.side_by_side.graphs_wanted(args, device)
 
 
 def test_batches_go_where_the_recorded_one_lay(monkeypatch):
@@ -276,7 +281,7 @@ def test_batches_go_where_the_recorded_one_lay(monkeypatch):
 def runs(img_root, tmp_path_factory):
     """A student of every row, and a function that takes a step with one of them."""
     folder = tmp_path_factory.mktemp('runs')
-    device, amp = torch.device('cpu'), utils.autocast(torch.device('cpu'), 'off')
+    device, amp = torch.device('cpu'), engine.device.autocast(torch.device('cpu'), 'off')
     train, _ = load('shapes:96', str(img_root), device)
     batches = list(train.train_batches(16, 0, 0, ('pair', 'second', 'strong')))
     torch.manual_seed(0)
@@ -299,7 +304,7 @@ def runs(img_root, tmp_path_factory):
 
     for run in built:
         train_kd.begin_epoch(run, 5, args)
-        utils.set_learning_rate(run.opt, 0.01)
+        engine.optimise.set_learning_rate(run.opt, 0.01)
     return {run.name: run for run in built}, step
 
 
@@ -366,7 +371,7 @@ def test_a_step_leaves_everything_where_it_was(runs, name):
 def test_a_step_reads_nothing_back(runs, name, monkeypatch):
     """The whole step, student and update included; the guard looks at once on the CPU only."""
     built, step = runs
-    monkeypatch.setattr(utils.Meter, 'guard', lambda *_: True)
+    monkeypatch.setattr(engine.meter.Meter, 'guard', lambda *_: True)
     step(built[name], 3)
     with NoReadBack():
         step(built[name], 4)
@@ -388,7 +393,7 @@ def test_a_step_that_moves_its_state_is_noticed(runs):
 
 def fused(*groups):
     args = argparse.Namespace(lr=0.1, momentum=0.9, weight_decay=1e-4)
-    return utils.fused_sgd(list(groups), args), utils.sgd(list(groups), args)
+    return engine.optimise.fused_sgd(list(groups), args), engine.optimise.sgd(list(groups), args)
 
 
 def gradients(nets, late: int):
@@ -408,7 +413,7 @@ def test_the_fused_optimiser_takes_a_late_first_gradient(late):
     first, second = fused(*a.parameters())[0], fused(*b.parameters())[1]
     for k in gradients((a, b), late):
         for opt in (first, second):
-            utils.set_learning_rate(opt, 0.1 / (k + 1))
+            engine.optimise.set_learning_rate(opt, 0.1 / (k + 1))
             opt.step()
     for x, y in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
@@ -440,7 +445,7 @@ def test_a_checkpoint_moves_between_kinds_of_optimisers():
             opt.step()
     assert opts[0].param_groups[0]['fused'] and isinstance(opts[0].param_groups[0]['lr'], torch.Tensor)
     assert not opts[1].param_groups[0]['fused'] and opts[1].param_groups[0]['lr'] == pytest.approx(0.1)
-    utils.set_learning_rate(opts[0], 0.25)
+    engine.optimise.set_learning_rate(opts[0], 0.25)
     assert float(opts[0].param_groups[0]['lr']) == 0.25
 
 
@@ -452,11 +457,11 @@ def test_checkpoints_hold_cpu_copies(tmp_path):
     far = torch.ones(2).as_subclass(Elsewhere)
     state = torch.nn.Linear(1, 1).state_dict()
     content = {'net': state, 'opt': [{'a': far}, (far, 1)], 'epoch': 3}
-    utils.save_checkpoint(tmp_path / 'x.pt', content)
+    engine.record.save_checkpoint(tmp_path / 'x.pt', content)
     back = torch.load(tmp_path / 'x.pt', weights_only=True)
     assert back['opt'][0]['a'].tolist() == [0, 0] and back['opt'][1][1] == 1 and back['epoch'] == 3
     assert content['opt'][0]['a'] is far, 'what is in training stays where it is'
-    assert utils.on_cpu(state)._metadata == state._metadata
+    assert engine.record.on_cpu(state)._metadata == state._metadata
 
 
 # --------------------------------------------------------------------------------------------- fewer kernels
@@ -467,7 +472,7 @@ def test_weights_cast_together_give_the_same_step():
     one, two = build('resnet8', 10), None
     two = copy.deepcopy(one)
     img = torch.randn(8, 3, 32, 32)
-    amp = utils.autocast(torch.device('cpu'), 'bf16')
+    amp = engine.device.autocast(torch.device('cpu'), 'bf16')
     for net, cast in ((one, None), (two, torch.bfloat16)):
         student = train_kd.Student(net, [], amp, cast=cast)
         f = student.look_at(img)
@@ -556,7 +561,7 @@ def test_a_gpu_that_differs_is_noticed(monkeypatch, capsys, tmp_path):
 
 def test_without_git_and_without_history(tmp_path):
     """A copy on a machine without git: no commit, or the one that SOURCE_COMMIT names."""
-    program = 'import torch, utils; print(utils.provenance(torch.device("cpu"))["commit"])'
+    program = 'import torch, engine.record; print(engine.record.provenance(torch.device("cpu"))["commit"])'
     for more, said in (({}, 'None'), ({'SOURCE_COMMIT': 'abc'}, 'abc')):
         env = {**os.environ, 'PATH': str(tmp_path), **more}
         done = subprocess.run(
@@ -570,7 +575,7 @@ def test_lean_checkpoints(script, teacher, tmp_path, monkeypatch):
     words = ('--kd_mode', 'st', 'vid', '--t_name', 'resnet8', '--t_model', teacher, '--s_name', 'resnet8',
              '--data_name', 'shapes:96', '--batch_size', 32, '--epochs', 5)  # fmt: skip
     assert script('train_kd', *words, '--note', 'whole').code == 0
-    real = utils.Record.epoch_done
+    real = engine.record.Record.epoch_done
 
     def dies(record, row, save=True):
         real(record, row, save)
@@ -578,7 +583,7 @@ def test_lean_checkpoints(script, teacher, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(utils.Record, 'epoch_done', dies)
+        patch.setattr(engine.record.Record, 'epoch_done', dies)
         script('train_kd', *words, '--note', 'lean', '--save_every', 3)
     done = script('train_kd', *words, '--note', 'lean', '--save_every', 3, '--resume', 'auto')
     assert done.code == 0 and '3 of 5 epochs done' in done.out

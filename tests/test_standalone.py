@@ -27,7 +27,7 @@ module = importlib.import_module(sys.argv[1])
 classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
            and issubclass(c, (torch.nn.Module, torch.optim.Optimizer)) and not c.__name__.startswith('_')]
 assert classes
-ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'utils')
+ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'engine', 'methods')
 foreign = [m for m in sys.modules if m.split('.')[0] in ours]
 assert not foreign, foreign
 lists = module.__name__ in ('reviewkd', 'semckd', 'fcfd')  # channels of several levels
@@ -109,7 +109,7 @@ print('ran', classes[0].__name__)
 KA_PROGRAM = """
 import importlib, sys, torch
 m = importlib.import_module(sys.argv[1])
-ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'utils')
+ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'engine', 'methods')
 foreign = [name for name in sys.modules if name.split('.')[0] in ours]
 assert not foreign, foreign
 torch.manual_seed(0)

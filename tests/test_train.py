@@ -7,7 +7,10 @@ import sys
 import pytest
 import torch
 
-import utils
+import dataset
+import engine.device
+import engine.evaluate
+import engine.optimise
 from methods import METHODS
 from models import build, load_weights
 from tests.conftest import TINY
@@ -64,8 +67,8 @@ def test_base_writes_everything(script, tmp_path):
     torch.manual_seed(2)
     assert same(net.state_dict(), build('resnet8', 10).state_dict())
     load_weights(net, folder / 'net.pt')
-    measured = utils.evaluate(
-        net, utils.dataset.load('shapes:96', folder)[1], utils.autocast(torch.device('cpu'), 'off')
+    measured = engine.evaluate.evaluate(
+        net, dataset.load('shapes:96', folder)[1], engine.device.autocast(torch.device('cpu'), 'off')
     )
     assert measured['top1'] == pytest.approx(result['last']['top1'])
 
@@ -168,8 +171,9 @@ def test_phases_inside(train_kd, tmp_path):
 
 def test_one_cycle_moves_at_every_step(script, tmp_path, monkeypatch):
     seen = []
-    real = utils.set_learning_rate
-    monkeypatch.setattr(utils, 'set_learning_rate', lambda opt, lr: (seen.append(lr), real(opt, lr)))
+    real = engine.optimise.set_learning_rate
+    noted = lambda opt, lr: (seen.append(lr), real(opt, lr))  # noqa: E731
+    monkeypatch.setattr(engine.optimise, 'set_learning_rate', noted)
     words = ('--net_name', 'resnet8', '--data_name', 'shapes:96', '--batch_size', 24, '--epochs', 5)
     assert script('train_base', *words, '--schedule', 'onecycle', '--lr', 0.4).code == 0
     up = [0.4 * (k + 0.5) / 4 for k in range(4)]
@@ -229,8 +233,9 @@ def test_peers(script, tmp_path, method):
     for k in (1, 2):  # the saved networks are the measured ones, by themselves
         net = build('resnet8', 10)
         load_weights(net, folder / f'net{k}.pt')
-        test = utils.dataset.load('shapes:96', folder)[1]
-        measured.append(utils.evaluate(net, test, utils.autocast(torch.device('cpu'), 'off'))['top1'])
+        test = dataset.load('shapes:96', folder)[1]
+        amp = engine.device.autocast(torch.device('cpu'), 'off')
+        measured.append(engine.evaluate.evaluate(net, test, amp)['top1'])
         assert measured[-1] == pytest.approx(result[f'net{k}']['top1'])
         assert float(last[f'net{k}_test_top1']) == pytest.approx(measured[-1], abs=1e-3)
     assert 'ensemble' in done.out and 0 <= result['ensemble']['top1'] <= 100
@@ -362,7 +367,7 @@ def test_evaluate_is_exact():
         def forward(self, x):
             return -(torch.arange(4.0)[None] - x[:, 0, 0, 0, None].round() % 4).abs()
 
-    data = utils.dataset.load('shapes:1030', '/nonexistent-root')[1]
+    data = dataset.load('shapes:1030', '/nonexistent-root')[1]
     data.images[:] = 0
     data._scale, data._shift = torch.ones(3), torch.zeros(3)
     data.images[:, 0, 0, 0] = (torch.arange(len(data)) % 4).byte()
@@ -370,7 +375,7 @@ def test_evaluate_is_exact():
     data.targets[:10] += 1
     data.targets.clamp_(max=3)
     wrong = sum((i % 4) != min(i % 4 + 1, 3) for i in range(10))
-    measured = utils.evaluate(Ranked(), data, utils.autocast(torch.device('cpu'), 'off'))
+    measured = engine.evaluate.evaluate(Ranked(), data, engine.device.autocast(torch.device('cpu'), 'off'))
     assert measured['top1'] == pytest.approx(100 * (len(data) - wrong) / len(data))
     assert measured['top5'] == 100 and measured['bad'] == 0
 
@@ -379,7 +384,7 @@ def test_learning_rate_is_a_function_of_the_epoch():
     from types import SimpleNamespace
 
     args = SimpleNamespace(lr=0.1, lr_decay=0.1, milestones=[0.5, 0.75], epochs=200, schedule='steps')
-    got = [utils.learning_rate(args, e) for e in (0, 99, 100, 149, 150, 199)]
+    got = [engine.optimise.learning_rate(args, e) for e in (0, 99, 100, 149, 150, 199)]
     assert got == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 

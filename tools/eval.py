@@ -11,40 +11,45 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models  # noqa: E402
-import utils  # noqa: E402
+from engine import errors  # noqa: E402
+from engine.device import autocast, setup  # noqa: E402
+from engine.errors import UserError, user_errors  # noqa: E402
+from engine.flags import Parser, add_data_flags, add_machine_flags  # noqa: E402
+from engine.session import read_data  # noqa: E402
+from engine.teachers import load_teacher  # noqa: E402
 
 
 def parse_args():
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument('files', nargs='+', metavar='FILE', help='checkpoints of one architecture')
     parser.add_argument('--net_name', required=True, metavar='NAME', help=models.NAMES)
-    utils.add_data_flags(parser)
-    utils.add_machine_flags(parser)
+    add_data_flags(parser)
+    add_machine_flags(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     args.seed = 0  # nothing is drawn here
-    device = utils.setup(args)
-    with utils.user_errors():
+    device = setup(args)
+    with user_errors():
         models.build(args.net_name)  # an unknown name is no file's fault
-    _, test = utils.read_data(args, device)
+    _, test = read_data(args, device)
     width, failed = max(map(len, args.files)), False
     print(f'{"file":{width}}   top-1   top-5   on {len(test)} test images of {args.data_name}')
     for path in args.files:
         try:
-            with utils.user_errors():
+            with user_errors():
                 net = models.build_for(path, args.net_name, test.num_classes)
-            row = utils.load_teacher(net, path, test, utils.autocast(device, args.amp))
-        except utils.UserError as error:
+            row = load_teacher(net, path, test, autocast(device, args.amp))
+        except UserError as error:
             print(f'{path:{width}}   {error}')
             failed = True
             continue
         print(f'{path:{width}}  {row["top1"]:6.2f}  {row["top5"]:6.2f}   {row["said"]}')
     if failed:
-        raise utils.UserError('some files could not be measured')
+        raise UserError('some files could not be measured')
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

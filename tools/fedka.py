@@ -27,12 +27,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset  # noqa: E402
 import models  # noqa: E402
-import utils  # noqa: E402
+from engine import errors  # noqa: E402
+from engine.device import autocast, setup  # noqa: E402
+from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
+from engine.evaluate import measure, measured  # noqa: E402
+from engine.flags import Parser, add_common_flags, positive_int  # noqa: E402
+from engine.record import (
+    Record,
+    class_names_of,
+    fingerprint,
+    math_args,  # noqa: E402
+    output_folder,
+    provenance,
+    resume_point,
+    write_json,
+)
+from engine.session import Log, load_data  # noqa: E402
+from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.fedka import FedKA, fed_average, saliency, selection_prob, transferability  # noqa: E402
 
 
 def parse_args():
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     # fmt: off
     flag = parser.add_argument_group('federation').add_argument
     flag('--t_name', required=True, metavar='NAME', help=f'all teachers: {models.NAMES}')
@@ -40,35 +56,35 @@ def parse_args():
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--split', choices=('contiguous', 'interleaved', 'random'), default='contiguous',
          help='how the classes go to the clients, as for train_base.py')
-    flag('--probe', type=utils.positive_int, default=5, help='labelled images per class, default 5')
-    flag('--topk', type=utils.positive_int, default=2, help='clients drawn per round, default 2')
-    flag('--local_epochs', type=utils.positive_int, default=10, help='of a client per round, default 10')
-    flag('--select_every', type=utils.positive_int, default=10, help='rounds between selections, default 10')
-    flag('--adapt_every', type=utils.positive_int, default=10, help='rounds between measurements, default 10')
-    flag('--adapt_epochs', type=utils.positive_int, default=30, help='epochs on the probe set, default 30')
-    flag('--local_images', type=utils.positive_int, metavar='N', help='at most N images per client')
+    flag('--probe', type=positive_int, default=5, help='labelled images per class, default 5')
+    flag('--topk', type=positive_int, default=2, help='clients drawn per round, default 2')
+    flag('--local_epochs', type=positive_int, default=10, help='of a client per round, default 10')
+    flag('--select_every', type=positive_int, default=10, help='rounds between selections, default 10')
+    flag('--adapt_every', type=positive_int, default=10, help='rounds between measurements, default 10')
+    flag('--adapt_epochs', type=positive_int, default=30, help='epochs on the probe set, default 30')
+    flag('--local_images', type=positive_int, metavar='N', help='at most N images per client')
     # fmt: on
-    utils.add_common_flags(parser, epochs=50, lr=1e-3, rate="Adam's, default 0.001; --epochs counts rounds")
+    add_common_flags(parser, epochs=50, lr=1e-3, rate="Adam's, default 0.001; --epochs counts rounds")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    device = utils.setup(args)
-    amp = utils.autocast(device, args.amp)
+    device = setup(args)
+    amp = autocast(device, args.amp)
     name = f'fedka-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}'
-    folder = utils.output_folder(Path(args.save_root) / (args.note or name))
-    log = utils.Log(folder)
-    train, _, test = utils.load_data(args, device, log)
+    folder = output_folder(Path(args.save_root) / (args.note or name))
+    log = Log(folder)
+    train, _, test = load_data(args, device, log)
     clients = len(args.t_model)
-    with utils.user_errors():
+    with user_errors():
         parts = dataset.split_classes(train.num_classes, clients, args.split, args.seed)
         homes = [dataset.take_classes(train, part) for part in parts]
         teachers = [models.build(args.t_name, len(part)) for part in parts]
         torch.manual_seed(args.seed)
         student = models.build(args.s_name, train.num_classes).to(device)
     for part, teacher, path in zip(parts, teachers, args.t_model):
-        read = utils.load_teacher(teacher, path, dataset.take_classes(test, part), amp)
+        read = load_teacher(teacher, path, dataset.take_classes(test, part), amp)
         log(f'client {part}: {read["said"]}, top-1 there {read["top1"]:.2f}')
     if args.local_images:
         homes = [home.subset(torch.arange(min(args.local_images, len(home)))) for home in homes]
@@ -78,15 +94,15 @@ def main():
         c_s, c_t = (net.eval()(look[:2], True).fms[-1].shape[1] for net in (student, teachers[0]))
     losses = nn.ModuleList(FedKA(c_s, c_t) for _ in range(clients)).to(device)
 
-    origin = utils.provenance(device) | utils.class_names_of(train)
-    math_args = utils.math_args(
-        args, script='fedka', student=args.s_name, teachers=[utils.fingerprint(t) for t in teachers],
+    origin = provenance(device) | class_names_of(train)
+    recipe = math_args(
+        args, script='fedka', student=args.s_name, teachers=[fingerprint(t) for t in teachers],
         parts=parts, **{key: getattr(args, key) for key in ('probe', 'topk', 'local_epochs', 'select_every',
                                                              'adapt_every', 'adapt_epochs', 'local_images')},
     )  # fmt: skip
-    record = utils.Record(folder, {'net': student, 'losses': losses}, math_args, origin, 'test')
-    record.resume(utils.resume_point(args.resume, folder))
-    utils.write_json(folder / 'args.json', {'args': vars(args), **origin})
+    record = Record(folder, {'net': student, 'losses': losses}, recipe, origin, 'test')
+    record.resume(resume_point(args.resume, folder))
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
     log(f'{clients} clients, probe set of {len(probe)}, {record.epoch} of {args.epochs} rounds done')
     drawn = record.history[-1]['clients'] if record.epoch else []
 
@@ -103,7 +119,7 @@ def main():
         student.load_state_dict(fed_average(copies, [1 / len(copies)] * len(copies)))
         row = {'epoch': number + 1, 'clients': drawn, 'loss': loss}
         if (number + 1) % args.adapt_every == 0 or number + 1 == args.epochs:
-            row |= utils.measured(utils.measure(adapted(student, probe, args, number), None, test, amp))
+            row |= measured(measure(adapted(student, probe, args, number), None, test, amp))
         row['seconds'] = time.time() - started
         record.epoch_done(row)
         said = f'  test {row["test_top1"]:.2f}' if 'test_top1' in row else ''
@@ -111,7 +127,7 @@ def main():
 
     torch.manual_seed(args.seed)
     fresh = models.build(args.s_name, train.num_classes).to(device)
-    alone = utils.measured(utils.measure(adapted(fresh, probe, args, 0), None, test, amp))['test_top1']
+    alone = measured(measure(adapted(fresh, probe, args, 0), None, test, amp))['test_top1']
     log(f'the same student on the probe set alone: top-1 {alone:.2f}')
     facts = {'script': 'fedka', 'method': 'fedka', 'student': args.s_name, 'teacher': args.t_name,
              'data': args.data_name, 'parts': parts, 'seed': args.seed, 'epochs': args.epochs,
@@ -131,7 +147,7 @@ def select(student: nn.Module, teachers: list, look, args, number: int) -> list[
     maps = [saliency_of(net, look) for net in (student, *teachers)]
     size = max(m.shape[1] for m in maps)
     if any(m.shape[1] != size for m in maps):
-        raise utils.UserError('student and teachers must have last maps of one size')
+        raise UserError('student and teachers must have last maps of one size')
     prob = selection_prob(transferability(maps[0], torch.stack(maps[1:])))
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
     return torch.multinomial(prob.cpu(), args.topk, replacement=True, generator=generator).tolist()
@@ -158,7 +174,7 @@ def at_home(student, loss, teacher, home, args, amp, number: int):
                 fm_s = student(img, True).fms[-1]
             value = loss(fm_s, fm_t)
             if not torch.isfinite(value):
-                raise utils.NonFinite(f'fedka: the loss is not finite in local epoch {epoch + 1}')
+                raise NonFinite(f'fedka: the loss is not finite in local epoch {epoch + 1}')
             opt.zero_grad(set_to_none=True)
             value.backward()
             opt.step()
@@ -182,4 +198,4 @@ def adapted(student: nn.Module, probe, args, number: int) -> nn.Module:
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

@@ -20,7 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_ka  # noqa: E402
-import utils  # noqa: E402
+from engine import errors  # noqa: E402
+from engine.errors import UserError  # noqa: E402
+from engine.flags import Parser  # noqa: E402
+from engine.record import output_folder  # noqa: E402
 from ka_losses import METHODS  # noqa: E402
 from tools.ka_table import read_results  # noqa: E402
 
@@ -278,7 +281,7 @@ DRAW = {'space': draw_space, 'panels': draw_panels, 'curves': draw_curves, 'rout
 
 
 def main() -> int:
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument('folder', type=Path, help='a run of train_ka.py, or a folder with saved arrays')
     parser.add_argument('--out', type=Path, required=True, help='folder for arrays and figures')
     args = parser.parse_args()
@@ -288,8 +291,8 @@ def main() -> int:
         matplotlib.use('Agg')
         import matplotlib.pyplot as plt
     except ImportError:
-        raise utils.UserError('no figures, matplotlib is not installed (pip install matplotlib)') from None
-    utils.output_folder(args.out)
+        raise UserError('no figures, matplotlib is not installed (pip install matplotlib)') from None
+    output_folder(args.out)
     made = collect(args.folder) if (args.folder / 'args.json').exists() else {}
     for name, arrays in made.items():
         np.savez_compressed(args.out / f'{name}.npz', **arrays)
@@ -300,9 +303,9 @@ def main() -> int:
                 draw({key: file[key] for key in file.files}, args.out / f'{name}.png', plt)
             print(f'figure: {args.out / name}.png')
     if not any((args.out / f'{name}.npz').exists() for name in DRAW):
-        raise utils.UserError(f'{args.folder}: no run of train_ka.py, and no arrays in {args.out}')
+        raise UserError(f'{args.folder}: no run of train_ka.py, and no arrays in {args.out}')
     return 0
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

@@ -13,7 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models  # noqa: E402
-import utils  # noqa: E402
+from engine import errors  # noqa: E402
+from engine.errors import UserError  # noqa: E402
+from engine.flags import Parser  # noqa: E402
+from engine.record import output_folder  # noqa: E402
 from tools.table import insert, read_json, spread  # noqa: E402
 
 NOTE = (
@@ -157,7 +160,7 @@ def text_of(made: list[tuple[str, list[list]]]) -> str:
 
 
 def main() -> int:
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument('folders', nargs='+', help='where result files are')
     parser.add_argument('--out', required=True, help='folder for table.md and table.csv')
     parser.add_argument('--readme', help='file to put the tables into')
@@ -165,10 +168,10 @@ def main() -> int:
     args = parser.parse_args()
     results = read_results(args.folders)
     if not results:
-        raise utils.UserError(f'no results of train_ka.py below {", ".join(args.folders)}')
+        raise UserError(f'no results of train_ka.py below {", ".join(args.folders)}')
     made = tables(results)
     text = text_of(made)
-    out = utils.output_folder(Path(args.out))
+    out = output_folder(Path(args.out))
     (out / 'table.md').write_text(text)
     with open(out / 'table.csv', 'w', newline='') as file:
         for title, rows in made:
@@ -180,4 +183,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

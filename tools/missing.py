@@ -12,7 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import utils  # noqa: E402
+from engine import errors  # noqa: E402
+from engine.errors import UserError  # noqa: E402
+from engine.flags import Parser  # noqa: E402
+from engine.record import math_args  # noqa: E402
 from tools.table import read_json  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +26,7 @@ def wanted(script: str, token: str | None, words: list[str]) -> dict:
     module = importlib.import_module(script.removesuffix('.py'))
     sys.argv = [script, *(['--kd_mode', token] if token else []), *words]
     args = module.parse_args()
-    recipe = utils.math_args(args, script=module.__name__)
+    recipe = math_args(args, script=module.__name__)
     if token is None:
         recipe |= {'net': args.net_name}
     elif hasattr(args, 's_name'):
@@ -42,17 +45,17 @@ def done(recipe: dict, results: list[dict]) -> bool:
 
 
 def main():
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument('methods', nargs='*', metavar='METHOD', help='names of methods')
     parser.add_argument('command', nargs='*', metavar='-- SCRIPT FLAG', help='the command without --kd_mode')
     cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     tokens, (script, *words) = parser.parse_args(sys.argv[1:cut]).methods, sys.argv[cut + 1 :] or ['']
     if not (script.startswith('train_') and (ROOT / script).is_file()):
-        raise utils.UserError(f'after -- comes a training command, e.g. train_kd.py ..., got {script!r}')
+        raise UserError(f'after -- comes a training command, e.g. train_kd.py ..., got {script!r}')
     results = [read_json(path) for path in sorted((ROOT / 'results').rglob('*.json'))]
     recipes = [r['recipe'] for r in results if isinstance(r, dict) and 'recipe' in r]
     print(' '.join(token for token in tokens if not done(wanted(script, token, words), recipes)))
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

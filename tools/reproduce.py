@@ -6,7 +6,7 @@
 
 The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
 "student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that one teacher suffices for),
-"flags", "group" (students per process)}, and, where the teachers are not trained like the students,
+"flags", "kd_flags" (of train_kd.py only), "group" (students per process)}, and, where the teachers are not trained like the students,
 "teacher_epochs", "teacher_seed" and "teacher_flags". A table of networks that learn from each other has
 "nets", a list, instead of teacher and student. Tables of the same name are parts of one.
 
@@ -29,18 +29,21 @@ sys.path.insert(0, str(ROOT))
 
 import missing  # noqa: E402
 
-import utils  # noqa: E402
+from engine import errors  # noqa: E402
+from engine.errors import UserError  # noqa: E402
+from engine.flags import Parser, positive_float  # noqa: E402
+from engine.record import write_atomic  # noqa: E402
 from methods import KD  # noqa: E402
 
 
 def parse_args():
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     # fmt: off
     flag = parser.add_argument
     flag('--grid', type=Path, default=ROOT / 'results' / 'grid.json', help='default results/grid.json')
     flag('--results', type=Path, default=ROOT / 'results', help='where results are kept, default results')
     flag('--only', nargs='+', metavar='NAME', help='only these tables')
-    flag('--budget', type=utils.positive_float, metavar='MIN', help='minutes; default: no limit')
+    flag('--budget', type=positive_float, metavar='MIN', help='minutes; default: no limit')
     flag('--save_root', default='./save/reproduce', help='checkpoints, default ./save/reproduce')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
     flag('--dry_run', action='store_true', help='print the commands')
@@ -53,10 +56,10 @@ def main() -> int:
     try:
         grid = json.loads(args.grid.read_text())
     except (OSError, ValueError) as error:
-        raise utils.UserError(f'{args.grid}: {error}') from None
+        raise UserError(f'{args.grid}: {error}') from None
     names = [table['name'] for table in grid]
     if unknown := set(args.only or names) - set(names):
-        raise utils.UserError(f'--only: no table is called {", ".join(sorted(unknown))}; there are {names}')
+        raise UserError(f'--only: no table is called {", ".join(sorted(unknown))}; there are {names}')
     end = time.time() + 60 * args.budget if args.budget else float('inf')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = 0
@@ -99,7 +102,7 @@ class Job:
         for source, place in self.kept.items():
             if source.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
-                utils.write_atomic(place, source.read_bytes())
+                write_atomic(place, source.read_bytes())
         return process.returncode
 
 
@@ -147,7 +150,7 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     names = [table['teacher']] if isinstance(table['teacher'], str) else table['teacher']
     schooling = table.get('teacher_epochs', epochs), table.get('teacher_seed', seed)
     teachers = [(name, *schooling, table.get('teacher_flags', flags)) for name in names]
-    words = ['--t_name', *names, '--t_model', *(str(save / run_name(*t[:3]) / 'net.pt') for t in teachers),
+    words = [*shlex.split(table.get('kd_flags', '')), '--t_name', *names, '--t_model', *(str(save / run_name(*t[:3]) / 'net.pt') for t in teachers),
              '--s_name', table['student'],
              '--s_init', str(save / run_name(*student[:3]) / 'initial.pt')]  # fmt: skip
     if methods == 'all':
@@ -163,4 +166,4 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

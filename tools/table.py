@@ -14,7 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import utils  # noqa: E402
+from engine import errors  # noqa: E402
+from engine.errors import UserError, user_errors  # noqa: E402
+from engine.flags import Parser  # noqa: E402
+from engine.record import output_folder  # noqa: E402
 from methods import METHODS  # noqa: E402
 
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
@@ -37,7 +40,7 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise utils.UserError(f'{path}: cannot be read as JSON ({error})') from None
+        raise UserError(f'{path}: cannot be read as JSON ({error})') from None
 
 
 def group(results: list[dict]) -> dict[tuple, list[dict]]:
@@ -137,7 +140,7 @@ def figure(results: list[dict], path: Path) -> None:
         matplotlib.use('Agg')
         import matplotlib.pyplot as plt
     except ImportError:
-        raise utils.UserError('no figure, matplotlib is not installed (pip install matplotlib)') from None
+        raise UserError('no figure, matplotlib is not installed (pip install matplotlib)') from None
     groups = group(results)
     methods = [key for key in groups if key[3] != 'baseline']
     short = max((key[4] for key in methods), default=9) < 4
@@ -215,16 +218,16 @@ def curves(groups: dict, plt):
 
 def insert(readme: Path, name: str, text: str) -> None:
     begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
-    with utils.user_errors():
+    with user_errors():
         before, found, rest = readme.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise utils.UserError(f'{readme} has no {begin} ... {end}')
+        raise UserError(f'{readme} has no {begin} ... {end}')
     readme.write_text(f'{before}{begin}\n{text}{end}{after}')
 
 
 def main() -> int:
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument('folders', nargs='+', help='where result files are')
     parser.add_argument('--out', required=True, help='folder for table.md and accuracy.png')
     parser.add_argument('--readme', help='file to put the table into')
@@ -234,7 +237,7 @@ def main() -> int:
     if not results:
         print(f'table.py: error: no result files below {", ".join(args.folders)}', file=sys.stderr)
         return 2
-    out = utils.output_folder(Path(args.out))
+    out = output_folder(Path(args.out))
     text = table(results)
     (out / 'table.md').write_text(text)
     if args.readme:
@@ -246,4 +249,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    utils.run(main)
+    errors.run(main)

@@ -1,0 +1,75 @@
+"""Threads, seeds, kernels and precision, as the flags say."""
+
+import argparse
+import contextlib
+import os
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.errors import UserError
+from engine.processes import join_processes
+
+
+def setup(args: argparse.Namespace) -> torch.device:
+    """Threads, seeds and kernels as the flags say; returns the device."""
+    torch.set_num_threads(args.threads or cores())
+    mps = torch.backends.mps.is_available()
+    name = args.device or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from None
+    device = join_processes(device)
+    torch.backends.cudnn.benchmark = not args.deterministic  # it chooses by timing, differently every time
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True, warn_only=True)  # names what has none
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for every empty tensor
+    seed_all(args.seed)
+    return device
+
+
+def cores() -> int:
+    """Cores that this process may use: torch counts those of the whole machine."""
+    if (chosen := os.environ.get('OMP_NUM_THREADS', '')).isdecimal():
+        return max(int(chosen), 1)
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # a container's share, 'max' or microseconds per period
+        quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+        count = min(count, -(-int(quota) // int(period)))
+    return max(count, 1)
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+PRECISIONS = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
+
+
+def autocast(device: torch.device, amp: str) -> Callable[[], torch.autocast]:
+    """To be called at every use, `with amp():`, since threads cannot share one.
+
+    Casts of weights are not cached: the cache is one for all threads, and what is recorded must not use it.
+    """
+    return partial(torch.autocast, device.type, PRECISIONS[amp], enabled=amp != 'off', cache_enabled=False)
+
+
+def precision(amp: Callable[[], torch.autocast], device: torch.device) -> torch.dtype | None:
+    """What autocast turns weights into, None if it is off."""
+    with amp():
+        on = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if on else None
+
+
+def compile_networks(args: argparse.Namespace, *nets: nn.Module) -> None:
+    """With --compile: in place, so names of weights, copies and checkpoints stay as they are."""
+    for net in nets if args.compile else ():
+        net.compile()

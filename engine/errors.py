@@ -1,0 +1,49 @@
+"""The expected ways to fail, and how a script turns them into a line and an exit code."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+if tuple(map(int, str(torch.__version__).split('.')[:2])) < (2, 11):  # before anything fails for want of it
+    print(f'the training scripts need torch >= 2.11, this is {torch.__version__}; the losses alone need 2.2',
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
+import dataset
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard: one line on stderr and exit code 2."""
+
+
+class NonFinite(Exception):
+    """A loss became inf or NaN: one line on stderr and exit code 1, the weights are those before the step."""
+
+
+@contextlib.contextmanager
+def user_errors():
+    """What models, dataset and the loss constructors raise about their arguments is the user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(' '.join(str(error).split())) from error
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call a script's main and turn the expected ways to fail into one line and an exit code."""
+    script = Path(sys.argv[0]).name
+    try:
+        sys.exit(main())
+    except (UserError, dataset.BadImage) as error:  # a bad image shows when it is reached
+        if '--debug' in sys.argv:
+            error.__suppress_context__ = False  # show all of it
+            traceback.print_exception(error)
+        print(f'{script}: error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except NonFinite as error:
+        print(f'{script}: stopped: {error}', file=sys.stderr)
+        sys.exit(1)
