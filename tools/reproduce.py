@@ -6,8 +6,8 @@
 
 The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
 "student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that one teacher suffices for),
-"flags", "kd_flags" (of train_kd.py only), "group" (students per process)}, and, where the teachers are not trained like the students,
-"teacher_epochs", "teacher_seed" and "teacher_flags". A table of networks that learn from each other has
+"flags", "kd_flags" (of train_kd.py only), "group" (students per process)}, and, where the teachers are not
+trained like the students, "teacher_epochs", "teacher_seed" and "teacher_flags". A table of networks that learn from each other has
 "nets", a list, instead of teacher and student. Tables of the same name are parts of one.
 
 Per seed the teachers and the student alone are trained first (their weights stay in SAVE_ROOT), then the
@@ -150,7 +150,8 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     names = [table['teacher']] if isinstance(table['teacher'], str) else table['teacher']
     schooling = table.get('teacher_epochs', epochs), table.get('teacher_seed', seed)
     teachers = [(name, *schooling, table.get('teacher_flags', flags)) for name in names]
-    words = [*shlex.split(table.get('kd_flags', '')), '--t_name', *names, '--t_model', *(str(save / run_name(*t[:3]) / 'net.pt') for t in teachers),
+    words = [*shlex.split(table.get('kd_flags', '')), '--t_name', *names,
+             '--t_model', *(str(save / run_name(*t[:3]) / 'net.pt') for t in teachers),
              '--s_name', table['student'],
              '--s_init', str(save / run_name(*student[:3]) / 'initial.pt')]  # fmt: skip
     if methods == 'all':
