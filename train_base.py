@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 import dataset
 import models
-from engine import errors, optimise, side_by_side
+from engine import errors, optimise, session, side_by_side
 from engine.batch import Batch
 from engine.device import PRECISIONS, autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
@@ -39,9 +40,8 @@ from engine.record import (
     provenance,
     resume_point,
     save_checkpoint,
-    write_json,
 )
-from engine.session import Log, StopAfterEpoch, load_data, progress_bar, tensorboard
+from engine.session import Log, load_data
 from engine.side_by_side import cast_weights
 
 
@@ -118,13 +118,7 @@ def main():
     record = Record(folder, parts, recipe, origin, 'val' if val else 'test')
     record.resume(resume_point(args.resume, folder))
     save_checkpoint(folder / 'initial.pt', initial)
-    write_json(folder / 'args.json', {'args': vars(args), **origin})
-    board = tensorboard(folder, args.tensorboard)
-    stop = StopAfterEpoch()
     log(f'{args.net_name} on {args.data_name}: {len(train)} + {len(test)} images, {device}')
-    log(f'{record.epoch} of {args.epochs} epochs done, output in {folder}')
-    if not val:
-        log('best.pt is selected on test data (--val_split holds out training images for that)')
 
     compile_networks(args, net)
     steps, step = train.steps(args.batch_size), distributed(net, device)
@@ -132,7 +126,7 @@ def main():
     counters = side_by_side.host_counters(net) if graphs else []
     run = Run(args.net_name, step, opt, scaler, amp, Meter(args.net_name, 0, device), cast, counters)
     how = side_by_side.Graphs(device, log) if graphs else side_by_side.InTurn()
-    bar = progress_bar(steps * args.epochs, steps * record.epoch, log)
+    live = session.start(args, log, origin, val=val, done=record.epoch, epochs=args.epochs, steps=steps)
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = optimise.learning_rate(args, epoch)
@@ -144,9 +138,9 @@ def main():
             how.train(train_step, [run], batch)
             if run.meter.failure:
                 break
-            bar.update()
-            if not bar.disable and number % args.print_freq == 0:
-                bar.set_postfix_str(f'epoch {epoch + 1}, loss {run.meter.read().get("ce", 0):.3f}')
+            live.bar.update()
+            if not live.bar.disable and number % args.print_freq == 0:
+                live.bar.set_postfix_str(f'epoch {epoch + 1}, loss {run.meter.read().get("ce", 0):.3f}')
 
         row = {'epoch': epoch + 1, 'lr': lr, **run.meter.read(net)}
         if run.meter.failure:
@@ -157,26 +151,22 @@ def main():
         if args.keep and (epoch + 1) % args.keep == 0:
             weights = models.named_weights(net, train.class_names)
             save_checkpoint(folder / f'epoch{epoch + 1}.pt', weights)
-        last = epoch + 1 == args.epochs
-        record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
-        log(f'epoch {epoch + 1}/{args.epochs}  ce {row["ce"]:.4f}  train {row["train_top1"]:.2f}  '
-            f'test {row["test_top1"]:.2f}  best {record.best["test_top1"]:.2f}  '
-            f'{row["seconds"]:.0f} s')  # fmt: skip
-        if board:
-            for key, value in row.items():
-                board.add_scalar(key, value, epoch + 1)
-        if (signal := stop.agreed()) and not last:
-            record.save()
-            bar.close()
-            log(f'stopped after epoch {epoch + 1}; --resume auto continues')
-            return 128 + signal
-    bar.close()
+        done = [(record, row, partial(epoch_line, record, args.epochs), '')]
+        if code := session.end_epoch(live, epoch, epoch + 1 == args.epochs, done):
+            return code
 
     facts = {'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,
              'data': args.data_name, 'classes': classes, 'seed': args.seed,
              'epochs': args.epochs}  # fmt: skip
-    log(f'{args.net_name}: {record.finish("net.pt", facts)}')
-    log(f'weights: {models.how_to_load(folder / "net.pt", args.net_name, args.data_name, train.num_classes)}')
+    how = models.how_to_load(folder / 'net.pt', args.net_name, args.data_name, train.num_classes)
+    session.finish(live, [(record, 'net.pt', facts, args.net_name, f'weights: {how}')])
+
+
+def epoch_line(record: Record, epochs: int, row: dict) -> str:
+    return (
+        f'epoch {row["epoch"]}/{epochs}  ce {row["ce"]:.4f}  train {row["train_top1"]:.2f}  '
+        f'test {row["test_top1"]:.2f}  best {record.best["test_top1"]:.2f}  {row["seconds"]:.0f} s'
+    )
 
 
 @dataclass

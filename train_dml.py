@@ -13,6 +13,7 @@ net1.pt, net2.pt, ... (plain weights of the last epoch), peers.pt (all of them),
 
 import copy
 import time
+from functools import partial
 from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from engine import errors, optimise
+from engine import errors, optimise, session
 from engine.batch import Batch, Probe, as_float
 from engine.device import autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
@@ -40,9 +41,8 @@ from engine.record import (
     provenance,
     resume_point,
     save_checkpoint,
-    write_json,
 )
-from engine.session import Log, StopAfterEpoch, load_data, progress_bar, tensorboard
+from engine.session import Log, load_data
 from methods import KD, PEERS
 
 
@@ -127,20 +127,14 @@ def main():
     state = {'net': step.peers, 'kd': step.kd, 'opt': opt, 'scaler': scaler, **opts}
     record = Record(folder, state, recipe, origin, 'val' if val else 'test')
     record.resume(resume_point(args.resume, folder))
-    write_json(folder / 'args.json', {'args': vars(args), **origin})
-    board = tensorboard(folder, args.tensorboard)
-    stop = StopAfterEpoch()
     views = [f'view {k}' for k in range(1, len(nets))] if 'each' in method.needs.views else []
     log(f'{args.kd_mode[0]}: {", ".join(args.net_names)} on {args.data_name}: {len(train)} + {len(test)} '
         f'images, {device}')  # fmt: skip
-    log(f'{record.epoch} of {args.epochs} epochs done, output in {folder}')
-    if not val:
-        log('best.pt is selected on test data (--val_split holds out training images for that)')
 
     compile_networks(args, *step.peers.nets)
     reading, whole = Reading(step), distributed(step, device)
     steps = train.steps(args.batch_size)
-    bar = progress_bar(steps * args.epochs, steps * record.epoch, log)
+    live = session.start(args, log, origin, val=val, done=record.epoch, epochs=args.epochs, steps=steps)
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = optimise.learning_rate(args, epoch)
@@ -174,9 +168,11 @@ def main():
                 method.own.second_update(step.kd, step.peers, batch, opts)
             for meter, out in zip(meters, outs):
                 meter.add(out, target, ce=F.cross_entropy(out.detach(), target), **{args.kd_mode[0]: loss_kd})
-            bar.update()
-            if not bar.disable and number % args.print_freq == 0:
-                bar.set_postfix_str(f'epoch {epoch + 1}, ce of net1: {meters[0].read().get("ce", 0):.3f}')
+            live.bar.update()
+            if not live.bar.disable and number % args.print_freq == 0:
+                live.bar.set_postfix_str(
+                    f'epoch {epoch + 1}, ce of net1: {meters[0].read().get("ce", 0):.3f}'
+                )
 
         means = [meter.read(step) for meter in meters]
         if meters[0].failure:
@@ -189,20 +185,9 @@ def main():
             row |= {f'net{k}_ce': mean['ce'], f'net{k}_train_top1': mean['train_top1']}
         row |= measure(reading, val, test)
         row['seconds'] = time.time() - started
-        last = epoch + 1 == args.epochs
-        record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
-        each = '  '.join(f'{row[f"net{k}_test_top1"]:.2f}' for k in range(1, len(nets) + 1))
-        log(f'epoch {epoch + 1}/{args.epochs}  {name} {row[name]:.4f}  test {each}  '
-            f'ensemble {row["ensemble_test_top1"]:.2f}  {row["seconds"]:.0f} s')  # fmt: skip
-        if board:
-            for key, value in row.items():
-                board.add_scalar(key, value, epoch + 1)
-        if (signal := stop.agreed()) and not last:
-            record.save()
-            bar.close()
-            log(f'stopped after epoch {epoch + 1}; --resume auto continues')
-            return 128 + signal
-    bar.close()
+        done = [(record, row, partial(epoch_line, name, args.epochs, len(nets)), '')]
+        if code := session.end_epoch(live, epoch, epoch + 1 == args.epochs, done):
+            return code
 
     last = record.history[-1]
     for k in range(len(nets)):
@@ -214,10 +199,17 @@ def main():
              'teacher': None, 'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs, **each,
              'ensemble': {'top1': last['ensemble_test_top1'], 'top5': last['ensemble_test_top5']},
              'processes': processes()}  # fmt: skip
-    log(f'mean of the networks: {record.finish("peers.pt", facts)}')
-    for key, value in each.items():
-        log(f'{key} {value["name"]}: top-1 {value["top1"]:.2f}')
-    log(f'ensemble: top-1 {last["ensemble_test_top1"]:.2f}')
+    lines = [f'{key} {value["name"]}: top-1 {value["top1"]:.2f}' for key, value in each.items()]
+    lines.append(f'ensemble: top-1 {last["ensemble_test_top1"]:.2f}')
+    session.finish(live, [(record, 'peers.pt', facts, 'mean of the networks', '\n'.join(lines))])
+
+
+def epoch_line(name: str, epochs: int, nets: int, row: dict) -> str:
+    each = '  '.join(f'{row[f"net{k}_test_top1"]:.2f}' for k in range(1, nets + 1))
+    return (
+        f'epoch {row["epoch"]}/{epochs}  {name} {row[name]:.4f}  test {each}  '
+        f'ensemble {row["ensemble_test_top1"]:.2f}  {row["seconds"]:.0f} s'
+    )
 
 
 def held_out(reading: Reading, val):

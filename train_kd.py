@@ -12,25 +12,22 @@ Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each student a folder with
 (plain weights of the last epoch), metrics.csv, results.json.
 """
 
-import copy
-import math
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 import models
-from engine import errors, optimise, side_by_side
-from engine.batch import Batch, InFloat32, Probe
-from engine.device import PRECISIONS, autocast, compile_networks, setup
-from engine.errors import NonFinite, UserError, user_errors
+from engine import errors, optimise, session, side_by_side
+from engine.batch import Batch
+from engine.build import build_runs, read_methods
+from engine.device import autocast, compile_networks, setup
+from engine.errors import UserError, user_errors
 from engine.evaluate import measure, measured
 from engine.flags import (
     Parser,
@@ -39,26 +36,18 @@ from engine.flags import (
     add_thread_flag,
     positive_int,
     share_of_ce,
-    weights_and_options,
     whole_number,
 )
-from engine.meter import Meter
-from engine.optimise import phase_epochs, sgd
-from engine.processes import distributed, gather_batches, processes, rank
+from engine.processes import processes, rank
 from engine.record import (
-    Record,
     class_names_of,
-    fingerprint,
-    math_args,
     output_folder,
     provenance,
-    resume_point,
-    write_json,
 )
-from engine.session import Log, StopAfterEpoch, load_data, progress_bar, tensorboard
-from engine.side_by_side import cast_weights
-from engine.teachers import Teachers, load_teacher
-from methods import KD, PEERS, Method, schedules
+from engine.session import Log, load_data
+from engine.student import Run, Student, Term  # noqa: F401  what tests and benchmarks build with
+from engine.teachers import Teachers, load_teachers
+from methods import KD, schedules
 
 
 def parse_args(words=None):
@@ -114,160 +103,6 @@ def parse_args(words=None):
     return parser.parse_args(words)
 
 
-@dataclass
-class Term:
-    """One method of a student."""
-
-    name: str
-    method: Method
-    weight: float
-    options: dict
-    ramp: Callable[[int, int], float] | None = None
-    loss: nn.Module | None = None
-
-
-class Student(nn.Module):
-    """A network with its losses: one training step is one forward pass of this module.
-
-    Args:
-        net: the network.
-        terms: the methods it learns with.
-        ce: weight of cross-entropy; None: what the methods say.
-        amp: makes the autocast of its forward passes.
-        gather: joins the batches of all processes, for --global_relations.
-        cast: the precision into which weights are cast all at once, see --cuda_graphs; None: one by one.
-    """
-
-    def __init__(self, net: nn.Module, terms: list[Term], amp, ce=None, gather=None, cast=None) -> None:
-        super().__init__()
-        self.net, self.losses = net, nn.ModuleList(term.loss for term in terms)
-        self.terms, self.amp, self.ce, self.gather, self.cast = terms, amp, ce, gather, cast
-
-    def forward(self, batch: Batch, weights: dict[str, float], inner: dict[str, float], phase: str):
-        """Logits, and {'ce': cross-entropy, method: its loss, ...} for the methods that have a weight.
-
-        inner: the value of each method's inner schedule.
-        """
-        t = batch.all_t[0] if batch.all_t else None
-        if phase == 'pretrain':  # the losses' own modules learn, the student does not
-            return None, {
-                k.name: k.method.own.pretrain(k.loss, t, batch) for k in self.terms if k.name in weights
-            }
-
-        if any(term.method.needs.image_gradient for term in self.terms):
-            batch.img = batch.img.detach().requires_grad_()
-        batch.net_s, batch.student = self.net, self.look_at
-        batch.raw = self.raw(batch.img)
-        s = InFloat32(batch.raw)
-        losses = {} if phase == 'init' else {'ce': F.cross_entropy(s.out, batch.target)}
-        for term in self.terms:
-            if term.name not in weights:
-                continue
-            batch.from_teacher = batch.once.get(term.method.own.once_per_batch)
-            batch.inner = inner.get(term.name)
-            seen = (s, t, batch)
-            if self.gather and term.method.needs.relations:
-                seen = self.gather(*seen)
-            losses[term.name] = term.method.feed(term.loss, *seen)
-        return s.out, losses
-
-    def look_at(self, img: Tensor) -> InFloat32:
-        """What the student says of further images."""
-        return InFloat32(self.raw(img))
-
-    def raw(self, img: Tensor):
-        with self.amp():
-            if self.cast:
-                return torch.func.functional_call(self.net, cast_weights(self.net, self.cast), (img, True))
-            return self.net(img, True)
-
-    def inner(self, epoch: int, epochs: int) -> dict[str, float]:
-        """{method: the value of its inner schedule in this epoch}"""
-        schedules = {term.name: term.method.when.inner for term in self.terms}
-        return {name: schedule(epoch, epochs) for name, schedule in schedules.items() if schedule}
-
-    def weights(self, phase: str, epoch: int, epochs: int) -> dict[str, float]:
-        """{'ce' or method: its weight in this epoch}, without the methods that rest."""
-        if phase == 'pretrain':
-            return {term.name: 1.0 for term in self.terms if term.method.when.pretrain}
-        weights = {}
-        if phase == 'train':
-            ces = (term.method.when.ce for term in self.terms)
-            own = math.prod(ce(epoch, epochs) if callable(ce) else ce for ce in ces)
-            weights['ce'] = own if self.ce is None else self.ce
-        for term in self.terms:
-            factor = term.ramp(epoch, epochs) if term.ramp else 1
-            # a loss that initialises rests afterwards; others rest while it works
-            if (phase == 'init') == bool(term.method.when.alone) and term.weight * factor != 0:
-                weights[term.name] = term.weight * factor
-        return weights
-
-
-@dataclass
-class Run:
-    """One student in training: everything that belongs to it and to no other."""
-
-    name: str
-    step: nn.Module  # a Student, or DistributedDataParallel around it
-    terms: list[Term]
-    net: nn.Module
-    opt: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    generator: torch.Generator  # for losses that draw on the device
-    record: Record
-    meter: Meter
-    before: tuple[int, int]  # epochs of pretraining and of initialisation
-    batch_size: int
-    epochs: int  # of the training proper
-    inside: bool  # the phases before it are the first of the --epochs, see --phases
-    counters: list[Tensor]  # counts of batches that are kept on the host, see --cuda_graphs
-    rng: random.Random = None  # for losses that draw a choice
-    phase: str = 'train'
-    now: int = 0  # epochs of the training proper that lie behind; negative in the phases before
-    weights: dict[str, float] = field(default_factory=dict)  # of cross-entropy and the methods, in this epoch
-    inner: dict[str, float] = field(default_factory=dict)  # values of inner schedules in this epoch
-    usual_only: str = ''  # why a CUDA graph cannot repeat its step
-    reads_epoch: bool = False  # a loss asked for the epoch in the last usual step
-
-    @property
-    def first(self) -> int:
-        """Its first epoch: 0, or less if phases come before the training."""
-        return 0 if self.inside else -sum(self.before)
-
-    @property
-    def epoch(self) -> int:
-        """The next epoch."""
-        return self.record.epoch + self.first
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        return [self.generator]
-
-    def own(self, epoch: int) -> int:
-        """Epochs of the training proper that an epoch has behind it; negative in the phases before."""
-        return epoch - self.first - sum(self.before)
-
-    def phase_of(self, epoch: int) -> str:
-        own = self.own(epoch)
-        return 'train' if own >= 0 else 'init' if own >= -self.before[1] else 'pretrain'
-
-    def learning_rate(self, epoch: float, args) -> float:
-        """epoch: with its fraction, as in optimise.learning_rate."""
-        phase = self.phase_of(math.floor(epoch))
-        if phase == 'train' or self.inside:
-            return optimise.learning_rate(args, epoch) / (1 if phase == 'train' else 10)
-        init = self.before[1]
-        done = (math.floor(epoch) + init) / init if phase == 'init' else 0
-        return args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))  # the seed zoo's
-
-    def decided(self) -> tuple:
-        """What Python decides of a step: as long as it stays, a recording of the step holds."""
-        rate = self.opt.param_groups[0]['lr']
-        return (self.phase, *self.weights.items(), *self.inner.items(),
-                None if isinstance(rate, Tensor) else rate,
-                self.now if self.reads_epoch else None)  # fmt: skip
-
-
 def main():
     args = parse_args()
     if args.new_head and not args.s_init:
@@ -295,22 +130,16 @@ def main():
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device)
     compile_networks(args, *teachers.fast, *(run.net for run in runs))
-    write_json(folder / 'args.json', {'args': vars(args), **origin})
-    board = tensorboard(folder, args.tensorboard)
-    stop = StopAfterEpoch()
     first = min(run.first for run in runs)
     start = min(max(run.epoch, first) for run in runs)
     log(f'{len(runs)} x {args.s_name} on {args.data_name}: {len(train)} + {len(test)} images, {device}')
     if processes() > 1:
         scope = 'the batches of all processes' if args.global_relations else "each process's own batch"
         log(f'{processes()} processes x {args.batch_size} images; relations between samples: {scope}')
-    log(f'{start - first} of {args.epochs - first} epochs done, output in {folder}')
-    if not val:
-        log('best.pt is selected on test data (--val_split holds out training images for that)')
-
-    together = side_by_side.choose(args, device, len(runs), log)
-    steps, failures = train.steps(args.batch_size), []
-    bar = progress_bar(steps * (args.epochs - first), steps * (start - first), log)
+    together, steps = side_by_side.choose(args, device, len(runs), log), train.steps(args.batch_size)
+    live = session.start(
+        args, log, origin, val=val, done=start - first, epochs=args.epochs - first, steps=steps
+    )
     for epoch in range(start, args.epochs):
         started = time.time()
         active = [run for run in runs if run.epoch == epoch]  # others begin later, or a kill left them ahead
@@ -323,53 +152,40 @@ def main():
             for run in active:
                 optimise.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))
             together.train(train_student, active, batch)
-            bar.update()
+            live.bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
             if not active:
                 break
-            if not bar.disable and number % args.print_freq == 0:
+            if not live.bar.disable and number % args.print_freq == 0:
                 losses = '  '.join(f'{run.name} {run.meter.read().get("ce", 0):.3f}' for run in active)
-                bar.set_postfix_str(f'epoch {epoch + 1}, ce: {losses}')
+                live.bar.set_postfix_str(f'epoch {epoch + 1}, ce: {losses}')
 
         rows = {run.name: {'epoch': epoch + 1, 'phase': run.phase, 'lr': run.learning_rate(epoch, args),
                            **run.meter.read(run.step)} for run in begun}  # fmt: skip
-        for run in [run for run in begun if run.meter.failure]:
-            log(f'stopped: {run.meter.failure}')
-            failures.append(run.meter.failure)
-            runs.remove(run)
-            begun.remove(run)
+        session.drop_failed(live, begun, runs)
         in_training = [run for run in begun if run.phase == 'train']
         counts = together.each(lambda run: measure(run.net, val, test, amp), in_training)
         for run, counted in zip(in_training, counts):
             rows[run.name] |= measured(counted)
+        done = []
         for run in begun:
             row = rows[run.name] | {'seconds': time.time() - started}
-            run.record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
-            log(epoch_line(run, row, args.epochs))
-            if board:
-                for key, value in row.items():
-                    if isinstance(value, float):
-                        board.add_scalar(f'{run.name}/{key}', value, epoch + 1)
+            done.append((run.record, row, partial(epoch_line, run, args.epochs), f'{run.name}/'))
+        if code := session.end_epoch(live, epoch, last, done):
+            return code
         if not runs:
             break
-        if (signal := stop.agreed()) and not last:
-            for run in runs:
-                run.record.save()
-            bar.close()
-            log(f'stopped after epoch {epoch + 1}; --resume auto continues')
-            return 128 + signal
-    bar.close()
 
+    done = []
     for run in runs:
         facts = {'script': 'train_kd', 'method': run.name, 'student': args.s_name, **facts_t,
                  'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs,
                  'trained_with': list(wanted), 'processes': processes(),
                  'global_relations': args.global_relations}  # fmt: skip
-        log(f'{run.name}: {run.record.finish("student.pt", facts)}')
         path = folder / run.name / 'student.pt'
-        log(f'weights: {models.how_to_load(path, args.s_name, args.data_name, train.num_classes)}')
-    if failures:
-        raise NonFinite('; '.join(failures))
+        how = models.how_to_load(path, args.s_name, args.data_name, train.num_classes)
+        done.append((run.record, path.name, facts, run.name, f'weights: {how}'))
+    session.finish(live, done)
 
 
 def train_student(run: Run, seen: Batch) -> None:
@@ -415,7 +231,7 @@ def begin_epoch(run: Run, epoch: int, args) -> None:
     run.meter.reset(epoch)
 
 
-def epoch_line(run: Run, row: dict, epochs: int) -> str:
+def epoch_line(run: Run, epochs: int, row: dict) -> str:
     shown = '  '.join(
         f'{name} {row[name]:.4f}' for name in ('ce', *(k.name for k in run.terms)) if name in row
     )
@@ -429,174 +245,6 @@ def epoch_line(run: Run, row: dict, epochs: int) -> str:
         f'train {row["train_top1"]:.2f}  test {row["test_top1"]:.2f}  '
         f'best {run.record.best["test_top1"]:.2f}  {row["seconds"]:.0f} s'
     )
-
-
-def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Module], dict]:
-    """The frozen teachers, and what the result files say about them."""
-    nets, top1 = [], []
-    for name, path in zip(args.t_name, args.t_model):
-        with user_errors():
-            net = models.build_for(path, name, num_classes)
-        teacher = load_teacher(net, path, test, amp)
-        log(f'teacher {name}: {teacher["said"]}')
-        log(f'teacher {name}: top-1 {teacher["top1"]:.2f}, top-5 {teacher["top5"]:.2f} on the test set')
-        nets.append(net)
-        top1.append(teacher['top1'])
-    facts = {'teacher': '+'.join(args.t_name) or None, 'teacher_top1': top1[0] if top1 else None}
-    return nets, facts
-
-
-def read_methods(args) -> dict[str, list[Term]]:
-    """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
-    tokens = {token: token.split('+') for token in args.kd_mode}
-    names = {name for terms in tokens.values() for name in terms}
-    for name in sorted(names - KD.keys() - PEERS.keys()):
-        raise UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(KD)}')
-    for name in sorted(name for name in names if name in PEERS):
-        raise UserError(f'--kd_mode {name}: trains networks that learn from each other, use train_dml.py')
-    if len(tokens) < len(args.kd_mode) or any(len(set(terms)) < len(terms) for terms in tokens.values()):
-        raise UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
-    check_teachers(args, names)
-    weights, options = weights_and_options(args, sorted(names), KD)
-    wanted = {
-        token: [Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args)) for name in terms]
-        for token, terms in tokens.items()
-    }
-    for token, terms in wanted.items():
-        for column, what in (
-            ('student', 'change the student'),
-            ('update', 'have a training step of their own'),
-        ):
-            several = [term.name for term in terms if getattr(term.method.own, column)]
-            if len(several) > 1:
-                raise UserError(f'--kd_mode {token}: {" and ".join(several)} {what}, only one can')
-        if args.amp == 'fp16' and any(term.method.own.update for term in terms):
-            raise UserError(f'--amp fp16: {token} has a training step of its own; use bf16')
-    return wanted
-
-
-def ramp_of(method: Method, args):
-    """The schedule of the loss's weight, as long as --ramp_epochs says."""
-    ramp = method.when.ramp
-    if args.ramp_epochs and isinstance(ramp, schedules.linear):
-        return ramp.lasting(args.ramp_epochs, args.epochs)
-    return ramp
-
-
-def check_teachers(args, names: set[str]) -> None:
-    if len(args.t_name) != len(args.t_model):
-        raise UserError(f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files')
-    needy = sorted(name for name in names if KD[name].needs.teacher)
-    if needy and not args.t_name:
-        raise UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
-    if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
-        teams = [name for name, method in KD.items() if method.needs.all_teachers]
-        raise UserError(f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several')
-    for name in sorted(names):
-        if processes() > 1 and KD[name].limits.one_process:
-            raise UserError(f'{name} runs in one process only: {KD[name].limits.one_process}')
-
-
-def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device) -> list[Run]:
-    """The students, all with the weights of net_s, each with its losses, optimiser, generator and record."""
-    every = [term.method for terms in wanted.values() for term in terms]
-    graphs = side_by_side.graphs_wanted(args, device)
-    initial, teacher = fingerprint(net_s), '+'.join(map(fingerprint, teachers.nets))
-    net_s.to(device, memory_format=torch.channels_last)
-    whole = any(method.needs.full_batches for method in every)
-    n = args.batch_size if whole else 2  # a few images tell the losses all shapes
-    img, target, index, more = next(train.train_batches(args.batch_size, args.seed, 0, teachers.views))
-    img, target, index, more = img[:n], target[:n], index[:n], {k: v[:n] for k, v in more.items()}
-    teachers.prepare = {method.own.once_per_batch for method in every} - {None}
-    seen = teachers(img, target, index, more)
-    with torch.no_grad():
-        s = net_s.eval()(img, True)
-
-    def another_net(_):
-        return models.build(args.s_name, train.num_classes).to(device, memory_format=torch.channels_last)
-
-    t = seen.all_t[0] if seen.all_t else None
-    probe = Probe(s, t, net_s, teachers.net_t, train, args.batch_size, args.epochs, train.num_classes,
-                  another_net)  # fmt: skip
-    runs = []
-    for token, terms in wanted.items():
-        torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
-        net = copy.deepcopy(net_s)
-        for term in terms:
-            net = build_term(term, net, probe, device)
-        ces = [term.method.when.ce for term in terms]
-        ce = math.prod(1.0 if callable(ce) else ce for ce in ces)
-        ce = ce if args.lambda_ce is None else args.lambda_ce
-        before = tuple(
-            max((phase_epochs(epochs, args.epochs, chosen) for epochs in of_200), default=0)
-            for of_200, chosen in (
-                ([term.method.when.pretrain for term in terms], args.pretrain_epochs),
-                ([term.method.when.alone for term in terms], args.init_epochs),
-            )
-        )
-        inside = args.phases == 'inside'
-        if inside and sum(before) >= args.epochs:
-            raise UserError(f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs '
-                                  f'{args.epochs} leaves none to train')  # fmt: skip
-        gather = gather_batches if args.global_relations else None
-        cast = PRECISIONS[args.amp] if graphs else None
-        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast)
-        optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [sgd]
-        opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
-        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
-        recipe = math_args(
-            args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
-            teacher_weights=teacher, ce=ce, before=list(before), global_relations=args.global_relations,
-            methods=[[term.name, term.weight, term.options] for term in terms],
-        )  # fmt: skip
-        state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
-        record = Record(folder / token, state, recipe, origin, selected_on)
-        run = Run(
-            token, step, terms, net, opt, scaler, torch.Generator(device), record,
-            Meter(token, 0, device), before, args.batch_size, args.epochs - inside * sum(before),
-            inside, counters=side_by_side.host_counters(net) if graphs else [],
-            usual_only='; '.join(filter(None, (term.method.limits.no_graph for term in terms))),
-        )  # fmt: skip
-        try_once(run, step, seen)
-        record.resume(resume_point(args.resume, folder / token))
-        if not record.epoch and rank() == 0:  # the other processes are sent the result
-            for term in terms:
-                if term.method.own.before:
-                    with user_errors():
-                        term.method.own.before(term.loss, teachers.teacher, probe)
-        run.step = distributed(step, device)
-        runs.append(run)
-    return runs
-
-
-def try_once(run: Run, step: Student, seen: Batch) -> None:
-    """A step of each phase on a copy: shapes that do not meet show here, before anything is trained."""
-    trial = copy.deepcopy(step).train()
-    trial.gather = None
-    generator = torch.Generator(seen.img.device)
-    try:
-        with user_errors():
-            for phase, count in (('pretrain', run.before[0]), ('init', run.before[1]), ('train', 1)):
-                if count:
-                    batch = replace(seen, now=run.epochs // 2, epochs=run.epochs, generator=generator,
-                                    rng=random.Random(0))  # fmt: skip
-                    inner = trial.inner(batch.now, run.epochs)
-                    trial(batch, trial.weights(phase, batch.now, run.epochs), inner, phase)
-    except AttributeError as error:  # a network of the user's own, without a term that this method asks for
-        raise UserError(f'{run.name}: {error}') from None
-
-
-def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
-    """Build the loss of a method, and return the network that this method trains."""
-    method = term.method
-    try:
-        with user_errors():
-            term.loss = method.build(method.loss, probe, **term.options).to(device)
-            if method.own.student:
-                net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
-    except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels
-        raise UserError(f'--kd_args: {term.name}: {error}') from None
-    return net
 
 
 if __name__ == '__main__':

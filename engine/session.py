@@ -1,4 +1,7 @@
-"""A run from its first line to its last: data, log, progress bar, stop."""
+"""What frames a training: its data, log, progress bar; how an epoch ends, and the whole.
+
+A script calls start, end_epoch and finish; everything between them is its own. A reader can skip all three.
+"""
 
 import argparse
 import contextlib
@@ -6,15 +9,86 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import dataset
-from engine.errors import UserError, user_errors
+from engine.errors import NonFinite, UserError, user_errors
 from engine.processes import processes, rank
+from engine.record import write_json
+
+
+@dataclass
+class Session:
+    """What all epochs of a training share besides the networks."""
+
+    args: argparse.Namespace
+    log: 'Log'
+    bar: Any  # of steps
+    board: Any  # of TensorBoard, or None
+    stop: 'StopAfterEpoch'
+    epochs: int  # of the whole training
+    failures: list[str] = field(default_factory=list)  # students that became non-finite
+
+
+def start(
+    args: argparse.Namespace, log: 'Log', origin: dict, *, val, done: int, epochs: int, steps: int
+) -> Session:
+    """Before the first epoch. done: epochs done, of epochs in all; steps: of an epoch; val: its split."""
+    folder = log.path.parent
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
+    board, stop = tensorboard(folder, args.tensorboard), StopAfterEpoch()
+    log(f'{done} of {epochs} epochs done, output in {folder}')
+    if not val:
+        log('best.pt is selected on test data (--val_split holds out training images for that)')
+    return Session(args, log, progress_bar(steps * epochs, steps * done, log), board, stop, epochs)
+
+
+def drop_failed(session: Session, begun: list, runs: list) -> None:
+    """Students that failed in this epoch leave both lists; the others go on."""
+    for run in [run for run in begun if run.meter.failure]:
+        session.log(f'stopped: {run.meter.failure}')
+        session.failures.append(run.meter.failure)
+        runs.remove(run)
+        begun.remove(run)
+
+
+def end_epoch(session: Session, epoch: int, last: bool, done: Iterable[tuple]) -> int:
+    """Keep the rows of an epoch, and stop where that was asked for.
+
+    done: (record, row, row -> line of the log, prefix of its TensorBoard scalars) per network in training.
+    Returns the exit code to leave with, 0 to go on.
+    """
+    done, args = list(done), session.args
+    for record, row, line, prefix in done:
+        record.epoch_done(row, save=last or (epoch + 1) % args.save_every == 0)
+        session.log(line(row))
+        for key, value in row.items() if session.board else ():
+            if isinstance(value, float):
+                session.board.add_scalar(f'{prefix}{key}', value, epoch + 1)
+    signal = 0 if last else session.stop.agreed()
+    if signal:
+        for record, *_ in done:
+            record.save()
+        session.bar.close()
+        session.log(f'stopped after epoch {epoch + 1}; --resume auto continues')
+    return 128 + signal if signal else 0
+
+
+def finish(session: Session, done: Iterable[tuple]) -> None:
+    """Write results and plain weights. done: (record, file of the weights, facts, name, more lines or '')."""
+    session.bar.close()
+    for record, weights, facts, name, hint in done:
+        session.log(f'{name}: {record.finish(weights, facts)}')
+        if hint:
+            session.log(hint)
+    if session.failures:
+        raise NonFinite('; '.join(session.failures))
 
 
 class StopAfterEpoch:

@@ -56,3 +56,18 @@ def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autoca
             f'{path}: the teacher is not finite, {measured["bad"]} of its logits on the test set are not'
         )
     return measured | {'said': said}
+
+
+def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Module], dict]:
+    """The frozen teachers, and what the result files say about them."""
+    nets, top1 = [], []
+    for name, path in zip(args.t_name, args.t_model):
+        with user_errors():
+            net = models.build_for(path, name, num_classes)
+        teacher = load_teacher(net, path, test, amp)
+        log(f'teacher {name}: {teacher["said"]}')
+        log(f'teacher {name}: top-1 {teacher["top1"]:.2f}, top-5 {teacher["top5"]:.2f} on the test set')
+        nets.append(net)
+        top1.append(teacher['top1'])
+    facts = {'teacher': '+'.join(args.t_name) or None, 'teacher_top1': top1[0] if top1 else None}
+    return nets, facts

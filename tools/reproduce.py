@@ -7,8 +7,8 @@
 The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
 "student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that one teacher suffices for),
 "flags", "kd_flags" (of train_kd.py only), "group" (students per process)}, and, where the teachers are not
-trained like the students, "teacher_epochs", "teacher_seed" and "teacher_flags". A table of networks that learn from each other has
-"nets", a list, instead of teacher and student. Tables of the same name are parts of one.
+trained like the students, "teacher_epochs", "teacher_seed" and "teacher_flags". A table of networks that
+learn from each other has "nets", a list, instead of teacher and student. Tables of one name are parts of one.
 
 Per seed the teachers and the student alone are trained first (their weights stay in SAVE_ROOT), then the
 missing methods in groups that share the teacher's forward. A finished run's results.json is copied to

@@ -1,0 +1,182 @@
+"""From the flags of train_kd.py to its students."""
+
+import copy
+import math
+import random
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import models
+from engine import side_by_side
+from engine.batch import Batch, Probe
+from engine.device import PRECISIONS
+from engine.errors import UserError, user_errors
+from engine.flags import (
+    weights_and_options,
+)
+from engine.meter import Meter
+from engine.optimise import phase_epochs, sgd
+from engine.processes import distributed, gather_batches, processes, rank
+from engine.record import (
+    Record,
+    fingerprint,
+    math_args,
+    resume_point,
+)
+from engine.student import Run, Student, Term
+from methods import KD, PEERS, Method, schedules
+
+
+def read_methods(args) -> dict[str, list[Term]]:
+    """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
+    tokens = {token: token.split('+') for token in args.kd_mode}
+    names = {name for terms in tokens.values() for name in terms}
+    for name in sorted(names - KD.keys() - PEERS.keys()):
+        raise UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(KD)}')
+    for name in sorted(name for name in names if name in PEERS):
+        raise UserError(f'--kd_mode {name}: trains networks that learn from each other, use train_dml.py')
+    if len(tokens) < len(args.kd_mode) or any(len(set(terms)) < len(terms) for terms in tokens.values()):
+        raise UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
+    check_teachers(args, names)
+    weights, options = weights_and_options(args, sorted(names), KD)
+    wanted = {
+        token: [Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args)) for name in terms]
+        for token, terms in tokens.items()
+    }
+    for token, terms in wanted.items():
+        for column, what in (
+            ('student', 'change the student'),
+            ('update', 'have a training step of their own'),
+        ):
+            several = [term.name for term in terms if getattr(term.method.own, column)]
+            if len(several) > 1:
+                raise UserError(f'--kd_mode {token}: {" and ".join(several)} {what}, only one can')
+        if args.amp == 'fp16' and any(term.method.own.update for term in terms):
+            raise UserError(f'--amp fp16: {token} has a training step of its own; use bf16')
+    return wanted
+
+
+def ramp_of(method: Method, args):
+    """The schedule of the loss's weight, as long as --ramp_epochs says."""
+    ramp = method.when.ramp
+    if args.ramp_epochs and isinstance(ramp, schedules.linear):
+        return ramp.lasting(args.ramp_epochs, args.epochs)
+    return ramp
+
+
+def check_teachers(args, names: set[str]) -> None:
+    if len(args.t_name) != len(args.t_model):
+        raise UserError(f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files')
+    needy = sorted(name for name in names if KD[name].needs.teacher)
+    if needy and not args.t_name:
+        raise UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
+    if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
+        teams = [name for name, method in KD.items() if method.needs.all_teachers]
+        raise UserError(f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several')
+    for name in sorted(names):
+        if processes() > 1 and KD[name].limits.one_process:
+            raise UserError(f'{name} runs in one process only: {KD[name].limits.one_process}')
+
+
+def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device) -> list[Run]:
+    """The students, all with the weights of net_s, each with its losses, optimiser, generator and record."""
+    every = [term.method for terms in wanted.values() for term in terms]
+    graphs = side_by_side.graphs_wanted(args, device)
+    initial, teacher = fingerprint(net_s), '+'.join(map(fingerprint, teachers.nets))
+    net_s.to(device, memory_format=torch.channels_last)
+    whole = any(method.needs.full_batches for method in every)
+    n = args.batch_size if whole else 2  # a few images tell the losses all shapes
+    img, target, index, more = next(train.train_batches(args.batch_size, args.seed, 0, teachers.views))
+    img, target, index, more = img[:n], target[:n], index[:n], {k: v[:n] for k, v in more.items()}
+    teachers.prepare = {method.own.once_per_batch for method in every} - {None}
+    seen = teachers(img, target, index, more)
+    with torch.no_grad():
+        s = net_s.eval()(img, True)
+
+    def another_net(_):
+        return models.build(args.s_name, train.num_classes).to(device, memory_format=torch.channels_last)
+
+    t = seen.all_t[0] if seen.all_t else None
+    probe = Probe(s, t, net_s, teachers.net_t, train, args.batch_size, args.epochs, train.num_classes,
+                  another_net)  # fmt: skip
+    runs = []
+    for token, terms in wanted.items():
+        torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
+        net = copy.deepcopy(net_s)
+        for term in terms:
+            net = build_term(term, net, probe, device)
+        ces = [term.method.when.ce for term in terms]
+        ce = math.prod(1.0 if callable(ce) else ce for ce in ces)
+        ce = ce if args.lambda_ce is None else args.lambda_ce
+        before = tuple(
+            max((phase_epochs(epochs, args.epochs, chosen) for epochs in of_200), default=0)
+            for of_200, chosen in (
+                ([term.method.when.pretrain for term in terms], args.pretrain_epochs),
+                ([term.method.when.alone for term in terms], args.init_epochs),
+            )
+        )
+        inside = args.phases == 'inside'
+        if inside and sum(before) >= args.epochs:
+            raise UserError(f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs '
+                                  f'{args.epochs} leaves none to train')  # fmt: skip
+        gather = gather_batches if args.global_relations else None
+        cast = PRECISIONS[args.amp] if graphs else None
+        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast)
+        optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [sgd]
+        opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
+        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+        recipe = math_args(
+            args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
+            teacher_weights=teacher, ce=ce, before=list(before), global_relations=args.global_relations,
+            methods=[[term.name, term.weight, term.options] for term in terms],
+        )  # fmt: skip
+        state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
+        record = Record(folder / token, state, recipe, origin, selected_on)
+        run = Run(
+            token, step, terms, net, opt, scaler, torch.Generator(device), record,
+            Meter(token, 0, device), before, args.batch_size, args.epochs - inside * sum(before),
+            inside, counters=side_by_side.host_counters(net) if graphs else [],
+            usual_only='; '.join(filter(None, (term.method.limits.no_graph for term in terms))),
+        )  # fmt: skip
+        try_once(run, step, seen)
+        record.resume(resume_point(args.resume, folder / token))
+        if not record.epoch and rank() == 0:  # the other processes are sent the result
+            for term in terms:
+                if term.method.own.before:
+                    with user_errors():
+                        term.method.own.before(term.loss, teachers.teacher, probe)
+        run.step = distributed(step, device)
+        runs.append(run)
+    return runs
+
+
+def try_once(run: Run, step: Student, seen: Batch) -> None:
+    """A step of each phase on a copy: shapes that do not meet show here, before anything is trained."""
+    trial = copy.deepcopy(step).train()
+    trial.gather = None
+    generator = torch.Generator(seen.img.device)
+    try:
+        with user_errors():
+            for phase, count in (('pretrain', run.before[0]), ('init', run.before[1]), ('train', 1)):
+                if count:
+                    batch = replace(seen, now=run.epochs // 2, epochs=run.epochs, generator=generator,
+                                    rng=random.Random(0))  # fmt: skip
+                    inner = trial.inner(batch.now, run.epochs)
+                    trial(batch, trial.weights(phase, batch.now, run.epochs), inner, phase)
+    except AttributeError as error:  # a network of the user's own, without a term that this method asks for
+        raise UserError(f'{run.name}: {error}') from None
+
+
+def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
+    """Build the loss of a method, and return the network that this method trains."""
+    method = term.method
+    try:
+        with user_errors():
+            term.loss = method.build(method.loss, probe, **term.options).to(device)
+            if method.own.student:
+                net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
+    except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels
+        raise UserError(f'--kd_args: {term.name}: {error}') from None
+    return net
