@@ -183,7 +183,8 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
-    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+    compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
+    return x.clone() if not compiling and x.is_inference() else x
 
 
 # ------------------------------------------ how the training scripts use it; a copied file may drop this

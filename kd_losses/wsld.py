@@ -88,7 +88,7 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     if target.is_floating_point():
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
-    if target.device.type == 'cpu' and not torch.compiler.is_compiling():
+    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
         seen = target.tolist()
         if min(seen) >= 0 and max(seen) < K:
             return target, None
@@ -110,4 +110,5 @@ def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
-    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+    compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
+    return x.clone() if not compiling and x.is_inference() else x
