@@ -592,3 +592,58 @@ def test_lean_checkpoints(script, teacher, tmp_path, monkeypatch):
         best = [torch.load(tmp_path / note / name / 'best.pt') for note in ('whole', 'lean')]
         assert best[0]['epoch'] == best[1]['epoch']
         assert all(torch.equal(best[0]['net'][k], best[1]['net'][k]) for k in best[0]['net'])
+
+
+# ---------------------------------------------------------------------------------- threads and deterministic
+
+
+def test_the_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(6)))
+
+    def quota(said):
+        class File:
+            def __init__(self, path):
+                assert str(path) == '/sys/fs/cgroup/cpu.max'
+
+            def read_text(self):
+                if said is None:
+                    raise FileNotFoundError
+                return said
+
+        monkeypatch.setattr(engine.device, 'Path', File)
+        return engine.device.cores()
+
+    assert [quota(x) for x in (None, 'max 100000', '250000 100000', '50000 100000')] == [6, 6, 3, 1]
+    monkeypatch.setenv('OMP_NUM_THREADS', '4')
+    assert engine.device.cores() == 4, 'what the user chose'
+
+
+def test_threads_that_wait_sleep_unless_told_otherwise():
+    program = (
+        'import os, engine.threads; print(os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT"))'
+    )
+    plain = {k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
+    for more, said in (({}, 'passive 1000'), ({'OMP_WAIT_POLICY': 'active'}, 'active None')):
+        words = [sys.executable, '-c', program]
+        done = subprocess.run(words, cwd=ROOT, env={**plain, **more}, capture_output=True, text=True)
+        assert done.stdout.strip() == said, done.stderr
+    for path in ROOT.glob('train_*.py'):
+        lines = path.read_text().splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith('import engine.threads'))
+        assert first < lines.index('import torch'), f'{path.name}: OpenMP reads its settings with torch'
+
+
+def test_deterministic_settings(monkeypatch):
+    """The choice of convolutions by timing is off, and no kernel fills empty tensors."""
+    fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', '')
+    try:
+        args = argparse.Namespace(threads=1, device='cpu', deterministic=True, seed=0)
+        engine.device.setup(args)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = benchmark
