@@ -14,6 +14,11 @@ exceptions = {
     'own_order': 'its page fixes the order of the arguments',
     'masked_class': 'the divergence is weighed by probabilities, a class of probability 0 counts nothing',
 }
+alone = """
+loss = m.FCFD([4, 8], [4, 8])
+inputs = {'maps': [[S(n, 4, 6, 6)], [S(n, 8, 3, 3)]], 'fms_t': [T(n, 4, 6, 6), T(n, 8, 3, 3)],
+          'out_s': S(n, 7), 'out_t': T(n, 7), 'outs_mix': [S(n, 7), S(n, 7)]}
+"""
 
 
 def golden(z):

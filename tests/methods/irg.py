@@ -6,6 +6,11 @@ from tests.methods.shared import case
 exceptions = {
     'one_logit': 'squared errors of logits',
 }
+alone = """
+loss = m.IRG()
+inputs = {'irg_s': [S(n, 4, 6, 6), S(n, 8, 3, 3), S(n, 8), S(n, 7)],
+          'irg_t': [T(n, 4, 6, 6), T(n, 8, 3, 3), T(n, 8), T(n, 7)]}
+"""
 
 
 def golden(z):

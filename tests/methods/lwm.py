@@ -13,6 +13,12 @@ exceptions = {
     'no_meta': 'differentiates what a network prepared',
     'own_order': 'its page fixes the order of the arguments',
 }
+alone = """
+loss = m.LwM()
+fm_s, fm_t = S(n, 4, 6, 3), T(n, 6, 6, 3).requires_grad_()  # nodes of the graphs that gave the logits
+inputs = {'out_s': fm_s.tanh().mean(dim=(2, 3)) @ T(4, 7), 'fm_s': fm_s,
+          'out_t': fm_t.mean(dim=(2, 3)) @ T(6, 7), 'fm_t': fm_t, 'target': torch.arange(n)}
+"""
 
 
 def golden(z):

@@ -3,6 +3,11 @@
 from kd_losses.norm import NORM
 from tests.methods.shared import TEACHER, case, leaf
 
+alone = """
+loss = m.NORM(2)
+inputs = {'fm_s': S(n, 8, 3, 3), 'fm_t': T(n, 4, 6, 6)}
+"""
+
 
 def golden(z):
     yield case(z, NORM(**z.hp('num_repeats')), 'fm_s', 'fm_t')

@@ -8,6 +8,10 @@ from tests.methods.shared import case, parameters
 exceptions = {
     'no_batch_of_one': ('batch norm of the pooled level needs two samples', 'more than 1 value'),
 }
+alone = """
+loss = m.ReviewKD([4, 8], [4, 8])
+inputs = {'fms_s': [S(n, 4, 6, 6), S(n, 8, 3, 3)], 'fms_t': [T(n, 4, 6, 6), T(n, 8, 3, 3)]}
+"""
 
 
 def golden(z):

@@ -7,6 +7,10 @@ exceptions = {
     'no_batch_of_one': ('its attention is over the samples, factor of them at least', 'at least factor'),
     'layers': 'query and key',
 }
+alone = """
+loss = m.SemCKD([4, 8], [4, 8], n)
+inputs = {'fms_s': [S(n, 4, 6, 6), S(n, 8, 3, 3)], 'fms_t': [T(n, 4, 6, 6), T(n, 8, 3, 3)]}
+"""
 
 
 def golden(z):

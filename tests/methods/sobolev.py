@@ -13,6 +13,12 @@ exceptions = {
     'no_meta': 'differentiates what a network prepared',
     'own_order': 'its page fixes the order of the arguments',
 }
+alone = """
+loss = m.Sobolev()
+img = T(n, 3, 8, 8).requires_grad_()
+out = (img.flatten(1) @ S(3 * 64, 7)).tanh()
+inputs = {'out_s': out, 'out_t': out.square(), 'img': img, 'target': torch.arange(n)}
+"""
 
 
 def golden(z):
