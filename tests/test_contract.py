@@ -16,125 +16,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import METHODS
 from models import Feats
+from tests import methods
+from tests.methods.shared import STUDENT, TEACHER, leaf
 
 ROWS = sorted(METHODS)
 K = 6
-STUDENT = ((4, 12, 8), (4, 12, 8), (4, 6, 4), (8, 3, 2))  # C, H, W of stem and stages: not square
-TEACHER = ((5, 12, 8), (6, 12, 8), (3, 6, 4), (9, 3, 2))
-
-# rows that need equal channels on both sides, with the reason
-ALIKE = {
-    'afd': 'channels are matched one to one',
-    'fsp': 'its matrices are of channels by channels',
-    'kdsvd': 'singular vectors live in channel space',
-    'mhgd': 'singular vectors live in channel space',
-}
-# rows whose random numbers differ once compiled, with the reason
-REDRAWS = {'crd': 'multinomial draws other negatives'}
-# rows that cannot take a batch of one, with the reason and the message
-PAIRS = {
-    'reviewkd': ('batch norm of the pooled level needs two samples', 'more than 1 value'),
-    'semckd': ('its attention is over the samples, factor of them at least', 'at least factor'),
-}
-# rows whose gradient is, by definition, not that of their value, with the reason
-STOPS = {
-    'byot': 'the deepest classifier is a target for the exits',
-    'ctkd': 'the gradient of the temperature is reversed',
-    'dcm': 'each network is a constant for the other',
-    'ddgsd': 'each view is a constant for the other',
-    'dml': 'each network is a constant for the others',
-    'kdcl': 'the combined logits are constants',
-    'one': 'the ensemble is a constant for the branches',
-    'onadvfd': 'each network is a constant for the next',
-    'sad': 'the deeper map is a constant for the earlier one',
-    'sla': 'the aggregate is a constant for the plain head',
-    'uskd': 'the labels made of the predictions are constants',
-    'wsld': 'the weights of the samples are constants',
-}
-# rows that torch.compile(fullgraph=True) cannot take, with the reason
-EAGER = {
-    'bss': 'the attack differentiates inside the forward pass',
-    'fcfd': 'the paths are drawn by the host',
-    'lwm': 'it differentiates inside the forward pass',
-    'sobolev': 'it differentiates inside the forward pass',
-}
-# rows that cannot be pickled whole, with the reason
-NO_PICKLE = {'vkd': 'torch does not pickle parametrised modules; copies and state_dict work'}
-# parameters that learn elsewhere or not at every step, with the reason
-RESTING = {
-    'fcfd': ('bridges_s', 'only the bridges of the paths drawn in a step learn'),
-    'ft': ('paraphraser', 'it learned before'),
-    'mhgd': ('', 'the heads learned before'),
-    'onadvfd': ('adversaries', 'they have a step of their own'),
-    'simkd': ('projector', 'it learns through the student that contains it'),
-}
-# losses for which a list with an entry less is as good
-ANY_LENGTH = {'dgkd': 'any number of teachers', 'dml': 'peers', 'fcfd': 'paths', 'kdcl': 'networks'}
-# rows that run networks, or parts of them, which autocast makes less precise
-COARSE = {
-    'bss': 'the attack',
-    'fcfd': 'mixed paths',
-    'lwm': 'the last layer',
-    'mlkd_strong': 'the teacher on the strong view',
-    'one': "the trunk's mean",
-    'sobolev': 'the network',
-}
-# rows without a softmax over classes: one logit is as good as several
-REGRESSION = {
-    'adain': 'squared errors of logits',
-    'catkd': 'maps of a class each',
-    'irg': 'squared errors of logits',
-    'logits': 'squared errors of logits',
-    'lwm': 'the gradient of a logit',
-    'sobolev': 'the gradient of a logit',
-    'srrl': 'squared errors of logits',
-}
-# rows in whose labelled loss a row of -100 still counts for something, with what
-SEEN = {
-    'bss': 'draws the attacked classes for all slots',
-    'fcfd': 'its networks',
-    'mlkd_strong': 'the cross-entropy of the trainer',
-}
-# rows with products in layers of a network, which round as the user has asked
-LAYERS = {
-    'adain': "the teacher's classifier",
-    'bss': 'the networks',
-    'byot': 'adapters',
-    'crd': 'embeddings',
-    'eel': 'the map to the wider space',
-    'fcfd': 'mixed paths',
-    'lwm': 'the last layer',
-    'mhgd': 'heads',
-    'mlkd_strong': 'the teacher on the strong view',
-    'okddip': 'query and key',
-    'one': 'the gate',
-    'pad': 'variance and connector',
-    'sdd': 'the classifiers',
-    'semckd': 'query and key',
-    'sobolev': 'the network',
-    'srrl': "the teacher's classifier",
-    'uskd': 'the weak head',
-    'vkd': 'the projection',
-}
-# rows that cannot run on meta tensors, with the reason
-NO_META = {
-    'bss': 'draws on the generator of the batch',
-    'crd': 'draws on the generator of the batch',
-    'dgkd': 'draws on the generator of the batch',
-    'fcfd': 'runs networks',
-    'lwm': 'differentiates what a network prepared',
-    'mgd': 'draws on the generator of the batch',
-    'mlkd_strong': 'runs networks',
-    'sobolev': 'differentiates what a network prepared',
-}
-# rows that a teacher's masked class, a logit of -inf, does not disturb
-MASKED = ['ctkd', 'cskd', 'dgkd', 'dist', 'dkd', 'fcfd', 'mlkd', 'nkd', 'ofakd', 'st', 'tfkd_self', 'ttm']
-# arguments of forward, where the trainer calls a part of the loss only
-DIRECT = {'simkd': lambda w: (w.s.fms[-1], w.t.fms[-1])}
 
 
-def leaf(*shape, dtype) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+def file_of(row: str) -> str:
+    """The loss file that a row is of: its own name (dot, an optimiser), or that of its loss."""
+    return row if row in FILES else METHODS[row].loss.__module__.split('.')[-1]
+
+
+FILES = methods.files('kd_losses')
+OWN = {row: methods.of(file_of(row)) for row in ROWS if methods.exists(file_of(row))}
+EXCEPTIONS = {row: methods.exceptions(file_of(row), row) for row in ROWS}
+
+
+def own(row: str, name: str, default=None):
+    """What tests/methods has of this name for the row."""
+    return getattr(OWN.get(row), name, default)
+
+
+def rows_but(*kinds: str) -> list[str]:
+    """The rows that are no exception of any of these kinds."""
+    return [row for row in ROWS if not EXCEPTIONS[row].keys() & set(kinds)]
 
 
 def feats(sizes, n: int, dtype, relu=True) -> Feats:
@@ -143,16 +49,6 @@ def feats(sizes, n: int, dtype, relu=True) -> Feats:
     feat = leaf(n, sizes[-1][0], dtype=dtype)
     out = (3 * torch.randn(n, K, dtype=torch.float64)).to(dtype).requires_grad_()
     return Feats(out, feat, fms, pres)
-
-
-# what a changed student hands out besides
-EXTRA = {
-    'byot': lambda n, d: [[leaf(n, K, dtype=d) for _ in range(3)], [leaf(n, 8, dtype=d) for _ in range(3)]],
-    'dcm': lambda n, d: [leaf(n, K, dtype=d) for _ in range(2)],
-    'norm': lambda n, d: leaf(n, 8 * TEACHER[-1][0], 3, 2, dtype=d),
-    'simkd': lambda n, d: leaf(n, TEACHER[-1][0], 3, 2, dtype=d),
-    'sla': lambda n, d: leaf(4 * n, 4 * K, dtype=d),
-}
 
 
 class Net(nn.Module):
@@ -199,22 +95,19 @@ def world(name, n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNam
     torch.manual_seed(seed)
     method = METHODS[name]
     s = feats(STUDENT, n, dtype, **kw)
-    t = feats(STUDENT if name in ALIKE else TEACHER, n, dtype, **kw)
+    t = feats(STUDENT if 'equal_channels' in EXCEPTIONS[name] else TEACHER, n, dtype, **kw)
     if same:  # the student's own values on the teacher's side
         t = Feats(
             *(x.detach().clone() for x in s[:2]), *([x.detach().clone() for x in maps] for maps in s[2:4])
         )
     other = feats(STUDENT, n, dtype, **kw)  # what the student says of other images
     third = feats(STUDENT, n, dtype, **kw)
-    if name in EXTRA:
-        s, other, third = (f._replace(extra=EXTRA[name](n, dtype)) for f in (s, other, third))
-    if same and name in ('norm', 'simkd'):  # the map of the changed student is the teacher's
-        wide = t.fms[-1].repeat(1, 8 if name == 'norm' else 1, 1, 1)
-        s = s._replace(extra=wide.clone().requires_grad_())
-    if name == 'bss':  # some images must be right, or there is nothing to attack
-        with torch.no_grad():
-            for f in (s, t):
-                f.out[: n - 1] += 20 * torch.eye(K)[: n - 1].to(f.out)
+    if own(name, 'extra'):  # of a changed student
+        s, other, third = (f._replace(extra=own(name, 'extra')(n, dtype, K)) for f in (s, other, third))
+    if same and own(name, 'extra_as_teacher'):
+        s = s._replace(extra=own(name, 'extra_as_teacher')(t).requires_grad_())
+    if own(name, 'arrange'):
+        own(name, 'arrange')(s, t)
     net_s, net_t = Net(s), Net(t)
     img = torch.randn(n, 3, 12, 8, dtype=net_s.fc.weight.dtype).requires_grad_(method.needs.image_gradient)
     views = {view: torch.randn_like(img) for view in method.needs.views}
@@ -229,7 +122,7 @@ def world(name, n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNam
         )
     w.b.inner = method.when.inner and method.when.inner(50, 100)
     if method.own.peers:
-        w.s, w.t = [s, other, third][: 2 if name == 'dcm' else 3], None
+        w.s, w.t = [s, other, third][: own(name, 'networks', 3)], None
         if same:
             w.s[1] = Feats(*t[:4], s.extra)
     return w
@@ -320,11 +213,7 @@ def test_arguments_have_the_names_of_the_field(name):
     forward = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL][1:]
     assert set(forward) <= set(known), set(forward) - set(known)
     forward = [x for x in forward if x not in equals]
-    if METHODS[name].needs.teacher and name not in (
-        'lwm',
-        'fcfd',
-        'sobolev',
-    ):  # the order that their pages fix
+    if METHODS[name].needs.teacher and 'own_order' not in EXCEPTIONS[name]:
         check_order(forward, known)
     constructor = list(inspect.signature(METHODS[name].loss.__init__).parameters)[1:]
     pairs = (['s_channels', 't_channels'], ['s_dim', 't_dim'])
@@ -347,7 +236,7 @@ def test_value_and_gradients(name, dtype):
     loss = healthy(name, w, kd)
     assert loss.dtype == dtype
     assert not grads(w.t), 'a gradient reached the teacher'
-    resting = RESTING.get(name, ('nothing', ''))[0]
+    resting = EXCEPTIONS[name].get('resting', ('nothing', ''))[0]
     for path, p in kd.named_parameters():
         assert p.grad is not None or path.startswith(resting), f'{path} got no gradient'
     assert any(g.abs().max() > 0 for g in learning(w))
@@ -364,8 +253,8 @@ def test_teacher_under_no_grad_gives_the_same(name):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_batch_of_one(name):
-    if name in PAIRS:
-        with pytest.raises(ValueError, match=PAIRS[name][1]):
+    if 'no_batch_of_one' in EXCEPTIONS[name]:
+        with pytest.raises(ValueError, match=EXCEPTIONS[name]['no_batch_of_one'][1]):
             healthy(name, world(name, n=1))
         return
     healthy(name, world(name, n=1))
@@ -425,7 +314,9 @@ def test_half_precision_and_autocast(name, dtype):
     with torch.autocast('cpu', dtype=dtype):
         loss = healthy(name, w)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, healthy(name, v), rtol=1e-2 if name in COARSE else 1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        loss, healthy(name, v), rtol=1e-2 if 'coarse' in EXCEPTIONS[name] else 1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize('name', [name for name in ROWS if not METHODS[name].own.once_per_batch])
@@ -446,7 +337,7 @@ def strided(x):
     return torch.stack([x, x], dim=-1)[..., 0]
 
 
-@pytest.mark.parametrize('name', [name for name in ROWS if name not in STOPS])
+@pytest.mark.parametrize('name', rows_but('gradient_not_of_value'))
 def test_gradcheck(name):
     w = world(name, n=4, dtype=torch.float64, seed=3, relu=False)  # a pixel of zeros is a kink of an adapter
     kd = build(name, w)
@@ -462,7 +353,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(f, used, eps=1e-6, atol=1e-6, rtol=1e-4, nondet_tol=0, fast_mode=True)
 
 
-@pytest.mark.parametrize('name', [name for name in ROWS if name not in EAGER])
+@pytest.mark.parametrize('name', rows_but('not_compiled'))
 def test_compiles_without_a_graph_break(name):
     w, v = world(name), world(name)
     kd = build(name, w)
@@ -476,7 +367,7 @@ def test_compiles_without_a_graph_break(name):
     torch.manual_seed(0)
     loss = compiled(v.s, v.t, b)
     loss.backward()
-    if name in REDRAWS:
+    if 'redraws_when_compiled' in EXCEPTIONS[name]:
         assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in learning(v))
         return
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
@@ -524,7 +415,9 @@ def test_state_survives(name):
     buffer.seek(0)
     reloaded = build(name, world(name, seed=9))
     reloaded.load_state_dict(torch.load(buffer, weights_only=True))
-    copies = [reloaded, copy.deepcopy(kd)] + ([] if name in NO_PICKLE else [pickle.loads(pickle.dumps(kd))])
+    copies = [reloaded, copy.deepcopy(kd)] + (
+        [] if 'no_pickle' in EXCEPTIONS[name] else [pickle.loads(pickle.dumps(kd))]
+    )
     w = world(name, seed=4)
     expected = call(name, kd, w)
     for other in copies:
@@ -542,11 +435,11 @@ def test_wrong_shapes_are_named(name):
         loss.register_forward_pre_hook(lambda module, args: calls.append((module, args)))
     call(name, kd, w)
     if not calls:  # the feed calls a part of the loss only
-        calls = [(kd, DIRECT[name](w))]
+        calls = [(kd, own(name, 'arguments')(w))]
     module, args = calls[0]
     names = list(inspect.signature(module.forward).parameters)
     for i in [i for i, arg in enumerate(args) if isinstance(arg, (list, torch.Tensor))]:
-        for wrong in spoiled(args[i])[name in ANY_LENGTH and isinstance(args[i], list) :]:
+        for wrong in spoiled(args[i])['any_length' in EXCEPTIONS[name] and isinstance(args[i], list) :]:
             changed = [wrong if j == i else a for j, a in enumerate(args)]
             with pytest.raises(ValueError) as caught:
                 module.forward(*changed)
@@ -626,7 +519,7 @@ def test_what_is_not_finite_shows(name, bad):
     assert seen
 
 
-@pytest.mark.parametrize('name', MASKED)
+@pytest.mark.parametrize('name', [name for name in ROWS if 'masked_class' in EXCEPTIONS[name]])
 def test_a_masked_class_of_the_teacher_is_legal(name):
     """-inf is probability 0 where a divergence is weighed by the teacher's probabilities."""
     w = world(name)
@@ -651,10 +544,10 @@ def calls_of(name):
     for loss in kd if isinstance(kd, nn.ModuleList) else [kd]:
         loss.register_forward_pre_hook(lambda module, args: calls.append((module, list(args))))
     call(name, kd, w)
-    return calls[0] if calls else (kd, list(DIRECT[name](w)))
+    return calls[0] if calls else (kd, list(own(name, 'arguments')(w)))
 
 
-@pytest.mark.parametrize('name', [name for name in ROWS if name not in REGRESSION])
+@pytest.mark.parametrize('name', rows_but('one_logit'))
 def test_one_logit_is_refused(name):
     module, args = calls_of(name)
     names = list(inspect.signature(module.forward).parameters)
@@ -671,7 +564,10 @@ def test_one_logit_is_refused(name):
 
 def labelled(name) -> bool:
     """Whether the row's loss reads labels: an illegal one is noticed."""
-    return 'target' in inspect.signature(METHODS[name].loss.forward).parameters or name == 'bss'
+    return (
+        'target' in inspect.signature(METHODS[name].loss.forward).parameters
+        or 'labels_in_feed' in EXCEPTIONS[name]
+    )
 
 
 LABELLED = [name for name in ROWS if labelled(name)]
@@ -680,8 +576,8 @@ LABELLED = [name for name in ROWS if labelled(name)]
 @pytest.mark.parametrize('label', [-1, K, 255])
 @pytest.mark.parametrize('name', LABELLED)
 def test_illegal_labels_are_named(name, label):
-    if name == 'eel' and label > 0:
-        return  # it knows no number of classes
+    if 'open_labels' in EXCEPTIONS[name] and label > 0:
+        return
     w = world(name)
     kd = build(name, w)
     w.b.target = w.b.target.clone()
@@ -707,7 +603,7 @@ def part_of(w, rows) -> None:
     w.b.views = {view: x[rows] for view, x in w.b.views.items()}
 
 
-@pytest.mark.parametrize('name', [name for name in LABELLED if name not in SEEN])
+@pytest.mark.parametrize('name', [name for name in rows_but('unlabelled_counts') if labelled(name)])
 def test_rows_without_a_label_are_left_out(name):
     """Two rows of -100: value and gradient are those of the other three, as F.cross_entropy has it."""
     rows = torch.tensor([0, 2, 4])
@@ -807,7 +703,7 @@ def test_the_loss_in_another_precision(name, dtype):
 
 
 @pytest.mark.parametrize(
-    'name', [name for name in ROWS if not METHODS[name].own.once_per_batch and name not in COARSE]
+    'name', [name for name in rows_but('coarse') if not METHODS[name].own.once_per_batch]
 )
 def test_a_float64_student_with_a_float32_loss(name):
     w = world(name, dtype=torch.float64)
@@ -838,7 +734,7 @@ def lower_precision():
     torch.set_float32_matmul_precision('highest')
 
 
-@pytest.mark.parametrize('name', [name for name in ROWS if name not in LAYERS])
+@pytest.mark.parametrize('name', rows_but('layers'))
 def test_products_are_exact(name, lower_precision):
     """Whatever precision the user allows float32 products: those that decide a loss keep theirs."""
     w, v = world(name), world(name)
@@ -870,7 +766,7 @@ def test_an_empty_batch_is_refused(name):
         call(name, kd, w)
 
 
-@pytest.mark.parametrize('name', [name for name in ROWS if name not in EAGER])
+@pytest.mark.parametrize('name', rows_but('not_compiled'))
 def test_functional_gradients(name):
     """torch.func.grad gives what backward gives."""
     module, args = calls_of(name)
@@ -892,7 +788,7 @@ def put_first(arg, x):
     return [put_first(arg[0], x), *arg[1:]] if isinstance(arg, list) else x
 
 
-@pytest.mark.parametrize('name', [name for name in ROWS if name not in NO_META])
+@pytest.mark.parametrize('name', rows_but('no_meta'))
 def test_meta_tensors(name):
     """Shapes only: what planning tools ask for."""
     w = world(name)
@@ -915,7 +811,7 @@ def test_shape_messages_name_the_remedy(name):
         if not isinstance(arg, (list, torch.Tensor)):
             continue
         for wrong in [
-            *spoiled(arg)[name in ANY_LENGTH and isinstance(arg, list) :],
+            *spoiled(arg)['any_length' in EXCEPTIONS[name] and isinstance(arg, list) :],
             *foreign(names[i % len(names)], arg),
         ]:
             with pytest.raises(ValueError) as caught:
@@ -925,10 +821,8 @@ def test_shape_messages_name_the_remedy(name):
     if isinstance(first, torch.Tensor) and names[0] in ('out', 'out_s', 'out_1', 'out_a', 'patch_s'):
         with pytest.raises(ValueError, match='flatten'):
             module.forward(torch.randn(2, 3, 4, 5, 6), *args[1:])
-    if isinstance(first, torch.Tensor) and names[0] in ('fm_s', 'fm') and name != 'sp':
+    if isinstance(first, torch.Tensor) and names[0] in ('fm_s', 'fm') and 'any_rank' not in EXCEPTIONS[name]:
         for shape, remedy in (((2, 4, 9), r'x\[..., None\]'), ((2, 4, 3, 3, 3), r'flatten\(3\)')):
-            if type(module).__name__ == 'FitNet' and module.regressor is None:
-                continue
             with pytest.raises(ValueError, match=remedy):
                 module.forward(torch.randn(shape), *args[1:])
 

@@ -1,10 +1,10 @@
 """Every loss against values and gradients computed in float64 with the authors' code: 1e-9 relative.
 
-The vectors are read from the folder in the environment variable GOLDEN_DIR (default tests/golden), one npz
-per method: in_<argument>, hp_<hyperparameter>, param_<role>, loss, grad_<argument>, gradparam_<role>,
-out_<name>, with suffixes for variants. ADAPTERS says, per method, which keys make which case. Sizes,
-hyperparameters and weights all come from the file, so vectors of other shapes work as well. A key that no
-case has compared fails the test.
+A vector is the npz beside its method's file in tests/methods, or that of its name in the folder which the
+environment variable GOLDEN_DIR names: in_<argument>, hp_<hyperparameter>, param_<role>, loss,
+grad_<argument>, gradparam_<role>, out_<name>, with suffixes for variants. golden() of the method's file says
+which keys make which case. Sizes, hyperparameters and weights all come from the vector, so vectors of other
+shapes work as well. A key that no case has compared fails the test.
 """
 
 import os
@@ -15,13 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from methods import METHODS
-from tests.adapters import ADAPTERS as KD_ADAPTERS
-from tests.ka_adapters import KA_ADAPTERS
+from tests import methods
 
-GOLDEN = Path(os.environ.get('GOLDEN_DIR') or Path(__file__).parent / 'golden')
+ELSEWHERE = os.environ.get('GOLDEN_DIR')
 RTOL = 1e-9
-ADAPTERS = KD_ADAPTERS | KA_ADAPTERS
 
 
 class Vector:
@@ -66,38 +63,70 @@ class Vector:
         self.open.discard(key)
 
 
-# files without a vector, with the reason and what is tested instead
-WITHOUT = {'mhgd': 'TensorFlow 1 only; test_properties.py has a slow second form of it'}
-# several rows may share a file; dot.py is an optimiser
-FILES = sorted({m.loss.__module__.split('.')[-1] for m in METHODS.values()} - WITHOUT.keys() | {'dot'})
-KA_FILES = sorted(p.stem for p in (Path(__file__).parent.parent / 'ka_losses').glob('[!_]*.py'))
-FILES += [*KA_FILES, 'cfl_fc']  # two vectors for cfl.py
+# loss files: each has a vector, or says why not
+FILES = methods.files('kd_losses') + methods.files('ka_losses')
 
 
-@pytest.mark.parametrize('name', FILES)
-def test_golden(name):
-    path = GOLDEN / f'{name}.npz'
-    assert path.is_file(), f'{name} is a loss but {path} is missing'
-    assert name in ADAPTERS, f'{name} is a loss but has no adapter in tests/adapters.py or ka_adapters.py'
-    vector = Vector(path)
-    for case in ADAPTERS[name](vector):
+def vectors_of(file: str) -> dict:
+    """{name of the vector: adapter} of a loss file; None where test_golden must say that it is missing."""
+    if not methods.exists(file):
+        return {Path(file).name: None}
+    module = methods.of(file)
+    if hasattr(module, 'without_vector'):
+        return {}
+    return {Path(file).name: getattr(module, 'golden', None), **getattr(module, 'more_vectors', {})}
+
+
+VECTORS = {name: (file, adapter) for file in FILES for name, adapter in vectors_of(file).items()}
+
+
+def path_of(name: str) -> Path:
+    file, _ = VECTORS[name]
+    return Path(ELSEWHERE or (methods.HERE / file).parent) / f'{name}.npz'
+
+
+def check(vector: Vector) -> None:
+    for case in VECTORS[vector.name][1](vector):
         case.check(vector)
+
+
+@pytest.mark.parametrize('name', VECTORS)
+def test_golden(name):
+    file, adapter = VECTORS[name]
+    methods.of(file)  # says so if it is missing
+    assert adapter, f'tests/methods/{file}.py has no golden(z) that feeds the loss from its vector'
+    path = path_of(name)
+    assert path.is_file(), f'{file} is a loss but {path} is missing'
+    vector = Vector(path)
+    check(vector)
     assert not vector.open, f'{name}: these keys were never compared: {sorted(vector.open)}'
 
 
 def test_vectors_without_a_row_are_listed():
-    spare = sorted(p.stem for p in GOLDEN.glob('*.npz') if p.stem not in [*FILES, 'scenes'])
+    folders = [Path(ELSEWHERE)] if ELSEWHERE else [methods.HERE, methods.HERE / 'ka']
+    found = [p.stem for folder in folders for p in folder.glob('*.npz')]
+    spare = sorted(name for name in found if name not in [*VECTORS, 'scenes'])
     if spare:
-        warnings.warn(f'golden vectors without a row in METHODS: {", ".join(spare)}', stacklevel=1)
+        warnings.warn(f'golden vectors without a loss: {", ".join(spare)}', stacklevel=1)
 
 
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', VECTORS)
 def test_the_comparison_can_fail(name):
     """The same case with every input changed by a hundred-thousandth must not pass."""
-    vector = Vector(GOLDEN / f'{name}.npz')
+    vector = Vector(path_of(name))
     for key in [k for k, x in vector.arrays.items() if k.startswith('in_') and x.dtype.kind == 'f']:
         noise = np.random.default_rng(0).standard_normal(vector.arrays[key].shape)
         vector.arrays[key] = vector.arrays[key] * (1 + 1e-5 * noise)
     with pytest.raises(AssertionError):
-        for case in ADAPTERS[name](vector):
-            case.check(vector)
+        check(vector)
+
+
+def test_every_file_in_the_folder_is_of_a_loss():
+    """Names and kinds that nobody reads would be silent: a misspelt exception, a loss that was renamed."""
+    here = {p.relative_to(methods.HERE).with_suffix('').as_posix() for p in methods.HERE.rglob('*.py')}
+    assert {f for f in here if Path(f).name != '__init__'} == {*FILES, 'shared'}
+    for file in FILES:
+        module = methods.of(file)
+        for table in (getattr(module, 'exceptions', {}), *getattr(module, 'rows', {}).values()):
+            assert table.keys() <= methods.KINDS.keys(), f'{file}: no kind of exception is called so'
+            assert all(table.values()), f'{file}: an exception needs a reason'

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import methods
 from tests.ka_cases import CASES, file_of
 
-# torch.compile(fullgraph=True) cannot take these, with the reason
-WHOLE_GRAPH = [name for name in CASES if name != 'transformer_ka']  # scipy's assignment
-SMOOTH = [
-    'concat_kd', 'concat_kd_parts', 'customize', 'customize_target', 'fedka', 'ka_vit', 'ka_vit_layer',
-    'layerwise', 'recombination', 'soka', 'subtask', 'transformer_ka_hint', 'transformer_ka_agg',
-]  # fmt: skip
+OWN = {name: methods.of(f'ka/{file_of(name)}') for name in CASES}
+EXCEPTIONS = {name: methods.exceptions(f'ka/{file_of(name)}', name) for name in CASES}
+
+
+def cases_but(kind: str) -> list[str]:
+    """The cases that are no exception of this kind."""
+    return [name for name in CASES if kind not in EXCEPTIONS[name]]
 
 
 class Made:
@@ -44,9 +46,8 @@ class Made:
         self.loss, self.inputs = scope['loss'], scope['inputs']
         if dtype == torch.float64:
             self.loss.double()
-            if name == 'ood_ka':
-                x, mean, var = self.inputs['bn_stats'][0]
-                self.inputs['bn_stats'] = [(x, mean.double(), var.double())]
+            if hasattr(OWN[name], 'to_float64'):
+                self.inputs = OWN[name].to_float64(self.inputs)
 
     def __call__(self, **options):
         return self.loss(**self.inputs, **options)
@@ -133,7 +134,7 @@ def tree(value, f):
     return f(value)
 
 
-@pytest.mark.parametrize('name', SMOOTH)
+@pytest.mark.parametrize('name', cases_but('no_gradcheck'))
 def test_gradcheck(name):
     made = Made(name, n=3, dtype=torch.float64)
     students = made.students
@@ -143,7 +144,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(lambda *_: made(), students, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', WHOLE_GRAPH)
+@pytest.mark.parametrize('name', cases_but('not_compiled'))
 def test_compiles_without_a_graph_break(name):
     made = Made(name)
     torch._dynamo.reset()
@@ -177,6 +178,11 @@ def places(value, path=()):
     return [path]
 
 
+def any_size(name) -> set:
+    """The arguments of this case that may have another size."""
+    return set(EXCEPTIONS[name].get('any_size', {}))
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_wrong_shapes_are_named(name):
     """A tensor of another size anywhere: a ValueError that names an argument and says what it got."""
@@ -187,9 +193,9 @@ def test_wrong_shapes_are_named(name):
             for key in keys[:-1]:
                 holder = list(holder[key]) if isinstance(holder[key], tuple) else holder[key]
             x = holder[keys[-1]]
-            if argument in ('bn_stats', 'd_fake') or path[-1:] == ('boxes',) and argument == 'outs_t':
-                continue  # statistics and patches of any size; a teacher's boxes go with its logits
-            axis = x.dim() - 1 if name != 'transformer_ka' or path[-1] == 'logits' else 1
+            if {argument, f'{argument}.{path[-1] if path else ""}'} & any_size(name):
+                continue
+            axis = 1 if path[-1:] == ('boxes',) else x.dim() - 1  # more boxes, not more corners
             holder[keys[-1]] = torch.cat([x, x], dim=axis)
             with pytest.raises(ValueError) as caught:
                 made()
@@ -203,8 +209,8 @@ def test_too_few_teachers_are_named(name):
     made = Made(name)
     lists = [key for key, value in made.inputs.items() if isinstance(value, list) and '_t' in key]
     for key in lists:
-        if name.startswith('ka_vit') or key == 'bn_stats':
-            continue  # any number of teachers: what is missing are their tokens
+        if 'any_length' in EXCEPTIONS[name] or key in any_size(name):
+            continue
         made = Made(name)
         made.inputs[key] = made.inputs[key][:-1]
         with pytest.raises(ValueError, match=r'got'):
@@ -293,11 +299,7 @@ class Rounding(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# cases whose own linear layers round as the user has asked
-LAYERS = ('cfl_fc', 'transformer_ka_agg')
-
-
-@pytest.mark.parametrize('name', [name for name in CASES if name not in LAYERS])
+@pytest.mark.parametrize('name', cases_but('layers'))
 def test_products_are_exact(name):
     """Whatever precision the user allows float32 products: those that decide a loss keep theirs."""
     expected = Made(name)()
@@ -323,7 +325,7 @@ def test_an_empty_batch_is_refused(name):
 def test_shape_messages_name_the_remedy(name):
     for argument in Made(name).inputs:
         for path in places(Made(name).inputs[argument]):
-            if argument in ('bn_stats', 'd_fake'):
+            if argument in any_size(name):
                 continue
             made = Made(name)
             spoil(made, argument, path, lambda x: x[..., None])
@@ -331,24 +333,21 @@ def test_shape_messages_name_the_remedy(name):
                 made()
 
 
-@pytest.mark.parametrize('name', ['concat_kd', 'subtask', 'recombination', 'sbm', 'ood_ka'])
+@pytest.mark.parametrize(
+    'name', [name for name in CASES if name == file_of(name) and hasattr(OWN[name], 'one_logit')]
+)
 def test_one_logit_is_refused(name):
     made = Made(name)
-    if name == 'sbm':
-        made.inputs = {key: [x[0][:, :1], *x[1:]] for key, x in made.inputs.items()}
-    elif name == 'ood_ka':
-        made.inputs |= {'out_s': made.inputs['out_s'][:, :1]}
-    elif name == 'subtask':
-        with pytest.raises(ValueError, match='got'):
-            type(made.loss)([0], 6)
-        return
-    else:
-        made.inputs['out_s'] = made.inputs['out_s'][:, :1]
-        made.inputs['outs_t' if 'outs_t' in made.inputs else 'out_t'] = (
-            [made.inputs['out_s']] if 'outs_t' in made.inputs else made.inputs['out_s']
-        )
+    made.inputs = OWN[name].one_logit(made.inputs)
     with pytest.raises(ValueError, match=r'torch\.cat'):
         made()
+
+
+def test_one_logit_is_refused_by_the_constructor_of_subtask():
+    from ka_losses import SubTask
+
+    with pytest.raises(ValueError, match='got'):
+        SubTask([0], 6)
 
 
 def test_detr_labels():

@@ -1,0 +1,14 @@
+"""How quest.npz feeds kd_losses/quest.py."""
+
+from kd_losses.quest import QuEST
+from tests.methods.shared import case, fill
+
+
+def golden(z):
+    words = z.param('centroids')
+    hp = z.hp('tau', 'scale_init')
+    loss = QuEST(z.shape('in_fm_s')[1], words.shape[1], len(words), hp['tau'], hp['scale_init'], words)
+    fill(loss, {'weight': z.param('weight')[:, :, 0, 0], 'scale': z.param('scale')})
+    yield case(z, loss, 'fm_s', 'fm_t')
+    z.compare('gradparam_weight', loss.weight.grad[:, :, None, None])
+    z.compare('gradparam_scale', loss.scale.grad)
