@@ -108,7 +108,7 @@ def add_common_flags(
     """The flags that every training script has; rate, more_data: what --help says besides."""
     add_data_flags(parser, more_data)
     # fmt: off
-    flag = parser.add_argument_group("recipe (the defaults are the seed zoo's)").add_argument
+    flag = parser.add_argument_group("recipe (the defaults are Knowledge-Distillation-Zoo's)").add_argument
     flag('--val_split', type=fraction, default=0.0, metavar='F',
          help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is '
               'chosen on the test set, and the log says so')
@@ -122,7 +122,12 @@ def add_common_flags(
          help='SGD: shares of the run after which the learning rate drops, default 0.5 0.75')
     flag('--lr_decay', type=positive_float, default=0.1, help='SGD: factor at a milestone, default 0.1')
     flag('--momentum', type=fraction, default=0.9, help='SGD: Nesterov momentum, default 0.9')
+    flag('--no_nesterov', dest='nesterov', action='store_false',
+         help='SGD: plain momentum instead of Nesterov, as RepDistiller and mdistiller have it')
     flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
+    flag('--pad', choices=('reflect', 'zero'), default='reflect',
+         help='what a random crop sees outside of an image: reflect, the image mirrored; zero, black, as '
+              'RepDistiller and mdistiller have it; not for folder; default reflect')
     flag('--seed', type=seed_number, default=2, help='of initial weights and batches, default 2')
     # fmt: on
     add_machine_flags(parser)
@@ -473,9 +478,14 @@ def sgd(parameters: Iterable[nn.Parameter | dict], args: argparse.Namespace) -> 
     first = parameters[0]['params'][0] if isinstance(parameters[0], dict) else parameters[0]
     if not first.is_cuda:
         return torch.optim.SGD(
-            parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0
+            parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=wants_nesterov(args)
         )
     return fused_sgd(parameters, args)
+
+
+def wants_nesterov(args: argparse.Namespace) -> bool:
+    """torch refuses it without momentum."""
+    return getattr(args, 'nesterov', True) and args.momentum > 0
 
 
 def fused_sgd(parameters: list, args: argparse.Namespace) -> torch.optim.SGD:
@@ -487,7 +497,7 @@ def fused_sgd(parameters: list, args: argparse.Namespace) -> torch.optim.SGD:
         rate,
         args.momentum,
         weight_decay=args.weight_decay,
-        nesterov=args.momentum > 0,
+        nesterov=wants_nesterov(args),
         fused=True,
     )
 
@@ -1093,6 +1103,9 @@ def load_data(args: argparse.Namespace, device: torch.device, log: Callable = la
     train, test = read_data(args, device)
     for note in getattr(test, 'notes', ()):
         log(note)
+    if args.pad != 'reflect' and not isinstance(train, dataset.Resident):
+        raise UserError(f'--pad {args.pad}: {args.data_name} is cropped at random sizes, without padding')
+    train.pad = args.pad
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)
