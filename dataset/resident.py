@@ -9,7 +9,7 @@ from torch import Tensor
 from .strong import Strong
 from .views import count_steps, shares, view_seed
 
-PAD = 4  # reflected pixels on each side before the random crop
+PAD = 4  # pixels on each side before the random crop
 
 
 class Resident:
@@ -24,6 +24,8 @@ class Resident:
 
     Batches are (img, target, index): img (B, 3, H, W) float32, normalised, channels_last; target (B,) int64;
     index (B,) int64, the images' positions in this set. Training batches have a fourth part, {view: images}.
+
+    `pad` says what lies around an image: 'reflect', the image itself, mirrored; 'zero', black pixels.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Resident:
         self.class_names = None if class_names is None else list(class_names)
         self.images, self.targets = images.to(device).contiguous(), targets.to(device)
         self.shard = (0, 1)  # this process, number of processes
+        self.pad = 'reflect'
         self.num_classes, self.mean, self.std, self.device = num_classes, mean, std, torch.device(device)
         # one multiply-add takes a byte to its normalised value
         self._scale = 1 / (255 * torch.tensor(std, device=device))
@@ -49,6 +52,10 @@ class Resident:
         self._rows = (_reflected(height) * width).to(device)
         columns = _reflected(width)
         self._columns = torch.stack((columns, columns.flip(1))).to(device)
+        # and which of them lie in the image, for black padding
+        self._rows_inside = _inside(height).to(device)
+        columns = _inside(width)
+        self._columns_inside = torch.stack((columns, columns.flip(1))).to(device)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,7 +63,7 @@ class Resident:
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
-        """One shuffled epoch: reflect-pad by 4, random crop, random flip. The last batch may be smaller, but
+        """One shuffled epoch: pad by 4, random crop, random flip. The last batch may be smaller, but
         a batch of one is left out: batch norm and relations need two.
 
         All randomness is a function of (seed, epoch), drawn on the CPU: the same on every device, and a
@@ -134,7 +141,11 @@ class Resident:
         row, column = self._rows[shift[:, 0]], self._columns[flip, shift[:, 1]]  # (B, H), (B, W)
         # every wanted pixel by its number in the whole set: one gather does pad, crop and flip
         pixel = (index[:, None] * (height * width) + row)[:, :, None] + column[:, None, :]
-        return self.images.reshape(-1, 3)[pixel]
+        rgb = self.images.reshape(-1, 3)[pixel]
+        if self.pad == 'zero':
+            row, column = self._rows_inside[shift[:, 0]], self._columns_inside[flip, shift[:, 1]]
+            rgb = rgb * (row[:, :, None] & column[:, None, :])[..., None]
+        return rgb
 
     def _normalise(self, rgb: Tensor) -> Tensor:
         """(B, H, W, 3) bytes -> (B, 3, H, W) float32."""
@@ -172,7 +183,7 @@ class Resident:
 
     def _like_this(self, images: Tensor, targets: Tensor, num_classes: int, class_names) -> 'Resident':
         other = Resident(images, targets, num_classes, self.mean, self.std, self.device, class_names)
-        other.shard = self.shard
+        other.shard, other.pad = self.shard, self.pad
         return other
 
 
@@ -180,3 +191,9 @@ def _reflected(size: int) -> Tensor:
     """(9, size): where each crop of the padded line 4 3 2 1 | 0 1 2 ... | size-2 size-3 ... comes from."""
     position = torch.arange(-PAD, size + PAD).abs()
     return torch.where(position >= size, 2 * size - 2 - position, position).unfold(0, size, 1)
+
+
+def _inside(size: int) -> Tensor:
+    """(9, size): whether each pixel of each crop of the padded line lies in the image."""
+    position = torch.arange(-PAD, size + PAD)
+    return ((position >= 0) & (position < size)).unfold(0, size, 1)

@@ -42,7 +42,7 @@ def add_common_flags(
     """The flags that every training script has; rate, more_data: what --help says besides."""
     add_data_flags(parser, more_data)
     # fmt: off
-    flag = parser.add_argument_group("recipe (the defaults are the seed zoo's)").add_argument
+    flag = parser.add_argument_group("recipe (the defaults are Knowledge-Distillation-Zoo's)").add_argument
     flag('--val_split', type=fraction, default=0.0, metavar='F',
          help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is '
               'chosen on the test set, and the log says so')
@@ -56,7 +56,12 @@ def add_common_flags(
          help='SGD: shares of the run after which the learning rate drops, default 0.5 0.75')
     flag('--lr_decay', type=positive_float, default=0.1, help='SGD: factor at a milestone, default 0.1')
     flag('--momentum', type=fraction, default=0.9, help='SGD: Nesterov momentum, default 0.9')
+    flag('--no_nesterov', dest='nesterov', action='store_false',
+         help='SGD: plain momentum instead of Nesterov, as RepDistiller and mdistiller have it')
     flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
+    flag('--pad', choices=('reflect', 'zero'), default='reflect',
+         help='what a random crop sees outside of an image: reflect, the image mirrored; zero, black, as '
+              'RepDistiller and mdistiller have it; not for folder; default reflect')
     flag('--seed', type=seed_number, default=2, help='of initial weights and batches, default 2')
     # fmt: on
     add_machine_flags(parser)

@@ -45,9 +45,14 @@ def sgd(parameters: Iterable[nn.Parameter | dict], args: argparse.Namespace) -> 
     first = parameters[0]['params'][0] if isinstance(parameters[0], dict) else parameters[0]
     if not first.is_cuda:
         return torch.optim.SGD(
-            parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0
+            parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=wants_nesterov(args)
         )
     return fused_sgd(parameters, args)
+
+
+def wants_nesterov(args: argparse.Namespace) -> bool:
+    """torch refuses it without momentum."""
+    return getattr(args, 'nesterov', True) and args.momentum > 0
 
 
 def fused_sgd(parameters: list, args: argparse.Namespace) -> torch.optim.SGD:
@@ -59,7 +64,7 @@ def fused_sgd(parameters: list, args: argparse.Namespace) -> torch.optim.SGD:
         rate,
         args.momentum,
         weight_decay=args.weight_decay,
-        nesterov=args.momentum > 0,
+        nesterov=wants_nesterov(args),
         fused=True,
     )
 

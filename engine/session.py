@@ -184,6 +184,9 @@ def load_data(args: argparse.Namespace, device: torch.device, log: Callable = la
     train, test = read_data(args, device)
     for note in getattr(test, 'notes', ()):
         log(note)
+    if args.pad != 'reflect' and not isinstance(train, dataset.Resident):
+        raise UserError(f'--pad {args.pad}: {args.data_name} is cropped at random sizes, without padding')
+    train.pad = args.pad
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)

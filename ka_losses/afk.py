@@ -6,14 +6,26 @@ Multi-task Teachers", IJCAI 2019, arXiv:1905.11569.
     y_u = 1 where sigmoid(out_t_u) > 0.5, else 0
     loss = sum over streams u of mean over n and classes of binary cross-entropy(out_s_u, y_u)
 
-    Filter: gate_u = sigmoid(W2 relu(W1 pooled m_u)), m_u the middle activation of a residual block; the block
-    gives relu(branch(x_u) + shortcut(x_u) gate_u) for every stream u.
+    Filter: gate_u = sigmoid(W2 * relu(W1 * pooled m_u)), m_u: middle activation of a residual block, which
+    gives relu(branch(x_u) + shortcut(x_u) * gate_u) for every stream u.
 
 Tap: multi-label logits of each stream and of its teacher. Branching off the trunk, freezing and fine-tuning
 go as in sbm.py.
 
-Differences: hard pseudo-labels as in the authors' code, a logit of exactly 0 counts as negative. Its hidden
-width is a fraction under Python 3; ours is rounded down.
+Differences: hard pseudo-labels as in the authors' code, a logit of exactly 0 counts as negative. The hidden
+width of a Filter is a fraction in their code under Python 3; ours is rounded down.
+
+Source: zju-vipa/KamalEngine at commit afd0557, kamal/models/resnet.py (Attention, JointResNet) and
+examples/afk/train.py.
+
+Use:
+    >>> import torch
+    >>> from afk import AFK
+    >>> outs_s = [torch.randn(8, 3, requires_grad=True), torch.randn(8, 4)]
+    >>> outs_t = [torch.randn(8, 3), torch.randn(8, 4)]
+    >>> AFK()(outs_s, outs_t).backward()
+    >>> outs_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

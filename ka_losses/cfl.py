@@ -3,22 +3,37 @@
 S. Luo, X. Wang, G. Fang, Y. Hu, D. Tao, M. Song, "Knowledge Amalgamation from Heterogeneous Networks by
 Common Feature Learning", IJCAI 2019, arXiv:1906.10546.
 
-    h_s = ext(align_s(f_s));  h_i = ext(align_i(f_i));  rec_i = dec_i(h_i)       ext is shared by all networks
-    k(a, b) = sum over sigma of exp(-||a - b||^2 / (2 sigma^2)), samples flattened to unit vectors
-    MMD^2(x, y) = max(0, mean of k(x, x') + mean of k(y, y') - 2 mean of k(x, y))
-    mmd = sum over teachers of MMD^2(h_s, h_i);  recons = sum over teachers of mean of (rec_i - f_i)^2
-    loss = mmd + beta recons
+    h_s = ext(align_s(f_s))
+    h_i = ext(align_i(f_i))
+    rec_i = dec_i(h_i)       ext is shared by all networks
+    k(a, b) = sum over sigma of exp(-||a - b||^2 / (2 * sigma^2)), samples flattened to unit vectors
+    MMD^2(x, y) = max(0, mean of k(x, x') + mean of k(y, y') - 2 * mean of k(x, y))
+    mmd = sum over teachers of MMD^2(h_s, h_i)
+    recons = sum over teachers of mean of (rec_i - f_i)^2
+    loss = mmd + beta * recons
 
 Tap: the last maps before pooling (block='conv', equal height and width, any channels), or the pooled
 embeddings (block='fc'). The authors weigh it 10 beside soft targets over all classes. Batches of 32 or more:
 the value depends on the batch size.
 
-The diagonal of a distance matrix is set to its floor: in float32 the matrix product leaves about 1e-7 there,
-which the narrowest kernel (2 sigma^2 = 2e-6) would notice. Unit vectors are mostly further apart than the
+The diagonal of a distance matrix is set to its floor: in float32 the matrix product leaves about 1e-7 on it,
+which the narrowest kernel (2 * sigma^2 = 2e-6) would notice. Unit vectors are mostly further apart than the
 narrow kernels see: with the default widths only sigma >= 0.2 teaches, the others add a constant 2 / N each.
 
 Differences: the conv block is the authors' (no batch norm, no bias), the fc block KamalEngine's. Default
 PyTorch initialisation, as in both.
+
+Source: VainF/CommonFeatureLearning, models/cfl.py, loss/loss.py, loss/mmd.py; block='fc':
+zju-vipa/KamalEngine, kamal/amalgamation/common_feature.py (CFL_FCBlock).
+
+Use:
+    >>> import torch
+    >>> from cfl import CFL
+    >>> f_s = torch.randn(32, 16, 4, 4, requires_grad=True)
+    >>> f_ts = [torch.randn(32, 16, 4, 4), torch.randn(32, 8, 4, 4)]
+    >>> CFL(16, [16, 8])(f_s, f_ts).backward()
+    >>> f_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -5,8 +5,8 @@ arXiv:1503.02531, with the teachers' logits side by side. The mse form is the la
 amalgamation (AAAI 2019).
 
     z = concatenation of the teachers' logits, p = softmax(z / T), q = softmax(out_s / T)
-    kl:       loss = T^2 mean over n of sum over k of p (log p - log q)
-    soft_ce:  loss = T^2 mean over n of sum over k of -p log q          (the same gradient)
+    kl:       loss = T^2 * mean over n of sum over k of p * (log p - log q)
+    soft_ce:  loss = T^2 * mean over n of sum over k of -p * log q          (the same gradient)
     mse:      loss = mean over n and k of (out_s - z)^2
     parts:    loss = sum over teachers of kl(the student's block of classes, this teacher's logits)
 
@@ -18,6 +18,16 @@ parts stays untrained. Report joint and part accuracy separately.
 
 Differences: align='center' is ours: it takes each teacher's mean logit away before they are joined, an offset
 that a softmax classifier leaves undetermined. T^2 also at soft_ce, so that both have one gradient.
+
+Source: zju-vipa/KamalEngine, kamal/core/tasks/loss/functional.py (kldiv, soft_cross_entropy).
+
+Use:
+    >>> import torch
+    >>> from concat_kd import ConcatKD
+    >>> out_s, outs_t = torch.randn(8, 7, requires_grad=True), [torch.randn(8, 3), torch.randn(8, 4)]
+    >>> ConcatKD()(out_s, outs_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

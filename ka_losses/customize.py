@@ -4,9 +4,9 @@ C. Shen, M. Xue, X. Wang, J. Song, L. Sun, M. Song, "Customizing Student Network
 via Adaptive Knowledge Amalgamation", ICCV 2019, arXiv:1908.07121.
 
     feat = sum over levels of mean over elements of (b_s(fm_s) - b_t(fm_t))^2      bridges b: 1x1 convolutions
-    soft = mean over elements of (m out_s - out_t)^2                                    m learned, starts at 1
+    soft = mean over elements of (m * out_s - out_t)^2                                  m learned, starts at 1
     wn   = sum over levels of mean over filters w of b_t of (||w||^2 - 1)^2
-    loss = feat + soft + w_wn wn
+    loss = feat + soft + w_wn * wn
 
 Round one, sources to component: every image is given only to the source that is surest of the wanted classes
 (`select_teacher`: smallest entropy); the loss is called once per source with its images. Round two,
@@ -19,6 +19,17 @@ task (a source's classifier cut to it).
 Differences: KamalEngine adds wn six times in its class version and leaves out m in its first round; we do
 neither. It sorts images to sources before training; we select inside the batch, the same assignment, as the
 sources are fixed. Entropy through log_softmax: its attribute version overflows.
+
+Source: zju-vipa/KamalEngine, kamal/amalgamation/customize_class.py and customize_attribute.py.
+
+Use:
+    >>> import torch
+    >>> from customize import Customize
+    >>> fms_s, fms_t = [torch.randn(8, 16, 4, 4, requires_grad=True)], [torch.randn(8, 32, 4, 4)]
+    >>> out_s, out_t = torch.randn(8, 3), torch.randn(8, 3)
+    >>> Customize([16], [32], [24])(fms_s, fms_t, out_s, out_t).backward()
+    >>> fms_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

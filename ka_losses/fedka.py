@@ -4,19 +4,30 @@ D. Xie, R. Yu, G. Fang, J. Song, Z. Feng, X. Wang, L. Sun, M. Song, "Federated S
 Knowledge Amalgamation", Chip 2023, arXiv:2207.13309.
 
     loss = mean over all elements of (translator(fm_s) - fm_t)^2
-    translator: three times 1x1 convolution, batch norm, leaky ReLU 0.1;  C_s -> C_s -> k C_t -> k C_t
+    translator: three times 1x1 convolution, batch norm, leaky ReLU 0.1;  C_s -> C_s -> k * C_t -> k * C_t
 
     selection: with a = saliency of student and teacher i on probe image p, flattened,
-               tr_i = 1 / mean over p of (0.5 + 0.5 cosine), q = 2 - tr, prob = softmax of q scaled to 0..1
+               tr_i = 1 / mean over p of (0.5 + 0.5 * cosine), q = 2 - tr, prob = softmax of q scaled to 0..1
     round:     drawn clients (with replacement, after prob) train a copy of the student each on their own
-               unlabelled images; the server averages: w = sum over i of a_i w_i
+               unlabelled images; the server averages: w = sum over i of a_i * w_i
 
 Tap: the last map of student and teacher, equal height and width. Logits are not used: the student's task may
 be another one, and its classifier is fitted on a small labelled probe set.
 
 Differences: KamalEngine quantises Grad-CAM to 8 bit and divides by its range (NaN for a flat map, which here
-is all zero); cosine with a zero map is NaN there, here the similarity is 0.5; equal tr give 0/0 there, here
-equal probabilities. Its trainer names a class that does not exist and does not run.
+is all zero); where it has NaN, because a map is zero or all tr are equal, ours has the similarity 0.5 and
+equal probabilities. Its trainer names a class that does not exist, so it does not run.
+
+Source: zju-vipa/KamalEngine, kamal/amalgamation/fedka_amal.py, kamal/utils/model_select.py,
+kamal/vision/models/paraphraser.py.
+
+Use:
+    >>> import torch
+    >>> from fedka import FedKA
+    >>> fm_s, fm_t = torch.randn(8, 16, 4, 4, requires_grad=True), torch.randn(8, 32, 4, 4)
+    >>> FedKA(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

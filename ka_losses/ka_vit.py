@@ -10,6 +10,18 @@ each block without the class token. Beside it: concat_kd on the logits.
 Differences: KamalEngine's example trains with labels beside it and steps the blocks twice per iteration, once
 in each of two optimisers; neither belongs to the loss. normalize='layer' is ours: without it the deep levels,
 whose residual stream has grown, outweigh the others.
+
+Source: zju-vipa/KamalEngine, examples/KA_VIT_classification/vit_model.py and utils.py
+(train_one_epoch_of_KA).
+
+Use:
+    >>> import torch
+    >>> from ka_vit import TokenAmalgamation
+    >>> toks_s = [torch.randn(2, 8, 16, requires_grad=True)]
+    >>> toks_t = [[torch.randn(2, 4, 16)], [torch.randn(2, 4, 16)]]  # two teachers, one level
+    >>> TokenAmalgamation()(toks_s, toks_t).backward()
+    >>> toks_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,10 +3,11 @@
 C. Shen, X. Wang, J. Song, L. Sun, M. Song, "Amalgamating Knowledge towards Comprehensive Classification",
 AAAI 2019, arXiv:1811.02796.
 
-    R = enc(concatenated teacher maps);  D_1 ... D_m = dec(R);  A = fam(fm_s)       (1x1 convolutions)
+    R = enc(concatenated teacher maps);  D_1 ... D_m = dec(R)
+    A = fam(fm_s)       (1x1 convolutions)
     amal   = mean over all elements of (A - R)^2, R held constant
     recons = sum over teachers of mean over elements of (D_i - fm_t_i)^2
-    loss = w_amal amal + w_recons recons
+    loss = w_amal * amal + w_recons * recons
 
 So enc and dec learn to compress, and only the student and fam follow.
 
@@ -16,6 +17,18 @@ concat_kd on the logits.
 Differences: the paper trains in three stages (compress, layer by layer, jointly); like the authors' later
 code (KamalEngine) everything is trained at once. That code attaches a block to every convolution of a
 ResNet-18; we attach three to a CIFAR ResNet.
+
+Source: zju-vipa/KamalEngine, kamal/amalgamation/layerwise_amalgamation.py (AmalBlock, LayerWiseAmalgamator);
+the older code in three stages, read only: commit afd0557, kamal/layer_wise_ka.
+
+Use:
+    >>> import torch
+    >>> from layerwise import LayerwiseKA
+    >>> fm_s = torch.randn(8, 16, 4, 4, requires_grad=True)
+    >>> fms_t = [torch.randn(8, 16, 4, 4), torch.randn(8, 32, 4, 4)]
+    >>> LayerwiseKA(16, [16, 32])(fm_s, fms_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -7,17 +7,29 @@ Fang et al., NeurIPS 2021, arXiv:2110.15094) with two teachers, beside the layer
     bn      = sum over batch norms of ||running_var - var||_2 + ||running_mean - mean||_2
     adv   = - KL(softmax of both teachers' logits || softmax(out_s))    images the student does not know yet
     oh      = sum over teachers of cross-entropy(out_t, its own argmax)      surely some class
-    balance = sum over teachers and classes of p log2 p, p the batch mean of softmax(out_t)    all classes
+    balance = sum over teachers and classes of p * log2 p, p the batch mean of softmax(out_t)    all classes
     sim     = sum over levels of mean of 1 - |<a_c, b_c'>|, a, b unit channel maps of the two teachers
-    loss = w_adv adv + w_local local + w_balance balance + w_bn bn + w_oh oh + w_sim sim
-    disc_loss = [sum of BCE(d_fake, 0) + sum of BCE(d_real, 1)] / (2 N)
+    loss = w_adv * adv + w_local * local + w_balance * balance + w_bn * bn + w_oh * oh + w_sim * sim
+    disc_loss = [sum of BCE(d_fake, 0) + sum of BCE(d_real, 1)] / (2 * N)
 
 Tap: for the generated batch, logits and stage maps of both teachers and the student's logits, the
 discriminator's logits, and (x, running_mean, running_var) of every batch norm of both teachers. The student's
 own step uses layerwise.py and concat_kd.py.
 
-Differences: NOTHING is detached, the gradient must reach the generator through the teachers. p log p is 0 at
-p = 0 in value and gradient; theirs is NaN. Exactly two teachers, as theirs.
+Differences: NOTHING is detached, the gradient must reach the generator through the teachers. p * log p is 0
+at p = 0 in value and gradient; in KamalEngine it is NaN. Exactly two teachers, as in KamalEngine.
+
+Source: zju-vipa/KamalEngine, kamal/amalgamation/ood_ka_amal.py.
+
+Use:
+    >>> import torch
+    >>> from ood_ka import OODKAGenerator
+    >>> w = torch.randn(8, 7, requires_grad=True)
+    >>> fms_t, d_fake = [[torch.randn(8, 5, 4, 4)], [torch.randn(8, 6, 4, 4)]], torch.randn(8, 1, 2, 2)
+    >>> bn_stats = [(torch.randn(8, 5, 4, 4), torch.zeros(5), torch.ones(5))]
+    >>> OODKAGenerator()(w, [w[:, :3], w[:, 3:]], fms_t, d_fake, bn_stats).backward()
+    >>> w.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,11 +3,11 @@
 No paper was found; KamalEngine's readme of 2019 names it "Learning Semantic Image Compression from
 Distinct-task Teachers", without a link.
 
-    combined convolution: weights (sum C_out, sum C_in, k, k), block i = teacher i, 0 elsewhere; biases joined
+    combined convolution: weights (sum C_out, sum C_in, k, k), block i = teacher i, 0 outside; biases joined
     combined(concatenated inputs) = concatenation of the teachers' outputs, exactly
-    quantiser:   s = (levels - 1) sigmoid(x), y = round(s), gradient of s
-    soft focal:  ce = - sum over k of softmax(out_t)_k log softmax(out_s)_k
-                 loss = mean over samples (and pixels) of alpha (1 - exp(-ce))^gamma ce
+    quantiser:   s = (levels - 1) * sigmoid(x), y = round(s), gradient of s
+    soft focal:  ce = - sum over k of softmax(out_t)_k * log softmax(out_s)_k
+                 loss = mean over samples (and pixels) of alpha * (1 - exp(-ce))^gamma * ce
 
 Teachers with identical layer graphs become one network; retraining on their outputs fills the zeros between
 the blocks, while rounds of pruning (smallest L1 norm of a filter) make it small.
@@ -16,8 +16,19 @@ Tap: the teachers' outputs. For classifiers use concat_kd instead of the soft fo
 
 Differences: KamalEngine's code does not run (it writes into leaf parameters and never advances the input
 offset) and its 2019 version prunes the LARGEST filters; we do what is meant. The task of compression, an
-MS-SSIM term, is not here. The power's base is kept at 1e-12 or above: its slope at 0 is infinite for
-gamma < 1.
+MS-SSIM term, is not here. The power's base is kept at 1e-12 or above: its slope at 0 is infinite for gamma
+below 1.
+
+Source: formula only; zju-vipa/KamalEngine, kamal/amalgamation/recombination.py, and commit afd0557,
+kamal/recombination/combine.py and prune.py, do not run.
+
+Use:
+    >>> import torch
+    >>> from recombination import SoftFocal
+    >>> out_s, out_t = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5)
+    >>> SoftFocal(gamma=2.0)(out_s, out_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,13 +3,14 @@
 J. Ye, Y. Ji, X. Wang, K. Ou, D. Tao, M. Song, "Student Becoming the Master: Knowledge Amalgamation for Joint
 Scene Parsing, Depth Estimation, and More", CVPR 2019, arXiv:1904.10167.
 
-    seg:   mean over pixels of sum over k of p_t (log p_t - log p_s) T^2   ('hard': cross-entropy with argmax)
+    seg:    T^2 * mean over pixels of sum over k of p_t * (log p_t - log p_s)
+            ('hard': cross-entropy with the teacher's argmax)
     depth:  mean of |out_s - out_t|
             ('si': with d = log out_s - log out_t, mean over images of mean(d^2) - mean(d)^2 / 2)
     normal: - mean over images of (sum over valid pixels of the cosine / number of valid pixels)
     loss = sum over tasks of weight * term
 
-    ChannelCoding: x * sigmoid(W2 relu(W1 pooled x)): what a branch needs of the trunk's map.
+    ChannelCoding: x * sigmoid(W2 * relu(W1 * pooled x)): what a branch needs of the trunk's map.
 
 Procedure: the trunk starts as teacher one. Each task leaves it at a branch point, through a ChannelCoding and
 the REMAINING blocks of its teacher. Those are frozen while the trunk and the codings learn (block phase), the
@@ -19,7 +20,19 @@ Tap: the networks' outputs, student and teacher, in the order of the tasks.
 
 Differences: KL and L1 as in KamalEngine, 'hard' and 'si' as in the authors' 2019 code; the original is
 TensorFlow and was not found. Pooling is global; KamalEngine's pools the left square of a wide map. In 'si' an
-image without a valid pixel is skipped (theirs: NaN).
+image without a valid pixel is skipped; in their code it is NaN.
+
+Source: zju-vipa/KamalEngine, kamal/amalgamation/task_branching.py; 'hard' and 'si': commit 1336e1d,
+examples/sbm/joint_net.py and train.py.
+
+Use:
+    >>> import torch
+    >>> from sbm import SBM
+    >>> outs_s = [torch.randn(2, c, 8, 8, requires_grad=True) for c in (13, 1, 3)]
+    >>> outs_t = [torch.randn(2, c, 8, 8) for c in (13, 1, 3)]
+    >>> SBM()(outs_s, outs_t).backward()
+    >>> outs_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,20 +3,32 @@
 S. Luo, W. Pan, X. Wang, D. Wang, H. Tang, M. Song, "Collaboration by Competition: Self-coordinated Knowledge
 Amalgamation for Multi-talent Student Learning", ECCV 2020.
 
-    collaboration:  loss = mean over all elements of (fm_s - sum over teachers of A_i fm_t_i)^2,  A_i learned
-    competition:    g_i = || gradient of task loss L_i in the last shared weight ||,  G_i = w_i g_i
+    collaboration:  loss = mean over all elements of (fm_s - sum over teachers of A_i * fm_t_i)^2;  A learned
+    competition:    g_i = || gradient of task loss L_i in the last shared weight ||,  G_i = w_i * g_i
                     r_i = (L_i / L_i at the start) / mean over tasks of the same
-                    loss = sum over tasks of |G_i - mean(G) r_i^alpha|, the target held constant
+                    loss = sum over tasks of |G_i - mean(G) * r_i^alpha|, the target held constant
                     then w <- w / sum(w)                                          (GradNorm, arXiv:1711.02257)
 
 Tap: maps of the student's shared part and of every teacher, equal shapes; one SOKAFeature per level. Per
-batch: heads on sum of w_i L_i; shared part on 0.05 of it plus the feature loss; w on the balance. w stays at
-1 / n in the first tenth of the run.
+batch: heads on sum of w_i * L_i; shared part on 0.05 of it plus the feature loss; w on the balance. w stays
+at 1 / n in the first tenth of the run.
 
 Differences: the authors published no code. KamalEngine's reproduction, which its readme says may differ from
-the paper, freezes layers after the forward pass: there the encoder and A never train after the first phase.
+the paper, freezes layers after the forward pass, so that its encoder and A never train after the first phase.
 We keep three optimisers apart instead. Its A has a weight per position, shape (C, H, W); (C, 1, 1) is ours
 and fits any image size. Any number of tasks. w is kept at 1e-3 or above.
+
+Source: zju-vipa/KamalEngine, kamal/amalgamation/taskonomy_amalgamation.py (a reproduction, not the authors');
+the balance: formula only.
+
+Use:
+    >>> import torch
+    >>> from soka import SOKAFeature
+    >>> fm_s = torch.randn(8, 16, 4, 4, requires_grad=True)
+    >>> fms_t = [torch.randn(8, 16, 4, 4), torch.randn(8, 16, 4, 4)]
+    >>> SOKAFeature(2, (16, 1, 1))(fm_s, fms_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

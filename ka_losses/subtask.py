@@ -2,10 +2,11 @@
 
 No paper was found; a part of KamalEngine (2024), the reverse of amalgamation.
 
-    sub = kl(out_s, out_t on the wanted classes);  adv = kl(out_adv, out_t on the other classes)
-    kl(s, t) = T^2 mean over n of KL(softmax(t / T) || softmax(s / T)); teacher renormalised in each subset
-    student:  loss = sub - lambda_adv adv           (`forward`; step the student only)
-    head:     loss = lambda_adv adv                 (`adv_loss`, on the detached feature; step the head only)
+    sub = kl(out_s, out_t on the wanted classes)
+    adv = kl(out_adv, out_t on the other classes)
+    kl(s, t) = T^2 * mean over n of KL(softmax(t / T) || softmax(s / T)); teacher renormalised in each subset
+    student:  loss = sub - lambda_adv * adv         (`forward`; step the student only)
+    head:     loss = lambda_adv * adv               (`adv_loss`, on the detached feature; step the head only)
 
 The adversarial head is a linear layer on the student's pooled feature: if it cannot tell the other classes,
 the feature has no trace of them and cannot be transferred to them.
@@ -14,6 +15,16 @@ Tap: logits of student, head and teacher; images of all classes, no labels.
 
 Differences: the objective without KamalEngine's hooks, which it registers anew at every step. -adv is
 unbounded below: adv_cap is ours, the largest value that still gives a gradient to the student.
+
+Source: zju-vipa/KamalEngine, kamal/amalgamation/subtask.py (SubTaskAdvTrainer).
+
+Use:
+    >>> import torch
+    >>> from subtask import SubTask
+    >>> out_s, out_adv, out_t = torch.randn(8, 2, requires_grad=True), torch.randn(8, 4), torch.randn(8, 6)
+    >>> SubTask([0, 3], 6)(out_s, out_adv, out_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -8,19 +8,31 @@ with Transformers", IEEE TIP 2023, arXiv:2203.03187.
         norm: a LayerNorm shared by all, after taking each channel's mean away ('channel') or not ('layer')
     TA: a teacher's query is a target if its argmax is an object and its probability > threshold; the n_max
         surest per image are kept. Targets and student queries are matched by
-            c_1 (-p_s[label]) + c_2 |box_s - box_t|_1 + c_3 (-GIoU)              (linear sum assignment)
-        kd   = [sum over matched of T^2 KL(softmax(target / T) || softmax(student / T))
-                + eos sum over unmatched of -log p_s[background]] / (matched + eos unmatched)
-        loss = kd + w_bbox sum of L1 / targets + w_giou sum of (1 - GIoU) / targets
-        target logits: the teacher's, at background and its task's columns; -5 elsewhere
+            c_1 * (-p_s[label]) + c_2 * |box_s - box_t|_1 + c_3 * (-GIoU)              (linear sum assignment)
+        kd   = [sum over matched of T^2 * KL(softmax(target / T) || softmax(student / T))
+                + eos * sum over unmatched of -log p_s[background]] / (matched + eos * unmatched)
+        loss = kd + w_bbox * sum of L1 / targets + w_giou * sum of (1 - GIoU) / targets
+        target logits: the teacher's, at background and its task's columns; -5 at all others
 
 Tap: SA after the input projection and after each encoder layer; TA at the last decoder layer, and with a
 matching of its own at each auxiliary one. The authors weigh both by 1 - epoch / epochs beside labels, by 1
 without.
 
 Differences: the authors' aggregation baseline (SeqAgg) projects with a matrix that is never trained; here it
-is a parameter. Any number of teachers and of classes. Areas are kept at 1e-12 or above (two empty boxes: 0 /
-0 there). Their VOC configuration names SA wrongly and silently trains without it.
+is a parameter. Any number of teachers and of classes. Areas are kept at 1e-12 or above (in their code two
+empty boxes give 0 / 0). Their VOC configuration names SA wrongly and silently trains without it.
+
+Source: zhfeing/Transformer-KA-PyTorch, amalgamation/loss.py and light_detr/loss/loss.py, matcher.py.
+
+Use:
+    >>> import torch
+    >>> from transformer_ka import TaskAmalgamation
+    >>> boxes, logits = torch.rand(2, 5, 4), torch.randn(2, 5, 4, requires_grad=True)
+    >>> teachers = [{'logits': torch.randn(2, 5, c), 'boxes': boxes} for c in (3, 2)]
+    >>> out_s = {'logits': logits, 'boxes': boxes}  # background is the last class
+    >>> TaskAmalgamation([[0, 2], [1]], 3)(out_s, teachers).backward()
+    >>> logits.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -6,16 +6,29 @@ Hidden Neurons", AAAI 2019, arXiv:1811.03233.
     s = fm_s, or a batch norm of a 1x1 convolution of it (the connector) where the channels differ
     term = (s + margin)^2  where the teacher is off (t <= 0) and s > -margin
            (s - margin)^2  where it is on (t > 0) and s <= margin
-           0               elsewhere
+           0               otherwise
     loss = mean over n, c, h, w of term
 
 Tap: the maps BEFORE the ReLU at the end of each stage (after it, no value is negative and every 0 counts as
-off); equal sizes. Two stages: this loss alone initialises everything but the classifier, then cross-entropy
-alone trains the student. Not a distance: the loss of a map against itself is positive inside the margin.
+off); equal sizes. Two phases: the first trains with this loss alone and leaves the classifier untouched; the
+second trains with cross-entropy alone and a new optimiser. Not a distance: the loss of a map against itself
+is positive inside the margin.
 
-Differences: the authors' element-wise loss. The mean over elements and margin 2 are Knowledge-Distillation-
-Zoo's; the authors sum over elements, divide by N (reduction='batchmean', margin 1) and weigh the stages, from
-the last, 1, 1/2, 1/4 times 3/1000. Their CIFAR script leaves the teacher in training mode; ours is in eval.
+Differences: the authors' element-wise loss. The mean over elements and margin 2 (set by train_kd.py) are
+those of Knowledge-Distillation-Zoo; the authors sum over elements, divide by N (reduction='batchmean', margin
+1) and weigh the stages, from the last, by 0.003 * (1, 1/2, 1/4). Their CIFAR script leaves the teacher in
+training mode; ours is in eval mode.
+
+Source: bhheo/AB_distillation, cifar10_AB_distillation.py (criterion_alternative_L2) for 'batchmean';
+AberHu/Knowledge-Distillation-Zoo, kd_losses/ab.py for 'mean'.
+
+Use:
+    >>> import torch
+    >>> from ab import AB
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> AB(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -5,15 +5,26 @@ Normalization", 2020, arXiv:2003.04289.
 
     mu, sigma: mean and deviation over positions, per sample and channel, sigma = sqrt(variance + eps)
     stat = mean over n, c of (mu_s - mu_t)^2 + mean over n, c of (sigma_s - sigma_t)^2
-    y = sigma_s (fm_t - mu_t) / sigma_t + mu_s
+    y = sigma_s * (fm_t - mu_t) / sigma_t + mu_s
     adain = mean over n, k of (teacher_tail(y) - out_t)^2    teacher_tail: the teacher from here on
-    loss = stat_weight stat + adain                         the student is reached through mu_s and sigma_s
+    loss = stat_weight * stat + adain                       the student is reached through mu_s and sigma_s
 
 Tap: maps of the same depth, by default the last before its ReLU (the tail is then ReLU, average, classifier),
 and the teacher's logits. Sizes may differ; channels through a connector (1x1 convolution, batch norm, ReLU).
 
 Differences: a reconstruction. The authors' code for this paper is not public and only the abstract could be
 read; the formula is from secondary sources, the weights are guesses.
+
+Source: formula only. jingyang2017/KD_SRRL cites the paper but holds another loss.
+
+Use:
+    >>> import torch
+    >>> from adain import AdaINKD
+    >>> fm_s, fm_t = torch.randn(8, 16, 4, 4, requires_grad=True), torch.randn(8, 16, 4, 4)
+    >>> tail = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 10))
+    >>> AdaINKD()(fm_s, fm_t, tail(fm_t), tail).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

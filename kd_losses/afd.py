@@ -3,7 +3,9 @@
 K. Wang, X. Gao, Y. Zhao, X. Li, D. Dou, C.-Z. Xu, "Pay Attention to Features, Transfer Learn Faster CNNs",
 ICLR 2020.
 
-    p = mean over h, w of fm_t;  r = sigmoid(1x1 conv, ReLU, 1x1 conv of p);  rho = r / sum over c of r
+    p = mean over h, w of fm_t
+    r = sigmoid(1x1 conv, ReLU, 1x1 conv of p)
+    rho = r / sum over c of r
     u[n, c] = fm[n, c] / (||fm[n, c]||_2 + 1e-6)              each channel of each sample, over its positions
     loss = mean over n of sum over c of rho[n, c] * mean over h, w of (u_s - u_t)^2
 
@@ -13,6 +15,16 @@ student. Channels are matched one to one, so student and teacher maps must have 
 Differences: no authors' code was found. The paper's attention is linear in all positions with a softmax; the
 squeeze-and-excitation form here is Knowledge-Distillation-Zoo's. A map that is zero has a steep slope (1e6)
 on a tap before the ReLU; behind the ReLU it is masked.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/afd.py; no code of the authors was found.
+
+Use:
+    >>> import torch
+    >>> from afd import AFD
+    >>> fm_s, fm_t = torch.randn(8, 32, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> AFD(32, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,7 +3,7 @@
 S. Zagoruyko, N. Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional
 Neural Networks via Attention Transfer", ICLR 2017, arXiv:1612.03928.
 
-    Q[n, h, w] = mean over c of |fm[n, c, h, w]|^p          attention map, flattened to M = H W numbers
+    Q[n, h, w] = mean over c of |fm[n, c, h, w]|^p          attention map, flattened to M = H * W numbers
     q[n] = Q[n] / ||Q[n]||_2
     loss = mean over n and m of (q_s - q_t)^2
 
@@ -11,9 +11,19 @@ Tap: the map at the end of each stage, one loss per stage. Channels may differ. 
 are average-pooled to the smaller height and the smaller width before the attention map is built.
 
 Differences: the authors' code, not their equation 2 (which has the norm itself, halved, instead of the mean
-of squares). The absolute value is kept for every p; RepDistiller and mdistiller drop it, so odd p cancels
-between channels there. The authors weight the sum over three stages by 1000; with our mean over stages that
-is 3000, and the default of 1000 is the seed zoo's.
+of squares). The absolute value is kept for every p; RepDistiller and mdistiller drop it, so that with an odd
+p the channels cancel. The authors multiply the sum over three stages by 1000, which is our mean times 3000;
+our default, 1000, is that of Knowledge-Distillation-Zoo.
+
+Source: szagoruyko/attention-transfer, utils.py (at, at_loss).
+
+Use:
+    >>> import torch
+    >>> from at import AT
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 64, 4, 4)
+    >>> AT()(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

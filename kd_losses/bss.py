@@ -7,17 +7,30 @@ Boundary", AAAI 2019, arXiv:1805.05532.
         classes differ most;  attack class: another class, drawn by the teacher's probability
     attack, num_steps times, as long as the teacher still says target (z = teacher's logits of x):
         d = z[target] - z[attack class],  g = gradient of -d with respect to x
-        x <- clip(x + step_alpha (d + eps) g / ||g||)
+        x <- clip(x + step_alpha * (d + eps) * g / ||g||)
     p = softmax(attacked out / T)
-    loss = mean over attacked n of sum over k of p_t (log p_t - log p_s)                        (no T^2)
+    loss = mean over attacked n of sum over k of p_t * (log p_t - log p_s)                       (no T^2)
 
 Tap: the logits of both networks on the attacked images: a second forward pass of each. The weight falls to 0
 in the course of training. The paper combines it with soft targets on the clean images.
 
 Differences: the authors' code: logits, not probabilities, guide the attack (score='prob' is
-Knowledge-Distillation-Zoo's; for a confident teacher its gradient vanishes and the zoo's images become NaN),
-and the step is divided by the norm, not its square as in the paper. A vanishing gradient makes no step.
+Knowledge-Distillation-Zoo's; for a confident teacher its gradient vanishes and that zoo's images become NaN),
+and the step is divided by the norm, where the paper has its square. A vanishing gradient makes no step.
+
 Cost: no loop over samples or classes, no host synchronisation: a fixed number of slots with a validity mask.
+
+Source: bhheo/BSS_distillation, attacks/attack_BSS.py and train_BSS_distillation.py; score='prob':
+AberHu/Knowledge-Distillation-Zoo, kd_losses/bss.py.
+
+Use:
+    >>> import torch
+    >>> from bss import BSS, BSSAttacker
+    >>> net_s, net_t = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)) for _ in 'st')
+    >>> x = BSSAttacker().attack(net_t, torch.randn(8, 3, 8, 8), torch.arange(8), torch.arange(8).roll(1))
+    >>> BSS()(net_s(x), net_t(x)).backward()
+    >>> net_s[1].weight.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -4,15 +4,27 @@ L. Zhang, J. Song, A. Gao, J. Chen, C. Bao, K. Ma, "Be Your Own Teacher: Improve
 Convolutional Neural Networks via Self Distillation", ICCV 2019, arXiv:1905.08094.
 
     index 0: the deepest classifier, 1, 2, ...: exits, shallower and shallower
-    H_i = - mean over n of sum over k of softmax(outs[0] / T) log softmax(outs[i] / T)
-    F_i = Euclidean length, over the whole batch, of (A_i feats[i] - feats[0]),  A_i linear, learned
-    loss = CE(outs[0]) + sum over i > 0 of (1 - alpha) CE(outs[i]) + alpha H_i + beta F_i
+    H_i = - mean over n of sum over k of softmax(outs[0] / T) * log softmax(outs[i] / T)
+    F_i = Euclidean length, over the whole batch, of (A_i * feats[i] - feats[0]);  A_i is learned
+    loss = CE(outs[0]) + sum over i > 0 of (1 - alpha) * CE(outs[i]) + alpha * H_i + beta * F_i
 
 Tap: logits and pooled features of all classifiers. What comes from index 0 is a target and gets no gradient
 in H and F. No teacher. Contains its cross-entropy. The exits may be kept or dropped.
 
-Differences: the authors' code leaves F_1 out, against its own comment; skip=(1,) does that. No T^2 and the
-length itself, not its square, as there.
+Differences: the authors' code leaves F_1 out, against its own comment; skip=(1,) does that. As in their code
+there is no T^2, and F is the length itself, not its square.
+
+Source: ArchipLab-LinfengZhang/pytorch-self-distillation-final, train.py and resnet.py, with skip=(1,); all
+exits: formula only.
+
+Use:
+    >>> import torch
+    >>> from byot import BYOT
+    >>> outs = [torch.randn(8, 10, requires_grad=True) for _ in range(3)]  # the deepest classifier first
+    >>> feats = [torch.randn(8, 64), torch.randn(8, 32), torch.randn(8, 16)]
+    >>> BYOT([64, 32, 16])(outs, feats, torch.arange(8)).backward()
+    >>> outs[1].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

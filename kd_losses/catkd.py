@@ -3,7 +3,7 @@
 Z. Guo, H. Yan, H. Li, X. Lin, "Class Attention Transfer Based Knowledge Distillation", CVPR 2023,
 arXiv:2304.12777.
 
-    cam[n, k, h, w] = sum over c of weight[k, c] fm[n, c, h, w]       classifier's weight on the unpooled map
+    cam[n, k, h, w] = sum over c of weight[k, c] * fm[n, c, h, w]     classifier's weight on the unpooled map
     A = cam average-pooled to resolution x resolution;  normalize: A / its length, per sample and class
     loss = mean over n, k and positions of (A_s - A_t)^2
 
@@ -11,8 +11,18 @@ Tap: class activation maps, `to_cam(fm, weight)` of the last map before it is po
 has no bias, so that its logits are exactly the averages of its maps; the teacher's bias is dropped.
 
 Differences: the authors' loss; the analysis options (binary maps, chosen classes) are left out. An all-zero
-map is 0 with zero gradient. normalize=False with small weights is theirs for alike pairs (resnet56 to 20:
-0.7), True with large ones for unlike pairs (resnet32x4 to ShuffleV1: 600).
+map is 0 with zero gradient. The authors use normalize=False with small weights for alike pairs (resnet56 to
+resnet20: 0.7) and True with large weights for unlike pairs (resnet32x4 to ShuffleV1: 600).
+
+Source: GzyAftermath/CAT-KD, mdistiller/distillers/CAT_KD.py (CAT_loss).
+
+Use:
+    >>> import torch
+    >>> from catkd import CATKD
+    >>> cam_s, cam_t = torch.randn(8, 10, 8, 8, requires_grad=True), torch.randn(8, 10, 4, 4)
+    >>> CATKD()(cam_s, cam_t).backward()
+    >>> cam_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

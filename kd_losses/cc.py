@@ -3,9 +3,10 @@
 B. Peng, X. Jin, J. Liu, S. Zhou, Y. Wu, Y. Liu, D. Li, Z. Zhang, "Correlation Congruence for Knowledge
 Distillation", ICCV 2019, arXiv:1904.01802.
 
-    f = feat / ||feat||_2 row by row;  S = f f^T
-    rbf_taylor  K = sum over p = 0..P_order of exp(-2 gamma) (2 gamma)^p / p! * S^p     (powers elementwise)
-    rbf         K_ij = exp(-gamma ||f_i - f_j||^2), what the series tends to
+    f = feat / ||feat||_2 row by row
+    S = f * f^T
+    rbf_taylor  K = sum over p = 0..P_order of exp(-2 * gamma) * (2 * gamma)^p / p! * S^p   (elementwise)
+    rbf         K_ij = exp(-gamma * ||f_i - f_j||^2), what the series tends to
     bilinear    K = S
     mmd         K_ij = |m_i - m_j|, m = mean of the un-normalised embedding
     loss = mean over i and j of (K_s[i, j] - K_t[i, j])^2
@@ -16,6 +17,17 @@ Tap: the pooled embedding before the classifier; widths may differ. The paper ad
 Differences: no authors' code is public; the default is the paper's Gaussian kernel as
 Knowledge-Distillation-Zoo expands it. RepDistiller's CC multiplies differences of consecutive samples,
 another loss. The mmd kernel is a reconstruction.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/cc.py; no code of the authors is public. kernel='mmd':
+formula only.
+
+Use:
+    >>> import torch
+    >>> from cc import CC
+    >>> feat_s, feat_t = torch.randn(8, 64, requires_grad=True), torch.randn(8, 128)
+    >>> CC()(feat_s, feat_t).backward()
+    >>> feat_s.grad.norm() > 0
+    tensor(True)
 """
 
 import math

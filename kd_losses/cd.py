@@ -8,14 +8,28 @@ Z. Zhou, C. Zhuge, X. Guan, W. Liu, "Channel Distillation: Channel-Wise Attentio
 
 Tap: the map at the end of each stage, after its ReLU, one module per stage. Channels and sizes may differ.
 
-The paper's other two parts are here as well. GKD: soft targets on the samples that the teacher gets right,
-    T^2 sum over n of m_n KL(softmax(out_t / T) || softmax(out_s / T)) / sum of m_n, 0 if it gets none right
-and EDT, `edt_weight`, the authors' schedule: the feature loss alone at first, then everything, weights
-decaying.
+The paper's other two parts are here as well. GKD is soft targets on the samples that the teacher gets right,
+m_n = 1 for these, else 0:
 
-Differences: the authors sum four stages with weight 6; we average. Their teacher runs with batch statistics
-by accident, ours does not; their GKD adds spurious terms where a teacher probability underflows and divides
-by zero when no sample is right.
+    loss = T^2 * sum over n of m_n * KL(softmax(out_t / T) || softmax(out_s / T)) / sum over n of m_n
+
+and 0 if it gets none right. EDT, `edt_weight`, is the authors' schedule: CD alone for 60 epochs of 200, then
+CD, cross-entropy and GKD with decaying weights.
+
+Differences: the authors sum four stages with weight 6; we average three with weight 18. Their teacher runs
+with batch statistics by accident, ours does not; their GKD adds spurious terms where a teacher probability
+underflows and divides by zero when no sample is right.
+
+Source: zhouzaida/channel-distillation, losses/cd_loss.py (CDLoss), losses/kd_loss.py (KDLossv2),
+utils/util.py (adjust_loss_alpha).
+
+Use:
+    >>> import torch
+    >>> from cd import CD
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 64, 4, 4)
+    >>> CD(16, 64)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

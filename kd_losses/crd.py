@@ -4,20 +4,37 @@ Y. Tian, D. Krishnan, P. Isola, "Contrastive Representation Distillation", ICLR 
 
     e = linear map of feat to 128 numbers, length 1 (embed_s and embed_t are trained with the student)
     memory_s, memory_t: one such vector per training image;  S[n] = the image's own index, then n_neg others
-    x[n, j] = exp(memory_t[S[n, j]].e_s[n] / nce_t) / Z_s,   c = n_neg / n_data
+    x[n, j] = exp(memory_t[S[n, j]].e_s[n] / nce_t) / Z_s
+    c = n_neg / n_data
     NCE(x) = - mean over n of [log(x_0 / (x_0 + c + 1e-7)) + sum over j > 0 of log(c / (x_j + c + 1e-7))]
     loss = NCE(student against memory_t) + NCE(teacher against memory_s)
-    Z is n_data times the mean of the exponentials of the first training batch, kept for ever
-    afterwards  memory[index] = normalised nce_mom memory[index] + (1 - nce_mom) e
+    Z = n_data * mean of the exponentials of the first training batch, kept from then on
+    then memory[index] = unit(nce_mom * memory[index] + (1 - nce_mom) * e),  unit(v) = v / ||v||
 
 Tap: the pooled embeddings before the classifier, and each image's index in the training set (unique in a
-batch).
+batch). In three lines, for one side and given indices S (N, 1 + n_neg):
+
+    x = (memory_t[S] @ e_s[:, :, None]).squeeze(2).div(nce_t).exp() / Z_s
+    right, wrong = x[:, 0] / (x[:, 0] + c + 1e-7), c / (x[:, 1:] + c + 1e-7)
+    loss = -(right.log() + wrong.log().sum(1)).mean()
 
 Differences: the authors' computation; Z and the memory are buffers, so a resumed run goes on exactly.
-Negatives come from other classes when `targets` is given, drawn here, on the device, without replacement if
-there are enough.
-Cost: all scores by one matrix product, and the gradient with them, since the memory changes
-right afterwards; the (N, n_neg, 128) gathered vectors are never stored.
+Negatives come from other classes when `targets` is given; they are drawn here, on the device, without
+replacement if there are enough.
+
+Cost: all scores are made by one matrix product, and the gradient with them, since the memory changes right
+afterwards; the gathered vectors (N, n_neg, 128) are never stored.
+
+Source: HobbitLong/RepDistiller, crd/criterion.py and crd/memory.py. Temperature 0.1 is
+AberHu/Knowledge-Distillation-Zoo's, train_crd.py.
+
+Use:
+    >>> import torch
+    >>> from crd import CRD
+    >>> feat_s, feat_t = torch.randn(8, 64, requires_grad=True), torch.randn(8, 128)
+    >>> CRD(64, 128, n_data=100, nce_n=32)(feat_s, feat_t, index=torch.arange(8)).backward()
+    >>> feat_s.grad.norm() > 0
+    tensor(True)
 """
 
 import math

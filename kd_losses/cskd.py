@@ -1,15 +1,25 @@
 """CS-KD, class-wise self-knowledge distillation: two images of one class should get the same prediction.
 
-S. Yun, J. Park, K. Lee, J. Shin, "Regularizing Class-wise Predictions via Self-knowledge Distillation",
-CVPR 2020, arXiv:2003.13964.
+S. Yun, J. Park, K. Lee, J. Shin, "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR
+2020, arXiv:2003.13964.
 
     out = logits of an image, out_pair = logits of another image of its class, same network
-    loss = T^2 mean over n of KL(softmax(out_pair / T) || softmax(out / T))          no gradient to out_pair
+    loss = T^2 * mean over n of KL(softmax(out_pair / T) || softmax(out / T))        no gradient to out_pair
 
-Tap: logits of the batch, and of a second batch with one random image of the same class for each, forwarded
-on its own without gradient but in training mode. Cross-entropy is on the first batch only. No teacher.
+Tap: logits of the batch, and of a second batch with one random image of the same class for each, forwarded on
+its own without gradient but in training mode. Cross-entropy is on the first batch only. No teacher.
 
 Differences: none from the authors' code.
+
+Source: alinlab/cs-kd, train.py (KDLoss).
+
+Use:
+    >>> import torch
+    >>> from cskd import CSKD
+    >>> out, out_pair = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> CSKD()(out, out_pair).backward()
+    >>> out.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

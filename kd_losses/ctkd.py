@@ -3,16 +3,26 @@
 Z. Li, X. Li, L. Yang, B. Zhao, R. Song, L. Luo, J. Li, J. Yang, "Curriculum Temperature for Knowledge
 Distillation", AAAI 2023, arXiv:2211.16231.
 
-    Tau = t_start + t_range sigmoid(theta),  theta one learnable number, 1 at first (Tau 15.6)
-    loss = Tau^2 mean over n of KL(softmax(out_t / Tau) || softmax(out_s / Tau))
+    Tau = t_start + t_range * sigmoid(theta)      theta: one learnable number, 1 at first (Tau 15.6)
+    loss = Tau^2 * mean over n of KL(softmax(out_t / Tau) || softmax(out_s / Tau))
     the gradient that reaches theta is multiplied by -lam: theta climbs where the student descends
     lam rises from 0 to 1 along half a cosine over the first 10 epochs (`cosine_lambda`)
 
 Tap: the logits. theta belongs to the student's optimiser, weight decay included. Cross-entropy weighs 0.1,
 this loss 0.9 (CIFAR). `temperature` is Tau, a tensor, for any other loss that wants it.
 
-Differences: the authors' global version; a positive lam is negated here (theirs runs from 0 to -1). The
-temperature per sample of their README is left out.
+Differences: the authors' global version; lam runs from 0 to 1 and is negated inside, where their factor runs
+from 0 to -1. The temperature per sample, which their README mentions, is left out.
+
+Source: zhengli97/CTKD, models/temp_global.py (Global_T), distiller_zoo/KD.py, train_student.py (CosineDecay).
+
+Use:
+    >>> import torch
+    >>> from ctkd import CTKD
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> CTKD()(out_s, out_t, lam=1.0).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import math

@@ -3,15 +3,25 @@
 A. Yao, D. Sun, "Knowledge Transfer via Dense Cross-layer Mutual-distillation", ECCV 2020, arXiv:2008.07816.
 
     each network has L classifiers: auxiliary ones after earlier stages, the final one last
-    q = (softmax(z) + eps) / (1 + K eps)
-    KL(a, b) = mean over n of sum over k of q_a (log q_a - log q_b), no gradient to a
-    loss = sum over all 2 L classifiers of cross-entropy
+    q = (softmax(z) + eps) / (1 + K * eps)
+    KL(a, b) = mean over n of sum over k of q_a * (log q_a - log q_b), no gradient to a
+    loss = sum over all 2 * L classifiers of cross-entropy
            + sum over ordered pairs (a, b) of classifiers of different networks of KL(a, b)
 
 Tap: the logits of all classifiers of two networks trained together on the same batch. Contains its
 cross-entropy. The auxiliary classifiers are dropped after training.
 
 Differences: none from the authors' code.
+
+Source: sundw2014/DCM, wrn/main.py and wrn/KL_divergence.py.
+
+Use:
+    >>> import torch
+    >>> from dcm import DCM
+    >>> outs_1, outs_2 = ([torch.randn(8, 10, requires_grad=True) for _ in range(3)] for _ in range(2))
+    >>> DCM()(outs_1, outs_2, torch.arange(8)).backward()
+    >>> outs_2[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

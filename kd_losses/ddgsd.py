@@ -2,15 +2,27 @@
 
 T.-B. Xu, C.-L. Liu, "Data-Distortion Guided Self-Distillation for Deep Neural Networks", AAAI 2019.
 
-    a, b: two random augmentations of the same images through one network KD(a from b) = T^2 mean over n of
-    KL(softmax(out_b / T) || softmax(out_a / T)), no gradient to the target side MMD = || mean over n of
-    feat_a - mean over n of feat_b ||^2 loss = CE(out_a) + CE(out_b) + lam (KD(a from b) + KD(b from a)) + mu
-    MMD
+    a, b: two random augmentations of the same images, through one network
+    KD(a from b) = T^2 * mean over n of KL(softmax(out_b / T) || softmax(out_a / T))     no gradient to out_b
+    MMD = ||mean over n of feat_a - mean over n of feat_b||^2
+    loss = CE(out_a) + CE(out_b) + lam * (KD(a from b) + KD(b from a)) + mu * MMD
 
 Tap: logits and pooled embeddings of two views, one forward pass each. No teacher. Contains its cross-entropy.
 
-Differences: from the formula; no code of the authors was found. T, lam, mu and the detached targets are those
-of secondary sources. The ports average the divergence over classes, leave out T^2, or use logits in the MMD.
+Differences: from the formula; no code of the authors was found. T, lam and mu are those of an unofficial
+port, that the targets carry no gradient is from memory of the paper. The ports average the divergence over
+classes, leave out T^2, or use logits in the MMD.
+
+Source: formula only; T, lam and mu from youngerous/ddgsd-pytorch (unofficial), src/trainer.py.
+
+Use:
+    >>> import torch
+    >>> from ddgsd import DDGSD
+    >>> out_a, out_b = (torch.randn(8, 10, requires_grad=True) for _ in 'ab')
+    >>> feat_a, feat_b = torch.randn(8, 64), torch.randn(8, 64)
+    >>> DDGSD()(out_a, out_b, feat_a, feat_b, torch.arange(8)).backward()
+    >>> out_a.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,16 +3,27 @@
 W. Son, J. Na, J. Choi, W. Hwang, "Densely Guided Knowledge Distillation using Multiple Teacher Assistants",
 ICCV 2021, arXiv:2009.08825.
 
-    KL_j = T^2 mean over n of KL(softmax(outs_t[j] / T) || softmax(out_s / T))
-    loss = (1 - lam) CE(out_s) + lam sum over the kept teachers j of KL_j
+    KL_j = T^2 * mean over n of KL(softmax(outs_t[j] / T) || softmax(out_s / T))
+    loss = (1 - lam) * CE(out_s) + lam * sum over the kept teachers j of KL_j
     in training, `drop` of the M teachers are left out of each step, at random, never all
 
 Tap: logits of the student and of several frozen networks, and labels. Contains its cross-entropy. The recipe:
 train the teacher; each assistant, larger before smaller, from the teacher and all assistants before it; the
 student from all.
 
-Differences: the authors average KL over N K numbers (K times smaller) and weigh by lam = 1, so without
+Differences: the authors average KL over N * K numbers (K times smaller) and weigh by lam = 1, so without
 cross-entropy; here it is the mean over samples and lam = 0.6.
+
+Source: formula only; wonchulSon/DGKD, train.py (TrainManager.train) divides by the number of classes besides.
+
+Use:
+    >>> import torch
+    >>> from dgkd import DGKD
+    >>> out_s = torch.randn(8, 10, requires_grad=True)
+    >>> outs_t = [torch.randn(8, 10) for _ in range(3)]  # the teacher, then its assistants
+    >>> DGKD()(out_s, outs_t, torch.arange(8)).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

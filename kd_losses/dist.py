@@ -4,17 +4,27 @@ T. Huang, S. You, F. Wang, C. Qian, C. Xu, "Knowledge Distillation from A Strong
 arXiv:2205.10536.
 
     p = softmax(out / tau) over the classes
-    pearson(a, b) = a'.b' / (||a'|| ||b'|| + 1e-8), a' = a - mean(a)
-    inter = tau^2 (1 - mean over samples n of pearson(p_s[n, :], p_t[n, :]))
-    intra = tau^2 (1 - mean over classes k of pearson(p_s[:, k], p_t[:, k]))
-    loss = beta inter + gamma intra
+    pearson(a, b) = a'.b' / (||a'|| * ||b'|| + 1e-8),  a' = a - mean(a)
+    inter = tau^2 * (1 - mean over samples n of pearson(p_s[n, :], p_t[n, :]))
+    intra = tau^2 * (1 - mean over classes k of pearson(p_s[:, k], p_t[:, k]))
+    loss = beta * inter + gamma * intra
 
 Tap: the logits. A stronger teacher's sharper probabilities need not be met exactly: any positive affine
 change of a row or column costs nothing. The authors weigh the loss by 2 beside cross-entropy, without soft
 targets.
 
 Differences: the authors' classification code. A constant row or column (uniform logits, a batch of one)
-counts as uncorrelated and gets no gradient; there it is about 1e6.
+counts as uncorrelated and gets no gradient; in the authors' code its gradient is about 1e6.
+
+Source: hunto/image_classification_sota, lib/models/losses/dist_kd.py (DIST).
+
+Use:
+    >>> import torch
+    >>> from dist import DIST
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> DIST()(out_s, out_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

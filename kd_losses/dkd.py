@@ -3,17 +3,28 @@
 B. Zhao, Q. Cui, R. Song, Y. Qiu, J. Liang, "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679.
 
     p = softmax(out / T), y = target
-    TCKD = T^2 mean over n of KL between (p_y, 1 - p_y) of teacher and student
-    NCKD = T^2 mean over n of KL between the softmax over the other K - 1 classes of teacher and student
-    loss = alpha TCKD + beta NCKD
+    TCKD = T^2 * mean over n of KL between (p_y, 1 - p_y) of teacher and student
+    NCKD = T^2 * mean over n of KL between the softmax over the other K - 1 classes of teacher and student
+    loss = alpha * TCKD + beta * NCKD
 
-Per sample, plain soft targets are TCKD + (1 - p_t[y]) NCKD: a confident teacher hides NCKD.
+Per sample, plain soft targets are TCKD + (1 - p_t[y]) * NCKD: a confident teacher hides NCKD.
 
 Tap: the logits, and the labels. The authors raise the loss's weight linearly over the first 20 of 240 epochs;
 our trainer does the same, scaled to the run. Replaces soft targets.
 
 Differences: the authors' code takes the logarithm of summed probabilities and gives inf and NaN for a
-confident student; here every logarithm is a logsumexp, equal to theirs to rounding and finite for any logits.
+confident student; here every logarithm is a logsumexp, equal to their value to rounding and finite for any
+logits.
+
+Source: megvii-research/mdistiller, mdistiller/distillers/DKD.py (dkd_loss).
+
+Use:
+    >>> import torch
+    >>> from dkd import DKD
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> DKD()(out_s, out_t, torch.arange(8)).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -6,14 +6,25 @@ Regularization", CVPR 2022, arXiv:2203.16172.
     out: logits of this batch, first view;  out_prev_then: those of the last batch, one step ago, first view
     out_prev_now: what the network says now of the last batch's second view
     loss = mean over both batches of cross-entropy (out and out_prev_now)
-           + alpha T^2 mean over n of KL(softmax(out_prev_then / T) || softmax(out_prev_now / T))
+           + alpha * T^2 * mean over n of KL(softmax(out_prev_then / T) || softmax(out_prev_now / T))
 
 Tap: two augmented views of every image, logits, labels; two forward passes per step. `remember` keeps the
 last batch, also across epochs and in the state_dict. At the very first step the loss is cross-entropy. No
 teacher. Contains its cross-entropy.
 
 Differences: the authors' code, which replays the whole last batch where the paper overlaps batches by half.
-alpha is not stated there.
+The code does not state alpha.
+
+Source: Meta-knowledge-Lab/DLB, dlb.py (train_one_epoch).
+
+Use:
+    >>> import torch
+    >>> from dlb import DLB
+    >>> kd, target = DLB(), torch.arange(8)
+    >>> out, now, then = (torch.randn(8, 10, requires_grad=True) for _ in range(3))
+    >>> kd(out, target, now, then, target).backward()
+    >>> now.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

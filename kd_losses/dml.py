@@ -3,7 +3,7 @@
 Y. Zhang, T. Xiang, T. M. Hospedales, H. Lu, "Deep Mutual Learning", CVPR 2018, arXiv:1706.00384.
 
     p = softmax of the logits
-    loss = mean over the peers l of mean over n of sum over k of p_l (log p_l - log p)        KL(p_l || p)
+    loss = mean over the peers l of mean over n of sum over k of p_l * (log p_l - log p)      KL(p_l || p)
 
 Tap: the logits of M >= 2 networks on the same batch, one call per network with the others as peers; added to
 each one's cross-entropy. Networks that start from equal weights stay equal, with loss 0 for ever.
@@ -11,6 +11,17 @@ each one's cross-entropy. Networks that start from equal weights stay equal, wit
 Differences: the mean over the peers is the paper's, the authors' code sums (peer_reduction='sum'). All
 networks step at once from the same forward pass, as in Knowledge-Distillation-Zoo; the authors update them in
 turn.
+
+Source: formula only; YingZhangDUT/Deep-Mutual-Learning, train_models.py (TensorFlow) and
+AberHu/Knowledge-Distillation-Zoo, kd_losses/dml.py were read.
+
+Use:
+    >>> import torch
+    >>> from dml import DML
+    >>> out, peers = torch.randn(8, 10, requires_grad=True), [torch.randn(8, 10), torch.randn(8, 10)]
+    >>> DML()(out, peers).backward()
+    >>> out.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -2,10 +2,10 @@
 
 B. Zhao, Q. Cui, R. Song, J. Liang, "DOT: A Distillation-Oriented Trainer", ICCV 2023.
 
-    loss = task loss and distillation loss, kept apart: a gradient each, g_task and g_kd
-    B    <- (momentum - delta) B    + (1 - dampening) (g_task + weight_decay p)
-    B_kd <- (momentum + delta) B_kd + (1 - dampening) g_kd
-    p    <- p - lr (B + B_kd)
+    loss = loss_task + loss_kd, kept apart: each has its gradient, g_task and g_kd
+    B    <- (momentum - delta) * B    + (1 - dampening) * (g_task + weight_decay * p)
+    B_kd <- (momentum + delta) * B_kd + (1 - dampening) * g_kd
+    p    <- p - lr * (B + B_kd)
     a parameter with only one of the gradients: plain momentum and weight decay
 
 Tap: any loss that can be separated from cross-entropy. Per step: forward once; zero_grad();
@@ -14,6 +14,17 @@ loss_kd.backward(retain_graph=True); step_kd(); zero_grad(); loss_task.backward(
 Differences: the authors' updates, quirks included: a buffer starts as the gradient itself, and a parameter
 with only the distillation gradient gets no weight decay at its first step. Several parameter groups work
 here; the gradients are copied by step_kd, so either way of zero_grad is safe.
+
+Source: megvii-research/mdistiller, mdistiller/engine/dot.py and mdistiller/engine/trainer.py.
+
+Use:
+    >>> import torch
+    >>> from dot import DOT
+    >>> p = torch.nn.Parameter(torch.ones(3))
+    >>> opt = DOT([p], lr=0.1)  # then, for each batch:
+    >>> opt.zero_grad(); p.sum().backward(); opt.step_kd()
+    >>> opt.zero_grad(); p.square().sum().backward(); opt.step(); p.max() < 1
+    tensor(True)
 """
 
 import torch

@@ -7,13 +7,25 @@ RECONSTRUCTION. Only the abstract could be read; this is its "correlated embeddi
 constraint", rebuilt from the published Angular Loss. It is verified against two implementations of this
 formula, not against the authors' code.
 
-    s, t = embeddings of length 1;  a = tan(angle)^2;  K(i) = the samples of other classes than i
-    e[i, k] = 4 a (s_i + t_i).t_k - 2 (1 + a) s_i.t_i
+    s, t = embeddings of length 1
+    a = tan(angle)^2
+    K(i) = the samples of other classes than i
+    e[i, k] = 4 * a * (s_i + t_i).t_k - 2 * (1 + a) * s_i.t_i
     loss = mean over i of log(1 + sum over k in K(i) of exp(e[i, k]))
 
 Tap: the pooled embeddings, and the labels. The paper repeats training with each student as the next teacher.
 
 Differences: nothing to compare with.
+
+Source: formula only, see above; no code of the authors was found.
+
+Use:
+    >>> import torch
+    >>> from eel import EEL
+    >>> feat_s, feat_t = torch.randn(8, 64, requires_grad=True), torch.randn(8, 128)
+    >>> EEL(64, 128)(feat_s, feat_t, torch.arange(8) % 3).backward()
+    >>> feat_s.grad.norm() > 0
+    tensor(True)
 """
 
 import math

@@ -6,15 +6,28 @@ D. Liu, M. Kan, S. Shan, X. Chen, "Function-Consistent Feature Distillation", IC
     A_k = sum over bridged maps b of mean over elements of (b - fm_t)^2;  at the last stage plus, for each,
           mean over n, c of (average over positions of ReLU(b) - that of ReLU(fm_t))^2
     mixed paths: the first stages of one network, a bridge, the later stages and classifier of the other
-    KL(o) = T^2 mean over n of KL(softmax(out_t / T) || softmax(o / T))
-    loss = l2_weight ramp sum over k of A_k + KL(out_s) + sum over this step's mixed paths of KL(out_mix)
+    KL(o) = T^2 * mean over n of KL(softmax(out_t / T) || softmax(o / T))
+    loss = l2_weight * ramp * sum over k of A_k + KL(out_s) + sum over this step's mixed paths of KL(out_mix)
 
 Tap: the maps between all stages; networks that can be run from the middle. Each step draws two of the paths
 (student first or teacher first, switching after any inner stage). Gradients pass through the teacher's later
 stages to the student. ramp rises over the first 20 of 240 epochs.
 
-Differences: the authors' formula; their loop is welded to their networks, so the vector was computed from the
-formula on given maps.
+Differences: the authors' formula; their training loop cannot be run without their networks, so the test
+vector was computed from the formula on given maps.
+
+Source: formula only, as read from LiuDongyang6/FCFD, classification/models/meta.py (MetaModel) and
+classification/cifar/main.py.
+
+Use:
+    >>> import torch
+    >>> from fcfd import FCFD
+    >>> out_s, out_t, mixed = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10), [torch.randn(8, 10)]
+    >>> fm_s, fm_t = torch.randn(8, 16, 4, 4, requires_grad=True), torch.randn(8, 32, 4, 4)
+    >>> kd = FCFD([16], [32])
+    >>> kd([[kd.to_teacher(fm_s, 0)]], [fm_t], out_s, out_t, mixed).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -1,7 +1,7 @@
 """FitNet, hints: regress one of the teacher's feature maps.
 
-A. Romero, N. Ballas, S. E. Kahou, A. Chassang, C. Gatta, Y. Bengio, "FitNets: Hints for Thin Deep Nets",
-ICLR 2015, arXiv:1412.6550.
+A. Romero, N. Ballas, S. E. Kahou, A. Chassang, C. Gatta, Y. Bengio, "FitNets: Hints for Thin Deep Nets", ICLR
+2015, arXiv:1412.6550.
 
     loss = mean over all elements of (r(fm_s) - fm_t)^2
     r = identity where the channels agree, else 1x1 convolution, batch norm, ReLU (trained with the student)
@@ -13,6 +13,17 @@ equal width.
 Differences: the paper trains the student's lower half on the hint first and its code has half the squared
 error summed over one axis; like every later zoo we add the plain mean to the cross-entropy. The regressor is
 RepDistiller's for equal sizes; maps of different sizes are refused, not resized.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/fitnet.py, and HobbitLong/RepDistiller,
+distiller_zoo/FitNet.py and models/util.py (ConvReg); the authors' code, adri-romsor/FitNets, is Theano.
+
+Use:
+    >>> import torch
+    >>> from fitnet import FitNet
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> FitNet(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

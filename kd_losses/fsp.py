@@ -3,15 +3,28 @@
 J. Yim, D. Joo, J. Bae, J. Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization
 and Transfer Learning", CVPR 2017.
 
-    G(a, b)[n, i, j] = mean over h, w of a[n, i, h, w] b[n, j, h, w]       a: earlier map, b: later map
+    G(a, b)[n, i, j] = mean over h, w of a[n, i, h, w] * b[n, j, h, w]     a: earlier map, b: later map
     loss = mean over n, i, j of (G(fm_s1, fm_s2) - G(fm_t1, fm_t2))^2
 
 Tap: pairs of consecutive maps after their ReLU: (stem, stage 1), (stage 1, stage 2), ... Channels must agree
-between student and teacher, sizes may differ. The two maps of one network are pooled to the smaller size.
-Two stages: this loss alone initialises the student's maps, then cross-entropy alone trains it.
+between student and teacher, sizes may differ. The two maps of one network are pooled to the smaller size. Two
+phases: the first trains with this loss alone and leaves the classifier untouched; the second trains with
+cross-entropy alone and a new optimiser.
 
 Differences: mean of squares and average pooling, as Knowledge-Distillation-Zoo and RepDistiller have it; the
 paper sums over the matrix and pools by maximum (pool='max'). No code of the authors was found.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/fsp.py; pool='max': yoshitomo-matsubara/torchdistill,
+mid_level.py (FSPLoss).
+
+Use:
+    >>> import torch
+    >>> from fsp import FSP
+    >>> fm_s1, fm_s2 = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 4, 4)
+    >>> fm_t1, fm_t2 = torch.randn(8, 16, 8, 8), torch.randn(8, 32, 4, 4)
+    >>> FSP()(fm_s1, fm_s2, fm_t1, fm_t2).backward()
+    >>> fm_s1.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -11,9 +11,19 @@ J. Kim, S. Park, N. Kwak, "Paraphrasing Complex Network: Network Compression via
 Tap: the last stage's maps, after their ReLU; channels may differ, sizes must agree.
 
 Differences: the authors' networks and loss. The paraphraser learns by squared error, as in
-Knowledge-Distillation-Zoo and the paper; the authors' code uses the absolute one (recon_loss='l1'). The zoo
+Knowledge-Distillation-Zoo and the paper; the authors' code uses the absolute one (recon_loss='l1'). That zoo
 turns batch norm on for CIFAR-10 (use_bn=True). An all-zero factor is 0 with zero gradient. RepDistiller's FT
 squares the factor and averages its channels, another loss.
+
+Source: Jangho-Kim/Factor-Transfer-pytorch, Models/FeatureProjection.py and utils.py (FT).
+
+Use:
+    >>> import torch
+    >>> from ft import FactorTransfer
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> FactorTransfer(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

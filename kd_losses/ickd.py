@@ -3,15 +3,25 @@
 L. Liu, Q. Huang, S. Lin, H. Xie, B. Wang, X. Chang, X. Liang, "Exploring Inter-Channel Correlation for
 Diversity-preserved Knowledge Distillation", ICCV 2021, arXiv:2202.03680.
 
-    x = batch norm of a 1x1 convolution of fm_s (trained with the student), as (N, C_t, H W); t = fm_t, too
-    G[n] = x[n] x[n]^T, every row divided by its length
+    x = batch norm of a 1x1 convolution of fm_s (trained with the student), as (N, C_t, H * W); t = fm_t, too
+    G[n] = x[n] * x[n]^T, every row divided by its length
     loss = mean over n and rows of the squared distance between the rows of G_s and G_t
 
 Tap: the last stage's map, after its ReLU. Channels differ through the convolution; sizes may differ, they are
 summed out. The authors weigh it by 2.5 beside cross-entropy, alone or with soft targets.
 
-Differences: the authors' CIFAR code. Its unused teacher embedding is left out; a dead channel gets no
-gradient where theirs is about 1e10.
+Differences: the authors' CIFAR code. Its unused teacher embedding is left out; a channel that is zero
+everywhere gets no gradient, where it gets about 1e10 in the authors' code.
+
+Source: ADLab-AutoDrive/ICKD, Cifar100/distiller_zoo/ICKD.py (ICKDLoss).
+
+Use:
+    >>> import torch
+    >>> from ickd import ICKD
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> ICKD(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

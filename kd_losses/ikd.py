@@ -10,6 +10,16 @@ Tap: the output of every block or stage, one module each, averaged; equal sizes.
 before pruning; any pair of equal layout works. The authors weigh the mean by 0.2.
 
 Differences: the authors' code; its linear layer on moved axes is a 1x1 convolution here.
+
+Source: yoniaflalo/knapsack_pruning, external/utils_pruning.py (build_co_train_model).
+
+Use:
+    >>> import torch
+    >>> from ikd import IKD
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> IKD(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

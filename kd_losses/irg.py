@@ -8,14 +8,25 @@ Graph", CVPR 2019.
                     E = mean of the edge terms of feat, fm1 and fm2
     transformation  b_n = ||fm1_n - fm2_n||^2 / max over n, fm1 pooled to fm2's size, fm2's channels averaged
                     in groups to fm1's count;  F = mean over n of (b_s - b_t)^2
-    loss = w_irg_vert V + w_irg_edge E + w_irg_tran F
+    loss = w_irg_vert * V + w_irg_edge * E + w_irg_tran * F
 
 Tap: [map of the last but one stage, map of the last stage, pooled embedding, logits] of each network.
 Channels, sizes and widths may differ between the networks, the class count may not.
 
 Differences: the three terms are Knowledge-Distillation-Zoo's; the authors' Caffe files have edge and
 transformation losses on pooled features with other factors. Gradients flow through the maxima (the authors'
-do not). A batch of one leaves only the vertex term; elsewhere it is NaN.
+do not). A batch of one leaves only the vertex term; in Knowledge-Distillation-Zoo its loss is NaN.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/irg.py; the authors' code, yufanLIU/IRG, is Caffe.
+
+Use:
+    >>> import torch
+    >>> from irg import IRG
+    >>> shapes = (8, 16, 8, 8), (8, 32, 4, 4), (8, 32), (8, 10)
+    >>> irg_s, irg_t = [torch.randn(s, requires_grad=True) for s in shapes], [torch.randn(s) for s in shapes]
+    >>> IRG()(irg_s, irg_t).backward()
+    >>> irg_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -7,14 +7,24 @@ Learning", CVPR 2020.
         minlogit: z[k] = min over m of (outs_m[k] - outs_m[target])
         naive:    per sample the network with the smallest cross-entropy
         linear:   per sample the convex combination with the smallest cross-entropy
-        general:  sum over m of w_m outs_m, w = C^-1 1 / (1' C^-1 1), C: products of the networks' errors,
+        general:  sum over m of w_m * outs_m, w = C^-1 1 / (1' C^-1 1), C: products of the networks' errors,
                   averaged over held-out data, once per epoch (`general_weights`)
-    loss = sum over m of CE(outs_m) + lam T^2 mean over n of KL(softmax(z / T) || softmax(outs_m / T))
+    loss = sum over m of CE(outs_m) + lam * T^2 * mean over n of KL(softmax(z / T) || softmax(outs_m / T))
 
 Tap: the logits of all networks, each on its own augmentation of the same images. Contains its cross-entropy.
 
 Differences: from the formula as secondary sources agree on it; no code of the authors was found. T and lam
 are not certain. Ports that average the logits compute something else.
+
+Source: formula only, as secondary sources agree on it.
+
+Use:
+    >>> import torch
+    >>> from kdcl import KDCL
+    >>> outs = [torch.randn(8, 10, requires_grad=True) for _ in range(2)]
+    >>> KDCL()(outs, torch.arange(8)).backward()
+    >>> outs[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

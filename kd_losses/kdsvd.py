@@ -3,18 +3,38 @@
 S. H. Lee, D. H. Kim, B. C. Song, "Self-supervised Knowledge Distillation using Singular Value Decomposition",
 ECCV 2018, arXiv:1807.06819.
 
-    per sample and stage, X = map as (H W, C);  v_j = its j-th right singular vector (C numbers), j = 1..k
+    per sample and stage, X = map as (H * W, C)
+    v_j = its j-th right singular vector (C numbers), j = 1..k
     teacher: v_j with its entry of largest size made positive, times w_j = sigma_j / ||sigma_1..k||
     student: of its k + 3 leading vectors the one nearest to v_j up to sign, with that sign, times w_j: a_j
-    R[c, c', j] = exp(-(a_j[c] of stage l - a_j[c'] of stage l - 1)^2 / 8), the teacher's with v_j
+    R[c, c', j] = exp(-(a_j[c] of stage l - a_j[c'] of stage l - 1)^2 / 8), for the teacher with v_j
     loss = sum over l = 2..L of mean over n of sum over c, c', j of (R_s - R_t)^2
 
 Tap: the maps of all stages, after their ReLU. Channels must agree at each stage, sizes may differ.
 
 Differences: RepDistiller's formula with a sign rule, without which the value depends on the SVD routine's
-signs. The vectors come from X^T X (a C x C matrix) with their own gradient, finite for equal and vanishing
-singular values, where the ports' is NaN. The authors clip this loss's gradient by that of cross-entropy; we
-do not.
+signs. The plain form, with X = fm.flatten(2).mT, is
+
+    v = torch.linalg.svd(X, full_matrices=False).Vh[:, :k + 3]
+    s = torch.linalg.svdvals(X)[:, :k]
+    w = s / s.norm(dim=1, keepdim=True)
+    then signs, the choice of the nearest, R and the loss as above
+
+Here the vectors come from X^T * X (a C x C matrix) with their own gradient, finite for equal and vanishing
+singular values, where the plain form's is NaN. The authors clip this loss's gradient by that of
+cross-entropy; we do not.
+
+Source: HobbitLong/RepDistiller, distiller_zoo/KDSVD.py, with the sign rule; the authors' code,
+sseung0703/SSKD_SVD, is TensorFlow.
+
+Use:
+    >>> import torch
+    >>> from kdsvd import KDSVD
+    >>> fms_s = [torch.randn(8, c, 4, 4, requires_grad=True) for c in (8, 16)]
+    >>> fms_t = [torch.randn(8, c, 4, 4) for c in (8, 16)]
+    >>> KDSVD()(fms_s, fms_t).backward()
+    >>> fms_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -8,6 +8,16 @@ Tap: the logits, before any softmax. Unlike soft targets the absolute level of t
 
 Differences: the paper sums over classes and halves, so its value is K/2 times ours; the mean is the form of
 Knowledge-Distillation-Zoo. Going from 10 to 100 classes weakens the pull on each logit ten times.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/logits.py.
+
+Use:
+    >>> import torch
+    >>> from logits import Logits
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> Logits()(out_s, out_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -4,14 +4,24 @@ S. Sun, W. Ren, J. Li, R. Wang, X. Cao, "Logit Standardization in Knowledge Dist
 arXiv:2403.01427.
 
     Z(out)[n, k] = (out[n, k] - mean over k) / (1e-7 + standard deviation over k, with K - 1)
-    loss = T^2 mean over n of KL(softmax(Z(out_t) / T) || softmax(Z(out_s) / T))                  (base=None)
+    loss = T^2 * mean over n of KL(softmax(Z(out_t) / T) || softmax(Z(out_s) / T))                 (base=None)
     loss = base(Z(out_s), Z(out_t), ...)                                              (any other logit loss)
 
 Tap: the logits. Gradients flow through mean and deviation. The authors weigh it by 9 beside 0.1 cross-entropy
 (DKD: alpha and beta times 9 beside 1); cross-entropy sees the raw logits.
 
 Differences: the authors' code (the paper divides by the deviation with K). A sample with constant logits
-counts as uniform and gets no gradient; there it is about 1e6.
+counts as uniform and gets no gradient; in the authors' code its gradient is about 1e6.
+
+Source: sunshangquan/logit-standardization-KD, mdistiller/distillers/KD.py (normalize).
+
+Use:
+    >>> import torch
+    >>> from lskd import LSKD
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> LSKD()(out_s, out_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

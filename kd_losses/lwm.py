@@ -4,7 +4,7 @@ P. Dhar, R. V. Singh, K.-C. Peng, Z. Wu, R. Chellappa, "Learning without Memoriz
 arXiv:1811.08051; its attention distillation loss.
 
     G = d (sum over n of out[n, target_n]) / d fm         a[n, c] = mean over h, w of G
-    M[n] = ReLU(sum over c of a[n, c] fm[n, c])           Q[n] = M[n] flattened / its length
+    M[n] = ReLU(sum over c of a[n, c] * fm[n, c])         Q[n] = M[n] flattened / its length
     loss = mean over n and positions of |Q_s - Q_t|       (the paper sums over positions: reduction='sum')
 
 Tap: logits and a map they depend on (the paper: the last one), labels. Channels may differ; where the sizes
@@ -13,7 +13,18 @@ another loss.
 
 Differences: Knowledge-Distillation-Zoo multiplies the pooled gradient with the gradient instead of the map,
 which is not Grad-CAM and is constantly 0 at the last stage; here the activations are weighed. The mean over
-positions is the zoo's. No code of the authors was found.
+positions is that zoo's. No code of the authors was found.
+
+Source: formula only; AberHu/Knowledge-Distillation-Zoo, kd_losses/lwm.py is not Grad-CAM.
+
+Use:
+    >>> import torch
+    >>> from lwm import LwM
+    >>> fm_s, fm_t = (torch.randn(8, 16, 4, 4, requires_grad=True) for _ in 'st')
+    >>> out_s, out_t = (fm.square().mean(dim=(2, 3)) @ torch.randn(16, 10) for fm in (fm_s, fm_t))
+    >>> LwM()(out_s, fm_s, out_t, fm_t, torch.arange(8)).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -12,7 +12,17 @@ Tap: the last stage's map; equal sizes. The sum makes the value 1e3 to 1e5, henc
 CIFAR-100, 7e-5 on ImageNet.
 
 Differences: the authors' classification code, which masks channels; the paper and their detection code mask
-positions (channel_mask=False). The weight is the trainer's.
+positions (channel_mask=False). The weight is not part of the loss.
+
+Source: yzd-v/MGD, cls/mmcls/distillation/losses/mgd.py (MGDLoss).
+
+Use:
+    >>> import torch
+    >>> from mgd import MGD
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> MGD(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

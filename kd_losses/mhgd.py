@@ -3,9 +3,9 @@
 S. Lee, B. C. Song, "Graph-based Knowledge Distillation by Multi-head Attention Network", BMVC 2019,
 arXiv:1907.02226.
 
-    v_l = first right singular vector of the map of stage l as (H W, C), per sample; the student's: of its
+    v_l = first right singular vector of the map of stage l as (H * W, C), per sample; the student's: of its
         four leading ones the nearest to the teacher's up to sign, with that sign
-    heads: G_h = query_h(v_l) key_h(v_(l-1))', an N x N matrix; query, key: linear map and batch norm
+    heads: G_h = query_h(v_l) * key_h(v_(l-1))', an N x N matrix; query, key: linear map and batch norm
     first, on the teacher alone: predict v_l as a head-wise mixture, by softmax(G), of the batch norm and ReLU
         of a linear map of v_(l-1), heads dropped at random; mean of 1 - <prediction, v_l>
     P = softmax over rows of tanh(G), heads frozen
@@ -15,8 +15,19 @@ Tap: the maps at the ends of all stages; channels must agree, sizes may differ. 
 heads, for 40 epochs; afterwards the authors clip this loss's gradient by that of cross-entropy (`clipped`).
 
 Differences: from the authors' TensorFlow code, read, not run: there is no vector to check against. The
-direction of KL and the sum are theirs. Singular vectors come from X'X with a gradient that stays finite for
-equal singular values.
+direction of KL and the sum are those of that code. Singular vectors come from X' * X with a gradient that
+stays finite for equal singular values.
+
+Source: sseung0703/KD_methods_with_TF, nets/Relation.py (MHGD) and nets/SVP.py (TensorFlow 1), read, not run.
+
+Use:
+    >>> import torch
+    >>> from mhgd import MHGD
+    >>> fms_s = [torch.randn(8, c, 4, 4, requires_grad=True) for c in (16, 16)]
+    >>> fms_t = [torch.randn(8, c, 4, 4) for c in (16, 16)]
+    >>> MHGD([16, 16])(fms_s, fms_t).backward()
+    >>> fms_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import math

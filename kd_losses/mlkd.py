@@ -3,17 +3,28 @@
 Y. Jin, J. Wang, D. Lin, "Multi-Level Logit Distillation", CVPR 2023.
 
     p = softmax(out_s / T), q = softmax(out_t / T), each (N, K)
-    instance  T^2 mean over n of KL(q_n || p_n)
-    batch     1/N ||q q^T - p p^T||^2                                            (N x N, between samples)
-    class     1/K ||q^T q - p^T p||^2                                            (K x K, between classes)
+    instance = T^2 * mean over n of KL(q_n || p_n)
+    batch = 1 / N * ||q * q^T - p * p^T||^2                                      (N x N, between samples)
+    class = 1 / K * ||q^T * q - p^T * p||^2                                      (K x K, between classes)
     loss = sum over T in temps of instance + batch + class
 
 Tap: the logits. The authors add 0.9 times this to 0.1 cross-entropy.
 
-Differences: this is the paper's loss. two_view=True is what the released code optimises, which made the
-published numbers: instance terms of the middle temperatures on a strongly augmented view, and instance and
-batch terms multiplied by m, class terms by c, the shares of samples and classes whose confidence is at most
-the median (meant as masks, applied after the mean).
+Differences: by default this is the paper's loss. two_view=True is what the released code optimises, and what
+made the published numbers: the instance terms of the middle temperatures are on a strongly augmented view;
+instance and batch terms are multiplied by the share of samples, class terms by the share of classes, whose
+confidence is at most the median (the code makes masks of them, but applies them after the mean).
+
+Source: Jin-Ying/Multi-Level-Logit-Distillation, mdistiller/distillers/KD_ours.py, with two_view=True; the
+paper's loss: formula only.
+
+Use:
+    >>> import torch
+    >>> from mlkd import MLKD
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> MLKD()(out_s, out_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

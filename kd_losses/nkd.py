@@ -4,16 +4,27 @@ Z. Yang, A. Zeng, Z. Li, T. Zhang, C. Yuan, Y. Li, "From Knowledge Distillation 
 Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", ICCV 2023,
 arXiv:2303.13005.
 
-    y = target;  q = softmax(out_t), p = softmax(out_s) at temperature 1
-    target term      mean over n of -q_y log p_y
+    y = target
+    q = softmax(out_t), p = softmax(out_s) at temperature 1
+    target term      mean over n of -q_y * log p_y
     non-target term  q', p' = softmax of out_t / T, out_s / T over the K - 1 classes other than y
-                     gamma T^2 mean over n of - sum over k of q'_k log p'_k
+                     gamma * T^2 * mean over n of - sum over k of q'_k * log p'_k
     loss = target term + non-target term
 
 Tap: the logits, and the labels; added to cross-entropy. Both terms are cross-entropies, so the loss is not 0
 when student and teacher agree.
 
 Differences: none from the authors' code (cls_KD), written with log-softmax.
+
+Source: yzd-v/cls_KD, mmcls/models/dis_losses/nkd.py (NKDLoss).
+
+Use:
+    >>> import torch
+    >>> from nkd import NKD
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> NKD()(out_s, out_t, torch.arange(8)).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

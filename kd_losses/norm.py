@@ -3,16 +3,27 @@
 X. Liu, L. Li, C. Li, A. Yao, "NORM: Knowledge Distillation via N-to-One Representation Matching", ICLR 2023.
 
     the student gains a linear block after its last stage (FeatureTransform), for training and for use:
-        wide = batch norm of a 1x1 convolution of x to R C_t channels
+        wide = batch norm of a 1x1 convolution of x to R * C_t channels
         y = x + batch norm of a 1x1 convolution of wide back;  classifier on the average of y
     S_1 .. S_R = wide cut into R groups of C_t channels
     loss = sum over r of mean over n, c, h, w of (S_r - fm_t)^2
 
-Tap: `wide`, and the teacher's last map after its ReLU, max-pooled if it is larger in a whole ratio.
+Tap: `wide`, and the teacher's last map after its ReLU, max-pooled if its side is a multiple of the student's.
 
 Differences: the authors' loss. Their code also layer-normalises both networks' logits and multiplies them by
 2.5 before cross-entropy; that is left out. Without an activation the block folds into one C x C affine map in
 eval mode.
+
+Source: OSVAI/NORM, helper/loops.py (train_distill) and models/cifar/*_student.py.
+
+Use:
+    >>> import torch
+    >>> from norm import NORM, FeatureTransform
+    >>> x, fm_t = torch.randn(8, 16, 4, 4, requires_grad=True), torch.randn(8, 32, 4, 4)
+    >>> wide, y = FeatureTransform(16, 32)(x)  # y goes on to the classifier
+    >>> NORM()(wide, fm_t).backward()
+    >>> x.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

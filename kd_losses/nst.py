@@ -3,15 +3,15 @@
 Z. Huang, N. Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
 arXiv:1707.01219.
 
-Every channel of a map is a point: its H W values divided by their length (s_i, i = 1..C_s; t_j, j = 1..C_t).
-The loss is the squared maximum mean discrepancy (biased estimate) between the two sets of points:
+Every channel of a map is a point: its H * W values divided by their length (s_i, i = 1..C_s; t_j, j =
+1..C_t). The loss is the squared maximum mean discrepancy (biased estimate) between the two sets of points:
 
-    loss = mean over n of   1/C_t^2 sum_jj' k(t_j, t_j') + 1/C_s^2 sum_ii' k(s_i, s_i')
-                            - 2/(C_s C_t) sum_ij k(s_i, t_j)
+    loss = mean over n of [mean over j, j' of k(t_j, t_j') + mean over i, i' of k(s_i, s_i')
+                           - 2 * mean over i, j of k(s_i, t_j)]
 
     poly      k(x, y) = (x.y + c)^d
     linear    k(x, y) = x.y
-    gaussian  k(x, y) = exp(-||x - y||^2 / (2 sigma^2)), sigma^2 = mean of ||s_i - t_j||^2 over the sample's
+    gaussian  k(x, y) = exp(-||x - y||^2 / (2 * sigma^2)), sigma^2 = mean of ||s_i - t_j||^2 over the sample's
               pairs, without gradient
 
 Tap: the last stage's map (Knowledge-Distillation-Zoo) or every stage's (RepDistiller). Channels may differ;
@@ -19,8 +19,25 @@ maps of different size are average-pooled to the smaller height and width.
 
 Differences: the authors' code (polynomial only) drops the first sum, which is constant; we keep it, so the
 loss is 0 for equal maps. Which pairs define sigma^2 no published code says; per sample and across networks is
-our choice. Cost: the zoos build an (N, C_s, C_t, H W) tensor; here only Gram matrices, of channels or of
-positions, whichever is smaller.
+our choice.
+
+Cost: the plain form for the default kernel, with unit vectors s and t of shape (N, C, H * W), is
+
+    k = lambda x, y: (x @ y.mT).square().mean(dim=(1, 2))
+    loss = (k(t, t) + k(s, s) - 2 * k(s, t)).mean()
+
+Here the Gram matrices are those of channels or of positions, whichever are smaller.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/nst.py, and HobbitLong/RepDistiller, distiller_zoo/NST.py
+(poly; the authors' code, TuSimple/neuron-selectivity-transfer, is MXNet); linear, gaussian: formula only.
+
+Use:
+    >>> import torch
+    >>> from nst import NST
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> NST()(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -4,14 +4,25 @@ Z. Hao, J. Guo, K. Han, Y. Tang, H. Hu, Y. Wang, C. Xu, "One-for-All: Bridge the
 Architectures in Knowledge Distillation", NeurIPS 2023, arXiv:2310.19444.
 
     p = softmax(out_s / T), q = softmax(out_t / T), y = target
-    w_k = q_k^eps for k != y;  w_y = (1 + q_y)^eps - 1
-    loss = mean over n of - sum over k of w_k log p_k
+    w_k = q_k^eps for k != y
+    w_y = (1 + q_y)^eps - 1
+    loss = mean over n of - sum over k of w_k * log p_k
 
 Tap: the logits, and the labels. The authors also hang an exit (OFAExit) on each stage of the student, which
 turns its map into logits, and add the same loss of every exit's logits with the teacher's final ones. eps = 1
 is the plain cross-entropy with the teacher; above 1 the target counts more.
 
 Differences: none from the authors' code, written with log-softmax; their exits for transformers are left out.
+
+Source: Hao840/OFAKD, distillers/ofa.py (ofa_loss); exits: formula only.
+
+Use:
+    >>> import torch
+    >>> from ofakd import OFAKD
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> OFAKD()(out_s, out_t, torch.arange(8)).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -8,15 +8,26 @@ B. Heo, J. Kim, S. Yun, H. Park, N. Kwak, J. Y. Choi, "A Comprehensive Overhaul 
     loss = sum over c, h, w of (s - t')^2 where s > t' or t' > 0, else 0; mean over n      ('batchmean')
 
     m_c = E[x | x < 0], x ~ N(mu, sigma^2), with mu = bias and sigma = |weight| of the teacher's batch norm
-        = mu - sigma phi(mu / sigma) / Phi(-mu / sigma), or -3 sigma where Phi(-mu / sigma) <= 0.001
+        = mu - sigma * phi(mu / sigma) / Phi(-mu / sigma), or -3 * sigma where Phi(-mu / sigma) <= 0.001
 
 Tap: the maps BEFORE the last ReLU of each stage, one module per stage. A teacher map of another size is
 average-pooled to the student's.
 
-Differences: the authors' loss and margin; they sum the stages with weights 1/4, 1/2, 1 times 1e-3 and keep
-the teacher in train mode, we average equal stages with reduction='mean' and the seed zoo's weight 0.5,
-teacher in eval mode. margin=None takes the mean of the negative entries of each batch
-(Knowledge-Distillation-Zoo). sigma = 0 crashes elsewhere; here m = min(mu, 0).
+Differences: the authors' loss and margin; they sum the stages with weights 0.001 * (1/4, 1/2, 1) and keep the
+teacher in train mode, train_kd.py averages equal stages with reduction='mean' and weight 0.5 as
+Knowledge-Distillation-Zoo does, teacher in eval mode. margin=None takes the mean of the negative entries of
+each batch (Knowledge-Distillation-Zoo). sigma = 0 crashes in the authors' code; here m = min(mu, 0).
+
+Source: clovaai/overhaul-distillation, CIFAR-100/distiller.py (distillation_loss, get_margin_from_BN);
+margin=None: AberHu/Knowledge-Distillation-Zoo, kd_losses/ofd.py.
+
+Use:
+    >>> import torch
+    >>> from ofd import OFD
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> OFD(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import math

@@ -3,18 +3,29 @@
 D. Chen, J.-P. Mei, C. Wang, Y. Feng, C. Chen, "Online Knowledge Distillation with Diverse Peers", AAAI 2020,
 arXiv:1912.00350.
 
-    att[a, b] = softmax over b of (W_q feats_a).(W_k feats_b), per sample, b = a included
-    t_a = sum over b of att[a, b] outs_b
-    KL(s, t) = T^2 mean over n of sum over k of p (log p - log softmax(s / T)), p = softmax(t / T) + 1e-7
+    att[a, b] = softmax over b of (W_q * feats_a).(W_k * feats_b), per sample, b = a included
+    t_a = sum over b of att[a, b] * outs_b
+    KL(s, t) = T^2 * mean over n of sum over k of p * (log p - log softmax(s / T)),  p = softmax(t / T) + 1e-7
     loss = sum over a of CE(outs_a) + CE(out_leader)
-           + kd_weight (sum over a of KL(outs_a, t_a) + KL(out_leader, mean over a of outs_a))
+           + kd_weight * (sum over a of KL(outs_a, t_a) + KL(out_leader, mean over a of outs_a))
 
 Tap: logits and pooled embeddings of the peers, logits of the group leader, which is the network that is kept:
 branches of one network, or separate networks. Contains its cross-entropy. kd_weight rises over the first 80
-of 300 epochs as exp(-5 (1 - epoch / 80)^2).
+of 300 epochs as exp(-5 * (1 - epoch / 80)^2).
 
 Differences: the authors' code, which lets gradients flow into the targets (that is how W_q and W_k learn);
 the paper's plain targets are detach=True.
+
+Source: DefangChen/OKDDip-AAAI2020, train_GL.py and utils.py (KL_Loss).
+
+Use:
+    >>> import torch
+    >>> from okddip import OKDDip
+    >>> outs = [torch.randn(8, 10, requires_grad=True) for _ in range(3)]
+    >>> feats, leader = [torch.randn(8, 64) for _ in outs], torch.randn(8, 10)
+    >>> OKDDip(64)(outs, feats, leader, torch.arange(8)).backward()
+    >>> outs[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

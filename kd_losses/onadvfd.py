@@ -1,9 +1,9 @@
 """OnAdvFD: peers distil their logits, and an adversary per peer makes their last maps alike in distribution.
 
 I. Chung, S. Park, J. Kim, N. Kwak, "Feature-map-level Online Adversarial Knowledge Distillation", ICML 2020,
-arXiv:2002.01775 (called AFD there).
+arXiv:2002.01775 (the paper calls it AFD).
 
-    logits of net 1:   loss = CE(out_1) + T^2 mean over n of KL(softmax(out_2 / T) || softmax(out_1 / T))
+    logits of net 1:   loss = CE(out_1) + T^2 * mean over n of KL(softmax(out_2 / T) || softmax(out_1 / T))
     D_1, owned by net 1, calls the other's map real and net 1's fake (least squares, scores in (0, 1)):
         d_loss = mean of (1 - D_1(T_2(fm_2)))^2 + mean of D_1(T_1(fm_1))^2       trains D_1 and the T
         g_loss = mean of (1 - D_1(T_1(fm_1)))^2                                   trains net 1
@@ -16,6 +16,16 @@ optimisers of their own (Adam, 2e-5). Contains its cross-entropy.
 
 Differences: a reconstruction. No code of the authors was found, the equations are those of secondary sources;
 the architecture of D and T, T = 3 and the rates are partly ours.
+
+Source: formula only; no code of the authors was found.
+
+Use:
+    >>> import torch
+    >>> from onadvfd import OnAdvFD
+    >>> out_1, out_2 = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> OnAdvFD()(out_1, out_2, torch.arange(8)).backward()
+    >>> out_1.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -4,17 +4,29 @@ X. Lan, X. Zhu, S. Gong, "Knowledge Distillation by On-the-Fly Native Ensemble",
 arXiv:1806.04606.
 
     g = softmax over branches of ReLU(batch norm of a linear map of feat)             the gate, learned
-    z = sum over m of g_m outs_m                                                       the ensemble
+    z = sum over m of g_m * outs_m                                                      the ensemble
     q = softmax(z / T) + 1e-7, no gradient
+    q_m = softmax(outs_m / T)
     loss = sum over m of CE(outs_m) + CE(z)
-           + kd_weight sum over m of T^2 mean over n of sum over k of q (log q - log softmax(outs_m / T))
+           + kd_weight * T^2 * sum over m of mean over n of sum over k of q * (log q - log q_m)
 
 Tap: a network with a shared trunk and M last stages: their logits, and the trunk's pooled map. No teacher.
-Contains its cross-entropy. kd_weight rises over the first 80 of 300 epochs as exp(-5 (1 - epoch / 80)^2). In
-use: one branch (ONE) or the ensemble (ONE-E).
+Contains its cross-entropy. kd_weight rises over the first 80 of 300 epochs as exp(-5 * (1 - epoch / 80)^2).
+In use: one branch (ONE) or the ensemble (ONE-E).
 
 Differences: the authors' code (the ReLU keeps gate logits at or above 0). In training mode a batch of one is
 normalised with the running statistics.
+
+Source: Lan1991Xu/ONE_NeurIPS2018, cifar_one.py, loss/kl_loss.py (KLLoss), models/cifar/resnet.py
+(ONE_ResNet).
+
+Use:
+    >>> import torch
+    >>> from one import ONE
+    >>> outs, feat = [torch.randn(8, 10, requires_grad=True) for _ in range(3)], torch.randn(8, 64)
+    >>> ONE(64)(outs, feat, torch.arange(8)).backward()
+    >>> outs[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -8,10 +8,21 @@ arXiv:2008.01458.
     loss = mean over n and dimensions of (feat_t - f)^2 / (exp(v) + eps) + v
 
 Tap: the pooled embedding. Connector and variance branch are trained with the student. The authors warm up
-with the plain squared error, the method `l2`, before switching to this.
+with the plain squared error, the function `l2` of this file, before they switch to this.
 
 Differences: the form torchdistill says it had from the author (mean, no factor 1/2); the connector is ours. A
 batch of one is normalised by the running statistics.
+
+Source: yoshitomo-matsubara/torchdistill, torchdistill/losses/mid_level.py (PADL2Loss) and
+torchdistill/models/wrapper.py (VarianceBranch4PAD).
+
+Use:
+    >>> import torch
+    >>> from pad import PAD
+    >>> feat_s, feat_t = torch.randn(8, 64, requires_grad=True), torch.randn(8, 128)
+    >>> PAD(64, 128)(feat_s, feat_t).backward()
+    >>> feat_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

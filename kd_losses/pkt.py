@@ -3,7 +3,9 @@
 N. Passalis, A. Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018,
 arXiv:1803.10837.
 
-    u_n = f_n / (||f_n|| + eps);  c_ij = (u_i.u_j + 1) / 2;  p_ij = c_ij / sum over k of c_ik
+    u_n = f_n / (||f_n|| + eps)
+    c_ij = (u_i.u_j + 1) / 2
+    p_ij = c_ij / sum over k of c_ik
     loss = mean over i and j of p_t[i, j] * log((p_t[i, j] + eps) / (p_s[i, j] + eps))
 
 Tap: the pooled embedding before the classifier; widths may differ, maps are flattened. The mean runs over N^2
@@ -13,6 +15,16 @@ Differences: the authors' code, diagonal included (the paper leaves it out). The
 one student embedding is all zero; here such a row is the zero vector with zero gradient.
 Knowledge-Distillation-Zoo uses eps 1e-6. Value and gradient come from differences to 1 of the cosines, so
 they keep their digits where all embeddings share a large mean. It cannot be differentiated twice.
+
+Source: passalis/probabilistic_kt, nn/pkt.py (cosine_similarity_loss).
+
+Use:
+    >>> import torch
+    >>> from pkt import PKT
+    >>> feat_s, feat_t = torch.randn(8, 64, requires_grad=True), torch.randn(8, 128)
+    >>> PKT()(feat_s, feat_t).backward()
+    >>> feat_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

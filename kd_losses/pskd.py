@@ -3,9 +3,9 @@
 K. Kim, B. Ji, D. Yoon, S. Hwang, "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV
 2021, arXiv:2006.12000.
 
-    alpha = alpha_T (epoch + 1) / total_epochs                     epoch from 0
-    s = (1 - alpha) onehot(target) + alpha softmax(out of this image, one epoch ago)
-    loss = - mean over n of sum over k of s log softmax(out)       instead of cross-entropy
+    alpha = alpha_T * (epoch + 1) / total_epochs                     epoch from 0
+    s = (1 - alpha) * onehot(target) + alpha * softmax(out of this image, one epoch ago)
+    loss = - mean over n of sum over k of s * log softmax(out)     instead of cross-entropy
     then softmax(out) is remembered for the next epoch
 
 Tap: logits, labels, the images' positions in the training set, the epoch. No teacher. The memory is a buffer,
@@ -13,6 +13,16 @@ so a resumed run goes on exactly.
 
 Differences: the authors' loss; an image never seen yet counts as its one-hot label (they keep a row of
 zeros).
+
+Source: lgcnsai/PS-KD-Pytorch, loss/pskd_loss.py and main.py (train).
+
+Use:
+    >>> import torch
+    >>> from pskd import PSKD
+    >>> out, index = torch.randn(8, 10, requires_grad=True), torch.arange(8)
+    >>> PSKD(50, 10)(out, torch.arange(8), index, epoch=0).backward()
+    >>> out.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -4,15 +4,26 @@ H. Jain, S. Gidaris, N. Komodakis, P. Perez, M. Cord, "QuEST: Quantized Embeddin
 Knowledge", ECCV 2020, arXiv:1912.01540.
 
     c_m: num_words centroids of k-means over the teacher's vectors at all positions (made before training)
-    p[i, m] = softmax over m of -tau ||t_i - c_m||^2            i: every position of every sample
-    q[i, m] = softmax over m of scale cos(s_i, w_m)             w, scale: trained with the student
-    loss = mean over i of sum over m of p (log p - log q)
+    p[i, m] = softmax over m of -tau * ||t_i - c_m||^2            i: every position of every sample
+    q[i, m] = softmax over m of scale * cos(s_i, w_m)           w, scale: trained with the student
+    loss = mean over i of sum over m of p * (log p - log q)
 
-Tap: the last stage's maps, before the final ReLU; equal sizes, any channels. A teacher map that is larger in
-a whole ratio is average-pooled (the authors: 2x2).
+Tap: the last stage's maps, before the final ReLU; equal sizes, any channels. A teacher map whose side is a
+multiple of the student's is average-pooled (the authors: 2x2).
 
-Differences: the authors' formula at one level. Their code book comes from all vectors of the training set,
+Differences: the authors' formula, on one stage. Their code book comes from all vectors of the training set,
 `fit_centroids` takes as many as it is given. |t|^2 is left out of the distance: the softmax does not see it.
+
+Source: valeoai/QuEST, distillation/algorithms/classification/classification_quest.py
+(quest_dense_prediction).
+
+Use:
+    >>> import torch
+    >>> from quest import QuEST
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> QuEST(16, 32, centroids=torch.randn(64, 32), num_words=64)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,8 +3,9 @@
 P. Chen, S. Liu, H. Zhao, J. Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv:2104.09044.
 
     from the deepest level i = L to 1, with the fused map y of the level below:
-      x = batch norm of a 1x1 convolution of fms_s[i];  a = sigmoid(1x1 conv of [x, y]), two channels
-      y = x a_1 + y a_2 (y resized to x; the deepest level has y = x), resized to the teacher's map
+      x = batch norm of a 1x1 convolution of fms_s[i]
+      a = sigmoid(1x1 conv of [x, y]), two channels
+      y = x * a_1 + y * a_2 (y resized to x; the deepest level has y = x), resized to the teacher's map
       out_i = batch norm of a 3x3 convolution of y
     HCL(a, b) = weighted mean of the squared errors of the maps and of their averages on grids of 4, 2 and 1
                 per side (only grids smaller than the map), with weights 1, 1/2, 1/4, 1/8
@@ -14,6 +15,17 @@ Tap: the maps of all stages and the pooled embedding as (N, D, 1, 1); student af
 The modules are trained with the student. The authors raise the weight over the first 20 epochs.
 
 Differences: the authors' CIFAR code; sizes come from the tensors, so maps need not be square.
+
+Source: dvlab-research/ReviewKD, CIFAR-100/model/reviewkd.py (ABF, ReviewKD, hcl).
+
+Use:
+    >>> import torch
+    >>> from reviewkd import ReviewKD
+    >>> fms_s = [torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 4, 4)]
+    >>> fms_t = [torch.randn(8, 64, 8, 8), torch.randn(8, 128, 4, 4)]
+    >>> ReviewKD([16, 32], [64, 128])(fms_s, fms_t).backward()
+    >>> fms_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

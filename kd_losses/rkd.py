@@ -5,18 +5,36 @@ W. Park, D. Kim, Y. Lu, M. Cho, "Relational Knowledge Distillation", CVPR 2019, 
     h(d) = d^2 / 2 where |d| < 1, else |d| - 1/2                                           (Huber)
     distance:  psi_ij = ||f_i - f_j|| / mean over i != j of ||f_i - f_j||
                L_D = mean over i, j of h(psi_s[i, j] - psi_t[i, j])
-    angle:     e_ij = (f_j - f_i) / ||f_j - f_i||;  A_ijk = e_ij.e_ik                 (angle at sample i)
+    angle:     e_ij = (f_j - f_i) / ||f_j - f_i||
+               A_ijk = e_ij.e_ik                 (angle at sample i)
                L_A = mean over i, j, k of h(A_s[i, j, k] - A_t[i, j, k])
-    loss = w_dist L_D + w_angle L_A
+    loss = w_dist * L_D + w_angle * L_A
 
 Tap: the pooled embedding before the classifier, not normalised; widths may differ. Invariant to scaling,
 rotating and shifting either network's embeddings. Weak where a batch holds few samples per class.
 
-Differences: value and gradient are those of the authors' code. Duplicates (two dead samples) give gradients
-of 1e9 there in the angle term; here a difference shorter than 1e-12 is the zero vector with zero gradient. A
-batch of one has no pair: the loss is 0 instead of NaN.
-Cost: the angle term is evaluated a few vertices at a time, together with its gradient, so neither the
-(N, N, D) differences nor the (N, N, N) angles are ever stored. It cannot be differentiated twice.
+Differences: value and gradient are those of the authors' code. Two equal samples give gradients of 1e9 in
+their angle term; here a difference shorter than 1e-12 is the zero vector with zero gradient. A batch of one
+has no pair: the loss is 0 instead of NaN.
+
+Cost: the plain form of the angle term is
+
+    e = F.normalize(f[None] - f[:, None], dim=2)            (N, N, D)
+    A = e @ e.mT                                            (N, N, N), of student and teacher
+    L_A = F.smooth_l1_loss(A_s, A_t)
+
+Here it is evaluated a few i at a time, together with its gradient, so that neither e nor A is ever stored. It
+cannot be differentiated twice.
+
+Source: lenscloth/RKD, metric/loss.py (RkdDistance, RKdAngle).
+
+Use:
+    >>> import torch
+    >>> from rkd import RKD
+    >>> feat_s, feat_t = torch.randn(8, 64, requires_grad=True), torch.randn(8, 128)
+    >>> RKD()(feat_s, feat_t).backward()
+    >>> feat_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

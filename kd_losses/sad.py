@@ -7,12 +7,22 @@ ICCV 2019, arXiv:1908.00821.
     Psi = softmax over all positions of G / T
     loss = mean over n and positions of (Psi(fm) - Psi(fm_next))^2            no gradient to fm_next
 
-Tap: maps of consecutive blocks of ONE network, one call per pair, summed. No teacher. Switched on late, after
-about two thirds of the training.
+Tap: maps of consecutive blocks of ONE network, one call per pair, summed. No teacher. The authors switch it
+on after about two thirds of the training.
 
 Differences: the authors' released files do not hold this loss; written from the formula, checked against an
 unofficial implementation, which lets the gradient into the deeper map as well. Large activations make Psi
 one-hot; a larger T helps.
+
+Source: formula only; InhwanBae/ENet-SAD_Pytorch (unofficial), model_ENET_SAD.py (at_gen) was read.
+
+Use:
+    >>> import torch
+    >>> from sad import SAD
+    >>> fm, fm_next = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 4, 4)
+    >>> SAD()(fm, fm_next).backward()
+    >>> fm.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -6,13 +6,25 @@ S. Wei, C. Luo, Y. Luo, "Scale Decoupled Distillation", CVPR 2024, arXiv:2403.13
     region's vector through the network's own classifier gives patch logits (N, K, R) (`local_logits`)
     l_nr = soft-target KL at T, times T^2 (base 'kd'), or DKD with alpha and beta (base 'dkd'), of region r
     w_nr = consistent where the teacher is right on region and whole, or wrong on both; else complementary
-    loss = mean over n and r of w_nr l_nr
+    loss = mean over n and r of w_nr * l_nr
 
 Tap: the last stage's map and the classifier of both networks, and the labels. Cross-entropy uses the usual
 logits.
 
-Differences: the authors' code; where it replaces NaN by 0, ours has no NaN. As there, on maps whose side is
-not a multiple of 4 region 0 is not exactly the global average.
+Differences: the authors' code; where it replaces NaN by 0, ours has no NaN. As in their code, on maps whose
+side is not a multiple of 4 region 0 is not exactly the global average.
+
+Source: shicaiwei123/SDD-CVPR2024, mdistiller/distillers/KD.py (sdd_kd_loss), SDD_DKD.py (multi_dkd),
+mdistiller/models/cifar/utils.py (SPP).
+
+Use:
+    >>> import torch
+    >>> from sdd import SDD, local_logits
+    >>> fm_s, fm_t = torch.randn(8, 16, 4, 4, requires_grad=True), torch.randn(8, 16, 4, 4)
+    >>> fc = torch.nn.Linear(16, 10)
+    >>> SDD()(local_logits(fm_s, fc), local_logits(fm_t, fc), torch.arange(8)).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,11 +3,11 @@
 D. Chen, J.-P. Mei, Y. Zhang, C. Wang, Z. Wang, Y. Feng, C. Chen, "Cross-Layer Distillation with Semantic
 Calibration", AAAI 2021, arXiv:2012.03236.
 
-    G(f) = F F^T, F = map flattened per sample                                       (N, N)
+    G(f) = F * F^T, F = map flattened per sample                                       (N, N)
     q_i = query_i(G(fm_s of layer i)), k_j = key_j(G(fm_t of layer j))              rows of length 1
     w[n, i, j] = softmax over teacher layers j of q_i[n].k_j[n] / soft
     m[n, i, j] = mean over c, h, w of (regressor_ij(fm_s[i]) - fm_t[j])^2, the larger map average-pooled first
-    loss = mean over n, i of sum over j of w[n, i, j] m[n, i, j]
+    loss = mean over n, i of sum over j of w[n, i, j] * m[n, i, j]
 
 Tap: lists of stage maps after their ReLU, without the stem; numbers of layers, channels and sizes may differ.
 The attention networks act on rows of N x N matrices, so every batch must have exactly batch_size samples: the
@@ -15,6 +15,18 @@ trainer leaves out an incomplete last batch. The regressors cost more than a sma
 
 Differences: the authors' code with the later `soft` (1 is the original). A zero attention vector is 0 with
 zero gradient, NaN in their code; sizes are compared and pooled by height and width.
+
+Source: DefangChen/SemCKD, distiller_zoo/SemCKD.py (SemCKDLoss) and models/util.py (SelfA); `soft` from
+DefangChen/SimKD.
+
+Use:
+    >>> import torch
+    >>> from semckd import SemCKD
+    >>> fms_s = [torch.randn(8, c, 4, 4, requires_grad=True) for c in (8, 16)]
+    >>> fms_t = [torch.randn(8, c, 4, 4) for c in (16, 32)]
+    >>> SemCKD([8, 16], [16, 32], batch_size=8)(fms_s, fms_t).backward()
+    >>> fms_s[0].grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -11,8 +11,18 @@ Classifier", CVPR 2022, arXiv:2203.14001.
 Tap: the last stage's maps after their ReLU, just before they are pooled for the classifier. There is no
 cross-entropy and no label; the student's own classifier is not used.
 
-Differences: the authors' code, with heights and widths of their own; the teacher's map size is remembered, so
-that using the student does not need a teacher forward pass.
+Differences: the authors' code; height and width are compared and pooled separately, and the teacher's map
+size is remembered, so that using the student does not need a teacher forward pass.
+
+Source: DefangChen/SimKD, models/util.py (SimKD) and helper/loops.py.
+
+Use:
+    >>> import torch
+    >>> from simkd import SimKD
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> SimKD(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -3,17 +3,27 @@
 H. Lee, S. J. Hwang, J. Shin, "Self-supervised Label Augmentation via Input Transformations", ICML 2020,
 arXiv:1910.05872.
 
-    each image in M transformed copies; joint head: K M logits, index = class M + transform; plain head: K
-    joint = mean over the N M copies of cross-entropy with label target M + transform
+    each image in M transformed copies; joint head: K * M logits, index = class * M + transform; plain head: K
+    joint = mean over the N * M copies of cross-entropy with label target * M + transform
     single = CE(out, target)                                  out: plain head, untransformed image
     agg[n, k] = mean over j of the joint logit (k, j) of copy j
-    kd = T^2 mean over n of KL(softmax(agg / T) || softmax(out / T)), no gradient to agg
+    kd = T^2 * mean over n of KL(softmax(agg / T) || softmax(out / T)), no gradient to agg
     loss = joint + single + kd
 
 Tap: images through `rotations`, one forward pass over all copies, two linear heads. No teacher. Contains its
 cross-entropy. In use: the plain head (SLA+SD), or agg of all copies (SLA+AG).
 
 Differences: none from the authors' code.
+
+Source: hankook/SLA, trainers.py (create_sla_sd_trainer) and augmentations.py.
+
+Use:
+    >>> import torch
+    >>> from sla import SLA
+    >>> joint_out, out = torch.randn(32, 40, requires_grad=True), torch.randn(8, 10)
+    >>> SLA()(joint_out, out, torch.arange(8)).backward()
+    >>> joint_out.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -12,8 +12,19 @@ passes. Any two architectures. Best joined to another loss. Costs a second backw
 
 Differences: the classification form of Knowledge-Distillation-Zoo, which joins the two papers; the teacher's
 gradient is taken without a graph of its own (same value, half the memory). In training mode batch norm
-couples the samples, so J is the gradient of the sum of the chosen logits, as there. A zero gradient stays
-zero.
+couples the samples, so J is the gradient of the sum of the chosen logits, as in that zoo. A zero gradient
+stays zero.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/sobolev.py; no code of the authors was found.
+
+Use:
+    >>> import torch
+    >>> from sobolev import Sobolev
+    >>> img, w = torch.randn(8, 48, requires_grad=True), torch.randn(48, 10, requires_grad=True)
+    >>> out_s, out_t = (img @ w).tanh(), (img @ torch.randn(48, 10)).tanh()
+    >>> Sobolev()(out_s, out_t, img, torch.arange(8)).backward()
+    >>> w.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -2,14 +2,26 @@
 
 F. Tung, G. Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682.
 
-    X = map flattened to (N, M);  G = X X^T;  g_i = G_i / ||G_i||_2 row by row
+    X = map flattened to (N, M)
+    G = X * X^T
+    g_i = G_i / ||G_i||_2 row by row
     loss = mean over i and j of (g_s[i, j] - g_t[i, j])^2
 
 Tap: the map at the end of each stage (Knowledge-Distillation-Zoo, our default) or of the last stage
 (RepDistiller). Channels and sizes may differ freely: only the N x N similarities meet.
 
 Differences: none in the formula from RepDistiller, whose comment says that the author verified it. A sample
-whose features are all zero gets zero gradient; elsewhere it gets gradients of 1e10.
+whose features are all zero gets zero gradient; in RepDistiller it gets gradients of 1e10.
+
+Source: HobbitLong/RepDistiller, distiller_zoo/SP.py, verified by the paper's author as its comment says.
+
+Use:
+    >>> import torch
+    >>> from sp import SP
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> SP()(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -6,12 +6,25 @@ Representation Learning", ICLR 2021.
     f = ReLU of a batch norm of a 1x1 convolution of fm_s (the connector, trained with the student)
     FM = mean over n, c of (pooled f - pooled fm_t)^2
     SR = mean over n, k of (classifier(pooled f) - out_t)^2, classifier = the teacher's last layer, frozen
-    loss = FM + sr_weight SR
+    loss = FM + sr_weight * SR
 
 Tap: the last stage's maps, the teacher's logits and its classifier. Channels differ through the connector,
 sizes are pooled away. The gradient passes through the classifier to the student.
 
-Differences: the authors' code. The copies in SimKD and CTKD pool before the connector, another function.
+Differences: the authors' code. The copies in SimKD and CTKD pool before the connector, which is another
+function.
+
+Source: jingyang2017/KD_SRRL, distiller_zoo/AIN.py (transfer_conv, statm_loss) and
+train_imagenet_distillation.py.
+
+Use:
+    >>> import torch
+    >>> from srrl import SRRL
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> classifier = torch.nn.Linear(32, 10)
+    >>> SRRL(16, 32)(fm_s, fm_t, classifier(fm_t.mean(dim=(2, 3))), classifier).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -1,15 +1,26 @@
 """ST, soft targets: match the teacher's temperature-softened class probabilities.
 
-G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network",
-NIPS 2014 Deep Learning Workshop, arXiv:1503.02531.
+G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", NIPS 2014 Deep Learning
+Workshop, arXiv:1503.02531.
 
     p = softmax(out / T) over the classes
-    loss = T^2 * mean over n of sum over k of p_t (log p_t - log p_s)        (KL from teacher to student)
+    loss = T^2 * mean over n of sum over k of p_t * (log p_t - log p_s)      (KL from teacher to student)
 
 Tap: the logits. T^2 keeps the size of the gradient when T changes. This is the "KD" of "method + KD".
 
 Differences: none from Knowledge-Distillation-Zoo, RepDistiller, mdistiller. A teacher logit of -inf (a masked
 class) is a legal zero probability and contributes 0.
+
+Source: AberHu/Knowledge-Distillation-Zoo, kd_losses/st.py (SoftTarget), and HobbitLong/RepDistiller,
+distiller_zoo/KD.py (DistillKL), which agree.
+
+Use:
+    >>> import torch
+    >>> from st import SoftTarget
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> SoftTarget()(out_s, out_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

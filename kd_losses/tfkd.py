@@ -3,18 +3,35 @@
 L. Yuan, F. E. H. Tay, G. Li, T. Wang, J. Feng, "Revisiting Knowledge Distillation via Label Smoothing
 Regularization", CVPR 2020, arXiv:1909.11723.
 
-    p = correct_prob on the true class, (1 - correct_prob) / (K - 1) on each other
-    TfKDReg:   q = softmax(p / T)                               (variant 'paper': softmax(log(p) / T))
-        loss = (1 - alpha) CE + alpha multiplier mean over n and k of q (log q - log softmax(out_s))
-        (variant 'paper': mean over n of the sum over k, no multiplier)
-    TfKDSelf:  the teacher is the same architecture, trained alone before loss = (1 - alpha) CE + alpha
-        multiplier T^2 mean over n and k of KL of softmax(. / T), teacher's to student's
+TfKDReg, a made-up teacher p: correct_prob on the true class, (1 - correct_prob) / (K - 1) on each other.
+
+    q = softmax(p / T)
+    e[n, k] = q * (log q - log softmax(out_s))
+    loss = (1 - alpha) * CE + alpha * multiplier * mean over n and k of e                  (variant 'code')
+    loss = (1 - alpha) * CE + alpha * mean over n of sum over k of e,  q = softmax(log(p) / T)    ('paper')
+
+TfKDSelf, the teacher is a network of the same architecture, trained alone before.
+
+    q = softmax(out_t / T)
+    e[n, k] = q * (log q - log softmax(out_s / T))
+    loss = (1 - alpha) * CE + alpha * multiplier * T^2 * mean over n and k of e
 
 Tap: logits and labels. Both contain their cross-entropy.
 
 Differences: none from the authors' code. It applies a softmax to probabilities, so its virtual teacher is
-almost uniform; variant='paper' softens as the paper says. The divergence is averaged over N K elements:
+almost uniform; variant='paper' softens as the paper says. The divergence is averaged over N * K elements:
 multiplier = K gives the usual mean over samples.
+
+Source: yuanli2333/Teacher-free-Knowledge-Distillation, my_loss_function.py (loss_kd_regularization,
+loss_kd_self); variant='paper': formula only.
+
+Use:
+    >>> import torch
+    >>> from tfkd import TfKDReg, TfKDSelf
+    >>> out_s, out_t, target = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10), torch.arange(8)
+    >>> (TfKDReg()(out_s, target) + TfKDSelf()(out_s, out_t, target)).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -4,15 +4,26 @@ K. Zheng, E.-H. Yang, "Knowledge Distillation Based on Transformed Teacher Match
 arXiv:2402.11148.
 
     q = softmax(out_t), p = softmax(out_s), both at temperature 1
-    U = sum over k of q_k^l;  q' = q^l / U = softmax(l out_t)
+    U = sum over k of q_k^l
+    q' = q^l / U = softmax(l * out_t)
     loss = mean over n of KL(q' || p)                                     (TTM)
-    loss = mean over n of U_n KL(q' || p)                                (WTTM: a flatter teacher counts more)
+    loss = mean over n of U_n * KL(q' || p)                              (WTTM: a flatter teacher counts more)
 
 Tap: the logits. l is 1 / T of ordinary soft targets; without a student temperature the loss also penalises
 over-confident students. No T^2. The authors tune l and the weight per pair (TTM l 0.1 weight 45 for vgg13 to
 vgg8, WTTM l 0.2 weight 4 on top of CRD).
 
-Differences: the authors' code, with U from logsumexp, so that a saturated teacher loses no class.
+Differences: the authors' code, with U from logsumexp, so that no class is lost where the teacher is certain.
+
+Source: zkxufo/TTM, distiller_zoo/ttm.py (TTM) and distiller_zoo/wttm.py (WTTM).
+
+Use:
+    >>> import torch
+    >>> from ttm import TTM
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> TTM()(out_s, out_t).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -5,16 +5,27 @@ Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels
 arXiv:2303.13005.
 
     p = softmax(out_s),  w = softmax(fc(feat_mid)) (the weak head, trained with the student),  y = target
-    target term:      P_n = p_n[y]^2 + 1 - mean over the batch of p[y]^2;   - mean over n of P_n log p_n[y]
+    target term:      P_n = p_n[y]^2 + 1 - mean over the batch of p[y]^2;   - mean over n of P_n * log p_n[y]
     non-target term:  classes ranked by R = w / (1 - w[y]) + p / (1 - p[y]); z = 1 / rank without y, to sum 1;
-                      - mean over n of sum over k != y of z_k log softmax over the K - 1 others of out_s
+                      - mean over n of sum over k != y of z_k * log softmax over the K - 1 others of out_s
     weak term:        cross-entropy of fc(feat_mid) with the label smoothed by 0.1
-    loss = alpha target + beta non-target + mu weak                 (P, z and the ranking carry no gradient)
+    loss = alpha * target + beta * non-target + mu * weak           (P, z and the ranking carry no gradient)
 
 Tap: the globally pooled map of the last stage but one, the logits, and the labels. Added to cross-entropy.
 
 Differences: the ranking uses probabilities, as in the paper; the authors' code ranks by log-probabilities by
 accident (rank_on='logprob'). Integer labels only.
+
+Source: yzd-v/cls_KD, mmcls/models/dis_losses/uskd.py (USKDLoss), with rank_on='logprob'; rank_on='prob':
+formula only.
+
+Use:
+    >>> import torch
+    >>> from uskd import USKD
+    >>> feat_mid, out_s = torch.randn(8, 32), torch.randn(8, 10, requires_grad=True)
+    >>> USKD(32, 10)(feat_mid, out_s, torch.arange(8)).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -6,8 +6,9 @@ Transfer", CVPR 2019, arXiv:1904.05835.
 The teacher's map is modelled as a Gaussian around a regression from the student's, one learned variance per
 channel:
 
-    mu = 1x1 conv, ReLU, 1x1 conv, ReLU, 1x1 conv of fm_s (no bias);  var_c = softplus(alpha_c) + eps
-    loss = mean over n, c, h, w of 1/2 (log var_c + (mu - fm_t)^2 / var_c)
+    mu = 1x1 conv, ReLU, 1x1 conv, ReLU, 1x1 conv of fm_s (no bias)
+    var_c = softplus(alpha_c) + eps
+    loss = mean over n, c, h, w of 1/2 * (log var_c + (mu - fm_t)^2 / var_c)
 
 The constant log(2 pi) / 2 is dropped, so the loss may be negative.
 
@@ -18,6 +19,17 @@ mu).
 Differences: RepDistiller's form (its header says it is the author's), which adds stages where we average; the
 convolutions start as in Knowledge-Distillation-Zoo (Kaiming normal, fan out). mdistiller forgets to train
 alpha.
+
+Source: HobbitLong/RepDistiller, distiller_zoo/VID.py (VIDLoss); the authors' repository,
+ssahn0215/variational-information-distillation, could not be read.
+
+Use:
+    >>> import torch
+    >>> from vid import VID
+    >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
+    >>> VID(16, 32)(fm_s, fm_t).backward()
+    >>> fm_s.grad.norm() > 0
+    tensor(True)
 """
 
 import math

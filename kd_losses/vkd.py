@@ -5,7 +5,8 @@ arXiv:2403.06213.
 
     W: (t_dim, s_dim) with orthonormal columns (rows, if t_dim < s_dim), kept so while it is trained
     t = feat_t minus its mean over the t_dim entries, over its standard deviation, per sample
-    e = W feat_s - t;   h(e) = e^2 / 2 where |e| < 1, else |e| - 1/2
+    e = W * feat_s - t
+    h(e) = e^2 / 2 where |e| < 1, else |e| - 1/2
     loss = mean over n and entries of h(e)
 
 Tap: the pooled embeddings (for a transformer, the tokens' average). The projection preserves the student's
@@ -14,6 +15,16 @@ geometry, so it cannot do the learning in the student's place.
 Differences: the authors' classification code; their detection variant standardises over the batch. The
 projection is torch's orthogonal parametrisation, so the module can be copied and its state saved, but not
 pickled whole.
+
+Source: roymiles/vkd, train.py (projector) and engine.py (train_one_epoch).
+
+Use:
+    >>> import torch
+    >>> from vkd import VkD
+    >>> feat_s, feat_t = torch.randn(8, 64, requires_grad=True), torch.randn(8, 128)
+    >>> VkD(64, 128)(feat_s, feat_t).backward()
+    >>> feat_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

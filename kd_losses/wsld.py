@@ -5,12 +5,22 @@ Distillation: A Bias-Variance Tradeoff Perspective", ICLR 2021, arXiv:2102.00650
 
     a_n, b_n = cross-entropy of student and teacher with the label, at temperature 1
     w_n = 1 - exp(-a_n / (b_n + 1e-7))                                                       (no gradient)
-    loss = T^2 mean over n of - w_n sum over k of softmax(out_t / T)_k log softmax(out_s / T)_k
+    loss = T^2 * mean over n of - w_n * sum over k of softmax(out_t / T)_k * log softmax(out_s / T)_k
 
 Tap: the logits, and the labels; the authors add 2.5 (ImageNet, T 2) or 2.25 (CIFAR-100, T 4) times this to
 cross-entropy. A cross-entropy, so it is not 0 when student and teacher agree.
 
 Differences: none from the authors' code.
+
+Source: bellymonster/Weighted-Soft-Label-Distillation, knowledge_distiller.py (WSLDistiller).
+
+Use:
+    >>> import torch
+    >>> from wsld import WSLD
+    >>> out_s, out_t = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> WSLD()(out_s, out_t, torch.arange(8)).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
 """
 
 import torch

@@ -92,6 +92,27 @@ def test_batches_are_bit_for_bit_the_plain_way(size):
     assert torch.equal(torch.cat(seen), order)
 
 
+@pytest.mark.parametrize('size', [(32, 32), (5, 9)])
+def test_zero_padding_is_black(size):
+    """Every crop and flip, against a loop with numpy's own padding; parts of the set keep the choice."""
+    data = resident(9, size)
+    data.pad = 'zero'
+    shift = torch.cartesian_prod(torch.arange(9), torch.arange(9))
+    black = -torch.tensor(MEAN) / torch.tensor(STD)
+    for flip in (0, 1):
+        index = torch.arange(81) % 9
+        batch = data.crops(index, shift, torch.full_like(index, flip))
+        assert torch.equal(batch[0][:, 0, -1 if flip else 0], black)  # the corner of the crop at the corner
+        for got, i, (top, left) in zip(batch, index, shift.tolist()):
+            padded = np.pad(data.images[i].numpy(), ((PAD, PAD), (PAD, PAD), (0, 0)), 'constant')
+            wanted = padded[top : top + size[0], left : left + size[1]]
+            wanted = torch.from_numpy((wanted[:, ::-1] if flip else wanted).copy()).float()
+            assert torch.equal(got, torch.addcmul(black, wanted, data._scale).permute(2, 0, 1))
+    assert {part.pad for part in data.split(0.3, 0)} == {'zero'}
+    for (img, *_), (plain, *_) in zip(data.test_batches(4), resident(9, size).test_batches(4)):
+        assert torch.equal(img, plain)
+
+
 def test_training_epochs():
     data = resident(70)
     first = list(data.train_batches(32, seed=1, epoch=0))

@@ -5,6 +5,7 @@ seconds on importing torch, 78 times.
 """
 
 import ast
+import doctest
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import methods
 
@@ -212,6 +214,32 @@ def test_explains_itself(path):
     init = [n for n in public[0].body if isinstance(n, ast.FunctionDef) and n.name == '__init__']
     for argument in [a.arg for a in init[0].args.args[1:]] if init else []:
         assert re.search(rf'\b{argument}\b', said), f'{argument} is not explained'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_says_where_it_is_from_and_how_to_use_it(path, monkeypatch):
+    """Source: repository and file, or 'formula only'. Use: runs as pasted, and fails without a gradient."""
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    source = re.search(r'^Source: (.+?)\n\n', doc, re.M | re.S)[1]
+    assert source.startswith('formula only') or re.match(r'[\w-]+/[\w-]+( at commit \w+)?, \w', source), (
+        source
+    )
+    use = doctest.DocTestParser().get_doctest(doc.split('\nUse:\n')[1], {}, path.stem, str(path), 0)
+    lines = ''.join(example.source for example in use.examples)
+    assert f'from {path.stem} import ' in lines and '.backward()' in lines
+    assert [example.want for example in use.examples if example.want] == ['tensor(True)\n']
+    monkeypatch.syspath_prepend(path.parent)  # as if the file had been copied beside the reader's script
+    monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    torch.manual_seed(0)
+    said = []
+    assert doctest.DocTestRunner().run(use, out=said.append).failed == 0, ''.join(said)
+    sys.modules.pop(path.stem)  # it is a copy of kd_losses' or ka_losses'
+
+
+def test_formulas_say_the_zoo_by_its_name():
+    for path in FILES:
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        assert 'seed zoo' not in path.read_text() and not re.search(r'\b(elsewhere|theirs)\b', doc), path.stem
 
 
 # helpers of one name that differ on purpose, with the reason
