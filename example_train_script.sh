@@ -7,6 +7,8 @@
 #   bash example_train_script.sh base         ... only the teacher and the baseline
 #   bash example_train_script.sh kd AT ...    ... only these methods, e.g. kd at rkd st+pkt
 #   bash example_train_script.sh dml [NAME..] ... only these methods for networks that learn from each other
+#   bash example_train_script.sh table NAME   a table of results/grid.json, e.g. kd-zoo-cifar10: train what
+#                                             results/ lacks of it, then write its table.md
 #   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, tables, figures
 #   bash example_train_script.sh METHOD       ... the block of one method
 #   bash example_train_script.sh --dry-run quick      print the commands instead of running them
@@ -100,7 +102,7 @@ missing() {    # of these methods, those without a result
     "$PYTHON" tools/missing.py $methods -- "$script" "$@" --data_name "$DATA" --epochs "$EPOCHS" --seed "$SEED" $FLAGS
 }
 
-# One block per method, the weight spelled out: the seed zoo's, in its order, then later methods.
+# One block per method, the weight spelled out: those of Knowledge-Distillation-Zoo, in its order, then later methods.
 logits()   { kd logits   --lambda_kd 0.1; }
 st()       { kd st       --lambda_kd 0.1; }
 at()       { kd at       --lambda_kd 1000; }
@@ -243,6 +245,18 @@ table() {
         --out "$SAVE_ROOT/$KD_RUN"
 }
 
+# A published table: recipe, weights and arguments of every row are in results/grid.json. NAME also means all
+# tables whose names begin with NAME-, so kd-zoo-cifar10 is three pairs' tables, mdistiller-cifar100 eleven.
+rerun() {
+    case $1 in
+    *cifar100*) DATA=cifar100 ;;
+    *cifar10*) DATA=cifar10 ;;
+    *) DATA=folder ;;
+    esac
+    data
+    py tools/reproduce.py --only "$1" --table --img_root "$IMG_ROOT" --save_root "$SAVE_ROOT/reproduce"
+}
+
 # Everything on the embedded data set with a short schedule, sized for two CPU cores.
 quick() {
     DATA=shapes:5000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=9 SAVE_ROOT=$SAVE_ROOT/quick
@@ -260,9 +274,9 @@ quick() {
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], ka, rooms, or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, ka, rooms, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd ka rooms $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd table ka rooms $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in
@@ -271,6 +285,9 @@ case " quick cifar10 cifar100 base kd ka rooms $METHODS $PEERS " in
     esac ;;
 esac
 shift
+if [ "$command" = table ] && [ $# != 1 ]; then
+    echo 'example_train_script.sh: error: say table NAME, a name of results/grid.json' >&2; exit 2
+fi
 if [ -z "${DRY_RUN:-}" ]; then choose_python; fi
 case $command in
 cifar10 | cifar100)
@@ -293,6 +310,7 @@ dml)
         *) echo "example_train_script.sh: error: dml $method: say one of $PEERS" >&2; exit 2 ;;
         esac
     done ;;
+table) rerun "$1" ;;
 cd) cd_ ;;    # cd is the shell's own word
 ka)
     data

@@ -1,6 +1,8 @@
 """The tables fill themselves: what is there is not trained again, what was stopped continues."""
 
+import importlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -93,13 +95,133 @@ def wait_for(look, seconds: float = 60):
 
 def test_mistakes(reproduce, tmp_path):
     assert 'no table is called huge' in reproduce('--only', 'huge').stderr
+    assert 'no table is called tin' in reproduce('--only', 'tin').stderr
     (tmp_path / 'grid.json').write_text('[')
     done = reproduce()
     assert done.returncode == 2 and 'grid.json' in done.stderr and done.stderr.count('\n') == 1
 
 
+def test_weights_arguments_and_flags_of_a_method(reproduce, tmp_path):
+    """They reach the command, methods with other flags train apart, and the results are recognised."""
+    (table,) = json.loads((tmp_path / 'grid.json').read_text())
+    own = {'name': 'tiny-own', 'seeds': [2], 'epochs': 1, 'methods': ['st', 'at', 'dkd', 'rkd+st'],
+           'weights': {'st': 0.9, 'dkd': 2}, 'args': {'dkd': {'beta': 2.0}, 'st': {'T': 3.0}},
+           'method_flags': {'st': '--lambda_ce 0.1', 'dkd': '--ramp_epochs 1'}, 'recipe': 'own'}  # fmt: skip
+    (tmp_path / 'grid.json').write_text(json.dumps([table | own, table]))
+    planned = reproduce('--dry_run', '--only', 'tiny-own', '--table').stdout.splitlines()
+    teacher, student, st, at, dkd, made = planned
+    assert '-own' in student and '--lambda_ce' not in teacher + student
+    assert '--kd_mode st --t_name' in st and st.endswith('--lambda_ce 0.1')
+    assert '--lambda_kd st=0.9 --kd_args st.T=3.0 ' in st
+    assert '--kd_mode at rkd+st' in at and '--lambda_kd st=0.9 --kd_args st.T=3.0 ' in at
+    assert '--lambda_kd dkd=2 --kd_args dkd.beta=2.0 ' in dkd and dkd.endswith('--ramp_epochs 1')
+    assert made.startswith('python tools/table.py')
+    done = reproduce('--only', 'tiny-own', '--table')
+    assert done.returncode == 0, done.stderr
+    place = tmp_path / 'results' / 'tiny-own'
+    st = json.loads((place / 'st-s2.json').read_text())['recipe']
+    assert st['methods'] == [['st', 0.9, {'T': 3.0}]] and st['ce'] == 0.1
+    assert '| rkd+st |' in (place / 'table.md').read_text()
+    assert reproduce('--dry_run', '--only', 'tiny-own').stdout == ''
+    assert '--save_root' in reproduce('--dry_run', '--only', 'tiny').stdout, 'tiny itself is not there yet'
+
+
+def test_a_teacher_from_a_file(reproduce, tmp_path):
+    (table,) = json.loads((tmp_path / 'grid.json').read_text())
+    table |= {'teacher_file': 'wise.pt', 'seeds': [2], 'student': 'torchvision:resnet18'}
+    (tmp_path / 'grid.json').write_text(json.dumps([table]))
+    student, first, _ = reproduce('--dry_run').stdout.splitlines()
+    assert '--net_name torchvision:resnet18 ' in student
+    assert (
+        '/wise.pt --s_name torchvision:resnet18 ' in first
+        and ':' not in first.split('--s_init')[1].split()[0]
+    )
+
+
+def test_plain_momentum(tmp_path):
+    """--no_nesterov is torch's SGD without it, and is written down; the default is not, as in old results."""
+    from argparse import Namespace
+
+    import torch
+    import utils
+
+    import train_base
+
+    def steps(opt, p):
+        for _ in range(3):
+            opt.zero_grad()
+            p.square().sum().backward()
+            opt.step()
+        return p.detach()
+
+    args = Namespace(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=False)
+    moved = {}
+    for nesterov in (False, True):
+        ours, theirs = (torch.nn.Parameter(torch.arange(4.0)) for _ in range(2))
+        args.nesterov = nesterov
+        moved[nesterov] = steps(utils.sgd([ours], args), ours)
+        plain = torch.optim.SGD([theirs], 0.1, 0.9, weight_decay=0.01, nesterov=nesterov)
+        assert torch.equal(moved[nesterov], steps(plain, theirs))
+    assert not torch.equal(moved[False], moved[True])
+    recipes = []
+    for words in ([], ['--no_nesterov', '--pad', 'zero']):
+        sys.argv = ['train_base.py', '--net_name', 'resnet8', *words]
+        recipes.append(utils.math_args(train_base.parse_args()))
+    assert not recipes[0].keys() & {'nesterov', 'pad'}
+    assert recipes[1] == recipes[0] | {'nesterov': False, 'pad': 'zero'}
+
+
+GRID = json.loads((ROOT / 'results' / 'grid.json').read_text())
+KNOWN = {'name', 'note', 'recipe', 'data', 'teacher', 'teacher_file', 'student', 'nets', 'epochs', 'seeds',
+         'methods', 'weights', 'args', 'method_flags', 'flags', 'kd_flags', 'group', 'teacher_epochs',
+         'teacher_seed', 'teacher_flags'}  # fmt: skip
+
+
 def test_the_grid_of_the_project_parses():
     from methods import METHODS
 
-    for table in json.loads((ROOT / 'results' / 'grid.json').read_text()):
+    for table in GRID:
+        assert table.keys() <= KNOWN, table['name']
         assert table['methods'] == 'all' or set(table['methods']) <= set(METHODS), table['name']
+        for of_methods in ('weights', 'args', 'method_flags'):
+            assert set(table.get(of_methods, {})) <= set(table['methods']), (table['name'], of_methods)
+
+
+@pytest.mark.parametrize('name', sorted({table['name'] for table in GRID}))
+def test_every_table_is_one_command(name, tmp_path):
+    """What would be trained parses, with legal weights and arguments; no data, no GPU, nothing trained."""
+    words = ['--only', name, '--results', tmp_path, '--save_root', tmp_path / 'save', '--img_root', tmp_path]
+    command = [sys.executable, ROOT / 'tools' / 'reproduce.py', '--dry_run', '--table', *words]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *planned, made = map(shlex.split, done.stdout.splitlines())
+    assert made[1] == 'tools/table.py' and not list(tmp_path.iterdir())
+    tables = [table for table in GRID if table['name'] == name]
+    wanted = {(seed, method) for table in tables for seed in table['seeds'] for method in table['methods']
+              if table['methods'] != 'all'}  # fmt: skip
+    for _, script, *given in planned:
+        module = importlib.import_module(script.removesuffix('.py'))
+        sys.argv = [script, *given]
+        args = module.parse_args()
+        if script == 'train_kd.py':
+            for token, terms in module.read_methods(args).items():
+                wanted.discard((args.seed, token))
+                table = next(t for t in tables if t['methods'] == 'all' or token in t['methods'])
+                for term in terms:
+                    assert term.weight == table.get('weights', {}).get(term.name, term.weight)
+                    assert term.options == table.get('args', {}).get(term.name, {})
+        if script == 'train_dml.py':
+            _, weight, _ = module.read_method(args)
+            assert weight > 0
+            wanted.discard((args.seed, args.kd_mode[0]))
+    assert not wanted
+
+
+def test_the_example_script_fills_a_table():
+    script = ['bash', str(ROOT / 'example_train_script.sh'), '--dry-run', 'table']
+    done = subprocess.run([*script, 'kd-zoo-cifar100'], capture_output=True, text=True)
+    download, fill = map(shlex.split, done.stdout.splitlines())
+    assert done.returncode == 0 and download[:4] == ['python', '-m', 'dataset.download', 'cifar100']
+    assert fill[:5] == ['python', 'tools/reproduce.py', '--only', 'kd-zoo-cifar100', '--table']
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 2 and 'say table NAME' in done.stderr and done.stderr.count('\n') == 1

@@ -2,13 +2,21 @@
 
     python tools/reproduce.py --dry-run            print what is missing
     python tools/reproduce.py --budget 60          train for an hour at most, then stop at a checkpoint
-    python tools/reproduce.py --only NAME          one table of the grid
+    python tools/reproduce.py --only NAME          the table NAME, or all whose names begin with NAME-
+    python tools/reproduce.py --only NAME --table  and afterwards write its results/NAME/table.md
 
 The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
 "student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that one teacher suffices for),
-"flags", "kd_flags" (of train_kd.py only), "group" (students per process)}, and, where the teachers are not
-trained like the students, "teacher_epochs", "teacher_seed" and "teacher_flags". A table of networks that
-learn from each other has "nets", a list, instead of teacher and student. Tables of one name are parts of one.
+"flags", "group" (students per process)}. A table of networks that learn from each other has "nets", a list,
+instead of teacher and student. Tables of the same name are parts of one. Where it is needed, a table has also
+    "weights"       {method: weight of its loss}, otherwise the default of --lambda_kd
+    "args"          {method: {argument of its loss: value}}
+    "kd_flags"      flags besides "flags" that train_base.py does not know
+    "method_flags"  {method: flags besides "flags"}; methods with different flags train in different processes
+    "teacher_epochs", "teacher_seed", "teacher_flags"    if the teachers are not trained like the students
+    "teacher_file"  weights of the teacher, a file in IMG_ROOT, instead of training it
+    "recipe"        a word for the folders of teachers and students alone: other tables' flags differ
+    "note"          what differs from the published table, and which values are not known
 
 Per seed the teachers and the student alone are trained first (their weights stay in SAVE_ROOT), then the
 missing methods in groups that share the teacher's forward. A finished run's results.json is copied to
@@ -42,7 +50,8 @@ def parse_args():
     flag = parser.add_argument
     flag('--grid', type=Path, default=ROOT / 'results' / 'grid.json', help='default results/grid.json')
     flag('--results', type=Path, default=ROOT / 'results', help='where results are kept, default results')
-    flag('--only', nargs='+', metavar='NAME', help='only these tables')
+    flag('--only', nargs='+', metavar='NAME', help='only these tables; NAME also means all NAME-...')
+    flag('--table', action='store_true', help='then write table.md and accuracy.png of each table')
     flag('--budget', type=positive_float, metavar='MIN', help='minutes; default: no limit')
     flag('--save_root', default='./save/reproduce', help='checkpoints, default ./save/reproduce')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
@@ -57,14 +66,16 @@ def main() -> int:
         grid = json.loads(args.grid.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f'{args.grid}: {error}') from None
-    names = [table['name'] for table in grid]
-    if unknown := set(args.only or names) - set(names):
-        raise UserError(f'--only: no table is called {", ".join(sorted(unknown))}; there are {names}')
+    names = list(dict.fromkeys(table['name'] for table in grid))
+    for word in args.only or []:
+        if not any(means(word, name) for name in names):
+            raise UserError(f'--only: no table is called {word}; there are {", ".join(names)}')
+    names = [name for name in names if not args.only or any(means(word, name) for word in args.only)]
     end = time.time() + 60 * args.budget if args.budget else float('inf')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = 0
     for table in grid:
-        if table['name'] not in (args.only or names):
+        if table['name'] not in names:
             continue
         for seed in table['seeds']:
             for run in jobs(table, seed, args):
@@ -74,7 +85,18 @@ def main() -> int:
                     return code
                 else:  # 1: a student diverged; the rest of the grid is not to suffer
                     failed = failed or code
+    for place in [args.results / name for name in names if args.table]:
+        run = Job(['tools/table.py', str(place), '--out', str(place)], {})
+        if args.dry_run:
+            print(shlex.join(['python', *run.words]))
+        elif any(place.glob('*.json')):
+            failed = run.do(end) or failed
     return failed
+
+
+def means(word: str, name: str) -> bool:
+    """Whether --only word chooses this table."""
+    return name == word or name.startswith(word + '-')
 
 
 class Job:
@@ -119,17 +141,21 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
                 *shlex.split(flags)]  # fmt: skip
 
     def run_name(net: str, epochs: int, seed: int) -> str:
-        return f'base-{table["data"].replace(":", "")}-{net}-e{epochs}-s{seed}'
+        recipe = f'-{table["recipe"]}' if 'recipe' in table else ''
+        return f'base-{table["data"]}-{net}-e{epochs}-s{seed}{recipe}'.replace(':', '')
 
     def base(kind: str, net: str, epochs: int, seed: int, flags: str) -> Job:
         name = run_name(net, epochs, seed)
         words = ['train_base.py', '--net_name', net, '--note', name, *common(epochs, seed, flags)]
-        return Job(words, {root / name / 'results.json': place / f'{kind}-{net}-s{seed}.json'})
+        kept = place / f'{kind}-{net.replace(":", "")}-s{seed}.json'
+        return Job(words, {root / name / 'results.json': kept})
 
     def trained(script: str, part: list[str], words: list[str]) -> Job:
         note = f'{table["name"]}-s{seed}-{part[0]}'
+        words = [*words, *losses(table, part)]
         results = {name: root / note / name if script == 'train_kd.py' else root / note for name in part}
-        words = [script, '--kd_mode', *part, *words, '--note', note, *common(table['epochs'], seed)]
+        words = [script, '--kd_mode', *part, *words, '--note', note, *common(table['epochs'], seed),
+                 *own_flags(table, part[0])]  # fmt: skip
         return Job(
             words,
             {folder / 'results.json': place / f'{name}-s{seed}.json' for name, folder in results.items()},
@@ -138,8 +164,12 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     def lacking(script: str, names: list, words: list[str]) -> list:
         known = [json.loads(path.read_text()) for path in sorted(place.glob('*.json'))]
         recipes = [r['recipe'] for r in known if 'recipe' in r]
-        words = [*words, *common(table['epochs'], seed)]
-        return [name for name in names if not missing.done(missing.wanted(script, name, words), recipes)]
+
+        def recipe(name):
+            own = [*losses(table, [name]), *common(table['epochs'], seed), *own_flags(table, name)]
+            return missing.wanted(script, name, [*words, *own])
+
+        return [name for name in names if not missing.done(recipe(name), recipes)]
 
     epochs, methods = table['epochs'], table['methods']
     if 'nets' in table:
@@ -150,9 +180,10 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     names = [table['teacher']] if isinstance(table['teacher'], str) else table['teacher']
     schooling = table.get('teacher_epochs', epochs), table.get('teacher_seed', seed)
     teachers = [(name, *schooling, table.get('teacher_flags', flags)) for name in names]
-    words = [*shlex.split(table.get('kd_flags', '')), '--t_name', *names,
-             '--t_model', *(str(save / run_name(*t[:3]) / 'net.pt') for t in teachers),
-             '--s_name', table['student'],
+    files = [str(save / run_name(*t[:3]) / 'net.pt') for t in teachers]
+    if 'teacher_file' in table:
+        files, teachers = [str(Path(args.img_root) / table['teacher_file'])], []
+    words = ['--t_name', *names, '--t_model', *files, '--s_name', table['student'],
              '--s_init', str(save / run_name(*student[:3]) / 'initial.pt')]  # fmt: skip
     if methods == 'all':
         methods = [name for name, m in KD.items() if name != 'tfkd_self' and not m.needs.all_teachers]
@@ -160,10 +191,30 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     if not methods and not lacking('train_base.py', [None], ['--net_name', table['student']]):
         return []
     todo = [base('teacher', *t) for t in teachers if t != student] + [base('baseline', *student)]
+    alike = {}
+    for name in methods:
+        alike.setdefault(tuple(own_flags(table, name)), []).append(name)
     group = table.get('group', 8)
-    for first in range(0, len(methods), group):
-        todo.append(trained('train_kd.py', methods[first : first + group], words))
+    for names in alike.values():
+        for first in range(0, len(names), group):
+            todo.append(trained('train_kd.py', names[first : first + group], words))
     return todo
+
+
+def losses(table: dict, tokens: list[str | None]) -> list[str]:
+    """--lambda_kd and --kd_args of these students, where the table says them; None: a base network."""
+    names = dict.fromkeys(name for token in tokens if token for name in token.split('+'))
+    weights, given = table.get('weights', {}), table.get('args', {})
+    weights = [f'{name}={weights[name]}' for name in names if name in weights]
+    given = [f'{name}.{key}={value!r}' for name in names for key, value in given.get(name, {}).items()]
+    return [*(['--lambda_kd', *weights] if weights else []), *(['--kd_args', *given] if given else [])]
+
+
+def own_flags(table: dict, token: str | None) -> list[str]:
+    """Flags that only the distillation of this student gets."""
+    if token is None:
+        return []
+    return shlex.split(table.get('kd_flags', '') + ' ' + table.get('method_flags', {}).get(token, ''))
 
 
 if __name__ == '__main__':
