@@ -66,7 +66,8 @@ from engine.record import (
 )
 from engine.session import Log, StopAfterEpoch, load_data, progress_bar, tensorboard
 from engine.teachers import load_teacher
-from ka_losses import METHODS, ConcatKD, Method
+from ka_losses import ConcatKD
+from methods.ka import KA, Method
 from models.branching import JointNet
 from models.segmentation import SegNet
 
@@ -78,21 +79,21 @@ def parse_args():
     # fmt: off
     flag = parser.add_argument_group('amalgamation').add_argument
     flag('--ka_mode', nargs='+', required=True, metavar='METHOD',
-         help=f'one student per word: {", ".join(METHODS)} (scratch is the reference that reads labels), or '
+         help=f'one student per word: {", ".join(KA)} (scratch is the reference that reads labels), or '
               f'{ENSEMBLE}: only evaluate the teachers, which is done in any case')
     flag('--lambda_ka', nargs='+', default=[], metavar='W',
          help='weight of the loss: a number, or METHOD=number with several methods; defaults: '
-              + ', '.join(f'{name} {m.weight:g}' for name, m in METHODS.items()))
+              + ', '.join(f'{name} {m.weight:g}' for name, m in KA.items()))
     flag('--lambda_kd', type=float, metavar='W',
          help='weight of soft targets over all classes beside it; default 1 for '
-              + ', '.join(name for name, m in METHODS.items() if m.kd) + ', 0 for the others')
+              + ', '.join(name for name, m in KA.items() if m.kd) + ', 0 for the others')
     flag('--T', type=positive_float, default=1.0, help='temperature of these, default 1')
     flag('--ka_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. h_channels=64, or METHOD.KEY=VALUE with several methods')
     flag('--ka_layers', nargs='+', type=stage, metavar='rbK',
          help='stages of the networks that the loss attaches to, default by method: '
               + ', '.join(f'{name} {" ".join(f"rb{k}" for k in m.layers)}'
-                          for name, m in METHODS.items() if m.layers))
+                          for name, m in KA.items() if m.layers))
     flag('--t_name', nargs='+', default=[], metavar='NAME',
          help=f'teachers, or one name for all: {models.NAMES}; scenes: segnet (small, default), segnet_vgg')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teachers' checkpoints")
@@ -152,7 +153,7 @@ class Step(nn.Module):
         self.soft = ConcatKD(T=world.T)
 
     def forward(self, b: SimpleNamespace, ts: list) -> tuple[Tensor, dict]:
-        """The loss, and its terms without weights; b: the batch, see ka_losses."""
+        """The loss, and its terms without weights; b: the batch, see methods/ka_shared.py."""
         forward = self.method.forward or self.world.forward
         with self.world.amp():
             s = forward(self.net, b)
@@ -295,7 +296,7 @@ def train_student(run: Run, seen: tuple, world, when: When) -> None:
     """One step of one student: an update, or several. seen: images, labels, numbers, what teachers say."""
     img, target, index, ts = seen
     b = SimpleNamespace(img=img, epoch=when.epoch, epochs=when.epochs, phase=when.phase, layers=run.layers,
-                        blocks=world.blocks, rng=run.rng)  # fmt: skip
+                        blocks=world.blocks, rng=run.rng, soft=ConcatKD())  # fmt: skip
     if run.method.labels:  # nobody else gets to see them
         b.target, b.supervised = target, world.supervised
     said = {}
@@ -629,16 +630,16 @@ def read_methods(args) -> tuple[dict[str, Method], dict, dict]:
     names = [name for name in args.ka_mode if name != ENSEMBLE]
     dense = args.data_name.partition(':')[0] in ('scenes', 'nyuv2')
     for name in names:
-        if name not in METHODS:
-            raise UserError(f'--ka_mode: no method is called {name!r}; there are {", ".join(METHODS)}')
-        if METHODS[name].dense not in (None, dense):
-            fitting = ', '.join(key for key, m in METHODS.items() if m.dense in (None, dense))
+        if name not in KA:
+            raise UserError(f'--ka_mode: no method is called {name!r}; there are {", ".join(KA)}')
+        if KA[name].dense not in (None, dense):
+            fitting = ', '.join(key for key, m in KA.items() if m.dense in (None, dense))
             raise UserError(f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}')
-        if processes() > 1 and METHODS[name].one_process:
-            raise UserError(f'{name} runs in one process only: {METHODS[name].one_process}')
+        if processes() > 1 and KA[name].one_process:
+            raise UserError(f'{name} runs in one process only: {KA[name].one_process}')
     if len(set(args.ka_mode)) < len(args.ka_mode):
         raise UserError(f'--ka_mode {" ".join(args.ka_mode)}: something is named twice')
-    return {name: METHODS[name] for name in names}, *weights_and_options(args, names, METHODS, 'ka')
+    return {name: KA[name] for name in names}, *weights_and_options(args, names, KA, 'ka')
 
 
 def build_run(args, name: str, method: Method, weight: float, options: dict, world, folder, origin) -> Run:
@@ -651,10 +652,11 @@ def build_run(args, name: str, method: Method, weight: float, options: dict, wor
     img, target, *_ = next(world.train.train_batches(args.batch_size, args.seed, 0))
     img, target = img[:2], {k: v[:2] for k, v in target.items()} if isinstance(target, dict) else target[:2]
     b = SimpleNamespace(img=img, epoch=0, epochs=args.epochs, phase=0, layers=layers, blocks=world.blocks,
-                        rng=random.Random(0), target=target, supervised=world.supervised)  # fmt: skip
+                        rng=random.Random(0), target=target, supervised=world.supervised,
+                        soft=ConcatKD())  # fmt: skip
     ts = world.look(img)
     with torch.no_grad():
-        e = SimpleNamespace(s=world.forward(net.eval(), b), ts=ts, net=net, layers=layers,
+        e = SimpleNamespace(s=world.forward(net.eval(), b), all_t=ts, net_s=net, layers=layers,
                             tasks=getattr(world, 'tasks', ()))  # fmt: skip
     if layers:
         check_stages(name, e, layers)
@@ -691,7 +693,7 @@ def build_run(args, name: str, method: Method, weight: float, options: dict, wor
 
 def check_stages(name: str, e: SimpleNamespace, layers: tuple) -> None:
     """Every network has the stages that the loss attaches to."""
-    least = min(len(f.fms) for f in (e.s, *e.ts)) - 1
+    least = min(len(f.fms) for f in (e.s, *e.all_t)) - 1
     if max(layers) > least:
         raise UserError(f'--ka_layers: {name} attaches to stage {max(layers)}, a network has {least} only')
 

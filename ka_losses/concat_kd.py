@@ -111,3 +111,18 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    return ka(s.out, [t.out for t in all_t], return_terms=True)
+
+
+def build_parts(loss, probe, **options):
+    return loss(mode='parts', **options)
+
+
+def build_mse(loss, probe, **options):
+    return loss(mode='mse', **options)

@@ -123,3 +123,26 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    return _total(
+        loss(s.fms[k], [t.fms[k] for t in all_t], return_terms=True) for k, loss in zip(batch.layers, ka)
+    )
+
+
+def build(loss, probe, **options):
+    """One module per level."""
+    return nn.ModuleList(
+        loss(probe.s.fms[k].shape[1], [t.fms[k].shape[1] for t in probe.all_t], **options)
+        for k in probe.layers
+    )
+
+
+def _total(results) -> tuple[Tensor, dict]:
+    """The sum of several (loss, terms)."""
+    losses, terms = zip(*results)
+    return sum(losses), {key: sum(term[key] for term in terms) for key in terms[0]}

@@ -13,8 +13,8 @@ import train_ka
 from dataset.dense import DenseMetrics, supervised
 from dataset.parts import ClassParts, read_classes, split_classes, take_classes
 from dataset.scenes import objects, scene
-from ka_losses import METHODS
 from ka_losses.recombination import combine_models
+from methods.ka import KA as METHODS
 from models import build
 from models.branching import JointNet
 from models.segmentation import SegNet
@@ -387,7 +387,7 @@ def test_sources_only_see_images_they_are_sure_of():
     """Every image trains with exactly one source: the one of least entropy."""
     from types import SimpleNamespace
 
-    from ka_losses import chosen
+    from ka_losses.customize import feed
 
     seen = []
 
@@ -400,7 +400,7 @@ def test_sources_only_see_images_they_are_sure_of():
     sure, unsure = torch.tensor([9.0, 0]), torch.tensor([1.0, 0])
     logits = [sure, unsure, sure, unsure], [unsure, sure, unsure, sure]
     ts = [SimpleNamespace(out=torch.stack(rows_of), pres=[out]) for rows_of in logits]
-    chosen([Spy(), Spy()], SimpleNamespace(out=out, pres=[out]), ts, SimpleNamespace(layers=(0,)))
+    feed([Spy(), Spy()], SimpleNamespace(out=out, pres=[out]), ts, SimpleNamespace(layers=(0,)))
     assert seen == [[0.0, 2.0], [1.0, 3.0]]
 
 

@@ -24,7 +24,7 @@ from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.flags import Parser  # noqa: E402
 from engine.record import output_folder  # noqa: E402
-from ka_losses import METHODS  # noqa: E402
+from methods.ka import KA as METHODS  # noqa: E402
 from tools.ka_table import read_results  # noqa: E402
 
 PALETTE = np.array(
@@ -66,7 +66,7 @@ def collect_space(folder: Path, name: str = 'cfl') -> dict[str, np.ndarray]:
     img = world.test.crops(index, torch.full((len(index), 2), 4), torch.zeros_like(index))
     s, ts = net(img, True), world.look(img)
     layers = tuple(args.ka_layers or METHODS[name].layers)
-    e = argparse.Namespace(s=s, ts=ts, net=net, layers=layers)
+    e = argparse.Namespace(s=s, all_t=ts, net_s=net, layers=layers)
     options = result_of(folder, name)['recipe']['method'][3]
     blocks = METHODS[name].build(METHODS[name].loss, e, **options)
     blocks.load_state_dict(torch.load(folder / name / 'ka.pt', weights_only=True))
