@@ -5,7 +5,7 @@ its name in SETTINGS.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -25,7 +25,11 @@ def setting_for(data_name: str) -> type['Setting']:
 
 
 class Setting(Protocol):
-    """What a setting must offer. Settings need not inherit from this: it is here to be read."""
+    """What a setting must offer. Settings need not inherit from this: it is here to be read.
+
+    One whose rows have own.begin_phase also offers sample(), batches (img,) of a few training images as they
+    are, on which such a row chooses something between two phases.
+    """
 
     name: str  # what needs.setting of a row (methods/ka.py) says
     data: Iterable[str]  # names of --data_name, without what follows a colon
@@ -65,9 +69,6 @@ class Setting(Protocol):
 
     def supervised(self, s: Any, target: Any) -> Tensor:
         """The loss of the reference that reads labels. s: what forward gave; target: of a training batch."""
-
-    def sample(self) -> Iterator[tuple]:
-        """Batches of a few training images as they are, (img,), for a row that chooses between phases."""
 
     def measure(self, net: nn.Module) -> dict[str, float]:
         """{'test_KEY': ..., 'val_KEY': ...}, the figures of an epoch."""

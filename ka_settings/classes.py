@@ -57,8 +57,9 @@ class Classes:
             False: 'wants parts that do not overlap',
         }
         for name, method in wanted.items():
-            if method.shared != self.split.overlap and not method.labels:
-                raise UserError(f'--ka_mode {name}: {asks[method.shared]}')
+            needs = method.needs
+            if needs.shared_classes != self.split.overlap and not needs.labels:
+                raise UserError(f'--ka_mode {name}: {asks[needs.shared_classes]}')
         self.nets, figures = [], []
         for i, (name, path, part) in enumerate(zip(names, args.t_model, parts), 1):
             net, top1 = self._teacher(i, name, path, part, test, log)
@@ -74,11 +75,7 @@ class Classes:
                 other, _ = dataset.load(args.unlabeled, args.img_root, device)
                 self.train = self.train.pictures(other)
         self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
-        self.recipe = {
-            'parts': parts, 'classes': self.split.classes, 'unlabeled': args.unlabeled,
-            'limit_train': args.limit_train, 'tasks': [], 'size': args.size, 'epochs_ft': args.epochs_ft,
-            'labelled': None,
-        }  # fmt: skip
+        self.recipe = {'parts': parts, 'classes': self.split.classes}
         self.student_name = args.s_name or names[0]
         self.shown = ('top1', *(f'part{i + 1}' for i in range(len(self.split.distinct()))))
 

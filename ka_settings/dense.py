@@ -41,7 +41,7 @@ class Dense:
 
     def __init__(self, args, wanted: dict, device, log) -> None:
         self.args, self.amp = args, autocast(device, args.amp)
-        labelled = args.labelled or all(method.labels for method in wanted.values())
+        labelled = args.labelled or all(method.needs.labels for method in wanted.values())
         if args.val_split:
             raise UserError('--val_split: not for scenes and nyuv2')
         with user_errors():
@@ -49,7 +49,7 @@ class Dense:
                 args.data_name, args.img_root, device, args.size, labelled
             )
         engine.session.share(self.train, self.test)
-        needs = [name for name, method in wanted.items() if not method.labels]
+        needs = [name for name, method in wanted.items() if not method.needs.labels]
         self.tasks, self.student_name = tuple(args.tasks), args.s_name or 'segnet'
         if len(args.t_model) not in ((len(self.tasks),) if needs else (0, len(self.tasks))):
             raise UserError(
@@ -73,10 +73,7 @@ class Dense:
             figures.append({'name': name, 'task': task, **read})
         self.facts = {'teacher': '+'.join(names) if self.nets else None, 'tasks': self.tasks,
                       'teachers': figures, 'labelled': labelled}  # fmt: skip
-        self.recipe = {
-            'parts': None, 'classes': None, 'unlabeled': args.unlabeled, 'limit_train': args.limit_train,
-            'tasks': list(self.tasks), 'size': args.size, 'epochs_ft': args.epochs_ft, 'labelled': labelled,
-        }  # fmt: skip
+        self.recipe = {'tasks': list(self.tasks), 'labelled': labelled}
         shown = {'seg': 'miou', 'depth': 'rmse', 'normal': 'angle_mean'}
         self.shown = [shown[task] for task in self.tasks]
 
@@ -98,10 +95,10 @@ class Dense:
         """One network for all tasks: made of the teachers, or fresh where labels are read."""
         torch.manual_seed(self.args.seed)
         fresh = [self.network(self.student_name, task) for task in self.tasks]
-        if method.labels and len(fresh) == 1:
+        if method.needs.labels and len(fresh) == 1:
             return fresh[0]  # a teacher
         torch.manual_seed(self.args.seed)
-        return JointNet(fresh if method.labels else self.nets)
+        return JointNet(fresh if method.needs.labels else self.nets)
 
     def forward(self, net: nn.Module, batch):
         return listed(net(batch.img))

@@ -1,79 +1,117 @@
-"""The rows of train_ka.py: frozen teachers that each know a part, amalgamated into one student."""
+"""The rows of train_ka.py: frozen teachers that each know a part, amalgamated into one student.
+
+The columns are those of columns.py, with what amalgamation asks of them.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ka_losses import cfl, concat_kd, customize, layerwise, sbm, soka
 
+from .columns import Limits
 from .ka_shared import everything, no_module, with_labels
 from .shared import plain
 
-# turn: which updates a batch gets, from the share of the run that is done.
+
+@dataclass(frozen=True)
+class When:
+    """What stands beside the loss, and what changes during a training.
+
+    soft: the weight of soft targets over all classes (ConcatKD) beside it, default of --lambda_kd.
+    updates: {share of the training done: the updates that every batch gets from there on}.
+    no_soft_targets_in: updates without the soft targets.
+    """
+
+    soft: float = 1.0
+    updates: dict[float, tuple] = field(default_factory=lambda: {0.0: ('all',)})
+    no_soft_targets_in: tuple = ()
+
+    def updates_now(self, done: float) -> tuple:
+        """done: share of the training that lies behind."""
+        return self.updates[max(share for share in self.updates if share <= done)]
 
 
-def always(done: float) -> tuple:
-    return ('all',)
+@dataclass(frozen=True)
+class Needs:
+    """What the trainer must provide.
+
+    setting: the name of the only setting (ka_settings) that it fits; '': any.
+    layers: the stages it attaches to by default, counted from 1; none where it reads outputs only.
+    shared_classes: teachers that share the student's classes; the others want parts that do not overlap.
+    labels: it is a reference that reads labels; all others are never given them.
+    """
+
+    setting: str = 'classes'
+    layers: tuple = ()
+    shared_classes: bool = False
+    labels: bool = False
 
 
-def in_turn(done: float) -> tuple:
-    return ('all',) if done < 0.1 else ('competition', 'collaboration', 'balance')
+@dataclass(frozen=True)
+class Own:
+    """Parts of a training that this method does its own way.
+
+    parameters: (net, ka) -> {update: (parameters of the student, parameters of the loss)}; each update has
+        an optimiser of its own.
+    after_update: (ka, update), what follows one.
+    forward: (net, batch) -> what the feed gets of the student, instead of Setting.forward.
+    begin_phase: (net, phase, ka, teachers_on, sample) -> a line for the log or ''; where a phase of the
+        training begins, see sbm.py. The network's freeze(True) holds in the first phase, freeze(False) later.
+    """
+
+    parameters: Callable = everything
+    after_update: Callable | None = None
+    forward: Callable | None = None
+    begin_phase: Callable | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """How train_ka.py uses a loss.
-
-    loss, feed, build: its class, what it is fed, how it is built; see ka_shared.py.
-    weight: lambda_ka, its weight.
-    kd: lambda_kd, the weight of soft targets over all classes (ConcatKD) beside it.
-    layers: the stages it attaches to by default, counted from 1; none where it reads logits only.
-    labels: a reference that reads labels; all others are never given them.
-    shared: wants teachers that share the student's classes; the others want parts that do not overlap.
-    dense: for teachers of one dense task each (segmentation, depth, normals), not of classes; None:
-        for either.
-    groups, turn: optimisers, and which of them steps when; see ka_shared.py and above.
-    unsoft: updates without the soft targets.
-    after: what follows an update.
-    forward: another forward pass of the student than the usual one.
-    phase: called where a phase of the run begins, see sbm.begin_phase.
-    one_process: why it cannot be trained by several processes; '' if it can.
-    """
+    """A row. feed(ka, s, all_t, batch) -> loss, terms; build(loss, probe, **options) -> module."""
 
     loss: type
+    weight: float  # default of --lambda_ka
     feed: Callable
     build: Callable = plain
-    weight: float = 1.0
-    kd: float = 1.0
-    layers: tuple = ()
-    labels: bool = False
-    shared: bool = False
-    dense: bool | None = False
-    groups: Callable = everything
-    turn: Callable = always
-    unsoft: tuple = ()
-    after: Callable | None = None
-    forward: Callable | None = None
-    phase: Callable | None = None
-    one_process: str = ''
+    when: When = When()
+    needs: Needs = Needs()
+    own: Own = Own()
+    limits: Limits = Limits()
+
+    @property
+    def dense(self) -> bool | None:
+        """The setting, for readers of the older column."""
+        return {'classes': False, 'dense': True}.get(self.needs.setting)
+
+    @property
+    def shared(self) -> bool:
+        return self.needs.shared_classes
 
 
-_BALANCE = 'its balance of tasks would differ between processes'
+alone = When(soft=0)
+in_turn = {0.0: ('all',), 0.1: ('competition', 'collaboration', 'balance')}
+BALANCE = 'its balance of tasks would differ between processes'
 
+# fmt: off
 KA = {
-    'concat': Method(concat_kd.ConcatKD, concat_kd.feed, kd=0),
-    'parts': Method(concat_kd.ConcatKD, concat_kd.feed, concat_kd.build_parts, kd=0),
-    'mse': Method(concat_kd.ConcatKD, concat_kd.feed, concat_kd.build_mse, kd=0),
-    'layerwise': Method(layerwise.LayerwiseKA, layerwise.feed, layerwise.build, layers=(1, 2, 3)),
-    'cfl': Method(cfl.CFL, cfl.feed, cfl.build, weight=10, layers=(3,)),
-    'soka': Method(soka.Coordination, soka.feed, soka.build, layers=(2, 3), groups=soka.parameters,
-                   turn=in_turn, unsoft=('balance',), after=soka.after_update, one_process=_BALANCE),
-    'customize': Method(customize.Customize, customize.feed, customize.build, kd=0, layers=(1, 2, 3),
-                        shared=True),
-    'customize_target': Method(customize.Customize, customize.feed_target, customize.build_target, kd=0,
-                               layers=(1, 2, 3)),
-    'sbm': Method(sbm.SBM, sbm.feed, sbm.build, kd=0, dense=True, forward=sbm.forward,
-                  phase=sbm.begin_phase),
-    'scratch': Method(nn.Identity, with_labels, no_module, kd=0, labels=True, dense=None),
-}  # fmt: skip
+    'concat':           Method(concat_kd.ConcatKD,    1.0, concat_kd.feed, when=alone),
+    'parts':            Method(concat_kd.ConcatKD,    1.0, concat_kd.feed, concat_kd.build_parts, alone),
+    'mse':              Method(concat_kd.ConcatKD,    1.0, concat_kd.feed, concat_kd.build_mse, alone),
+    'layerwise':        Method(layerwise.LayerwiseKA, 1.0, layerwise.feed, layerwise.build,
+                               needs=Needs(layers=(1, 2, 3))),
+    'cfl':              Method(cfl.CFL,                10, cfl.feed, cfl.build, needs=Needs(layers=(3,))),
+    'soka':             Method(soka.Coordination,     1.0, soka.feed, soka.build,
+                               When(updates=in_turn, no_soft_targets_in=('balance',)), Needs(layers=(2, 3)),
+                               Own(parameters=soka.parameters, after_update=soka.after_update),
+                               Limits(one_process=BALANCE)),
+    'customize':        Method(customize.Customize,   1.0, customize.feed, customize.build, alone,
+                               Needs(layers=(1, 2, 3), shared_classes=True)),
+    'customize_target': Method(customize.Customize,   1.0, customize.feed_target, customize.build_target,
+                               alone, Needs(layers=(1, 2, 3))),
+    'sbm':              Method(sbm.SBM,               1.0, sbm.feed, sbm.build, alone, Needs(setting='dense'),
+                               Own(forward=sbm.forward, begin_phase=sbm.begin_phase)),
+    'scratch':          Method(nn.Identity,           1.0, with_labels, no_module, alone,
+                               Needs(setting='', labels=True)),
+}

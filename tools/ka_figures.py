@@ -65,7 +65,7 @@ def collect_space(folder: Path, name: str = 'cfl') -> dict[str, np.ndarray]:
     index = torch.cat([(world.test.targets == c).nonzero()[:IMAGES, 0] for c in classes])
     img = world.test.crops(index, torch.full((len(index), 2), 4), torch.zeros_like(index))
     s, ts = net(img, True), world.teachers_on(img)
-    layers = tuple(args.ka_layers or METHODS[name].layers)
+    layers = tuple(args.ka_layers or METHODS[name].needs.layers)
     e = argparse.Namespace(s=s, all_t=ts, net_s=net, layers=layers)
     options = result_of(folder, name)['recipe']['method'][3]
     blocks = METHODS[name].build(METHODS[name].loss, e, **options)
