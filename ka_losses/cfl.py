@@ -234,3 +234,23 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    """The last of the levels, or the embeddings where the block is fully connected."""
+    (loss,) = ka
+    k = batch.layers[-1]
+    if loss.conv:
+        return loss(s.fms[k], [t.fms[k] for t in all_t], return_terms=True)
+    return loss(s.feat, [t.feat for t in all_t], return_terms=True)
+
+
+def build(loss, probe, **options):
+    k = probe.layers[-1]
+    conv = options.get('block', 'conv') == 'conv'
+    widths = [(f.fms[k] if conv else f.feat).shape[1] for f in (probe.s, *probe.all_t)]
+    options.setdefault('h_channels', 32 if conv else max(widths[0] // 4, 1))
+    return nn.ModuleList([loss(widths[0], widths[1:], **options)])

@@ -122,3 +122,18 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    return ka(s.out, [t.out for t in all_t], return_terms=True)
+
+
+def build_parts(loss, probe, **options):
+    return loss(mode='parts', **options)
+
+
+def build_mse(loss, probe, **options):
+    return loss(mode='mse', **options)

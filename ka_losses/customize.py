@@ -177,3 +177,44 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    """Round one: each image from the source that is surest of it."""
+    which = select_teacher([t.out for t in all_t])
+    results = []
+    for i, (loss, t) in enumerate(zip(ka, all_t)):
+        mine = (which == i).nonzero()[:, 0]
+        if len(mine):
+            maps = ([f.pres[k][mine] for k in batch.layers] for f in (s, t))
+            results.append(loss(*maps, s.out[mine], t.out[mine], return_terms=True))
+    return _total(results)
+
+
+def build(loss, probe, **options):
+    """One module per source, bridges half as wide as the source's maps."""
+    s, *all_t = ([f.pres[k].shape[1] for k in probe.layers] for f in (probe.s, *probe.all_t))
+    return nn.ModuleList(loss(s, t, [max(c // 2, 1) for c in t], **options) for t in all_t)
+
+
+def feed_target(ka, s, all_t, batch):
+    """Round two: every image from every component, each for its own head."""
+    return _total(
+        loss(*([f.pres[k] for k in batch.layers] for f in (s, t)), s.out[:, block], t.out, return_terms=True)
+        for loss, t, block in zip(ka, all_t, batch.blocks)
+    )
+
+
+def build_target(loss, probe, **options):
+    """One module per component, bridges on the target's side only."""
+    s, *all_t = ([f.pres[k].shape[1] for k in probe.layers] for f in (probe.s, *probe.all_t))
+    return nn.ModuleList(loss(s, None, t, **options) for t in all_t)
+
+
+def _total(results) -> tuple[Tensor, dict]:
+    """The sum of several (loss, terms)."""
+    losses, terms = zip(*results)
+    return sum(losses), {key: sum(term[key] for term in terms) for key in terms[0]}

@@ -137,3 +137,26 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    return _total(
+        loss(s.fms[k], [t.fms[k] for t in all_t], return_terms=True) for k, loss in zip(batch.layers, ka)
+    )
+
+
+def build(loss, probe, **options):
+    """One module per level."""
+    return nn.ModuleList(
+        loss(probe.s.fms[k].shape[1], [t.fms[k].shape[1] for t in probe.all_t], **options)
+        for k in probe.layers
+    )
+
+
+def _total(results) -> tuple[Tensor, dict]:
+    """The sum of several (loss, terms)."""
+    losses, terms = zip(*results)
+    return sum(losses), {key: sum(term[key] for term in terms) for key in terms[0]}

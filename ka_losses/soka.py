@@ -163,3 +163,54 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+class Coordination(nn.Module):
+    """SOKA's parts: a feature loss per level, the balance of tasks, the last weight that they share."""
+
+    def __init__(self, channels: list, n_teachers: int, shared: nn.Parameter, alpha: float = 1.5) -> None:
+        super().__init__()
+        self.features = nn.ModuleList(SOKAFeature(n_teachers, (c, 1, 1)) for c in channels)
+        self.norm, self.shared = GradNorm(n_teachers, alpha), [shared]  # a list: it is the student's
+
+
+def feed(ka, s, all_t, batch):
+    """The tasks are the teachers' parts of the classes, each with the soft targets of its teacher."""
+    parts = torch.stack([batch.soft(s.out[:, block], [t.out]) for t, block in zip(all_t, batch.blocks)])
+    terms = {f'task{i}': part for i, part in enumerate(parts, 1)}
+    ka.norm.start(parts)
+    if batch.update == 'balance':
+        return ka.norm(parts, ka.shared[0]), terms
+    loss = (ka.norm.weights.detach() * parts).sum()
+    la = sum(f(s.fms[k], [t.fms[k] for t in all_t]) for k, f in zip(batch.layers, ka.features))
+    if batch.update == 'collaboration':
+        loss = 0.05 * loss + la
+    return loss, terms | {'la': la}
+
+
+def build(loss, probe, **options):
+    body = [m for module in probe.net_s.feat_modules() for m in module.modules() if isinstance(m, nn.Conv2d)]
+    wide = [conv for conv in body if conv.kernel_size != (1, 1)]
+    channels = [probe.s.fms[k].shape[1] for k in probe.layers]
+    return loss(channels, len(probe.all_t), (wide or body)[-1].weight, **options)
+
+
+def parameters(net, ka) -> dict:
+    """What each update moves: heads on the tasks, the shared part on the maps, the weights on the balance."""
+    head = list(net.classifier_layer().parameters())
+    body = [p for p in net.parameters() if all(p is not q for q in head)]
+    features = list(ka.features.parameters())
+    return {
+        'all': ([*body, *head], []),
+        'competition': (head, []),
+        'collaboration': (body, features),
+        'balance': ([], [ka.norm.weights]),
+    }
+
+
+def after_update(ka, update: str) -> None:
+    if update == 'balance':
+        ka.norm.renormalise()

@@ -1,6 +1,8 @@
 """Amalgamation: who knows which classes, the rooms, the trainer."""
 
+import inspect
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import train_ka
 from dataset.dense import DenseMetrics, supervised
 from dataset.parts import ClassParts, read_classes, split_classes, take_classes
 from dataset.scenes import objects, scene
-from ka_losses import METHODS
 from ka_losses.recombination import combine_models
+from ka_settings import SETTINGS, Setting, setting_for
+from methods.ka import KA as METHODS
 from models import build
 from models.branching import JointNet
 from models.segmentation import SegNet
@@ -23,7 +26,9 @@ from tests.test_ddp import torchrun
 from tests.test_train import rows, same, weights
 
 DATA = ('--data_name', 'shapes:96', '--batch_size', '32')
-CLASS_MODES = [name for name, m in METHODS.items() if not m.dense and not m.shared]
+CLASS_MODES = [
+    name for name, m in METHODS.items() if m.needs.setting != 'dense' and not m.needs.shared_classes
+]
 ROOMS = ('--data_name', 'scenes:24', '--size', '32', '--batch_size', '8', '--lr', '2e-3')
 
 
@@ -312,7 +317,7 @@ def test_alone_equals_beside_others(ka, tmp_path):
 
 def test_labels_are_not_read(ka, tmp_path, monkeypatch):
     """With every label of the training batches replaced by -1: the same weights, but for the reference."""
-    modes = [mode for mode in CLASS_MODES if not METHODS[mode].labels]
+    modes = [mode for mode in CLASS_MODES if not METHODS[mode].needs.labels]
     assert ka(*modes, '--note', 'with').code == 0
     real = dataset.Resident.train_batches
 
@@ -387,7 +392,7 @@ def test_sources_only_see_images_they_are_sure_of():
     """Every image trains with exactly one source: the one of least entropy."""
     from types import SimpleNamespace
 
-    from ka_losses import chosen
+    from ka_losses.customize import feed
 
     seen = []
 
@@ -400,7 +405,7 @@ def test_sources_only_see_images_they_are_sure_of():
     sure, unsure = torch.tensor([9.0, 0]), torch.tensor([1.0, 0])
     logits = [sure, unsure, sure, unsure], [unsure, sure, unsure, sure]
     ts = [SimpleNamespace(out=torch.stack(rows_of), pres=[out]) for rows_of in logits]
-    chosen([Spy(), Spy()], SimpleNamespace(out=out, pres=[out]), ts, SimpleNamespace(layers=(0,)))
+    feed([Spy(), Spy()], SimpleNamespace(out=out, pres=[out]), ts, SimpleNamespace(layers=(0,)))
     assert seen == [[0.0, 2.0], [1.0, 3.0]]
 
 
@@ -605,6 +610,31 @@ def test_main_is_flat():
     words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     assert not words & set(METHODS) - {'parts'}
     assert train_ka.ENSEMBLE not in METHODS
+
+
+@pytest.mark.parametrize('setting', SETTINGS, ids=lambda setting: setting.name)
+def test_every_setting_offers_what_is_asked_of_it(setting):
+    """All that the protocol lists, in the class or set by its constructor; the script names no setting."""
+    source = inspect.getsource(setting)
+    assigned = ' '.join(re.findall(r'^ +(self\.[^=(]*) =', source, re.M))
+    offered = set(vars(setting)) | set(re.findall(r'self\.(\w+)', assigned))
+    asked = set(Setting.__annotations__) | {k for k, v in vars(Setting).items() if inspect.isfunction(v)}
+    assert {key for key in asked if not key.startswith('_')} <= offered
+    assert setting.data and all(setting_for(f'{data}:24') is setting for data in setting.data)
+    script = (ROOT / 'train_ka.py').read_text().split('"""', 2)[2]
+    assert not re.search(rf"\b{setting.__name__}\b|'({'|'.join(setting.data)})'", script)
+
+
+def test_every_row_fits_a_setting():
+    names = {setting.name for setting in SETTINGS}
+    assert all(method.needs.setting in names | {''} for method in METHODS.values())
+
+
+def test_updates_take_turns_after_a_tenth():
+    when = METHODS['soka'].when
+    assert when.updates_now(0.0) == when.updates_now(0.0999) == ('all',)
+    assert when.updates_now(0.1) == when.updates_now(1.0) == ('competition', 'collaboration', 'balance')
+    assert METHODS['concat'].when.updates_now(0.5) == ('all',)
 
 
 # ------------------------------------------------------------------------------------------------- the rest

@@ -143,9 +143,10 @@ def test_plain_momentum(tmp_path):
     from argparse import Namespace
 
     import torch
-    import utils
 
     import train_base
+    from engine.optimise import sgd
+    from engine.record import math_args
 
     def steps(opt, p):
         for _ in range(3):
@@ -159,14 +160,14 @@ def test_plain_momentum(tmp_path):
     for nesterov in (False, True):
         ours, theirs = (torch.nn.Parameter(torch.arange(4.0)) for _ in range(2))
         args.nesterov = nesterov
-        moved[nesterov] = steps(utils.sgd([ours], args), ours)
+        moved[nesterov] = steps(sgd([ours], args), ours)
         plain = torch.optim.SGD([theirs], 0.1, 0.9, weight_decay=0.01, nesterov=nesterov)
         assert torch.equal(moved[nesterov], steps(plain, theirs))
     assert not torch.equal(moved[False], moved[True])
     recipes = []
     for words in ([], ['--no_nesterov', '--pad', 'zero']):
         sys.argv = ['train_base.py', '--net_name', 'resnet8', *words]
-        recipes.append(utils.math_args(train_base.parse_args()))
+        recipes.append(math_args(train_base.parse_args()))
     assert not recipes[0].keys() & {'nesterov', 'pad'}
     assert recipes[1] == recipes[0] | {'nesterov': False, 'pad': 'zero'}
 

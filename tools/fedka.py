@@ -89,9 +89,9 @@ def main():
     if args.local_images:
         homes = [home.subset(torch.arange(min(args.local_images, len(home)))) for home in homes]
     probe = probe_set(train, args.probe, args.seed)
-    look, _, _ = next(probe.test_batches(min(len(probe), 200)))
+    probe_img, _, _ = next(probe.test_batches(min(len(probe), 200)))
     with torch.no_grad():
-        c_s, c_t = (net.eval()(look[:2], True).fms[-1].shape[1] for net in (student, teachers[0]))
+        c_s, c_t = (net.eval()(probe_img[:2], True).fms[-1].shape[1] for net in (student, teachers[0]))
     losses = nn.ModuleList(FedKA(c_s, c_t) for _ in range(clients)).to(device)
 
     origin = provenance(device) | class_names_of(train)
@@ -109,7 +109,7 @@ def main():
     for number in range(record.epoch, args.epochs):
         started = time.time()
         if number % args.select_every == 0:
-            drawn = select(student, teachers, look, args, number)
+            drawn = select(student, teachers, probe_img, args, number)
         copies, loss = [], 0.0
         for turn, i in enumerate(drawn):
             one, value = at_home(copy.deepcopy(student), losses[i], teachers[i], homes[i], args, amp,
@@ -142,9 +142,9 @@ def probe_set(train, per_class: int, seed: int):
     return train.subset(torch.cat([order[labels == c][:per_class] for c in range(train.num_classes)]))
 
 
-def select(student: nn.Module, teachers: list, look, args, number: int) -> list[int]:
+def select(student: nn.Module, teachers: list, probe_img, args, number: int) -> list[int]:
     """Clients of the next rounds, drawn with replacement: rather those that look where the student looks."""
-    maps = [saliency_of(net, look) for net in (student, *teachers)]
+    maps = [saliency_of(net, probe_img) for net in (student, *teachers)]
     size = max(m.shape[1] for m in maps)
     if any(m.shape[1] != size for m in maps):
         raise UserError('student and teachers must have last maps of one size')

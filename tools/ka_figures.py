@@ -19,12 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train_ka  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.flags import Parser  # noqa: E402
 from engine.record import output_folder  # noqa: E402
-from ka_losses import METHODS  # noqa: E402
+from ka_settings import setting_for  # noqa: E402
+from methods.ka import KA as METHODS  # noqa: E402
 from tools.ka_table import read_results  # noqa: E402
 
 PALETTE = np.array(
@@ -41,8 +41,8 @@ def world_of(folder: Path):
     """Data and teachers of a run, from what it wrote."""
     args = argparse.Namespace(**json.loads((folder / 'args.json').read_text())['args'])
     names = [name for name in args.ka_mode if name in METHODS]
-    kind = train_ka.Scenes if 'tasks' in result_of(folder, names[0]) else train_ka.Classes
     device = torch.device('cpu')
+    kind = setting_for(args.data_name)
     return kind(args, {name: METHODS[name] for name in names}, device, lambda line: None), args
 
 
@@ -64,9 +64,9 @@ def collect_space(folder: Path, name: str = 'cfl') -> dict[str, np.ndarray]:
     classes = range(0, len(world.split.classes), max(len(world.split.classes) // 20, 1))
     index = torch.cat([(world.test.targets == c).nonzero()[:IMAGES, 0] for c in classes])
     img = world.test.crops(index, torch.full((len(index), 2), 4), torch.zeros_like(index))
-    s, ts = net(img, True), world.look(img)
-    layers = tuple(args.ka_layers or METHODS[name].layers)
-    e = argparse.Namespace(s=s, ts=ts, net=net, layers=layers)
+    s, ts = net(img, True), world.teachers_on(img)
+    layers = tuple(args.ka_layers or METHODS[name].needs.layers)
+    e = argparse.Namespace(s=s, all_t=ts, net_s=net, layers=layers)
     options = result_of(folder, name)['recipe']['method'][3]
     blocks = METHODS[name].build(METHODS[name].loss, e, **options)
     blocks.load_state_dict(torch.load(folder / name / 'ka.pt', weights_only=True))
@@ -124,7 +124,7 @@ def collect_panels(folder: Path, name: str = 'sbm') -> dict[str, np.ndarray]:
     index = torch.tensor([i for i in SCENES if i < len(world.test)] or [0])
     img, labels = world.test.images[index] - 0.5, {k: v[index] for k, v in world.test.labels.items()}
     arrays = {'image': world.test.images[index].numpy(), 'tasks': np.array(world.tasks)}
-    for task, out_s, out_t in zip(world.tasks, net(img), world.look(img)):
+    for task, out_s, out_t in zip(world.tasks, net(img), world.teachers_on(img)):
         for who, x in (('student', out_s), ('teacher', out_t), ('truth', labels[task])):
             if task == 'seg' and who != 'truth':
                 x = x.argmax(dim=1)

@@ -1,0 +1,122 @@
+"""From the flags of train_ka.py to its students."""
+
+import copy
+import random
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from engine.errors import UserError, user_errors
+from engine.flags import weights_and_options
+from engine.ka_student import Batch, Probe, Run, Student, Term
+from engine.meter import Meter
+from engine.optimise import sgd
+from engine.processes import distributed, processes
+from engine.record import Record, fingerprint, math_args, resume_point
+from ka_losses import ConcatKD
+from ka_settings import setting_for
+from methods.ka import KA, Method
+
+ENSEMBLE = 'ensemble'  # a word of --ka_mode that trains nothing
+
+
+def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
+    """{word of --ka_mode: its row}, {word: the row with what the other flags make of it}."""
+    names, setting = [name for name in args.ka_mode if name != ENSEMBLE], setting_for(args.data_name)
+    for name in names:
+        if name not in KA:
+            raise UserError(f'--ka_mode: no method is called {name!r}; there are {", ".join(KA)}')
+        if KA[name].needs.setting not in ('', setting.name):
+            fitting = ', '.join(key for key, m in KA.items() if m.needs.setting in ('', setting.name))
+            raise UserError(f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}')
+        if processes() > 1 and KA[name].limits.one_process:
+            raise UserError(f'{name} runs in one process only: {KA[name].limits.one_process}')
+    if len(set(args.ka_mode)) < len(args.ka_mode):
+        raise UserError(f'--ka_mode {" ".join(args.ka_mode)}: something is named twice')
+    weights, options = weights_and_options(args, names, KA, 'ka')
+    rows = {name: KA[name] for name in names}
+    terms = {
+        name: Term(name, method, weights[name], soft_targets(method, args), options[name])
+        for name, method in rows.items()
+    }
+    return rows, terms
+
+
+def soft_targets(method: Method, args) -> float:
+    """Their weight: --lambda_kd is for the rows that have them."""
+    return method.when.soft if args.lambda_kd is None else args.lambda_kd * bool(method.when.soft)
+
+
+def build_run(args, term: Term, setting, folder, origin) -> Run:
+    """A student with its loss, optimisers and record; the record's checkpoint if there is one to continue."""
+    name, method, device = term.name, term.method, setting.train.device
+    net = setting.student(method)
+    initial = fingerprint(net)
+    net.to(device, memory_format=torch.channels_last)
+    layers = tuple(args.ka_layers or method.needs.layers) if method.needs.layers else ()
+    batch, probe = first_look(args, net, setting, layers)
+    if layers:
+        check_stages(name, probe)
+    torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
+    try:
+        with user_errors():
+            ka = method.build(method.loss, probe, **term.options).to(device)
+    except TypeError as error:  # an argument that the table fills
+        raise UserError(f'--ka_args: {name}: {error}') from None
+    step = Student(net, ka, term, setting, args.T)
+    opts = {update: optimiser(args, *both) for update, both in method.own.parameters(net, ka).items()}
+    trial = Student(*copy.deepcopy((net, ka)), term, setting, args.T).train()
+    with user_errors():  # shapes that do not meet show here, before anything is trained
+        for update in opts:
+            trial(replace(batch, update=update))
+    recipe = math_args(
+        args, script='train_ka', student=setting.student_name, initial=initial,
+        method=[name, term.weight, term.soft, term.options],
+        teachers=[fingerprint(t) for t in setting.nets], layers=list(layers), T=args.T, optim=args.optim,
+        lr_ka=args.lr_ka, **flags_of_all_settings(args) | setting.recipe,
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    state = {'net': net, 'ka': ka, 'scaler': scaler, **{f'opt_{key}': opt for key, opt in opts.items()}}
+    record = Record(folder / name, state, recipe, origin, 'val' if setting.val else 'test', setting.key)
+    record.resume(resume_point(args.resume, folder / name))
+    step = distributed(step, device)
+    return Run(name, method, step, net, ka, opts, scaler, record, layers, Meter(name, 0, device))
+
+
+def first_look(args, net: nn.Module, setting, layers: tuple[int, ...]) -> tuple[Batch, Probe]:
+    """Two images, on which a loss is built and tried."""
+    img, target, index, _ = next(setting.train.train_batches(args.batch_size, args.seed, 0))
+    img, index = img[:2], index[:2]
+    target = {k: v[:2] for k, v in target.items()} if isinstance(target, dict) else target[:2]
+    batch = Batch(
+        img, target, index, setting.teachers_on(img), epochs=args.epochs, layers=layers,
+        blocks=setting.blocks, rng=random.Random(0), soft=ConcatKD(), supervised=setting.supervised,
+    )  # fmt: skip
+    with torch.no_grad():
+        s = setting.forward(net.eval(), batch)
+    return batch, Probe(s, batch.all_t, net, layers, setting.tasks)
+
+
+def check_stages(name: str, probe: Probe) -> None:
+    """Every network has the stages that the loss attaches to."""
+    least = min(len(f.fms) for f in (probe.s, *probe.all_t)) - 1
+    if max(probe.layers) > least:
+        raise UserError(
+            f'--ka_layers: {name} attaches to stage {max(probe.layers)}, a network has {least} only'
+        )
+
+
+def optimiser(args, net: list, ka: list) -> torch.optim.Optimizer:
+    """Of parameters of the student and of the loss, each with a learning rate of its own."""
+    groups = [{'params': params, 'role': role} for role, params in (('net', net), ('ka', ka)) if params]
+    if args.optim == 'adam':
+        cuda = groups[0]['params'][0].is_cuda
+        return torch.optim.Adam(groups, args.lr, weight_decay=args.weight_decay, fused=cuda)
+    return sgd(groups, args)
+
+
+def flags_of_all_settings(args) -> dict:
+    """The recipe of a run names these whatever its setting is: so do the checkpoints that it may resume."""
+    return {'parts': None, 'classes': None, 'unlabeled': args.unlabeled, 'limit_train': args.limit_train,
+            'tasks': [], 'size': args.size, 'epochs_ft': args.epochs_ft, 'labelled': None}  # fmt: skip

@@ -1,0 +1,80 @@
+"""What train_ka.py amalgamates: a setting knows its data, its teachers, its student and its figures.
+
+The script knows no setting by name. A new one is a file here with a class that offers what Setting lists, and
+its name in SETTINGS.
+"""
+
+import argparse
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from .classes import Classes
+from .dense import Dense
+
+__all__ = ['SETTINGS', 'Classes', 'Dense', 'Setting', 'setting_for']
+
+SETTINGS = (Classes, Dense)
+
+
+def setting_for(data_name: str) -> type['Setting']:
+    """The setting that has this data set; the first where none has, which then says what there is."""
+    kind = data_name.partition(':')[0]
+    return next((setting for setting in SETTINGS if kind in setting.data), SETTINGS[0])
+
+
+class Setting(Protocol):
+    """What a setting must offer. Settings need not inherit from this: it is here to be read.
+
+    One whose rows have own.begin_phase also offers sample(), batches (img,) of a few training images as they
+    are, on which such a row chooses something between two phases.
+    """
+
+    name: str  # what needs.setting of a row (methods/ka.py) says
+    data: Iterable[str]  # names of --data_name, without what follows a colon
+    data_help: str  # what --help says of these beside the data sets of all scripts; '' for nothing
+    networks: str  # and of the names of networks
+
+    train: Any  # data sets with train_batches, test_batches and steps, see dataset/__init__.py
+    val: Any  # None without one
+    test: Any
+    nets: list[nn.Module]  # the frozen teachers; may be empty where every student reads labels
+    student_name: str
+    blocks: list[list[int]]  # of each teacher, where its classes are among the student's; may be empty
+    tasks: tuple[str, ...]  # one per teacher and output of the student; may be empty
+    key: str  # the figure that chooses best.pt, without test_ or val_; more is better
+    shown: Iterable[str]  # the figures in the line of an epoch
+    facts: dict  # what results.json says of data and teachers
+    recipe: dict  # what changes the numbers of a run beside the flags of all scripts
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """Flags of this setting alone."""
+
+    def __init__(self, args: argparse.Namespace, wanted: dict, device, log) -> None:
+        """Load the data, load and measure the teachers. wanted: {word of --ka_mode: its row}."""
+
+    def phases(self) -> list[int]:
+        """The epoch at which each phase of the training ends."""
+
+    def student(self, method) -> nn.Module:
+        """A fresh student for a row."""
+
+    def forward(self, net: nn.Module, batch) -> Any:
+        """What losses read of the student, for batch.img."""
+
+    def teachers_on(self, img: Tensor) -> list:
+        """The same of every teacher, float32, without gradients."""
+
+    def supervised(self, s: Any, target: Any) -> Tensor:
+        """The loss of the reference that reads labels. s: what forward gave; target: of a training batch."""
+
+    def measure(self, net: nn.Module) -> dict[str, float]:
+        """{'test_KEY': ..., 'val_KEY': ...}, the figures of an epoch."""
+
+    def details(self, net: nn.Module) -> dict:
+        """What results.json says of a trained student beside its figures."""
+
+    def ensembles(self) -> dict[str, dict]:
+        """What the teachers reach side by side, without a student."""
