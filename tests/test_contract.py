@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from methods import METHODS
 from models import Feats
 from tests import methods
-from tests.methods.shared import STUDENT, TEACHER, leaf
+from tests.methods.shared import STUDENT, TEACHER, leaf, seed
 
 ROWS = sorted(METHODS)
 K = 6
@@ -90,9 +90,9 @@ class TrainSet:
         return len(self.targets)
 
 
-def world(name, n=5, dtype=torch.float32, seed=0, same=False, **kw) -> SimpleNamespace:
+def world(name, n=5, dtype=torch.float32, number=0, same=False, **kw) -> SimpleNamespace:
     """Features of both sides for a batch of n, as the trainer has them."""
-    torch.manual_seed(seed)
+    seed(number)
     method = METHODS[name]
     s = feats(STUDENT, n, dtype, **kw)
     t = feats(STUDENT if 'equal_channels' in EXCEPTIONS[name] else TEACHER, n, dtype, **kw)
@@ -138,7 +138,7 @@ def connect(name, w) -> None:
 
 
 def build(name: str, w: SimpleNamespace) -> nn.Module:
-    torch.manual_seed(1)
+    seed(1)
     method = METHODS[name]
     student = w.s[0] if isinstance(w.s, list) else w.s
     env = SimpleNamespace(s=w.s, t=w.t, net_s=w.b.net_s, net_t=w.b.net_t, train_set=TrainSet(),
@@ -152,7 +152,7 @@ def build(name: str, w: SimpleNamespace) -> nn.Module:
 
 
 def call(name, kd, w) -> torch.Tensor:
-    (w.b.generator.manual_seed if w.b.generator else torch.manual_seed)(0)
+    (w.b.generator.manual_seed if w.b.generator else seed)(0)
     w.b.rng = random.Random(0)
     return METHODS[name].feed(kd, w.s, w.t, w.b)
 
@@ -339,7 +339,9 @@ def strided(x):
 
 @pytest.mark.parametrize('name', rows_but('gradient_not_of_value'))
 def test_gradcheck(name):
-    w = world(name, n=4, dtype=torch.float64, seed=3, relu=False)  # a pixel of zeros is a kink of an adapter
+    w = world(
+        name, n=4, dtype=torch.float64, number=3, relu=False
+    )  # a pixel of zeros is a kink of an adapter
     kd = build(name, w)
     call(name, kd, w).backward()
     used = [x for x in tensors([w.s, w.other, w.b.img]) if x.is_leaf and x.grad is not None]
@@ -364,7 +366,7 @@ def test_compiles_without_a_graph_break(name):
         lambda s, t, b: METHODS[name].feed(kd, s, t, b), fullgraph=True, backend='aot_eager'
     )
     b = SimpleNamespace(**{**vars(v.b), 'generator': None})
-    torch.manual_seed(0)
+    seed(0)
     loss = compiled(v.s, v.t, b)
     loss.backward()
     if 'redraws_when_compiled' in EXCEPTIONS[name]:
@@ -413,12 +415,12 @@ def test_state_survives(name):
     buffer = io.BytesIO()
     torch.save(kd.state_dict(), buffer)
     buffer.seek(0)
-    reloaded = build(name, world(name, seed=9))
+    reloaded = build(name, world(name, number=9))
     reloaded.load_state_dict(torch.load(buffer, weights_only=True))
     copies = [reloaded, copy.deepcopy(kd)] + (
         [] if 'no_pickle' in EXCEPTIONS[name] else [pickle.loads(pickle.dumps(kd))]
     )
-    w = world(name, seed=4)
+    w = world(name, number=4)
     expected = call(name, kd, w)
     for other in copies:
         assert torch.equal(call(name, other, w), expected)
@@ -489,14 +491,18 @@ def prepared_world(name, **kw):
     return w
 
 
-def changed(name, kd, place, change):
-    """The loss where one tensor of a fresh world is changed in place."""
-    w = prepared_world(name)
+def changed(name, kd, w, place, change):
+    """The loss where one tensor is changed in place; afterwards it is as it was."""
+    x = leaves(w)[place]
+    kept = x.detach().clone()
     with torch.no_grad():
-        change(leaves(w)[place])
+        change(x)
     if METHODS[name].own.once_per_batch:
         connect(name, w)
-    return outcome(name, kd, w)
+    loss = outcome(name, kd, w)
+    with torch.no_grad():
+        x.copy_(kept)
+    return loss
 
 
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf])
@@ -506,17 +512,19 @@ def test_what_is_not_finite_shows(name, bad):
     w = prepared_world(name)
     kd = build(name, w)
     clean, seen = outcome(name, kd, w), []
-    for place in leaves(w):
-        if torch.equal(changed(name, kd, place, lambda x: x.copy_(-2 * x.flip(0) - 1)), clean):
+    for place, x in leaves(w).items():
+        if torch.equal(changed(name, kd, w, place, lambda x: x.copy_(-2 * x.flip(0) - 1)), clean):
             continue  # not looked at
         seen.append(place)
         if place.startswith('img') and bad == torch.inf:
             continue  # shown to a network, which may well saturate
-        size = leaves(w)[place].numel()
-        for entry in (0, size // 2, size - 1):
-            loss = changed(name, kd, place, lambda x, i=entry: x.view(-1)[i].fill_(bad))
+        for entry in (0, x.numel() // 2, x.numel() - 1):
+            loss = changed(name, kd, w, place, lambda x, i=entry: x.view(-1)[i].fill_(bad))
             assert not torch.isfinite(loss), f'{bad} in entry {entry} of {place} gives {loss}'
     assert seen
+    if METHODS[name].own.once_per_batch:
+        connect(name, w)
+    assert torch.equal(outcome(name, kd, w), clean), 'something of a changed tensor is left'
 
 
 @pytest.mark.parametrize('name', [name for name in ROWS if 'masked_class' in EXCEPTIONS[name]])
@@ -775,7 +783,7 @@ def test_functional_gradients(name):
     first = tensors(args[0])[0]
 
     def f(x):
-        torch.manual_seed(0)
+        seed(0)
         return copy.deepcopy(module).forward(put_first(args[0], x) if nested else x, *args[1:])
 
     plain = first.detach().clone().requires_grad_()

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import methods
 from tests.ka_cases import CASES, file_of
+from tests.methods.shared import seed
 
 OWN = {name: methods.of(f'ka/{file_of(name)}') for name in CASES}
 EXCEPTIONS = {name: methods.exceptions(f'ka/{file_of(name)}', name) for name in CASES}
@@ -34,7 +35,7 @@ class Made:
             into.append(x)
             return x
 
-        torch.manual_seed(0)
+        seed(0)
         scope = {
             'm': importlib.import_module(f'ka_losses.{file_of(name)}'),
             'n': n,
@@ -354,7 +355,7 @@ def test_detr_labels():
     """-100 is left out as F.cross_entropy does it, other strange labels are refused."""
     from ka_losses.transformer_ka import detr_ce
 
-    torch.manual_seed(0)
+    seed(0)
     logits, labels = torch.randn(2, 3, 4), torch.tensor([[0, 3, -100], [1, -100, 0]])
     weight = torch.tensor([0.1, 1, 1, 1])
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight)

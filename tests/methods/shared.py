@@ -134,5 +134,10 @@ STUDENT = ((4, 12, 8), (4, 12, 8), (4, 6, 4), (8, 3, 2))
 TEACHER = ((5, 12, 8), (6, 12, 8), (3, 6, 4), (9, 3, 2))
 
 
+def seed(number: int) -> None:
+    """torch.manual_seed for the CPU; without a GPU the usual one notes the stack, for later, every time."""
+    torch.default_generator.manual_seed(number)
+
+
 def leaf(*shape, dtype) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
