@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 
@@ -140,8 +141,6 @@ def test_a_teacher_from_a_file(reproduce, tmp_path):
 
 def test_plain_momentum(tmp_path):
     """--no_nesterov is torch's SGD without it, and is written down; the default is not, as in old results."""
-    from argparse import Namespace
-
     import torch
 
     import train_base
@@ -191,16 +190,15 @@ def test_the_grid_of_the_project_parses():
 @pytest.mark.parametrize('name', sorted({table['name'] for table in GRID}))
 def test_every_table_is_one_command(name, tmp_path):
     """What would be trained parses, with legal weights and arguments; no data, no GPU, nothing trained."""
-    words = ['--only', name, '--results', tmp_path, '--save_root', tmp_path / 'save', '--img_root', tmp_path]
-    command = [sys.executable, ROOT / 'tools' / 'reproduce.py', '--dry_run', '--table', *words]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *planned, made = map(shlex.split, done.stdout.splitlines())
-    assert made[1] == 'tools/table.py' and not list(tmp_path.iterdir())
+    from tools.reproduce import jobs
+
+    args = Namespace(save_root=tmp_path / 'save', img_root=str(tmp_path), results=tmp_path / 'results')
     tables = [table for table in GRID if table['name'] == name]
     wanted = {(seed, method) for table in tables for seed in table['seeds'] for method in table['methods']
               if table['methods'] != 'all'}  # fmt: skip
-    for _, script, *given in planned:
+    planned = [job.words for table in tables for seed in table['seeds'] for job in jobs(table, seed, args)]
+    assert not list(tmp_path.iterdir())
+    for script, *given in planned:
         module = importlib.import_module(script.removesuffix('.py'))
         sys.argv = [script, *given]
         args = module.parse_args()
@@ -216,6 +214,19 @@ def test_every_table_is_one_command(name, tmp_path):
             assert weight > 0
             wanted.discard((args.seed, args.kd_mode[0]))
     assert not wanted
+
+
+def test_a_dry_run_of_published_tables(tmp_path):
+    """A name stands for all tables that begin with it."""
+    words = ['--dry_run', '--table', '--only', 'kd-zoo-cifar10', 'mdistiller-imagenet']
+    command = [sys.executable, ROOT / 'tools' / 'reproduce.py', *words, '--results', tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = list(map(shlex.split, done.stdout.splitlines()))
+    made = [line[2].split('/')[-1] for line in lines if line[1] == 'tools/table.py']
+    pairs = ('resnet20-resnet20', 'resnet110-resnet20', 'resnet110-resnet110')
+    assert made[:3] == [f'kd-zoo-cifar10-{pair}' for pair in pairs] and len(made) == 5
+    assert sum(line[1] == 'train_dml.py' for line in lines) == 9 and not list(tmp_path.iterdir())
 
 
 def test_the_example_script_fills_a_table():

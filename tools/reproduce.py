@@ -35,13 +35,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import missing  # noqa: E402
-
 from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.flags import Parser, positive_float  # noqa: E402
 from engine.record import write_atomic  # noqa: E402
 from methods import KD  # noqa: E402
+from tools import missing  # noqa: E402
 
 
 def parse_args():
