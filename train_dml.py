@@ -23,6 +23,7 @@ from torch import nn
 
 import models
 import utils
+from engine import listing
 from engine.batch import Batch, Probe, as_float
 from methods import KD, PEERS
 
@@ -30,11 +31,11 @@ from methods import KD, PEERS
 def parse_args():
     parser = utils.Parser(__doc__)
     # fmt: off
-    names = list(PEERS)
     flag = parser.add_argument_group('mutual learning').add_argument
-    flag('--kd_mode', nargs=1, required=True, metavar='METHOD', help=', '.join(names))
+    flag('--kd_mode', nargs=1, required=True, metavar='METHOD', action=listing.lists(PEERS),
+         help='a method; list: print all, what they need, their weights and arguments')
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
-         help='weight of the loss: ' + ', '.join(f'{name} {PEERS[name].weight:g}' for name in names))
+         help="weight of the loss; default: the method's, see --kd_mode list")
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the loss, e.g. T=2')
     flag('--net_names', nargs='+', required=True, metavar='NAME',
          help=f'two or more of {models.NAMES}')

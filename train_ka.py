@@ -35,7 +35,7 @@ import dataset
 import models
 import utils
 from dataset.dense import TASKS, DenseMetrics, channels_of, supervised
-from engine import side_by_side
+from engine import listing, side_by_side
 from engine.batch import as_float
 from ka_losses import METHODS, ConcatKD, Method
 from models.branching import JointNet
@@ -48,22 +48,20 @@ def parse_args():
     parser = utils.Parser(__doc__)
     # fmt: off
     flag = parser.add_argument_group('amalgamation').add_argument
-    flag('--ka_mode', nargs='+', required=True, metavar='METHOD',
-         help=f'one student per word: {", ".join(METHODS)} (scratch is the reference that reads labels), or '
-              f'{ENSEMBLE}: only evaluate the teachers, which is done in any case')
+    flag('--ka_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(METHODS),
+         help='one student per word (scratch is the reference that reads labels); list: print all methods, '
+              f'what they need, their weights and arguments; {ENSEMBLE}: only evaluate the teachers, which '
+              'is done in any case')
     flag('--lambda_ka', nargs='+', default=[], metavar='W',
-         help='weight of the loss: a number, or METHOD=number with several methods; defaults: '
-              + ', '.join(f'{name} {m.weight:g}' for name, m in METHODS.items()))
+         help='weight of the loss: a number, or METHOD=number with several methods; default: the '
+              "method's, see --ka_mode list")
     flag('--lambda_kd', type=float, metavar='W',
-         help='weight of soft targets over all classes beside it; default 1 for '
-              + ', '.join(name for name, m in METHODS.items() if m.kd) + ', 0 for the others')
+         help="weight of soft targets over all classes beside it; default: the method's, 1 or 0")
     flag('--T', type=utils.positive_float, default=1.0, help='temperature of these, default 1')
     flag('--ka_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. h_channels=64, or METHOD.KEY=VALUE with several methods')
     flag('--ka_layers', nargs='+', type=stage, metavar='rbK',
-         help='stages of the networks that the loss attaches to, default by method: '
-              + ', '.join(f'{name} {" ".join(f"rb{k}" for k in m.layers)}'
-                          for name, m in METHODS.items() if m.layers))
+         help="stages of the networks that the loss attaches to; default: the method's")
     flag('--t_name', nargs='+', default=[], metavar='NAME',
          help=f'teachers, or one name for all: {models.NAMES}; scenes: segnet (small, default), segnet_vgg')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teachers' checkpoints")

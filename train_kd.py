@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import models
 import utils
-from engine import side_by_side
+from engine import listing, side_by_side
 from engine.batch import Batch, InFloat32, Probe
 from engine.side_by_side import cast_weights
 from engine.teachers import Teachers
@@ -39,26 +39,22 @@ def parse_args(words=None):
     parser = utils.Parser(__doc__)
     # fmt: off
     flag = parser.add_argument_group('distillation').add_argument
-    names = list(KD)
-    flag('--kd_mode', nargs='+', required=True, metavar='METHOD',
-         help=f'one student per word, methods joined by + share a student: {", ".join(names)}')
+    flag('--kd_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(KD),
+         help='one student per word, methods joined by + share a student; list: print all methods, what they '
+              'need, their weights and arguments')
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
          help='weight of the loss beside cross-entropy: a number, or METHOD=number with several methods; '
-              'defaults: ' + ', '.join(f'{name} {KD[name].weight:g}' for name in names))
+              "default: the method's, see --kd_mode list")
     flag('--lambda_ce', type=utils.share_of_ce, metavar='W',
-         help='weight of cross-entropy; default 1, or what the methods say: '
-              + ', '.join(f'{name} {m.when.ce:g}' for name, m in KD.items()
-                          if not callable(m.when.ce) and m.when.ce != 1))
+         help='weight of cross-entropy; default 1, or what the methods say')
     flag('--ramp_epochs', type=utils.positive_int, metavar='N',
-         help='epochs over which the weight of a loss rises, for methods that have such a ramp: '
-              + ', '.join(f'{name} {m.when.ramp.epochs:g} of {m.when.ramp.of:g}' for name, m in KD.items()
-                          if isinstance(m.when.ramp, schedules.linear)) + ', scaled')
+         help='epochs over which the weight of a loss rises, for methods that have such a ramp; default: '
+              "the method's, scaled")
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. T=8, or METHOD.KEY=VALUE with several methods, e.g. st.T=8')
     flag('--t_name', nargs='+', default=[], metavar='NAME',
-         help=f'teacher: {models.NAMES}; several, the main '
-              'one first, for methods that take assistants; none for methods without a teacher: '
-              + ', '.join(name for name in names if not KD[name].needs.teacher))
+         help=f'teacher: {models.NAMES}; several, the main one first, for methods that take assistants; none '
+              'for methods without a teacher')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teacher's checkpoint, one per teacher")
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
@@ -67,13 +63,10 @@ def parse_args(words=None):
     flag('--new_head', action='store_true',
          help='of --s_init take all but the classifier: for weights with other classes, or none')
     flag('--init_epochs', type=utils.whole_number, metavar='N',
-         help='epochs of the loss alone before cross-entropy alone, for methods that initialise the student: '
-              + ', '.join(f'{name} {m.when.alone}' for name, m in KD.items() if m.when.alone)
-              + ' of 200, scaled')
+         help='epochs of the loss alone before cross-entropy alone, for methods with such a phase; default: '
+              "the method's, scaled")
     flag('--pretrain_epochs', type=utils.whole_number, metavar='N',
-         help="epochs in which the loss's own modules learn first: "
-              + ', '.join(f'{name} {m.when.pretrain}' for name, m in KD.items() if m.when.pretrain)
-              + ' of 200, scaled')
+         help="epochs in which the loss's own modules learn first; default: the method's, scaled")
     flag('--phases', choices=('before', 'inside'), default='before',
          help='before: the epochs of those two come before the --epochs, as in the papers; inside: they are '
               'the first of the --epochs, at a tenth of the learning rate that all share then, so that no '
@@ -232,7 +225,7 @@ class Run:
             return utils.learning_rate(args, epoch) / (1 if phase == 'train' else 10)
         init = self.before[1]
         done = (math.floor(epoch) + init) / init if phase == 'init' else 0
-        return args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))  # the seed zoo's
+        return args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))  # KD-Zoo's
 
     def decided(self) -> tuple:
         """What Python decides of a step: as long as it stays, a recording of the step holds."""
