@@ -12,24 +12,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .afk import AFK
+from .afk import AFK, Filter
 from .cfl import CFL
 from .concat_kd import ConcatKD
 from .customize import Customize, select_teacher
-from .fedka import FedKA
-from .ka_vit import TokenAmalgamation
+from .fedka import FedKA, Translator
+from .ka_vit import TokenAmalgamation, TokenExpand
 from .layerwise import LayerwiseKA
 from .ood_ka import OODKAGenerator
-from .recombination import SoftFocal
-from .sbm import SBM
+from .recombination import RangeQuantizer, SoftFocal
+from .sbm import SBM, ChannelCoding
 from .soka import GradNorm, SOKAFeature
 from .subtask import SubTask
-from .transformer_ka import TaskAmalgamation
+from .transformer_ka import SeqAgg, SeqHint, TaskAmalgamation
 
 __all__ = [
-    'AFK', 'CFL', 'METHODS', 'SBM', 'ConcatKD', 'Customize', 'FedKA', 'GradNorm', 'LayerwiseKA', 'Method',
-    'OODKAGenerator', 'SOKAFeature', 'SoftFocal', 'SubTask', 'TaskAmalgamation', 'TokenAmalgamation',
-]  # fmt: skip
+    'AFK',
+    'CFL',
+    'METHODS',
+    'SBM',
+    'ChannelCoding',
+    'ConcatKD',
+    'Customize',
+    'FedKA',
+    'Filter',
+    'GradNorm',
+    'LayerwiseKA',
+    'Method',
+    'OODKAGenerator',
+    'RangeQuantizer',
+    'SOKAFeature',
+    'SeqAgg',
+    'SeqHint',
+    'SoftFocal',
+    'SubTask',
+    'TaskAmalgamation',
+    'TokenAmalgamation',
+    'TokenExpand',
+    'Translator',
+]
 
 
 # feed: what one step gives the loss; returns value and terms.  s: Feats of the student (out, feat, fms,

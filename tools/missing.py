@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import utils  # noqa: E402
-from tools.table import read_json  # noqa: E402
+from report.table import read_json  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

@@ -27,10 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import missing  # noqa: E402
-
 import utils  # noqa: E402
 from methods import KD  # noqa: E402
+from tools import missing  # noqa: E402
 
 
 def parse_args():
