@@ -102,73 +102,7 @@ missing() {    # of these methods, those without a result
     "$PYTHON" tools/missing.py $methods -- "$script" "$@" --data_name "$DATA" --epochs "$EPOCHS" --seed "$SEED" $FLAGS
 }
 
-# One block per method, the weight spelled out: those of Knowledge-Distillation-Zoo, in its order, then later methods.
-logits()   { kd logits   --lambda_kd 0.1; }
-st()       { kd st       --lambda_kd 0.1; }
-at()       { kd at       --lambda_kd 1000; }
-fitnet()   { kd fitnet   --lambda_kd 0.1; }
-nst()      { kd nst      --lambda_kd 10; }
-pkt()      { kd pkt      --lambda_kd 10000; }
-fsp()      { kd fsp      --lambda_kd 1; }
-ft()       { kd ft       --lambda_kd 200; }
-rkd()      { kd rkd      --lambda_kd 1; }
-ab()       { kd ab       --lambda_kd 10; }
-sp()       { kd sp       --lambda_kd 3000; }
-sobolev()  { kd sobolev  --lambda_kd 20; }
-bss()      { kd bss      --lambda_kd 2; }
-cc()       { kd cc       --lambda_kd 100; }
-lwm()      { kd lwm      --lambda_kd 0.4; }
-irg()      { kd irg      --lambda_kd 1; }
-vid()      { kd vid      --lambda_kd 1; }
-ofd()      { kd ofd      --lambda_kd 0.5; }
-afd()      { kd afd      --lambda_kd 500; }
-crd()      { kd crd      --lambda_kd 0.2; }
-kdsvd()    { kd kdsvd    --lambda_kd 1; }
-quest()    { kd quest    --lambda_kd 1; }
-eel()      { kd eel      --lambda_kd 1; }
-pad()      { kd pad      --lambda_kd 1; }
-cd_()      { kd cd       --lambda_kd 18; }
-cd_edt()   { kd cd_edt   --lambda_kd 18; }
-reviewkd() { kd reviewkd --lambda_kd 0.6; }
-dkd()      { kd dkd      --lambda_kd 1; }
-dot()      { kd dot      --lambda_kd 0.9; }
-dist()     { kd dist     --lambda_kd 2; }
-nkd()      { kd nkd      --lambda_kd 1; }
-lskd()     { kd lskd     --lambda_kd 9; }
-mlkd()     { kd mlkd     --lambda_kd 0.9; }
-mlkd_strong() { kd mlkd_strong --lambda_kd 0.9; }
-ctkd()     { kd ctkd     --lambda_kd 0.9; }
-simkd()    { kd simkd    --lambda_kd 1; }
-srrl()     { kd srrl     --lambda_kd 1; }
-wsld()     { kd wsld     --lambda_kd 2.25; }
-catkd()    { kd catkd    --lambda_kd 0.7; }
-ttm()      { kd ttm      --lambda_kd 4; }
-mgd()      { kd mgd      --lambda_kd 0.0012; }
-norm()     { kd norm     --lambda_kd 1; }
-sdd()      { kd sdd      --lambda_kd 0.9; }
-fcfd()     { kd fcfd     --lambda_kd 1; }
-vkd()      { kd vkd      --lambda_kd 1; }
-ofakd()    { kd ofakd    --lambda_kd 1; }
-ickd()     { kd ickd     --lambda_kd 2.5; }
-semckd()   { kd semckd   --lambda_kd 100; }
-ikd()      { kd ikd      --lambda_kd 0.2; }
-dgkd()     { kd dgkd     --lambda_kd 1; }
-tfkd_self() { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
-adain()    { kd adain    --lambda_kd 1; }
-mhgd()     { kd mhgd     --lambda_kd 1; }
-
-# The student teaches itself: these need no teacher.
-cskd()     { kd cskd     --lambda_kd 1; }
-uskd()     { kd uskd     --lambda_kd 1; }
-byot()     { kd byot     --lambda_kd 1; }
-ddgsd()    { kd ddgsd    --lambda_kd 1; }
-pskd()     { kd pskd     --lambda_kd 1; }
-tfkd()     { kd tfkd     --lambda_kd 1; }
-sla()      { kd sla      --lambda_kd 1; }
-sad()      { kd sad      --lambda_kd 0.1; }
-dlb()      { kd dlb      --lambda_kd 1; }
-
-# Networks that learn from each other: two, a network with three branches, three peers and their leader.
+# Networks that learn from each other.
 peers() {
     local method=$1 weight=$2
     shift 2
@@ -177,17 +111,85 @@ peers() {
         run train_dml.py --kd_mode "$method" "${flags[@]}"
     fi
 }
-dml()      { peers dml      1 "$S_NAME" "$S_NAME"; }
-dcm()      { peers dcm      1 "$S_NAME" "$S_NAME"; }
-onadvfd()  { peers onadvfd  1 "$S_NAME" "$S_NAME"; }
-kdcl()     { peers kdcl     1 "$S_NAME" "$S_NAME"; }
-one()      { peers one      1 "$S_NAME" "$S_NAME" "$S_NAME"; }
-okddip()   { peers okddip   1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
 
-METHODS='logits st at fitnet nst pkt fsp ft rkd ab sp sobolev bss cc lwm irg vid ofd afd crd kdsvd quest eel'
-METHODS="$METHODS pad cd cd_edt reviewkd dkd dot dist nkd lskd mlkd mlkd_strong ctkd simkd srrl wsld catkd ttm mgd norm sdd"
-METHODS="$METHODS fcfd vkd ofakd ickd semckd ikd dgkd tfkd_self adain mhgd cskd uskd byot ddgsd pskd tfkd sla sad dlb"
-PEERS='dml dcm onadvfd kdcl one okddip'
+# methods:begin (python -m report refresh)
+# A frozen teacher and a student.
+ab()         { kd ab          --lambda_kd 10; }
+adain()      { kd adain       --lambda_kd 1; }
+afd()        { kd afd         --lambda_kd 500; }
+at()         { kd at          --lambda_kd 1000; }
+bss()        { kd bss         --lambda_kd 2; }
+catkd()      { kd catkd       --lambda_kd 0.7; }
+cc()         { kd cc          --lambda_kd 100; }
+cd_()        { kd cd          --lambda_kd 18; }
+cd_edt()     { kd cd_edt      --lambda_kd 18; }
+crd()        { kd crd         --lambda_kd 0.2; }
+ctkd()       { kd ctkd        --lambda_kd 0.9; }
+dgkd()       { kd dgkd        --lambda_kd 1; }
+dist()       { kd dist        --lambda_kd 2; }
+dkd()        { kd dkd         --lambda_kd 1; }
+dot()        { kd dot         --lambda_kd 0.9; }
+eel()        { kd eel         --lambda_kd 1; }
+fcfd()       { kd fcfd        --lambda_kd 1; }
+fitnet()     { kd fitnet      --lambda_kd 0.1; }
+fsp()        { kd fsp         --lambda_kd 1; }
+ft()         { kd ft          --lambda_kd 200; }
+ickd()       { kd ickd        --lambda_kd 2.5; }
+ikd()        { kd ikd         --lambda_kd 0.2; }
+irg()        { kd irg         --lambda_kd 1; }
+kdsvd()      { kd kdsvd       --lambda_kd 1; }
+logits()     { kd logits      --lambda_kd 0.1; }
+lskd()       { kd lskd        --lambda_kd 9; }
+lwm()        { kd lwm         --lambda_kd 0.4; }
+mgd()        { kd mgd         --lambda_kd 0.0012; }
+mhgd()       { kd mhgd        --lambda_kd 1; }
+mlkd()       { kd mlkd        --lambda_kd 0.9; }
+mlkd_strong() { kd mlkd_strong --lambda_kd 0.9; }
+nkd()        { kd nkd         --lambda_kd 1; }
+norm()       { kd norm        --lambda_kd 1; }
+nst()        { kd nst         --lambda_kd 10; }
+ofakd()      { kd ofakd       --lambda_kd 1; }
+ofd()        { kd ofd         --lambda_kd 0.5; }
+pad()        { kd pad         --lambda_kd 1; }
+pkt()        { kd pkt         --lambda_kd 10000; }
+quest()      { kd quest       --lambda_kd 1; }
+reviewkd()   { kd reviewkd    --lambda_kd 0.6; }
+rkd()        { kd rkd         --lambda_kd 1; }
+sdd()        { kd sdd         --lambda_kd 0.9; }
+semckd()     { kd semckd      --lambda_kd 400; }
+simkd()      { kd simkd       --lambda_kd 1; }
+sobolev()    { kd sobolev     --lambda_kd 20; }
+sp()         { kd sp          --lambda_kd 3000; }
+srrl()       { kd srrl        --lambda_kd 1; }
+st()         { kd st          --lambda_kd 0.1; }
+tfkd_self()  { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
+ttm()        { kd ttm         --lambda_kd 45; }
+vid()        { kd vid         --lambda_kd 1; }
+vkd()        { kd vkd         --lambda_kd 1; }
+wsld()       { kd wsld        --lambda_kd 2.25; }
+
+# The student teaches itself: these need no teacher.
+byot()       { kd byot        --lambda_kd 1; }
+cskd()       { kd cskd        --lambda_kd 1; }
+ddgsd()      { kd ddgsd       --lambda_kd 1; }
+dlb()        { kd dlb         --lambda_kd 1; }
+pskd()       { kd pskd        --lambda_kd 1; }
+sad()        { kd sad         --lambda_kd 0.1; }
+sla()        { kd sla         --lambda_kd 1; }
+tfkd()       { kd tfkd        --lambda_kd 1; }
+uskd()       { kd uskd        --lambda_kd 1; }
+
+# Networks that learn from each other.
+dcm()        { peers dcm         1 "$S_NAME" "$S_NAME"; }
+dml()        { peers dml         1 "$S_NAME" "$S_NAME"; }
+kdcl()       { peers kdcl        1 "$S_NAME" "$S_NAME"; }
+okddip()     { peers okddip      1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
+onadvfd()    { peers onadvfd     1 "$S_NAME" "$S_NAME"; }
+one()        { peers one         1 "$S_NAME" "$S_NAME" "$S_NAME"; }
+
+METHODS='ab adain afd at bss byot catkd cc cd cd_edt crd cskd ctkd ddgsd dgkd dist dkd dlb dot eel fcfd fitnet fsp ft ickd ikd irg kdsvd logits lskd lwm mgd mhgd mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pskd quest reviewkd rkd sad sdd semckd simkd sla sobolev sp srrl st tfkd tfkd_self ttm uskd vid vkd wsld'
+PEERS='dcm dml kdcl okddip onadvfd one'
+# methods:end
 
 # Amalgamation: teachers that know a part of the classes each, students that know them all and read no label.
 ka() {
@@ -217,8 +219,8 @@ rooms() {
 }
 
 ka_report() {
-    py tools/ka_table.py "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
-    py tools/ka_figures.py "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
+    py -m report ka "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
+    py -m report figures "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
 }
 KA_MODES='concat parts mse layerwise cfl soka customize_target scratch'
 ROOMS=scenes
@@ -241,7 +243,7 @@ table() {
     for method in $PEERS; do
         if [ -d "$SAVE_ROOT/$method-$DML_RUN" ]; then peers+=("$SAVE_ROOT/$method-$DML_RUN"); fi
     done
-    py tools/table.py "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" ${peers[@]+"${peers[@]}"} \
+    py -m report table "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" ${peers[@]+"${peers[@]}"} \
         --out "$SAVE_ROOT/$KD_RUN"
 }
 

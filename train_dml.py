@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from engine import errors, optimise, session
+from engine import errors, listing, optimise, session
 from engine.batch import Batch, Probe, as_float
 from engine.device import autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
@@ -49,11 +49,11 @@ from methods import KD, PEERS
 def parse_args():
     parser = Parser(__doc__)
     # fmt: off
-    names = list(PEERS)
     flag = parser.add_argument_group('mutual learning').add_argument
-    flag('--kd_mode', nargs=1, required=True, metavar='METHOD', help=', '.join(names))
+    flag('--kd_mode', nargs=1, required=True, metavar='METHOD', action=listing.lists(PEERS),
+         help='a method; list: print all, what they need, their weights and arguments')
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
-         help='weight of the loss: ' + ', '.join(f'{name} {PEERS[name].weight:g}' for name in names))
+         help="weight of the loss; default: the method's, see --kd_mode list")
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the loss, e.g. T=2')
     flag('--net_names', nargs='+', required=True, metavar='NAME',
          help=f'two or more of {models.NAMES}')

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
 
-from engine import errors, session, side_by_side
+from engine import errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
 from engine.flags import Parser, add_common_flags, add_thread_flag, positive_float
 from engine.ka_build import ENSEMBLE, build_run, read_methods
@@ -51,22 +51,20 @@ def parse_args():
     parser = Parser(__doc__)
     # fmt: off
     flag = parser.add_argument_group('amalgamation').add_argument
-    flag('--ka_mode', nargs='+', required=True, metavar='METHOD',
-         help=f'one student per word: {", ".join(KA)} (scratch is the reference that reads labels), or '
-              f'{ENSEMBLE}: only evaluate the teachers, which is done in any case')
+    flag('--ka_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(KA),
+         help='one student per word (scratch is the reference that reads labels); list: print all methods, '
+              f'what they need, their weights and arguments; {ENSEMBLE}: only evaluate the teachers, which '
+              'is done in any case')
     flag('--lambda_ka', nargs='+', default=[], metavar='W',
-         help='weight of the loss: a number, or METHOD=number with several methods; defaults: '
-              + ', '.join(f'{name} {m.weight:g}' for name, m in KA.items()))
+         help='weight of the loss: a number, or METHOD=number with several methods; default: the '
+              "method's, see --ka_mode list")
     flag('--lambda_kd', type=float, metavar='W',
-         help='weight of soft targets over all classes beside it; default 1 for '
-              + ', '.join(name for name, m in KA.items() if m.when.soft) + ', 0 for the others')
+         help="weight of soft targets over all classes beside it; default: the method's, 1 or 0")
     flag('--T', type=positive_float, default=1.0, help='temperature of these, default 1')
     flag('--ka_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. h_channels=64, or METHOD.KEY=VALUE with several methods')
     flag('--ka_layers', nargs='+', type=stage, metavar='rbK',
-         help='stages of the networks that the loss attaches to, default by method: '
-              + ', '.join(f'{name} {" ".join(f"rb{k}" for k in m.needs.layers)}'
-                          for name, m in KA.items() if m.needs.layers))
+         help="stages of the networks that the loss attaches to; default: the method's")
     flag('--t_name', nargs='+', default=[], metavar='NAME',
          help=f'teachers, or one name for all: {"; ".join(s.networks for s in SETTINGS)}')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teachers' checkpoints")

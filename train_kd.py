@@ -23,7 +23,7 @@ import engine.threads  # noqa: F401  before torch
 import torch
 
 import models
-from engine import errors, optimise, session, side_by_side
+from engine import errors, listing, optimise, session, side_by_side
 from engine.batch import Batch
 from engine.build import build_runs, read_methods
 from engine.device import autocast, compile_networks, setup
@@ -47,33 +47,29 @@ from engine.record import (
 from engine.session import Log, load_data
 from engine.student import Run, Student, Term  # noqa: F401  what tests and benchmarks build with
 from engine.teachers import Teachers, load_teachers
-from methods import KD, schedules
+from methods import KD
 
 
 def parse_args(words=None):
     parser = Parser(__doc__)
     # fmt: off
     flag = parser.add_argument_group('distillation').add_argument
-    names = list(KD)
-    flag('--kd_mode', nargs='+', required=True, metavar='METHOD',
-         help=f'one student per word, methods joined by + share a student: {", ".join(names)}')
+    flag('--kd_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(KD),
+         help='one student per word, methods joined by + share a student; list: print all methods, what they '
+              'need, their weights and arguments')
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
          help='weight of the loss beside cross-entropy: a number, or METHOD=number with several methods; '
-              'defaults: ' + ', '.join(f'{name} {KD[name].weight:g}' for name in names))
+              "default: the method's, see --kd_mode list")
     flag('--lambda_ce', type=share_of_ce, metavar='W',
-         help='weight of cross-entropy; default 1, or what the methods say: '
-              + ', '.join(f'{name} {m.when.ce:g}' for name, m in KD.items()
-                          if not callable(m.when.ce) and m.when.ce != 1))
+         help='weight of cross-entropy; default 1, or what the methods say')
     flag('--ramp_epochs', type=positive_int, metavar='N',
-         help='epochs over which the weight of a loss rises, for methods that have such a ramp: '
-              + ', '.join(f'{name} {m.when.ramp.epochs:g} of {m.when.ramp.of:g}' for name, m in KD.items()
-                          if isinstance(m.when.ramp, schedules.linear)) + ', scaled')
+         help='epochs over which the weight of a loss rises, for methods that have such a ramp; default: '
+              "the method's, scaled")
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. T=8, or METHOD.KEY=VALUE with several methods, e.g. st.T=8')
     flag('--t_name', nargs='+', default=[], metavar='NAME',
-         help=f'teacher: {models.NAMES}; several, the main '
-              'one first, for methods that take assistants; none for methods without a teacher: '
-              + ', '.join(name for name in names if not KD[name].needs.teacher))
+         help=f'teacher: {models.NAMES}; several, the main one first, for methods that take assistants; none '
+              'for methods without a teacher')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teacher's checkpoint, one per teacher")
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
@@ -82,13 +78,10 @@ def parse_args(words=None):
     flag('--new_head', action='store_true',
          help='of --s_init take all but the classifier: for weights with other classes, or none')
     flag('--init_epochs', type=whole_number, metavar='N',
-         help='epochs of the loss alone before cross-entropy alone, for methods that initialise the student: '
-              + ', '.join(f'{name} {m.when.alone}' for name, m in KD.items() if m.when.alone)
-              + ' of 200, scaled')
+         help='epochs of the loss alone before cross-entropy alone, for methods with such a phase; default: '
+              "the method's, scaled")
     flag('--pretrain_epochs', type=whole_number, metavar='N',
-         help="epochs in which the loss's own modules learn first: "
-              + ', '.join(f'{name} {m.when.pretrain}' for name, m in KD.items() if m.when.pretrain)
-              + ' of 200, scaled')
+         help="epochs in which the loss's own modules learn first; default: the method's, scaled")
     flag('--phases', choices=('before', 'inside'), default='before',
          help='before: the epochs of those two come before the --epochs, as in the papers; inside: they are '
               'the first of the --epochs, at a tenth of the learning rate that all share then, so that no '

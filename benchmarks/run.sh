@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All benchmarks, on a machine that does nothing else: bash benchmarks/run.sh [--quick]
-# Writes results/benchmarks-losses.json, results/benchmarks-trainer.json and the tables in the README.
+# Writes results/benchmarks-losses.json, results/benchmarks-trainer.json and refreshes docs/speed.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 "$PYTHON" -m benchmarks.losses "$@" --out results/benchmarks-losses.json
 "$PYTHON" -m benchmarks.trainer "$@" --out results/benchmarks-trainer.json
-"$PYTHON" -m benchmarks.table --readme README.md > /dev/null
+"$PYTHON" -m report refresh

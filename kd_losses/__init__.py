@@ -7,11 +7,11 @@ from .ab import AB
 from .adain import AdaINKD
 from .afd import AFD
 from .at import AT
-from .bss import BSS
+from .bss import BSS, BSSAttacker
 from .byot import BYOT, BYOTStudent
 from .catkd import CATKD
 from .cc import CC
-from .cd import CD
+from .cd import CD, GKD
 from .crd import CRD
 from .cskd import CSKD
 from .ctkd import CTKD
@@ -27,7 +27,7 @@ from .eel import EEL
 from .fcfd import FCFD
 from .fitnet import FitNet
 from .fsp import FSP
-from .ft import FactorTransfer
+from .ft import FT, FactorTransfer, Paraphraser, Translator
 from .ickd import ICKD
 from .ikd import IKD
 from .irg import IRG
@@ -40,18 +40,18 @@ from .mgd import MGD
 from .mhgd import MHGD
 from .mlkd import MLKD
 from .nkd import NKD
-from .norm import NORM, NORMStudent
+from .norm import NORM, FeatureTransform, NORMStudent
 from .nst import NST
-from .ofakd import OFAKD
+from .ofakd import OFAKD, OFAExit
 from .ofd import OFD
 from .okddip import OKDDip
-from .onadvfd import OnAdvFD
+from .onadvfd import Adversaries, Discriminator, OnAdvFD, TransferLayer
 from .one import ONE, Branches
 from .pad import PAD
 from .pkt import PKT
 from .pskd import PSKD
 from .quest import QuEST
-from .reviewkd import ReviewKD
+from .reviewkd import ABF, HCL, ReviewKD
 from .rkd import RKD
 from .sad import SAD
 from .sdd import SDD
@@ -71,6 +71,7 @@ from .wsld import WSLD
 
 __all__ = [
     'AB',
+    'ABF',
     'AFD',
     'AT',
     'BSS',
@@ -92,6 +93,9 @@ __all__ = [
     'EEL',
     'FCFD',
     'FSP',
+    'FT',
+    'GKD',
+    'HCL',
     'ICKD',
     'IKD',
     'IRG',
@@ -121,16 +125,22 @@ __all__ = [
     'VID',
     'WSLD',
     'AdaINKD',
+    'Adversaries',
+    'BSSAttacker',
     'BYOTStudent',
     'Branches',
     'DCMStudent',
+    'Discriminator',
     'FactorTransfer',
+    'FeatureTransform',
     'FitNet',
     'Logits',
     'LwM',
     'NORMStudent',
+    'OFAExit',
     'OKDDip',
     'OnAdvFD',
+    'Paraphraser',
     'QuEST',
     'ReviewKD',
     'SLAStudent',
@@ -141,5 +151,7 @@ __all__ = [
     'SoftTarget',
     'TfKDReg',
     'TfKDSelf',
+    'TransferLayer',
+    'Translator',
     'VkD',
 ]

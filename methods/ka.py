@@ -80,15 +80,6 @@ class Method:
     own: Own = Own()
     limits: Limits = Limits()
 
-    @property
-    def dense(self) -> bool | None:
-        """The setting, for readers of the older column."""
-        return {'classes': False, 'dense': True}.get(self.needs.setting)
-
-    @property
-    def shared(self) -> bool:
-        return self.needs.shared_classes
-
 
 alone = When(soft=0)
 in_turn = {0.0: ('all',), 0.1: ('competition', 'collaboration', 'balance')}

@@ -672,24 +672,24 @@ def test_federation(script, halves, tmp_path):
 
 def test_table_and_figures(ka, script, room_teachers, tmp_path):
     assert ka('cfl', 'scratch', '--note', 'run').code == 0
-    done = script('tools.ka_table', tmp_path / 'run', '--out', tmp_path / 'table')
+    done = script('report.ka', tmp_path / 'run', '--out', tmp_path / 'table')
     assert done.code == 0
     text = (tmp_path / 'table' / 'table.md').read_text()
     for word in ('teacher 1, resnet8', 'ensemble A', 'ensemble C', 'scratch (reads labels)', 'cfl'):
         assert word in text
-    done = script('tools.ka_figures', tmp_path / 'run', '--out', tmp_path / 'figures')
+    done = script('report.figures', tmp_path / 'run', '--out', tmp_path / 'figures')
     assert done.code == 0, done.err
     for name in ('space', 'curves', 'routing'):
         assert (tmp_path / 'figures' / f'{name}.png').stat().st_size > 5000
     with np.load(tmp_path / 'figures' / 'space.npz') as file:
         assert file['common'].shape == file['raw'].shape == (3 * len(file['label']), 2)
-    drawn = script('tools.ka_figures', tmp_path, '--out', tmp_path / 'figures')  # from the arrays alone
+    drawn = script('report.figures', tmp_path, '--out', tmp_path / 'figures')  # from the arrays alone
     assert drawn.code == 0 and drawn.out.count('figure:') == 3
     words = ('--ka_mode', 'sbm', *ROOMS, '--t_model', *room_teachers, '--epochs', 1, '--epochs_ft', 1)
     assert script('train_ka', *words, '--note', 'rooms').code == 0
-    assert script('tools.ka_figures', tmp_path / 'rooms', '--out', tmp_path / 'panels').code == 0
+    assert script('report.figures', tmp_path / 'rooms', '--out', tmp_path / 'panels').code == 0
     assert (tmp_path / 'panels' / 'panels.png').stat().st_size > 5000
-    assert script('tools.ka_table', tmp_path / 'rooms', '--out', tmp_path / 'panels').code == 0
+    assert script('report.ka', tmp_path / 'rooms', '--out', tmp_path / 'panels').code == 0
     text = (tmp_path / 'panels' / 'table.md').read_text()
     assert 'the teachers, one per task' in text and 'sbm, after the block phase' in text
 

@@ -1,34 +1,22 @@
-"""Unlike pairs of networks: every method on every kind of difference, as the README's table says."""
+"""Unlike pairs of networks: every method on every kind of difference, as docs/pairs.md says."""
 
 import re
 
 import pytest
 
-from methods import METHODS
+from report.pairs import PAIRS, TAUGHT, one_step, verdicts
 from tests.conftest import ROOT
-from tests.pairs import PAIRS, one_step
 from tests.test_data import write_folder
 
-TAUGHT = sorted(name for name, m in METHODS.items() if m.needs.teacher and not m.own.peers)
-
-
-def readme_table() -> dict[str, list[str]]:
-    lines = (ROOT / 'README.md').read_text().splitlines()
-    start = lines.index('| method | ' + ' | '.join(PAIRS) + ' |') + 2
-    rows = [line for line in lines[start : start + len(TAUGHT)]]
-    return {row.split('|')[1].strip(): [cell.strip() for cell in row.split('|')[2:-1]] for row in rows}
-
-
-def test_the_readme_has_a_row_for_every_method():
-    assert list(readme_table()) == TAUGHT
+SAID = verdicts((ROOT / 'docs' / 'pairs.md').read_text())
 
 
 @pytest.mark.parametrize('name', TAUGHT)
 def test_one_step_on_every_pair(name):
     """It works, with or without an adapter, or refuses with a sentence that says what must match."""
-    for kind, wanted in zip(PAIRS, readme_table()[name]):
+    for kind, wanted in zip(PAIRS, SAID[name]):
         verdict, said = one_step(name, kind)
-        assert verdict == wanted, f'{kind}: {verdict}, the README says {wanted}: {said}'
+        assert verdict == wanted, f'{kind}: {verdict}, docs/pairs.md says {wanted}: {said}'
         if verdict == 'refuses':
             assert re.match(r'\w+: ', said) or 'wrapped' in said, said
             assert re.search(r'must|needs|one architecture', said), said

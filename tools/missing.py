@@ -16,7 +16,7 @@ from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.flags import Parser  # noqa: E402
 from engine.record import math_args  # noqa: E402
-from tools.table import read_json  # noqa: E402
+from report.table import read_json  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

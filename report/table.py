@@ -1,4 +1,4 @@
-"""Make the table and the figure from result files: `python tools/table.py FOLDER... --out FOLDER`.
+"""Make the table and the figure from result files: `python -m report table FOLDER... --out FOLDER`.
 
 Reads every results.json (or *.json of the same form) below the given folders, groups runs that differ in the
 seed only, and writes table.md and accuracy.png (test accuracy per epoch per method). With --readme FILE the
@@ -9,16 +9,12 @@ table also replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end
 import hashlib
 import json
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from engine import errors  # noqa: E402
-from engine.errors import UserError, user_errors  # noqa: E402
-from engine.flags import Parser  # noqa: E402
-from engine.record import output_folder  # noqa: E402
-from methods import METHODS  # noqa: E402
+from engine.errors import UserError, user_errors
+from engine.flags import Parser
+from engine.record import output_folder
+from methods import METHODS
 
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
 COLUMNS += ('schedule', 'device', 'published')
@@ -132,6 +128,19 @@ def table(results: list[dict]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def summary(results: list[dict]) -> str:
+    """A short table: each method's last epoch, and what it gains over the student alone."""
+    groups = group(results)
+    lines = ['| | top-1, last epoch | against the student alone |', '|---|---|---|']
+    for key, runs in groups.items():
+        alone = baseline_of(groups, key)
+        gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
+        kind = 'student alone' if key[2] in students_of(groups) else 'teacher'
+        name = f'{kind}, {key[2]}' if key[3] == 'baseline' else f'`{key[3]}`'
+        lines.append(f'| {name} | {spread([r["last"]["top1"] for r in runs])} | {gain} |')
+    return '\n'.join(lines) + '\n'
+
+
 def figure(results: list[dict], path: Path) -> None:
     """Test accuracy per epoch, or, where curves would be too many or too short to read, of the last epoch."""
     try:
@@ -216,14 +225,20 @@ def curves(groups: dict, plt):
     return fig
 
 
-def insert(readme: Path, name: str, text: str) -> None:
+def between(text: str, name: str, new: str, where: str) -> str:
+    """text with what stands between <!-- NAME:begin --> and <!-- NAME:end --> replaced."""
     begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
-    with user_errors():
-        before, found, rest = readme.read_text().partition(begin)
+    before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise UserError(f'{readme} has no {begin} ... {end}')
-    readme.write_text(f'{before}{begin}\n{text}{end}{after}')
+        raise UserError(f'{where} has no {begin} ... {end}')
+    return f'{before}{begin}\n{new}{end}{after}'
+
+
+def insert(page: Path, name: str, new: str) -> None:
+    with user_errors():
+        text = page.read_text()
+    page.write_text(between(text, name, new, str(page)))
 
 
 def main() -> int:
@@ -235,8 +250,7 @@ def main() -> int:
     args = parser.parse_args()
     results = read_results(args.folders)
     if not results:
-        print(f'table.py: error: no result files below {", ".join(args.folders)}', file=sys.stderr)
-        return 2
+        raise UserError(f'no result files below {", ".join(args.folders)}')
     out = output_folder(Path(args.out))
     text = table(results)
     (out / 'table.md').write_text(text)
@@ -246,7 +260,3 @@ def main() -> int:
     figure(results, out / 'accuracy.png')
     print(f'table:  {out / "table.md"}\nfigure: {out / "accuracy.png"}')
     return 0
-
-
-if __name__ == '__main__':
-    errors.run(main)

@@ -1,4 +1,4 @@
-"""Figures of an amalgamation run: `python tools/ka_figures.py save/NOTE --out FOLDER`.
+"""Figures of an amalgamation run: `python -m report figures save/NOTE --out FOLDER`.
 
 First the arrays that are shown are worked out from the run's checkpoints and saved (*.npz), then drawn
 (*.png); where the checkpoints are gone the saved arrays are drawn again.
@@ -11,21 +11,17 @@ First the arrays that are shown are worked out from the run's checkpoints and sa
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from engine import errors  # noqa: E402
-from engine.errors import UserError  # noqa: E402
-from engine.flags import Parser  # noqa: E402
-from engine.record import output_folder  # noqa: E402
-from ka_settings import setting_for  # noqa: E402
-from methods.ka import KA as METHODS  # noqa: E402
-from tools.ka_table import read_results  # noqa: E402
+from engine.errors import UserError
+from engine.flags import Parser
+from engine.record import output_folder
+from ka_settings import setting_for
+from methods.ka import KA as METHODS
+from report.ka import read_results
 
 PALETTE = np.array(
     [[196, 160, 120], [166, 196, 224], [236, 236, 228], [200, 70, 60], [64, 140, 80], [108, 84, 170]]
@@ -305,7 +301,3 @@ def main() -> int:
     if not any((args.out / f'{name}.npz').exists() for name in DRAW):
         raise UserError(f'{args.folder}: no run of train_ka.py, and no arrays in {args.out}')
     return 0
-
-
-if __name__ == '__main__':
-    errors.run(main)

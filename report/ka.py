@@ -1,4 +1,4 @@
-"""Tables of amalgamation runs: `python tools/ka_table.py FOLDER... --out FOLDER`.
+"""Tables of amalgamation runs: `python -m report ka FOLDER... --out FOLDER`.
 
 Reads every result file of train_ka.py below the folders, joins runs that differ in the seed only, and writes
 table.md and table.csv, a table per experiment. With --readme FILE the tables also replace what stands between
@@ -6,18 +6,15 @@ table.md and table.csv, a table per experiment. With --readme FILE the tables al
 """
 
 import csv
+import io
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import models  # noqa: E402
-from engine import errors  # noqa: E402
-from engine.errors import UserError  # noqa: E402
-from engine.flags import Parser  # noqa: E402
-from engine.record import output_folder  # noqa: E402
-from tools.table import insert, read_json, spread  # noqa: E402
+import models
+from engine.errors import UserError
+from engine.flags import Parser
+from engine.record import output_folder
+from report.table import insert, read_json, spread
 
 NOTE = (
     'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax among '
@@ -159,6 +156,13 @@ def text_of(made: list[tuple[str, list[list]]]) -> str:
     return '\n'.join(f'**{title}**\n\n{markdown(rows)}' for title, rows in made) + f'\n{NOTE}\n'
 
 
+def csv_of(made: list[tuple[str, list[list]]]) -> str:
+    file = io.StringIO(newline='')
+    for title, rows in made:
+        csv.writer(file).writerows([[title], *rows, []])
+    return file.getvalue()
+
+
 def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument('folders', nargs='+', help='where result files are')
@@ -173,14 +177,8 @@ def main() -> int:
     text = text_of(made)
     out = output_folder(Path(args.out))
     (out / 'table.md').write_text(text)
-    with open(out / 'table.csv', 'w', newline='') as file:
-        for title, rows in made:
-            csv.writer(file).writerows([[title], *rows, []])
+    (out / 'table.csv').write_bytes(csv_of(made).encode())
     if args.readme:
         insert(Path(args.readme), args.name, text)
     print(text)
     return 0
-
-
-if __name__ == '__main__':
-    errors.run(main)

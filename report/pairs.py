@@ -1,8 +1,7 @@
-"""Every method on pairs of unlike networks: which work, which build an adapter, which refuse.
+"""docs/pairs.md: every method on pairs of unlike networks: works, builds an adapter, or refuses."""
 
-python -m tests.pairs      prints the README's table
-"""
-
+import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,6 +9,10 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 import models
+import train_kd
+from engine.batch import Probe
+from engine.device import autocast
+from engine.teachers import Teachers
 from methods import METHODS
 from models.hooks import Tap, tokens
 
@@ -77,19 +80,12 @@ def pair(kind: str) -> tuple[nn.Module, nn.Module]:
 
 def one_step(name: str, kind: str) -> tuple[str, str]:
     """('works', 'adapter' or 'refuses', what was said) of a forward and backward pass."""
-    import random
-
-    import engine.device
-    import train_kd
-    from engine.batch import Probe
-    from engine.teachers import Teachers
-
     method = METHODS[name]
     net_s, net_t = pair(kind)
     torch.manual_seed(1)
     n = 4
     img, target = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
-    amp = engine.device.autocast(torch.device('cpu'), 'off')
+    amp = autocast(torch.device('cpu'), 'off')
     teachers = Teachers([net_t], amp, [], img)
     teachers.prepare = {method.own.once_per_batch} - {None}
     views = {view: img for view in method.needs.views}
@@ -133,13 +129,33 @@ class Forty:
         yield self.img, self.target, None
 
 
-def rows() -> list[str]:
-    lines = ['| method | ' + ' | '.join(PAIRS) + ' |', '|---|' + '---|' * len(PAIRS)]
-    for name in sorted(name for name, m in METHODS.items() if m.needs.teacher and not m.own.peers):
-        lines.append(f'| {name} | ' + ' | '.join(one_step(name, kind)[0] for kind in PAIRS) + ' |')
-    return lines
+TAUGHT = sorted(name for name, m in METHODS.items() if m.needs.teacher and not m.own.peers)
+
+PAGE = """# Unlike pairs of networks
+
+Written by `python -m report refresh`, which tries a training step of every method on every pair; a test tries
+them again.
+
+Stages are paired from the shallow end. Where a method compares maps position by position, the larger map is
+averaged to the smaller one's size. Where it needs equal channels and has no adapter of its own, it refuses in
+one line before training. *works*: as it is. *adapter*: with layers of the loss's own, or a changed student.
+
+| the pair | what differs |
+|---|---|
+"""
 
 
-if __name__ == '__main__':
-    torch.set_num_threads(1)
-    print('\n'.join(rows()))
+def page(verdict: Callable[[str, str], str] = lambda name, kind: one_step(name, kind)[0]) -> str:
+    """The text of docs/pairs.md; verdict: (method, pair) -> works, adapter or refuses."""
+    torch.set_num_threads(1)  # small networks; several threads would wait for each other
+    lines = [f'| `{kind}` | {what} |' for kind, what in PAIRS.items()]
+    lines += ['', '| method | ' + ' | '.join(PAIRS) + ' |', '|---|' + '---|' * len(PAIRS)]
+    lines += [f'| {name} | ' + ' | '.join(verdict(name, kind) for kind in PAIRS) + ' |' for name in TAUGHT]
+    return PAGE + '\n'.join(lines) + '\n'
+
+
+def verdicts(text: str) -> dict[str, list[str]]:
+    """What a page says: {method: a verdict per pair}."""
+    rows = [line for line in text.splitlines() if line.count('|') == len(PAIRS) + 2 and '---' not in line]
+    cells = [[cell.strip() for cell in row.strip('|').split('|')] for row in rows]
+    return {name: said for name, *said in cells if name != 'method'}

@@ -1,0 +1,152 @@
+"""What a row says to a reader: `--kd_mode list`, `--ka_mode list`, docs/methods.md.
+
+Nothing here is written down twice: the title and the paper are the first paragraphs of the loss's file, what
+it needs is what its feed reads and what its row asks for, and the arguments are those of its constructor.
+"""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+import textwrap
+
+from methods import Method
+
+# what a feed reads of Feats and of the batch, and how a reader calls it
+READS = {
+    r'\.out\b|\bouts?\b': 'logits',
+    r'\.feat\b': 'embeddings',
+    r'\.fms\b': 'maps',
+    r'\.pres\b': 'maps before the ReLU',
+    r'\.extra\b': 'layers added to the student',
+    r'\.target\b': 'labels',
+    r'\.index\b': 'image numbers',
+    r'\.views\b': '',  # the row says which
+    r'classifier_layer|\.after\(': 'parts of the networks themselves',
+    r'batch\.(teacher|student)\(': 'further forward passes',
+}
+VIEWS = {
+    'second': 'a second crop',
+    'strong': 'a strongly augmented view',
+    'pair': 'another image of the class',
+    'each': 'a view per network',
+}
+
+
+def facts(name: str, row) -> dict[str, str]:
+    """Title, paper, needs, weight and arguments of a row; its file as `module`."""
+    module = module_of(name, row)
+    title, paper = opening(module)
+    return {
+        'name': name,
+        'title': title,
+        'paper': short(paper),
+        'needs': ', '.join(needs(row)),
+        'weight': f'{row.weight:g}',
+        'arguments': arguments(row),
+        'module': module.__name__ if module else '',
+    }
+
+
+def module_of(name: str, row):
+    """The file of a loss: where its optimiser or class is, or the file of the row's name."""
+    optimiser = getattr(getattr(row, 'own', None), 'optimiser', None)
+    places = [getattr(thing, '__module__', '') for thing in (optimiser, row.loss)]
+    package = next((place.split('.')[0] for place in places if '_losses' in place), 'ka_losses')
+    for place in (*places, f'{package}.{name}'):
+        if '_losses.' in place and place in sys.modules:
+            return sys.modules[place]
+    return None
+
+
+def opening(module) -> tuple[str, str]:
+    """The first two paragraphs of a loss file: what it is, and whose."""
+    if not module:
+        return '', ''
+    paragraphs = [' '.join(text.split()) for text in inspect.getdoc(module).split('\n\n')]
+    return paragraphs[0].rstrip('.'), paragraphs[1]
+
+
+def short(paper: str) -> str:
+    """'K. He, X. Zhang, S. Ren, "Deep", CVPR 2016, arXiv:...' -> 'He et al., CVPR 2016'; several: all."""
+    found = []
+    for authors, place in re.findall(r'((?:[^";]|; )*), "[^"]*", ([^;]*)', paper):
+        names = [name.split('. ')[-1].strip() for name in authors.split(',')]
+        who = (
+            names[0] if len(names) == 1 else ' and '.join(names) if len(names) == 2 else f'{names[0]} et al.'
+        )
+        found.append(f'{who}, {place.split(", arXiv")[0].strip(" .")}')
+    return '; '.join(found) or 'none found'
+
+
+def needs(row) -> list[str]:
+    """What a training must give the loss, in a reader's words."""
+    source = inspect.getsource(row.feed)
+    words = [word for pattern, word in READS.items() if word and re.search(pattern, source)]
+    if 'maps' in words and 'maps before the ReLU' in words:
+        words.remove('maps')
+    if isinstance(row, Method):
+        return words + _of_distillation(row)
+    needed, soft = row.needs, row.when.soft  # an amalgamation
+    words += ['teachers that share classes'] * needed.shared_classes
+    words += [f'by default at rb{" rb".join(map(str, needed.layers))}'] * bool(needed.layers)
+    words += [f'beside soft targets at {soft:g}'] * bool(soft)
+    return words + ['dense tasks'] * (needed.setting == 'dense')
+
+
+def _of_distillation(row) -> list[str]:
+    needed, when = row.needs, row.when
+    return [
+        *(VIEWS.get(view, view) for view in needed.views),
+        *(['all teachers'] if needed.all_teachers else []),
+        *(['relations in the batch'] if needed.relations else []),
+        *(['full batches'] if needed.full_batches else []),
+        *(['the gradient in the image'] if needed.image_gradient else []),
+        *(['one process'] if row.limits.one_process else []),
+        *([f'{when.alone} of 200 epochs alone'] if when.alone else []),
+        *([f'{when.pretrain} of 200 epochs for its own modules'] if when.pretrain else []),
+    ]
+
+
+def arguments(row) -> str:
+    """The constructor's arguments that have a default, as the row's build sets them: 'T=4.0, p=2'."""
+    parameters = inspect.signature(row.loss).parameters.values()
+    values = {p.name: repr(p.default) for p in parameters if p.default not in (inspect.Parameter.empty, None)}
+    values |= {key: value for key, value in told(row.build).items() if key in values}
+    return ', '.join(f'{key}={value}' for key, value in values.items() if value)
+
+
+def told(build) -> dict:
+    """What a build tells a constructor, loss(mode='mse', **{'margin': 2.0, **options}); '': worked out."""
+    found = {}
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(build)))):
+        pairs = zip(node.keys, node.values) if isinstance(node, ast.Dict) else ()
+        pairs = [(key.value, value) for key, value in pairs if isinstance(key, ast.Constant)]
+        pairs += [(k.arg, k.value) for k in node.keywords] if isinstance(node, ast.Call) else []
+        found |= {key: repr(v.value) if isinstance(v, ast.Constant) else '' for key, v in pairs if key}
+    return found
+
+
+def text(rows: dict, width: int = 110) -> str:
+    """The table that `list` prints: a line of facts per method, its arguments below."""
+    lines = ['METHOD          weight  paper; what it needs; arguments of its loss with their defaults']
+    for name, row in sorted(rows.items()):
+        f = facts(name, row)
+        said = '; '.join(part for part in (f['paper'], f['needs'] or 'nothing', f['arguments']) if part)
+        first, *rest = textwrap.wrap(said, width - 24, break_long_words=False)
+        lines += [f'{name:16s}{f["weight"]:>6s}  {first}', *(' ' * 24 + line for line in rest)]
+    return '\n'.join(lines)
+
+
+def lists(rows: dict) -> type[argparse.Action]:
+    """For add_argument(action=...): the word `list` alone prints the table and ends, as --help does."""
+
+    class OrList(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            if values == ['list']:
+                print(text(rows))
+                parser.exit()
+            setattr(namespace, self.dest, values)
+
+    return OrList

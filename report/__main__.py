@@ -1,0 +1,34 @@
+"""Tables, figures and pages: `python -m report COMMAND ...`.
+
+    table FOLDER... --out FOLDER      accuracies of base, kd and dml runs: table.md, accuracy.png
+    ka FOLDER... --out FOLDER         accuracies of train_ka.py: table.md, table.csv
+    figures FOLDER --out FOLDER       figures of a run of train_ka.py
+    refresh [--check]                 rewrite every generated file of the repository, or say which are stale
+
+`python -m report COMMAND --help` tells more.
+"""
+
+import importlib
+import sys
+
+from engine import errors
+from engine.errors import UserError
+
+COMMANDS = ('table', 'ka', 'figures', 'refresh')
+
+
+def main() -> int | None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ''
+    if name in ('-h', '--help'):
+        print(__doc__)
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f'{name or "nothing to do"}: say one of {", ".join(COMMANDS)} (--help tells more)')
+    del sys.argv[1]
+    sys.argv[0] = f'python -m report {name}'  # for the usage line
+    return importlib.import_module(f'report.{name}').main()
+
+
+if __name__ == '__main__':
+    sys.argv[0] = 'report'  # what error lines begin with
+    errors.run(main)

@@ -1,0 +1,158 @@
+"""docs/methods.md and docs/flags.md: what the rows, the loss files and the parsers say."""
+
+import argparse
+import ast
+import importlib
+import re
+from pathlib import Path
+from unittest import mock
+
+from engine import listing
+from methods import KA, KD, PEERS
+
+ROOT = Path(__file__).parent.parent
+TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka')
+OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'dataset.download',
+          'report.table', 'report.ka', 'report.figures', 'report.refresh')  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------ methods
+
+METHODS_HEAD = """# Methods
+
+Written by `python -m report refresh` from the rows of `methods/`, `ka_losses/` and the first lines of the
+loss files; `python train_kd.py --kd_mode list` prints the same with the arguments of each loss.
+
+The weight is the default of `--lambda_kd` (`--lambda_ka`): loss = cross-entropy + weight * method, unless the
+row gives cross-entropy another weight, which stands in brackets; 0 where the loss contains it. Weights are
+those of Knowledge-Distillation-Zoo on CIFAR-10 where it has the method, else the authors'
+([words](words.md)). "Maps" are the feature maps at the end of a network's stages, "embedding" is the vector
+before the classifier. Stages are averaged. The last column says against what each file is verified and
+where it differs from the paper.
+"""
+
+TAUGHT = {name: method for name, method in KD.items() if method.needs.teacher}
+GROUPS = {
+    'A frozen teacher and a student (`train_kd.py`)': TAUGHT,
+    'Self-distillation, no teacher (`train_kd.py`)': {n: m for n, m in KD.items() if n not in TAUGHT},
+    'Networks that learn from each other (`train_dml.py`)': PEERS,
+    'Amalgamation: several teachers that know different things, no labels (`train_ka.py`)':
+        KA,
+}  # fmt: skip
+
+
+def methods_page() -> str:
+    lines, shown = [METHODS_HEAD], set()
+    written = (ROOT / 'docs' / 'differences.md').read_text()
+    for title, rows in GROUPS.items():
+        lines += [
+            f'\n## {title}\n',
+            '| method | what it does | paper | needs | weight | |',
+            '|---|---|---|---|---|---|',
+        ]
+        for name, row in rows.items():
+            facts = listing.facts(name, row)
+            shown.add(facts['module'])
+            lines.append(methods_line(name, row, facts, written))
+    lines += [
+        '\n## Losses to copy, which no script trains\n',
+        '| file | what it does | paper |',
+        '|---|---|---|',
+    ]
+    for path in sorted(ROOT.glob('*_losses/[!_]*.py')):
+        if f'{path.parent.name}.{path.stem}' not in shown:
+            title, paper, *_ = ast.get_docstring(ast.parse(path.read_text())).split('\n\n')
+            paper = ' '.join(paper.split())
+            title = ' '.join(title.split()).rstrip('.')
+            lines.append(f'| {link(path)} | {title} | {listing.short(paper)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def methods_line(name: str, row, facts: dict, written: str) -> str:
+    path = ROOT / (facts['module'].replace('.', '/') + '.py')
+    shown = f'[`{name}`](../{path.relative_to(ROOT)})' if facts['module'] else f'`{name}`'
+    what = facts['title'] or 'the reference: cross-entropy with labels'
+    anchor = f'[more](differences.md#{name})' if f'<a id="{name}"></a>' in written else ''
+    ce = getattr(getattr(row, 'when', None), 'ce', 1)
+    weight = facts['weight'] + ('' if ce == 1 else ' (ce later)' if callable(ce) else f' (ce {ce:g})')
+    return f'| {shown} | {what} | {facts["paper"]} | {facts["needs"]} | {weight} | {anchor} |'
+
+
+def link(path: Path) -> str:
+    place = path.relative_to(ROOT)
+    return f'[`{place}`](../{place})'
+
+
+# -------------------------------------------------------------------------------------------------- flags
+
+FLAGS_HEAD = """# Flags
+
+Written by `python -m report refresh` from the scripts' own parsers: what `--help` says. `--a-b` means
+`--a_b`; there are no abbreviations. [Running](running.md) explains how they go together.
+
+## The training scripts
+
+`base`, `kd`, `dml`, `ka`: train_base.py, train_kd.py, train_dml.py, train_ka.py.
+
+| flag | of | meaning |
+|---|---|---|
+"""
+
+
+class Stop(Exception):
+    """Carries a parser out of the script that made it."""
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a script, at the moment when it would read the command line."""
+
+    def stop(parser, *_, **__):
+        raise Stop(parser)
+
+    module = importlib.import_module(name)
+    with mock.patch.object(argparse.ArgumentParser, 'parse_known_args', stop):
+        try:
+            (getattr(module, 'parse_args', None) or module.main)()
+        except Stop as found:
+            return found.args[0]
+    raise AssertionError(f'{name} reads no flags')
+
+
+def flags_page() -> str:
+    rows = {}
+    for script in TRAINERS:
+        for flag, meaning in described(parser_of(script)):
+            rows.setdefault((flag, meaning), []).append(script.removeprefix('train_'))
+    places = {flag: place for place, (flag, _) in reversed(list(enumerate(rows)))}  # one flag, one place
+    ordered = sorted(rows.items(), key=lambda row: places[row[0][0]])
+    lines = [FLAGS_HEAD.rstrip('\n')]
+    for (flag, meaning), scripts in ordered:
+        of = 'all' if len(scripts) == len(TRAINERS) else ', '.join(scripts)
+        lines.append(f'| {flag} | {of} | {meaning} |')
+    for script in OTHERS:
+        lines += [f'\n## {command(script)}\n', '| flag | meaning |', '|---|---|']
+        lines += [f'| {flag} | {meaning} |' for flag, meaning in described(parser_of(script))]
+    return '\n'.join(lines) + '\n'
+
+
+def command(name: str) -> str:
+    folder, _, word = name.partition('.')
+    return {'tools': f'tools/{word}.py', 'report': f'python -m report {word}'}.get(
+        folder, f'python -m {name}'
+    )
+
+
+def described(parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
+    """[(flag, meaning)] of a parser, without --help."""
+    made = []
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        name = (
+            ' '.join(f'`{option}`' for option in action.option_strings)
+            or f'`{action.metavar or action.dest}`'
+        )
+        text = parser._get_formatter()._expand_help(action) if action.help else ''
+        if action.choices:
+            text = f'one of {", ".join(map(str, action.choices))}' + (f'; {text}' if text else '')
+        made.append((name, re.sub(r'\s+', ' ', text).replace('|', ' or ')))
+    return made

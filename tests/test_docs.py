@@ -1,0 +1,164 @@
+"""README and docs: generated parts are fresh, code runs, commands parse, and what they name exists."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from methods import KA as KA_METHODS
+from methods import METHODS
+from report import refresh
+from report.pages import parser_of
+from tests.conftest import ROOT
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+TEXT = {page: page.read_text() for page in PAGES}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """[(page and number, block)] of all pages."""
+    found = [
+        (page.stem, textwrap.dedent(block))
+        for page, text in TEXT.items()
+        for block in re.findall(rf'```{language}\n(.*?)^ *```', text, re.S | re.M)
+    ]
+    return [(f'{page}-{k}', block) for k, (page, block) in enumerate(found)]
+
+
+def test_nothing_generated_is_stale(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['report', '--check'])
+    assert refresh.main() == 0, f'run python -m report refresh: {capsys.readouterr().out}'
+
+
+def test_a_stale_page_is_named(monkeypatch, capsys):
+    page = ROOT / 'docs' / 'flags.md'
+    monkeypatch.setattr(sys, 'argv', ['report', '--check'])
+    monkeypatch.setattr(refresh, 'texts', lambda trust: {page: 'other'})
+    before = page.read_text()
+    assert refresh.main() == 1 and 'stale: docs/flags.md' in capsys.readouterr().out
+    assert page.read_text() == before
+
+
+def test_every_result_is_of_a_clean_commit_and_names_its_command():
+    results = refresh.table.read_results([str(ROOT / 'results')])
+    assert results
+    for result in results:
+        assert re.fullmatch(r'[0-9a-f]{40}', result['commit']), 'a result must come from a clean commit'
+        assert result['command'].startswith('python t') and '/tmp' not in result['command']
+        assert result['machine']['cpu'] and isinstance(result['seed'], int)
+
+
+def test_the_readme_is_short_and_there_is_code():
+    assert TEXT[PAGES[0]].count('\n') <= 130
+    assert len(blocks('python')) >= 5 and len(commands()) >= 20
+
+
+@pytest.mark.parametrize('page,block', blocks('python'), ids=[page for page, _ in blocks('python')])
+def test_the_code_runs(page, block, tmp_path):
+    """As pasted, in a folder that holds what the text says: rkd.py copied, or the checkout on the path."""
+    (tmp_path / 'rkd.py').write_bytes((ROOT / 'kd_losses' / 'rkd.py').read_bytes())
+    env = {'PATH': '/usr/bin:/bin', 'OMP_NUM_THREADS': '1'}
+    env |= {} if 'from rkd' in block else {'PYTHONPATH': str(ROOT)}
+    words = [sys.executable, '-c', block]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def commands() -> list[list[str]]:
+    """Every command of the bash blocks, without the variables before it and the comment after it."""
+    lines = '\n'.join(block for _, block in blocks('bash')).replace('\\\n', ' ').splitlines()
+    made = [shlex.split(line, comments=True) for line in lines]
+    for words in made:
+        while words and re.match(r'[A-Z_0-9]+=', words[0]):
+            words.pop(0)
+    return [words for words in made if words]
+
+
+@pytest.mark.parametrize('words', commands(), ids=lambda words: ' '.join(words[:5]))
+def test_the_commands_are_right(words):
+    """Python commands are parsed by their script, those of the example script run with --dry-run."""
+    if words[:2] == ['bash', 'example_train_script.sh']:
+        line = ['bash', str(ROOT / words[1]), '--dry-run', *words[2:]]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0 and 'python train_' in done.stdout, done.stderr
+    elif words[0] == 'python' and '...' not in words and not words[1].startswith('tools/gpu'):
+        module, rest = (words[2], words[3:]) if words[1] == '-m' else (words[1], words[2:])
+        module = module.removesuffix('.py').replace('/', '.')
+        if module == 'report':
+            module, rest = f'report.{rest[0]}', rest[1:]
+        args = parser_of(module).parse_args(rest)
+        if module == 'train_kd':
+            importlib.import_module(module).read_methods(args)
+    else:
+        assert words[0] in ('bash', 'export', 'python', 'sbatch', 'torchrun')
+        assert all((ROOT / word).exists() for word in words if re.fullmatch(r'[\w/]+\.(py|sh)', word))
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_links_and_files_exist(page):
+    for target in re.findall(r'\]\(([^)#]+?)(?:#[\w-]+)?\)', TEXT[page]):
+        assert target.startswith('http') or (page.parent / target).exists(), target
+    for path in re.findall(r'`((?:[\w.]+/)*[\w.]+\.(?:py|sh|toml))`', TEXT[page]):
+        places = [ROOT / folder / path for folder in ('', 'kd_losses', 'tools/gpu')]
+        assert path == 'kd_losses/mine.py' or any(place.exists() for place in places), path
+
+
+def test_every_link_to_a_difference_has_its_line():
+    there = set(re.findall(r'<a id="(\w+)">', TEXT[ROOT / 'docs' / 'differences.md']))
+    assert set(re.findall(r'differences\.md#(\w+)\)', TEXT[ROOT / 'docs' / 'methods.md'])) <= there
+    assert there <= METHODS.keys() | KA_METHODS.keys()
+
+
+def test_the_followed_step_exists():
+    """At most nine jumps, and every name is in its file."""
+    section = TEXT[ROOT / 'docs' / 'extending.md'].split('## Follow one step')[1]
+    rows = re.findall(r'^\| \d+ \| `([\w/]+\.py)` \| (.*?) \|', section, re.M)
+    assert 5 <= len(rows) <= 9
+    for path, names in rows:
+        for name in re.findall(r'`([\w.]+)`', names):
+            where = ast.parse((ROOT / path).read_text())
+            for part in name.split('.'):
+                where = next(node for node in where.body if getattr(node, 'name', '') == part)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_things_are_called_by_their_names(page):
+    """Not the numbers of goals, not nicknames."""
+    assert not re.search(r'seed zoo' if page.stem == 'gpu' else r'seed zoo|\b[TL]\d{1,2}\b', TEXT[page])
+
+
+LISTS = [
+    ('train_kd', '--kd_mode', 'rkd'),
+    ('train_dml', '--kd_mode', 'dml'),
+    ('train_ka', '--ka_mode', 'cfl'),
+]
+
+
+@pytest.mark.parametrize('name,flag,method', LISTS)
+def test_list_prints_every_method(script, name, flag, method):
+    done = script(name, flag, 'list')
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.out.splitlines() if line.startswith(f'{method} ')]
+    assert re.search(r'\d{4}; ', line), line
+    assert max(map(len, done.out.splitlines())) <= 110
+    assert len(script(name, '--help').out.splitlines()) < 175
+
+
+def test_what_a_list_says_of_a_method(script):
+    text = re.sub(r'\n {24}', ' ', script('train_kd', '--kd_mode', 'list').out)
+    assert 'Park et al., CVPR 2019; embeddings, relations in the batch; w_dist=25.0, w_angle=50.0\n' in text
+    assert re.search(r'^ab +10  Heo et al., .*margin=2.0', text, re.M), "what the row's build sets"
+
+
+@pytest.mark.parametrize(
+    'words,code', [('', 2), ('nonsense', 2), ('table', 2), ('--help', 0), ('ka --help', 0)]
+)
+def test_report_explains_itself_and_refuses_in_one_line(words, code):
+    line = [sys.executable, '-m', 'report', *words.split()]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code and done.stderr.count('\n') == (code > 0), done.stderr
