@@ -197,7 +197,7 @@ def bss_selection(out_s, out_t, target, size, u):
 
 
 def sobolev_step(net_s, net_t, img, target):
-    """Both input gradients with a graph, as the seed zoo takes them."""
+    """Both input gradients with a graph, as Knowledge-Distillation-Zoo takes them."""
     img = img.detach().requires_grad_()
     out_s, out_t = net_s(img), net_t(img)
 
@@ -209,7 +209,7 @@ def sobolev_step(net_s, net_t, img, target):
 
 
 def lwm_step(net_s, net_t, img, target):
-    """Both class activation maps with a graph from the image, as the seed zoo takes them."""
+    """Both class activation maps with a graph from the image, as Knowledge-Distillation-Zoo takes them."""
     img = img.detach().requires_grad_()
     s, t = net_s(img, True), net_t(img, True)
 

@@ -31,7 +31,7 @@ __all__ = [
     'take_classes',
 ]
 
-# (mean, std) per channel of the training images; CIFAR's are the seed zoo's
+# (mean, std) per channel of the training images; CIFAR's are Knowledge-Distillation-Zoo's
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 _SHAPES = (0.50, 0.50, 0.50), (0.24, 0.24, 0.24)

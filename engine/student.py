@@ -163,7 +163,9 @@ class Run:
             return optimise.learning_rate(args, epoch) / (1 if phase == 'train' else 10)
         init = self.before[1]
         done = (math.floor(epoch) + init) / init if phase == 'init' else 0
-        return args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))  # the seed zoo's
+        return (
+            args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))
+        )  # Knowledge-Distillation-Zoo's
 
     def decided(self) -> tuple:
         """What Python decides of a step: as long as it stays, a recording of the step holds."""

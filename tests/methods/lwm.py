@@ -31,7 +31,7 @@ def golden(z):
         z.compare(f'out_cam_{side}', F.normalize(cam, dim=1))
     value = LwM('sum')(out_s, fm_s, out_t, fm_t, target)
     z.compare('loss_sum', value)
-    z.open.discard('loss_zoo_wrong_cam')  # the number of the seed zoo's bug
+    z.open.discard('loss_zoo_wrong_cam')  # the number of a bug of Knowledge-Distillation-Zoo
     value = LwM()(out_s, fm_s, out_t, fm_t, target)
     assert abs(value.item() / z.arrays['loss_zoo_wrong_cam'].item() - 1) > 1e-6
     yield Case(lambda: value, {}, 'loss', tiny_grads(p_s))
