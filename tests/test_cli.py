@@ -21,7 +21,7 @@ import train_dml
 import train_ka
 import train_kd as train_kd_module
 from methods import KA as KA_METHODS
-from methods import METHODS
+from methods import KD, METHODS
 from models.checkpoint import compare_classes
 from tests.conftest import ROOT, TINY
 from tests.test_data import write_folder
@@ -53,6 +53,8 @@ COMMON = {
     '--tensorboard',
     '--debug',
     '--schedule',
+    '--no_nesterov',
+    '--pad',
     '--save_every',
     '-h',
     '--help',
@@ -139,7 +141,7 @@ def test_help_explains(script, name):
         ('--kd_mode dml --net_names resnet8 resnet9', '6n + 2'),
         ('--kd_mode dcm --net_names resnet8 resnet8 resnet8', 'two networks, got 3'),
         ('--kd_mode one --net_names resnet8 vgg8', 'one architecture'),
-        ('--kd_mode okddip --net_names resnet8x4 resnet8 resnet8', 'feats must be'),
+        ('--kd_mode okddip --net_names resnet8x4 resnet8 resnet8', 'feats[1] must be'),
         ('--kd_mode dml --net_names resnet8 resnet8 --net_inits x', '1 files for 2 networks'),
         ('--kd_mode kdcl --net_names resnet8 resnet8 --kd_args mode=best', 'mode must be'),
         ('--kd_mode kdcl --net_names resnet8 resnet8 --kd_args temperature=3', 'no argument'),
@@ -521,7 +523,7 @@ def test_debug_shows_an_error_of_the_author(script, teacher, monkeypatch):
     def my_new_feed(kd, s, t, b):
         return s.nonsense
 
-    monkeypatch.setitem(METHODS, 'st', dataclasses.replace(METHODS['st'], feed=my_new_feed))
+    monkeypatch.setitem(KD, 'st', dataclasses.replace(KD['st'], feed=my_new_feed))
     words = ('train_kd', *kd(teacher), '--kd_mode', 'st')
     assert script(*words, '--note', 'a').err.count('\n') == 1
     done = script(*words, '--note', 'b', '--debug')

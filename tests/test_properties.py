@@ -614,7 +614,7 @@ def test_ab_only_cares_for_the_side():
 
 
 def test_lwm_sees_the_last_stage_and_ignores_scale():
-    """Grad-CAM before average pooling and a linear layer: the wrong map of Knowledge-Distillation-Zoo is 0."""
+    """Grad-CAM before average pooling and a linear layer: a known zoo's wrong map is 0 there."""
     W, y = rand(5, 3), torch.arange(4)
     maps = [rand(4, 3, 6, 6, seed=k).requires_grad_() for k in (1, 2)]
     outs = [fm.mean(dim=(2, 3)) @ W.T for fm in maps]

@@ -116,7 +116,7 @@ def test_weights_arguments_and_flags_of_a_method(reproduce, tmp_path):
     assert '--lambda_kd st=0.9 --kd_args st.T=3.0 ' in st
     assert '--kd_mode at rkd+st' in at and '--lambda_kd st=0.9 --kd_args st.T=3.0 ' in at
     assert '--lambda_kd dkd=2 --kd_args dkd.beta=2.0 ' in dkd and dkd.endswith('--ramp_epochs 1')
-    assert made.startswith('python tools/table.py')
+    assert made.startswith('python -m report table')
     done = reproduce('--only', 'tiny-own', '--table')
     assert done.returncode == 0, done.stderr
     place = tmp_path / 'results' / 'tiny-own'
@@ -223,7 +223,7 @@ def test_a_dry_run_of_published_tables(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = list(map(shlex.split, done.stdout.splitlines()))
-    made = [line[2].split('/')[-1] for line in lines if line[1] == 'tools/table.py']
+    made = [line[4].split('/')[-1] for line in lines if line[1:4] == ['-m', 'report', 'table']]
     pairs = ('resnet20-resnet20', 'resnet110-resnet20', 'resnet110-resnet110')
     assert made[:3] == [f'kd-zoo-cifar10-{pair}' for pair in pairs] and len(made) == 5
     assert sum(line[1] == 'train_dml.py' for line in lines) == 9 and not list(tmp_path.iterdir())

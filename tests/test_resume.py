@@ -89,8 +89,8 @@ def killed_after(epochs: int, monkeypatch):
     """In this context a run dies once its record holds so many epochs."""
     real = engine.record.Record.epoch_done
 
-    def dies(record, row):
-        real(record, row)
+    def dies(record, row, save=True):
+        real(record, row, save)
         if record.epoch == epochs:
             raise Killed
 
@@ -138,7 +138,7 @@ def test_origin_is_kept(script, tmp_path, monkeypatch):
     for number in range(4):
         commit = 'abc'[min(number, 2)] * 40
         origin = {'command': f'call {number}', 'commit': commit, 'machine': {}}
-        monkeypatch.setattr(engine.record, 'provenance', lambda device, origin=origin: dict(origin))
+        monkeypatch.setattr('train_base.provenance', lambda device, origin=origin: dict(origin))
         at_once = lambda stop: setattr(stop, 'signal', 15)  # noqa: E731
         monkeypatch.setattr(engine.session.StopAfterEpoch, '__init__', at_once)
         assert script('train_base', *net).code == (128 + 15 if number < 3 else 0)

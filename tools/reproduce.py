@@ -85,7 +85,7 @@ def main() -> int:
                 else:  # 1: a student diverged; the rest of the grid is not to suffer
                     failed = failed or code
     for place in [args.results / name for name in names if args.table]:
-        run = Job(['tools/table.py', str(place), '--out', str(place)], {})
+        run = Job(['-m', 'report', 'table', str(place), '--out', str(place)], {})
         if args.dry_run:
             print(shlex.join(['python', *run.words]))
         elif any(place.glob('*.json')):
