@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1    # several processes with several threads each starve one another
 
-need='import torch, torchvision, numpy, scipy, tqdm, matplotlib, pytest, xdist, tensorboard, h5py, importlib.metadata
+need='import torch, torchvision, numpy, scipy, tqdm, matplotlib, pytest, xdist, tensorboard, h5py, safetensors, importlib.metadata
 assert importlib.metadata.version("ruff") == "0.17.5"
 assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)'
 for PYTHON in "$(command -v python3 || true)" "$(command -v python || true)" .venv/bin/python; do
