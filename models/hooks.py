@@ -9,6 +9,7 @@ state_dict is that of the wrapped network.
 
 import difflib
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -190,11 +191,28 @@ _PARALLEL = (
 
 
 class _Pass:
-    """What the hooks of a Tap see in the forward pass under way; between passes nothing."""
+    """What the hooks of a Tap see in the forward pass under way; between passes nothing.
+
+    Students that train side by side call one teacher from several threads: each thread has its own pass.
+    """
 
     def __init__(self, net: nn.Module) -> None:
-        self.net = net
-        self.end()
+        self.net, self._of_thread = net, threading.local()
+
+    def __getstate__(self) -> dict:
+        return {'net': self.net}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state['net'])
+
+    def _now(name, default):
+        return property(
+            lambda self: getattr(self._of_thread, name, default),
+            lambda self, value: setattr(self._of_thread, name, value),
+        )
+
+    values, dropped = _now('values', None), _now('dropped', None)
+    trains, image_needs_grad = _now('trains', False), _now('image_needs_grad', False)
 
     def begin(self, x) -> None:
         self.values, self.image_needs_grad = {}, _needs_grad([x])

@@ -929,3 +929,27 @@ def test_folded_leaves_what_is_called_twice():
     net(img, True)  # running statistics of its own
     fast = models.folded(net, img)
     torch.testing.assert_close(fast(img, True).out, net.eval()(img, True).out)
+
+
+def test_a_tap_in_several_threads():
+    """Students side by side ask one teacher at the same time: each gets the maps of its own images."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    met = threading.Barrier(2)
+
+    class Meets(torch.nn.Module):
+        def forward(self, x):
+            met.wait(timeout=20)  # both passes are under way here
+            return x
+
+    conv = torch.nn.Conv2d(3, 4, 3)
+    net = torch.nn.Sequential(
+        conv, Meets(), torch.nn.ReLU(), Meets(), torch.nn.Flatten(), torch.nn.Linear(144, 5)
+    )
+    tap = Tap(net.eval(), fms=['0', '2'])
+    images = [torch.randn(2, 3, 8, 8), torch.randn(3, 3, 8, 8)]
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(lambda img: tap(img, True), images))
+    for img, f in zip(images, seen):
+        assert torch.equal(f.fms[0], conv(img)) and len(f.out) == len(img)
