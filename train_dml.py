@@ -123,7 +123,7 @@ def main():
 
     origin = provenance(device) | class_names_of(train)
     recipe = math_args(args, script='train_dml', nets=args.net_names, initial=initial,
-                                method=[args.kd_mode[0], weight, options])  # fmt: skip
+                       method=[args.kd_mode[0], weight, options])  # fmt: skip
     state = {'net': step.peers, 'kd': step.kd, 'opt': opt, 'scaler': scaler, **opts}
     record = Record(folder, state, recipe, origin, 'val' if val else 'test')
     record.resume(resume_point(args.resume, folder))

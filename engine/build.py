@@ -13,9 +13,7 @@ from engine import side_by_side
 from engine.batch import Batch, Probe
 from engine.device import PRECISIONS
 from engine.errors import UserError, user_errors
-from engine.flags import (
-    weights_and_options,
-)
+from engine.flags import weights_and_options
 from engine.meter import Meter
 from engine.optimise import phase_epochs, sgd
 from engine.processes import distributed, gather_batches, processes, rank
@@ -119,8 +117,10 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         )
         inside = args.phases == 'inside'
         if inside and sum(before) >= args.epochs:
-            raise UserError(f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs '
-                                  f'{args.epochs} leaves none to train')  # fmt: skip
+            raise UserError(
+                f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs {args.epochs} leaves '
+                f'none to train'
+            )
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
         step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast)
@@ -165,7 +165,7 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
                                     rng=random.Random(0))  # fmt: skip
                     inner = trial.inner(batch.now, run.epochs)
                     trial(batch, trial.weights(phase, batch.now, run.epochs), inner, phase)
-    except AttributeError as error:  # a network of the user's own, without a term that this method asks for
+    except AttributeError as error:  # a network of the user's own, without a part that this method asks for
         raise UserError(f'{run.name}: {error}') from None
 
 

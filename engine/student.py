@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from engine import optimise
 from engine.batch import Batch, InFloat32
 from engine.meter import Meter
-from engine.record import (
-    Record,
-)
+from engine.record import Record
 from engine.side_by_side import cast_weights
 from methods import Method
 
@@ -163,9 +161,8 @@ class Run:
             return optimise.learning_rate(args, epoch) / (1 if phase == 'train' else 10)
         init = self.before[1]
         done = (math.floor(epoch) + init) / init if phase == 'init' else 0
-        return (
-            args.lr / 10 * args.lr_decay ** sum(done >= share for share in (0.6, 0.8))
-        )  # Knowledge-Distillation-Zoo's
+        falls = sum(done >= share for share in (0.6, 0.8))  # Knowledge-Distillation-Zoo's
+        return args.lr / 10 * args.lr_decay**falls
 
     def decided(self) -> tuple:
         """What Python decides of a step: as long as it stays, a recording of the step holds."""
