@@ -94,6 +94,10 @@ class InFloat32:
     def pres(self) -> Sequence[Tensor]:
         return _Maps(self, 'pres')
 
+    @property
+    def tokens(self) -> Sequence[Tensor]:
+        return _Maps(self, 'tokens')
+
     def _read(self, name: str, k: int | None = None):
         key = name if k is None else (name, k)
         if key in self._cast:

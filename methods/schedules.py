@@ -67,3 +67,15 @@ class off_then_down:
 
     def __call__(self, epoch: int, epochs: int) -> float:
         return 0 if epoch < self.off / self.of * epochs else max(1 - epoch / epochs / self.zero_at, 0)
+
+
+@dataclass(frozen=True)
+class cosine_from:
+    """1 up to an epoch, then half a cosine down to 0 at the end: cosine_from(150, of=240)."""
+
+    epoch: float
+    of: float
+
+    def __call__(self, epoch: int, epochs: int) -> float:
+        first = self.epoch / self.of * epochs
+        return 0.5 * (1 + math.cos(math.pi * max(epoch - first, 0) / (epochs - first)))

@@ -11,7 +11,10 @@ class Feats(NamedTuple):
     out: (N, K) logits.  feat: (N, D), the vector that enters the classifier.
     fms: the maps [stem, stage 1, stage 2, ...], each (N, C, H, W), after their activation.
     pres: the same maps before that activation.
-    extra: what a student that some method changes hands out besides, e.g. the logits of its exits.
+    extra: what a student that some method changes hands out besides, e.g. the logits of its exits; of a
+        transformer with a distillation token [logits of the class head, of the distillation head].
+    tokens: of a vision transformer, its patch tokens (N, H * W, D) after each block, the last ones after the
+        final layer norm.
     """
 
     out: Tensor
@@ -19,3 +22,4 @@ class Feats(NamedTuple):
     fms: list[Tensor]
     pres: list[Tensor]
     extra: Any = None
+    tokens: list[Tensor] | tuple = ()

@@ -89,7 +89,7 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
     teachers = Teachers([net_t], amp, [], img)
     teachers.prepare = {method.own.once_per_batch} - {None}
     views = {view: img for view in method.needs.views}
-    options = {'num_words': 8} if method.own.before else {'nce_n': 8} if name == 'crd' else {}
+    options = {'quest': {'num_words': 8}, 'crd': {'nce_n': 8}}.get(name, {})
     term = train_kd.Term(name, method, 1.0, options)
     try:
         seen = teachers(img, target, torch.arange(n), views)

@@ -10,6 +10,9 @@ exceptions      {kind: reason}: where tests/test_contract.py asks something else
 rows            {row of METHODS: {kind: reason}} instead, for rows whose exceptions are others than the file's
 extra(n, dtype, num_classes): what a changed student hands out besides the usual features;
                 extra_as_teacher(t): the same where it agrees with the teacher
+tokens(n, dtype, width): of a transformer, for rows that read them
+options, before(kd, t, dtype): what a row with own.before is built with, and what is done instead of that
+image_size      (12, 8) if it does not say
 networks        how many learn from each other; three if it does not say
 arrange(s, t)   changes random features that say nothing to the loss
 arguments(w)    those of forward, where the trainer calls a part of the loss only
@@ -38,10 +41,12 @@ KINDS = {
     'equal_channels': 'student and teacher may have different channels',
     'gradient_not_of_value': 'gradcheck (something is a constant by definition)',
     'labels_in_feed': 'labels reach the loss through forward',
+    'labels_in_part': 'a row of -100 counts for nothing (part of it needs no label; golden looks)',
     'layers': 'products are exact (those of layers of a network round as the user has asked)',
     'masked_class': "the other way round: these take a teacher's logit of -inf",
     'no_batch_of_one': 'a batch of one is legal; (reason, message)',
     'no_gradcheck': 'gradcheck',
+    'no_labels': 'labels that forward could take reach the loss',
     'no_meta': 'meta tensors, as planning tools use them',
     'no_pickle': 'the module can be pickled whole',
     'not_compiled': 'torch.compile(fullgraph=True)',

@@ -1,7 +1,17 @@
 """How quest.npz feeds kd_losses/quest.py."""
 
+import torch
+
 from kd_losses.quest import QuEST
 from tests.methods.shared import case, fill
+
+options = {'num_words': 5}
+
+
+def before(kd, t, dtype):
+    """A vocabulary."""
+    words = torch.randn(5, *t.pres[-1].shape[1:], dtype=dtype)
+    kd.fit(words, generator=torch.Generator().manual_seed(0))
 
 
 def golden(z):

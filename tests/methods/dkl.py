@@ -1,0 +1,39 @@
+"""How dkl.npz feeds kd_losses/dkl.py."""
+
+import torch
+
+from kd_losses.dkl import DKL, ClassPrior
+from tests.methods.shared import case
+
+MASKED = 'a class that the teacher rules out has weight 0, in both terms'
+rows = {
+    'dkl': {'masked_class': MASKED, 'no_labels': 'without a prior forward reads none'},
+    'gkl': {'masked_class': MASKED},
+}
+
+
+def golden(z):
+    hp = z.hp('alpha', 'beta', 'T', 'T2')
+    ikl, gkl = DKL(**hp), DKL(**hp, **z.hp('gamma'), reduction='weights')
+    prior = z.input('prior').detach()
+    for loss, suffix in ((ikl, ''), (ikl, '_ikl'), (gkl, '_gkl')):
+        yield case(z, loss, 'out_s', 'out_t', suffix=suffix)
+    for loss, suffix in ((ikl, '_ikl_prior'), (gkl, '_gkl_prior')):
+        yield case(
+            z, loss, 'out_s', 'out_t', 'target', suffix=suffix, call=lambda k=loss, **x: k(**x, prior=prior)
+        )
+    out_s, out_t, target = z.input('out_s'), z.input('out_t'), z.input('target')
+    wmse, sce = ikl.terms(out_s, out_t)
+    z.compare('loss_ikl_mse', wmse)
+    z.compare('loss_sce', sce)
+    z.compare('loss_gkl_mse', gkl.terms(out_s, out_t)[0])
+
+    table = ClassPrior(out_s.shape[1]).double()
+    first = table.prior.clone()
+    table.update(out_t, target, hp['T2'])
+    z.compare('out_prior_sum', table.sums)
+    after = table.close()
+    assert not table.sums.any()
+    seen = torch.isin(torch.arange(len(after)), target)
+    torch.testing.assert_close(after.sum(dim=1), torch.ones(len(after)).double())
+    assert torch.equal(after[~seen], first[~seen]) and not torch.equal(after[seen], first[seen])
