@@ -71,6 +71,10 @@ def parse_args(words=None):
          help=f'teacher: {models.NAMES}; several, the main one first, for methods that take assistants; none '
               'for methods without a teacher')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teacher's checkpoint, one per teacher")
+    for name, what in (('mean', 'mean'), ('std', 'standard deviation')):
+        flag(f'--t_{name}', nargs=3, type=float, metavar='X',
+             help=f'{what} per channel (pixels 0 to 1) of the images that the teachers were trained on, if '
+                  "they were normalised otherwise than these; default: the data's")
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
          help='initial weights of all students, e.g. initial.pt of train_base.py; default: drawn from --seed '

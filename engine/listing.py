@@ -19,6 +19,7 @@ READS = {
     r'\.feat\b': 'embeddings',
     r'\.fms\b': 'maps',
     r'\.pres\b': 'maps before the ReLU',
+    r'\.tokens\b': 'patch tokens',
     r'\.extra\b': 'layers added to the student',
     r'\.target\b': 'labels',
     r'\.index\b': 'image numbers',

@@ -64,6 +64,9 @@ def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Modul
     for name, path in zip(args.t_name, args.t_model):
         with user_errors():
             net = models.build_for(path, name, num_classes)
+            if args.t_mean or args.t_std:
+                statistics = args.t_mean or test.mean, args.t_std or test.std
+                models.trained_on(net, statistics, (test.mean, test.std))
         teacher = load_teacher(net, path, test, amp)
         log(f'teacher {name}: {teacher["said"]}')
         log(f'teacher {name}: top-1 {teacher["top1"]:.2f}, top-5 {teacher["top5"]:.2f} on the test set')

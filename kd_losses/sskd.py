@@ -202,9 +202,8 @@ class SSKDStudent(nn.Module):
             return self.net(x)
         f = self.net(rotations(x), True)
         first = [[m[::4] for m in maps] for maps in (f.fms, f.pres)]
-        return f._replace(
-            out=f.out[::4], feat=f.feat[::4], fms=first[0], pres=first[1], extra=[f.out, self.head(f.feat)]
-        )
+        extra = [f.out, self.head(f.feat)]
+        return f._replace(out=f.out[::4], feat=f.feat[::4], fms=first[0], pres=first[1], extra=extra)
 
 
 def _kl(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def _chosen(f) -> list[Tensor]:
     if len(f.tokens) < 3:
         raise ValueError(
             'ViTKD: needs student and teacher to be vision transformers of three blocks or more, whose Feats '
-            'have tokens (vit_tiny, deit_tiny, ...)'
+            'have tokens (vit_192_6, deit_128_6, ...)'
         )
     return [f.tokens[i] for i in (0, 1, -1)]
 

@@ -88,7 +88,7 @@ class WKDLogit(nn.Module):
         p, q = (F.softmax((z / self.T).masked_fill(is_y, -torch.inf), dim=1) for z in (out_s, out_t))
         u = torch.full_like(p, 1 / (K - 1)).masked_fill(is_y, 0)  # 0 at the label, and stays 0
         u, v = sinkhorn(p, q, u, D, self.reg, self.iters)
-        moved = (u * _product(v, (D * (-D / self.reg).exp()).T)).sum(dim=1)
+        moved = (u * _matmul(v, (D * (-D / self.reg).exp()).T)).sum(dim=1)
         return -_mean(right.squeeze(1), valid), _mean(moved, valid)
 
 
@@ -96,8 +96,8 @@ def sinkhorn(p: Tensor, q: Tensor, u: Tensor, D: Tensor, reg: float, iters: int)
     """Scalings u, v (N, K) of the plan u_j * exp(-D_jk / reg) * v_k between p and q (N, K); u: the first."""
     G, v = (-D / reg).exp(), u
     for _ in range(iters):
-        v = q / (_product(u, G) + 1e-8)
-        u = p / (_product(v, G.T) + 1e-8)
+        v = q / (_matmul(u, G) + 1e-8)
+        u = p / (_matmul(v, G.T) + 1e-8)
     return u, v
 
 
@@ -197,11 +197,11 @@ def cka_cost(class_feats: Tensor, sharpen: float = 1.0) -> Tensor:
     x = x - x.mean(dim=1, keepdim=True)
     K, M, D = x.shape
     if M <= D:  # ||Y^T X||^2 is the product of the Gram matrices X X^T and Y Y^T
-        grams = _unit(_product(x, x.mT).flatten(1))
-        alike = _product(grams, grams.T)
+        grams = _unit(_matmul(x, x.mT).flatten(1))
+        alike = _matmul(grams, grams.T)
         dead = torch.linalg.vector_norm(grams, dim=1) == 0
     else:
-        alike = torch.stack([_product(x.mT, y).square().sum(dim=(1, 2)) for y in x])
+        alike = torch.stack([_matmul(x.mT, y).square().sum(dim=(1, 2)) for y in x])
         own = alike.diagonal().sqrt()
         dead = own <= 1e-12
         own = torch.where(dead, 1.0, own)
@@ -213,7 +213,7 @@ def prototype_cost(weight: Tensor, sharpen: float = 1.0) -> Tensor:
     """(K, D), weight of a classifier -> (K, K), 1 - cosine of its rows, sharpened as in cka_cost."""
     _expect('prototype_cost', 'weight', weight, 'K', 'D')
     rows = _unit(_full(weight.detach()))
-    return _cost(_product(rows, rows.T), torch.linalg.vector_norm(rows, dim=1) == 0, sharpen)
+    return _cost(_matmul(rows, rows.T), torch.linalg.vector_norm(rows, dim=1) == 0, sharpen)
 
 
 def _cost(alike: Tensor, dead: Tensor, sharpen: float) -> Tensor:
@@ -221,7 +221,7 @@ def _cost(alike: Tensor, dead: Tensor, sharpen: float) -> Tensor:
     return 1 - (-sharpen * cost).exp() if sharpen else cost
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     with _no_autocast(a):
         return (_exact(a) @ _exact(b)).to(a.dtype)
 

@@ -17,11 +17,13 @@ from .hooks import tap_torchvision
 from .mobilenetv1 import MobileNetV1
 from .mobilenetv2 import MobileNetV2
 from .mobilenetv2_tiny import MobileNetV2Tiny
+from .renormalise import trained_on
 from .resnet import resnet
 from .resnetv2 import ResNetV2
 from .shufflenetv1 import ShuffleV1
 from .shufflenetv2 import ShuffleV2
 from .vgg import VGG
+from .vit import ViT
 from .wrn import wrn
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     'load_student',
     'load_weights',
     'named_weights',
+    'trained_on',
 ]
 
 MODELS = {f'resnet{depth}': partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)}
@@ -49,15 +52,22 @@ MODELS |= {f'wrn_{depth}_{widen}': partial(wrn, depth, widen) for depth in (16, 
 MODELS |= {f'vgg{depth}': partial(VGG, depth) for depth in (8, 11, 13, 16, 19)}
 MODELS |= {'MobileNetV2': MobileNetV2, 'ShuffleV1': ShuffleV1, 'ShuffleV2': ShuffleV2}
 MODELS |= {'MobileNetV1': MobileNetV1, 'MobileNetV2Tiny': MobileNetV2Tiny}  # ImageNet's, tiny ImageNet's
+MODELS |= {f'vit_{dim}_6': partial(ViT, dim, 6) for dim in (128, 192)}
+MODELS |= {'deit_128_6': partial(ViT, 128, 6, distilled=True)}
 
-NAMES = f'{", ".join(MODELS)}, any resnetN or resnetNx4 (N = 6n + 2), wrn_N_K (N = 6n + 4), torchvision:NAME'
+NAMES = (
+    f'{", ".join(MODELS)}, any resnetN or resnetNx4 (N = 6n + 2), wrn_N_K (N = 6n + 4), vit_D_L and deit_D_L '
+    f'(D = 64n), torchvision:NAME'
+)
 
 
 def build(name: str, num_classes: int = 100) -> nn.Module:
-    """The network called `name` with fresh weights. Other legal depths, e.g. resnet26 or wrn_28_4, work too.
+    """The network called `name` with fresh weights. Other legal sizes, e.g. resnet26, wrn_28_4 or vit_64_3,
+    work too.
 
     Raises:
-        ValueError: no network has this name, or its depth is not legal (resnet 6n + 2, wrn 6n + 4).
+        ValueError: no network has this name, or its depth is not legal (resnet 6n + 2, wrn 6n + 4), or
+            its width (vit and deit, multiples of 64).
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes)
@@ -67,6 +77,8 @@ def build(name: str, num_classes: int = 100) -> nn.Module:
         return resnet(int(m[1]), wide=bool(m[2]), num_classes=num_classes)
     if m := re.fullmatch(r'wrn_(\d+)_(\d+)', name):
         return wrn(int(m[1]), int(m[2]), num_classes=num_classes)
+    if m := re.fullmatch(r'(vit|deit)_(\d+)_(\d+)', name):
+        return ViT(int(m[2]), int(m[3]), num_classes, distilled=m[1] == 'deit')
     raise ValueError(f'no network is called {name!r}; there are {NAMES}')
 
 

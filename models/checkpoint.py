@@ -290,7 +290,10 @@ def _with_head_of(net: nn.Module, state: dict) -> tuple[dict, list[str]]:
 
 
 def head_names(net: nn.Module) -> set[str]:
-    """The classifier's entries in the state dict: of classifier_layer(), else of the last nn.Linear."""
+    """The classifier's entries in the state dict: of classifier_layer(), else of the last nn.Linear.
+
+    Those of further_heads(), too, if the network has several.
+    """
     linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
     head = net.classifier_layer() if hasattr(net, 'classifier_layer') else (linear or [None])[-1]
     if head is None:
@@ -303,7 +306,9 @@ def head_names(net: nn.Module) -> set[str]:
             for path, m in modules.items()
             if _shape(getattr(m, 'weight', None)) == (*head.weight.shape, 1, 1)
         ]
-    return {name for name in net.state_dict() if name.startswith(f'{paths[-1]}.')}
+    further = net.further_heads() if hasattr(net, 'further_heads') else []
+    paths = (paths[-1], *(path for path, module in modules.items() if any(module is m for m in further)))
+    return {name for name in net.state_dict() if name.startswith(tuple(f'{path}.' for path in paths))}
 
 
 def _misfit(net: nn.Module, state: dict) -> str:

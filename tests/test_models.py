@@ -13,11 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 import torchvision
 from torchvision.models import VisionTransformer
 
+import dataset
 import models
+from engine.device import autocast
+from engine.teachers import Teachers, load_teachers
 from methods import METHODS
 from models.checkpoint import head_names, load_weights, read_checkpoint
 from models.hooks import Tap, last_axis, tap_torchvision, tokens
@@ -169,6 +173,7 @@ def test_there_are_golden_networks():
 
 
 OTHERS = ('ResNet34', 'MobileNetV1', 'MobileNetV2Tiny')  # without an entry of RepDistiller's
+OTHERS += ('vit_128_6', 'vit_192_6', 'deit_128_6')
 
 
 @pytest.mark.parametrize('name', [name for name in models.MODELS if name not in OTHERS])
@@ -514,6 +519,66 @@ def test_the_rest_of_a_network_goes_on_from_any_map(name, size):
             assert len(rest.fms) == len(rest.pres) == len(f.fms) - 1 - k
             for a, b in zip((rest.out, rest.feat, *rest.fms), (f.out, f.feat, *f.fms[k + 1 :])):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('name, params', [('vit_64_3', 157_895), ('deit_64_3', 158_478)])
+def test_a_vision_transformer(name, params):
+    """Written out by hand, with the positions of another grid; every block's tokens, and both heads."""
+    torch.manual_seed(0)
+    net, x = models.build(name, 7).eval(), torch.randn(2, 3, 32, 24)
+    assert sum(p.numel() for p in net.parameters()) == params
+    n = 1 + (name == 'deit_64_3')
+    with torch.no_grad():
+        f = net(x, True)
+        front, grid = net.pos_embed[:, :n], net.pos_embed[:, n:].mT.unflatten(2, (8, 8))
+        at = F.interpolate(grid, (8, 6), mode='bicubic').flatten(2).mT
+        y = torch.cat([net.cls_token, net.dist_token], 1) if n == 2 else net.cls_token
+        y = torch.cat([y.expand(2, -1, -1) + front, net.patch_embed['proj'](x).flatten(2).mT + at], 1)
+        torch.testing.assert_close(f.fms[0].flatten(2).mT, y[:, n:])
+        for i, block in enumerate(net.blocks):
+            qkv = F.linear(block.norm1(y), block.attn['qkv'].weight, block.attn['qkv'].bias)
+            q, k, v = qkv.chunk(3, dim=2)
+            y = y + block.attn['proj']((q @ k.mT / 8).softmax(2) @ v)  # one head of 64
+            y = y + block.mlp['fc2'](F.gelu(block.mlp['fc1'](block.norm2(y))))
+            if i == 2:
+                y = net.norm(y)
+            torch.testing.assert_close(f.tokens[i], y[:, n:])
+            torch.testing.assert_close(f.fms[i + 1].flatten(2).mT, y[:, n:])
+        torch.testing.assert_close(f.feat, y[:, 0])
+        heads = [net.head(y[:, 0])] + ([net.head_dist(y[:, 1])] if n == 2 else [])
+        torch.testing.assert_close(f.out, sum(heads) / n)
+        assert (f.extra is None) == (n == 1)
+        for got, wanted in zip(f.extra or (), heads):
+            torch.testing.assert_close(got, wanted)
+    for message, call in (('multiples of 4', lambda: net(x[:, :, :30])),
+                          ('no batch norm', net.bn_before_relu),
+                          ('from the middle', lambda: net.after(1, f.fms[1])),
+                          ('multiple of 64', lambda: models.build('vit_100_6'))):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_teacher_of_other_statistics(tmp_path):
+    """Its images are renormalised: in copies, in its folded form, where its accuracy is measured."""
+    torch.manual_seed(0)
+    mean, std, data = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], dataset.load('shapes:16', tmp_path)[1]
+    net = models.build('resnet8', 10).eval()
+    torch.save(net.state_dict(), tmp_path / 'net.pt')
+    x = next(data.test_batches(8))[0]
+    pixels = x * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
+    wanted = net((pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None], True)
+    args = SimpleNamespace(t_name=['resnet8'], t_model=[tmp_path / 'net.pt'], t_mean=mean, t_std=std)
+    amp = autocast(torch.device('cpu'), 'off')
+    (teacher,), _ = load_teachers(args, 10, data, amp, print)
+    seen = Teachers([teacher], amp, [], x)(x, torch.zeros(len(x)), None, {}).all_t[0]
+    for f in (teacher(x, True), copy.deepcopy(teacher)(x, True), seen):
+        torch.testing.assert_close(f.out, wanted.out, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(net(x), wanted.out, rtol=1e-2, atol=1e-2)
+    assert equal_states(teacher.state_dict(), net.state_dict())
+    assert models.trained_on(net, (data.mean, data.std), (data.mean, data.std)) is net
+    assert not hasattr(net, 'input_scale'), 'nothing to do'
+    with pytest.raises(ValueError, match='deviations must be > 0'):
+        models.trained_on(net, (mean, [0, 1, 1]), (mean, std))
 
 
 # ------------------------------------------------------------------------------------------ any backbone
