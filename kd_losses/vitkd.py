@@ -198,8 +198,8 @@ def _chosen(f) -> list[Tensor]:
     """After the first two blocks, and the last ones."""
     if len(f.tokens) < 3:
         raise ValueError(
-            'ViTKD: needs student and teacher to be vision transformers of three blocks or more, whose Feats '
-            'have tokens (vit_192_6, deit_128_6, ...)'
+            'ViTKD: needs student and teacher to be vision transformers of three blocks or more: vit_192_6, '
+            'deit_128_6, torchvision:vit_b_16, or a Tap with tokens=...'
         )
     return [f.tokens[i] for i in (0, 1, -1)]
 

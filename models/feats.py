@@ -13,8 +13,8 @@ class Feats(NamedTuple):
     pres: the same maps before that activation.
     extra: what a student that some method changes hands out besides, e.g. the logits of its exits; of a
         transformer with a distillation token [logits of the class head, of the distillation head].
-    tokens: of a vision transformer, its patch tokens (N, H * W, D) after each block, the last ones after the
-        final layer norm.
+    tokens: of a vision transformer, its patch tokens (N, H * W, D) after each block, at least the first two,
+        and last those after the final layer norm.
     """
 
     out: Tensor

@@ -46,6 +46,8 @@ class Tap(nn.Module):
         bn_before_relu: paths of the batch norms that OFD asks for, aligned with fms[1:].
         to_map: turns a tapped value into (N, C, H, W), for networks with other layouts; `tokens` and
             `last_axis` are ready.
+        tokens: layers of a vision transformer whose patch tokens are handed out, for ViTKD the first two
+            blocks and the final layer norm.
 
     Shape:
         x: (N, 3, H, W). `net(x)` returns (N, K); `net(x, True)` returns Feats, feat flattened to (N, D).
@@ -68,6 +70,7 @@ class Tap(nn.Module):
         classifier: str | None = None,
         bn_before_relu: Sequence[str] | None = None,
         to_map: Callable[[Tensor], Tensor] | None = None,
+        tokens: Sequence = (),
     ) -> None:
         super().__init__()
         self.__dict__['wrapped'] = net  # not a child: names would get a prefix
@@ -85,6 +88,7 @@ class Tap(nn.Module):
             'fms': [_layer(x) for x in fms],
             'pres': None if pres is None else [_layer(x) for x in pres],
             'feat': _layer(feat or (self.classifier_path, 'in')),
+            'tokens': [_layer(x) for x in tokens],
         }
         self.bn_paths, self.to_map = bn_before_relu, to_map
         _find(net, self.classifier_path)
@@ -104,7 +108,8 @@ class Tap(nn.Module):
 
     def _layers(self) -> list:
         """Each layer once, in an order that is the same in every process."""
-        return list(dict.fromkeys([*self.taps['fms'], *(self.taps['pres'] or []), self.taps['feat']]))
+        maps = [*self.taps['fms'], *(self.taps['pres'] or []), *self.taps['tokens']]
+        return list(dict.fromkeys([*maps, self.taps['feat']]))
 
     def forward(self, x: Tensor, feats: bool = False) -> Tensor | Feats:
         if getattr(self, '_is_replica', False):
@@ -120,7 +125,9 @@ class Tap(nn.Module):
         as_map = self.to_map or (lambda value: value)
         fms = [as_map(seen[layer]) for layer in self.taps['fms']]
         pres = None if self.taps['pres'] is None else [as_map(seen[layer]) for layer in self.taps['pres']]
-        return Feats(out, seen[self.taps['feat']].flatten(1), fms, list(fms) if pres is None else pres)
+        patches = [as_map(seen[layer]).flatten(2).mT for layer in self.taps['tokens']]
+        feat = seen[self.taps['feat']].flatten(1)
+        return Feats(out, feat, fms, list(fms) if pres is None else pres, tokens=patches)
 
     def _checked(self, layer: tuple):
         """What was read at a layer in this pass, if it can be handed out."""
@@ -378,7 +385,8 @@ def _vit(net) -> dict:
     depth = len(net.encoder.layers)
     chosen = [round(depth * share) - 1 for share in (0.25, 0.5, 0.75, 1)]
     layers = [f'encoder.layers.encoder_layer_{i}' for i in (0, *chosen)]
-    return {'fms': layers, 'to_map': tokens}
+    shallow = [f'encoder.layers.encoder_layer_{i}' for i in range(2)]
+    return {'fms': layers, 'to_map': tokens, 'tokens': [*shallow, 'encoder.ln']}
 
 
 def _efficientnet(net) -> dict:

@@ -698,6 +698,14 @@ def test_tokens_become_maps():
         torch.randn(2, 3, 32, 32), True)  # fmt: skip
     assert [fm.shape for fm in f.fms] == [(2, 32, 4, 4)] * 2 and f.feat.shape == (2, 32)
     assert last_axis(torch.zeros(2, 4, 5, 6)).shape == (2, 6, 4, 5)
+    net, x = small_vit().eval(), torch.randn(2, 3, 32, 32)
+    f = Tap(net, ['encoder.layers.encoder_layer_1'], to_map=tokens,
+            tokens=['encoder.layers.encoder_layer_0', 'encoder.ln'])(x, True)  # fmt: skip
+    front = torch.cat([net.class_token.expand(2, -1, -1), net._process_input(x)], dim=1)
+    first = net.encoder.layers[0](front + net.encoder.pos_embedding)
+    last = net.encoder.ln(net.encoder.layers[1](first))
+    for got, wanted in zip(f.tokens, (first, last), strict=True):
+        torch.testing.assert_close(got, wanted[:, 1:])
 
 
 @pytest.mark.parametrize('prefix', [0, 1, 2, 5])

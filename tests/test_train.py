@@ -299,6 +299,9 @@ def test_the_ramp_follows_the_epochs():
     ramp = METHODS['dkd'].when.ramp
     assert [ramp(e, 240) for e in (0, 9, 19, 20, 239)] == [0.05, 0.5, 1, 1, 1]
     assert [ramp(e, 24) for e in (0, 1, 2)] == [0.5, 1, 1] and ramp(0, 2) == 1
+    down = METHODS['wkd_feature'].when.ramp
+    assert [down(e, 240) for e in (0, 150, 195)] == [1, 1, 0.5] and 0 < down(239, 240) < 0.001
+    assert [down(e, 2) for e in (0, 1)] == [1, 1] and down(1, 1) == pytest.approx(0)
 
 
 def test_validation_split(script, tmp_path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from kd_losses.dkl import DKL, ClassPrior
+from kd_losses.dkl import DKL, ClassPrior, _Table
 from tests.methods.shared import case
 
 MASKED = 'a class that the teacher rules out has weight 0, in both terms'
@@ -36,4 +36,10 @@ def golden(z):
     assert not table.sums.any()
     seen = torch.isin(torch.arange(len(after)), target)
     torch.testing.assert_close(after.sum(dim=1), torch.ones(len(after)).double())
+    trainer = _Table(len(after)).double()  # closes by itself when another epoch begins
+    for epoch, wanted in ((0, first), (0, first), (1, after), (1, after)):
+        assert torch.equal(trainer.at(epoch), wanted)
+        if epoch == 0 and not trainer.sums.any():
+            trainer.update(out_t, target, hp['T2'])
+    assert not trainer.sums.any()
     assert torch.equal(after[~seen], first[~seen]) and not torch.equal(after[seen], first[seen])
