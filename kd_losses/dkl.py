@@ -14,8 +14,9 @@ Kullback-Leibler Divergence Loss", TPAMI 2026, arXiv:2503.08038 (GKL).
 KL's gradient is that of sce and, to the teacher, that of wmse, which a frozen teacher wastes: here it acts on
 the student. The prior is the teacher's mean probabilities per class in the epoch before (`ClassPrior`).
 
-Tap: the logits; labels only with a prior. GKL = DKL(gamma=0.05, T2=4, reduction='weights'). The authors raise
-the loss's weight linearly over the first 20 of 240 epochs; our trainer does the same, scaled to the run.
+Tap: the logits; labels only with a prior. GKL = DKL(gamma=0.05, T2=4, reduction='weights'); our trainer's
+dkl_gkl has a prior, too. The authors raise the loss's weight linearly over the first 20 of 240 epochs; our
+trainer does the same, scaled to the run.
 
 Differences: the values of the authors' code. M is computed as 2 * S * sum over j of w_j * (d_j - mu)^2, S and
 mu = sum over j of w_j * d_j / S per sample, instead of K^2 differences. A class without an image in an epoch

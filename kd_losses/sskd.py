@@ -332,21 +332,21 @@ def student(net, kd, probe):
 
 
 def pretrain(kd, t, batch):
-    return head_loss(_run(kd.head_t, _taught(t, batch)[1]))
+    with torch.no_grad():
+        _, feat_t = _every(t.out, t.feat, batch.teacher(_turned(rotations(batch.img))))
+    return head_loss(_run(kd.head_t, feat_t))
 
 
 def feed(kd, s, t, batch):
-    out_t, feat_t = _taught(t, batch)
     with torch.no_grad():
+        out_t, feat_t = _every(t.out, t.feat, batch.teacher(_turned(rotations(batch.img))))
         proj_t = _run(kd.head_t, feat_t)
     return kd(*s.extra, out_t, proj_t, batch.target)
 
 
-def _taught(t, batch) -> list[Tensor]:
-    """The teacher's logits and embeddings of all 4 n images; it has seen the upright ones already."""
-    with torch.no_grad():
-        turned = batch.teacher(_turned(rotations(batch.img)))
+def _every(out: Tensor, feat: Tensor, turned) -> list[Tensor]:
+    """Logits and embeddings of all 4 n images: of the n upright ones, and what there is of their turns."""
     return [
         torch.cat([x.detach()[:, None], y.unflatten(0, (-1, 3))], dim=1).flatten(0, 1)
-        for x, y in ((t.out, turned.out), (t.feat, turned.feat))
+        for x, y in ((out, turned.out), (feat, turned.feat))
     ]

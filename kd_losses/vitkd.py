@@ -194,20 +194,20 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 # ------------------------------------------ how the training scripts use it; a copied file may drop this
 
 
-def _chosen(f) -> list[Tensor]:
+def _chosen(tokens) -> list[Tensor]:
     """After the first two blocks, and the last ones."""
-    if len(f.tokens) < 3:
+    if len(tokens) < 3:
         raise ValueError(
             'ViTKD: needs student and teacher to be vision transformers of three blocks or more: vit_192_6, '
             'deit_128_6, torchvision:vit_b_16, or a Tap with tokens=...'
         )
-    return [f.tokens[i] for i in (0, 1, -1)]
+    return [tokens[i] for i in (0, 1, -1)]
 
 
 def build(loss, probe, **options):
-    return loss(_chosen(probe.s)[0].shape[2], _chosen(probe.t)[0].shape[2], **options)
+    return loss(*(_chosen(f.tokens)[0].shape[2] for f in (probe.s, probe.t)), **options)
 
 
 def feed(kd, s, t, batch):
     grid = tuple(s.fms[-1].shape[2:])  # of the patches
-    return kd(_chosen(s), _chosen(t), None, grid, generator=batch.generator)
+    return kd(_chosen(s.tokens), _chosen(t.tokens), None, grid, generator=batch.generator)

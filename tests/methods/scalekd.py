@@ -1,5 +1,8 @@
 """How scalekd.npz feeds kd_losses/scalekd.py."""
 
+import pytest
+import torch
+
 from kd_losses.scalekd import ScaleKD
 from tests.methods.shared import Case, parameters
 
@@ -40,6 +43,10 @@ def golden(z):
             roles[f'{p}_query'] = f'{p}_projector.query.weight'
     learnt = parameters(z, loss, {role: path for role, path in roles.items() if f'param_{role}' in z})
     queries = [f'query_{x}' for x in 'sf' if f'in_query_{x}' in z]
+    for key in queries:  # handed in, they win, and the learned ones get nothing
+        spare = learnt.get(f'gradparam_{dict(s="spatial", f="frequency")[key[-1]]}_query')
+        if spare is not None:
+            spare.grad = torch.zeros_like(spare)
     inputs = {name: z.input(name) for name in ('fm_s', 'fm_t', *queries)}
 
     def call(fm_s, fm_t, query_s=None, query_f=None):
@@ -51,3 +58,13 @@ def golden(z):
     for x, term in zip(found, (loss.spatial, loss.frequency)):
         z.compare(f'out_tokens_{term.__name__}', x)
         z.compare(f'loss_{term.__name__}', term(x, inputs['fm_t']))
+    if hp['self_query'] and not queries:  # the same queries handed in
+        fm_s = inputs['fm_s']
+        given = [
+            p.query.weight.detach().expand(len(fm_s), -1, -1)
+            for p in (loss.spatial_projector, loss.frequency_projector)
+        ]
+        for x, y in zip(loss.project(fm_s, *given), found):
+            torch.testing.assert_close(x, y)
+    with pytest.raises(ValueError, match='query_spatial must be given'):
+        ScaleKD(4, 8, (3, 2), self_query=False).project(torch.zeros(2, 4, 3, 2))
