@@ -50,6 +50,7 @@ from kd_losses import (
     quest,
     reviewkd,
     rkd,
+    rrd,
     sad,
     sdd,
     semckd,
@@ -91,6 +92,7 @@ from .shared import (
 )  # fmt: skip
 
 BANK = 'its memory of the training set would differ between processes'
+QUEUE = 'its queue of earlier batches would differ between processes'
 STEP = 'it has a training step of its own, which does not average over processes'
 SOLVER = 'its linear algebra reads back from the device'
 alone = Needs(teacher=False)
@@ -170,6 +172,7 @@ KD = {
     'reviewkd': Method(reviewkd.ReviewKD,      0.6, reviewkd.feed,       reviewkd.build,
                        When(ramp=linear(20, of=240, start=0))),
     'rkd':      Method(rkd.RKD,                1.0, embeddings,          needs=related),
+    'rrd':      Method(rrd.RRD,                1.0, embeddings,          widths, limits=Limits(QUEUE)),
     'sad':      Method(sad.SAD,                0.1, sad.feed,            plain,
                        When(ramp=steps((0, 0.0), (40, 1.0), of=60)), alone),
     'sdd':      Method(sdd.SDD,                0.9, sdd.feed,            when=When(ce=0.1)),
