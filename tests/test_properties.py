@@ -85,6 +85,7 @@ ORDERED = {
     'crd': 'draws negatives per sample',
     'mgd': 'draws a mask per sample',
     'semckd': 'its attention reads rows of an N x N matrix',
+    'tekap': 'draws noise per sample',
 }
 
 
