@@ -8,7 +8,9 @@ N. Giakoumoglou, T. Stathaki, "Relational Representation Distillation", 2024, ar
     loss = - mean over n of sum over j of p_t * log p_s
 
 Tap: the pooled embeddings before the classifier. embed_t never learns, since b and Q are constants: it is a
-random projection of the teacher, of which the student learns the relations.
+random projection of the teacher, of which the student learns the relations. The value is never below the
+entropy of p_t, which grows while the queue fills: over the first queue / N steps the loss may rise while the
+student learns.
 
 Differences: the authors' code in its first-in-first-out form, with the command line's temperatures; a comment
 in it, and the paper, have the sharper one on the student's side. Their momentum form sends finished
