@@ -123,12 +123,21 @@ catkd()      { kd catkd       --lambda_kd 0.7; }
 cc()         { kd cc          --lambda_kd 100; }
 cd_()        { kd cd          --lambda_kd 18; }
 cd_edt()     { kd cd_edt      --lambda_kd 18; }
+clipkd()     { kd clipkd      --lambda_kd 1; }
 crd()        { kd crd         --lambda_kd 0.2; }
+crld()       { kd crld        --lambda_kd 1; }
 ctkd()       { kd ctkd        --lambda_kd 0.9; }
+dcd()        { kd dcd         --lambda_kd 1; }
+deit()       { kd deit        --lambda_kd 1; }
 dgkd()       { kd dgkd        --lambda_kd 1; }
+diffkd()     { kd diffkd      --lambda_kd 1; }
 dist()       { kd dist        --lambda_kd 2; }
+distplus()   { kd distplus    --lambda_kd 2; }
 dkd()        { kd dkd         --lambda_kd 1; }
+dkl()        { kd dkl         --lambda_kd 1; }
+dkl_gkl()    { kd dkl_gkl     --lambda_kd 1; }
 dot()        { kd dot         --lambda_kd 0.9; }
+eakd()       { kd eakd        --lambda_kd 0.9; }
 eel()        { kd eel         --lambda_kd 1; }
 fcfd()       { kd fcfd        --lambda_kd 1; }
 fitnet()     { kd fitnet      --lambda_kd 0.1; }
@@ -152,20 +161,33 @@ ofakd()      { kd ofakd       --lambda_kd 1; }
 ofd()        { kd ofd         --lambda_kd 0.5; }
 pad()        { kd pad         --lambda_kd 1; }
 pkt()        { kd pkt         --lambda_kd 10000; }
+pld()        { kd pld         --lambda_kd 1; }
 quest()      { kd quest       --lambda_kd 1; }
 reviewkd()   { kd reviewkd    --lambda_kd 0.6; }
 rkd()        { kd rkd         --lambda_kd 1; }
+rld()        { kd rld         --lambda_kd 1; }
+rrd()        { kd rrd         --lambda_kd 1; }
+rsd()        { kd rsd         --lambda_kd 0.1; }
+scalekd()    { kd scalekd     --lambda_kd 2; }
 sdd()        { kd sdd         --lambda_kd 0.9; }
 semckd()     { kd semckd      --lambda_kd 400; }
 simkd()      { kd simkd       --lambda_kd 1; }
+skd()        { kd skd         --lambda_kd 1; }
 sobolev()    { kd sobolev     --lambda_kd 20; }
+sortkd()     { kd sortkd      --lambda_kd 0.9; }
 sp()         { kd sp          --lambda_kd 3000; }
+srd()        { kd srd         --lambda_kd 1; }
 srrl()       { kd srrl        --lambda_kd 1; }
+sskd()       { kd sskd        --lambda_kd 1; }
 st()         { kd st          --lambda_kd 0.1; }
+tekap()      { kd tekap       --lambda_kd 0.9; }
 tfkd_self()  { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
 ttm()        { kd ttm         --lambda_kd 45; }
 vid()        { kd vid         --lambda_kd 1; }
+vitkd()      { kd vitkd       --lambda_kd 1; }
 vkd()        { kd vkd         --lambda_kd 1; }
+wkd()        { kd wkd         --lambda_kd 1; }
+wkd_feature() { kd wkd_feature --lambda_kd 0.08; }
 wsld()       { kd wsld        --lambda_kd 2.25; }
 
 # The student teaches itself: these need no teacher.
@@ -187,7 +209,7 @@ okddip()     { peers okddip      1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
 onadvfd()    { peers onadvfd     1 "$S_NAME" "$S_NAME"; }
 one()        { peers one         1 "$S_NAME" "$S_NAME" "$S_NAME"; }
 
-METHODS='ab adain afd at bss byot catkd cc cd cd_edt crd cskd ctkd ddgsd dgkd dist dkd dlb dot eel fcfd fitnet fsp ft ickd ikd irg kdsvd logits lskd lwm mgd mhgd mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pskd quest reviewkd rkd sad sdd semckd simkd sla sobolev sp srrl st tfkd tfkd_self ttm uskd vid vkd wsld'
+METHODS='ab adain afd at bss byot catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit dgkd diffkd dist distplus dkd dkl dkl_gkl dlb dot eakd eel fcfd fitnet fsp ft ickd ikd irg kdsvd logits lskd lwm mgd mhgd mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
 PEERS='dcm dml kdcl okddip onadvfd one'
 # methods:end
 

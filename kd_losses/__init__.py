@@ -12,17 +12,25 @@ from .byot import BYOT, BYOTStudent
 from .catkd import CATKD
 from .cc import CC
 from .cd import CD, GKD
+from .clipkd import CLIPKD
 from .crd import CRD
+from .crld import CRLD
 from .cskd import CSKD
 from .ctkd import CTKD
+from .dcd import DCD
 from .dcm import DCM, DCMStudent
 from .ddgsd import DDGSD
+from .deit import DeiT
 from .dgkd import DGKD
+from .diffkd import Denoiser, DiffKD
 from .dist import DIST
+from .distplus import DISTPlus
 from .dkd import DKD
+from .dkl import DKL, ClassPrior
 from .dlb import DLB
 from .dml import DML
 from .dot import DOT
+from .eakd import EAKD
 from .eel import EEL
 from .fcfd import FCFD
 from .fitnet import FitNet
@@ -49,24 +57,36 @@ from .onadvfd import Adversaries, Discriminator, OnAdvFD, TransferLayer
 from .one import ONE, Branches
 from .pad import PAD
 from .pkt import PKT
+from .pld import PLD
 from .pskd import PSKD
 from .quest import QuEST
 from .reviewkd import ABF, HCL, ReviewKD
 from .rkd import RKD
+from .rld import RLD
+from .rrd import RRD
+from .rsd import RSD
 from .sad import SAD
+from .scalekd import ScaleKD
 from .sdd import SDD
 from .semckd import SemCKD
 from .simkd import SimKD, SimKDStudent
+from .skd import SKD
 from .sla import SLA, SLAStudent
 from .sobolev import Sobolev
+from .sortkd import SortKD
 from .sp import SP
+from .srd import SRD
 from .srrl import SRRL
+from .sskd import SSKD, SSHead, SSKDStudent
 from .st import SoftTarget
+from .tekap import TeKAP
 from .tfkd import TfKDReg, TfKDSelf
 from .ttm import TTM
 from .uskd import USKD
 from .vid import VID
+from .vitkd import ViTKD
 from .vkd import VkD
+from .wkd import WKDFeature, WKDLogit
 from .wsld import WSLD
 
 __all__ = [
@@ -79,17 +99,22 @@ __all__ = [
     'CATKD',
     'CC',
     'CD',
+    'CLIPKD',
     'CRD',
+    'CRLD',
     'CSKD',
     'CTKD',
+    'DCD',
     'DCM',
     'DDGSD',
     'DGKD',
     'DIST',
     'DKD',
+    'DKL',
     'DLB',
     'DML',
     'DOT',
+    'EAKD',
     'EEL',
     'FCFD',
     'FSP',
@@ -113,13 +138,20 @@ __all__ = [
     'ONE',
     'PAD',
     'PKT',
+    'PLD',
     'PSKD',
     'RKD',
+    'RLD',
+    'RRD',
+    'RSD',
     'SAD',
     'SDD',
+    'SKD',
     'SLA',
     'SP',
+    'SRD',
     'SRRL',
+    'SSKD',
     'TTM',
     'USKD',
     'VID',
@@ -129,7 +161,12 @@ __all__ = [
     'BSSAttacker',
     'BYOTStudent',
     'Branches',
+    'ClassPrior',
     'DCMStudent',
+    'DISTPlus',
+    'DeiT',
+    'Denoiser',
+    'DiffKD',
     'Discriminator',
     'FactorTransfer',
     'FeatureTransform',
@@ -144,14 +181,22 @@ __all__ = [
     'QuEST',
     'ReviewKD',
     'SLAStudent',
+    'SSHead',
+    'SSKDStudent',
+    'ScaleKD',
     'SemCKD',
     'SimKD',
     'SimKDStudent',
     'Sobolev',
     'SoftTarget',
+    'SortKD',
+    'TeKAP',
     'TfKDReg',
     'TfKDSelf',
     'TransferLayer',
     'Translator',
+    'ViTKD',
     'VkD',
+    'WKDFeature',
+    'WKDLogit',
 ]

@@ -116,7 +116,7 @@ def test_the_comparison_can_fail(name):
     vector = Vector(path_of(name))
     for key in [k for k, x in vector.arrays.items() if k.startswith('in_') and x.dtype.kind == 'f']:
         noise = np.random.default_rng(0).standard_normal(vector.arrays[key].shape)
-        vector.arrays[key] = vector.arrays[key] * (1 + 1e-5 * noise)
+        vector.arrays[key] = np.asarray(vector.arrays[key] * (1 + 1e-5 * noise))
     with pytest.raises(AssertionError):
         check(vector)
 

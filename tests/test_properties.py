@@ -83,8 +83,10 @@ def near(a, b, tol=1e-10):
 ORDERED = {
     'bss': 'draws a class per sample',
     'crd': 'draws negatives per sample',
+    'diffkd': 'draws noise per sample',
     'mgd': 'draws a mask per sample',
     'semckd': 'its attention reads rows of an N x N matrix',
+    'tekap': 'draws noise per sample',
 }
 
 
