@@ -28,7 +28,7 @@ from engine.batch import Batch, Probe, as_float
 from engine.device import autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
 from engine.evaluate import outputs
-from engine.flags import Parser, add_common_flags, weights_and_options
+from engine.flags import Parser, add_common_flags, add_head_flag, check_head, weights_and_options
 from engine.meter import Meter
 from engine.optimise import sgd
 from engine.processes import distributed, processes, rank
@@ -59,6 +59,7 @@ def parse_args():
          help=f'two or more of {models.NAMES}')
     flag('--net_inits', nargs='+', default=[], metavar='FILE',
          help='initial weights, one file per network; default: drawn from --seed, --seed + 1, ...')
+    add_head_flag(flag, '--net_inits')
     # fmt: on
     add_common_flags(parser)
     return parser.parse_args()
@@ -104,6 +105,7 @@ def mean_logits(kd, fs):
 
 def main():
     args = parse_args()
+    check_head(args, '--net_inits')
     method, weight, options = read_method(args)
     device = setup(args)
     amp = autocast(device, args.amp)
@@ -112,7 +114,7 @@ def main():
     log = Log(folder)
 
     train, val, test = load_data(args, device, log)
-    nets = build_networks(args, train.num_classes, device)
+    nets = build_networks(args, train.num_classes, device, log)
     initial = [fingerprint(net) for net in nets]
     step = build_step(args, method, options, nets, train, amp, device)
     opt = sgd(step.parameters(), args)
@@ -252,7 +254,7 @@ def read_method(args):
     return PEERS[name], weights[name], options[name]
 
 
-def build_networks(args, num_classes: int, device) -> list[nn.Module]:
+def build_networks(args, num_classes: int, device, log) -> list[nn.Module]:
     """Different initial weights, or a refusal: networks that start equal stay equal."""
     nets = []
     for k, name in enumerate(args.net_names):
@@ -260,7 +262,8 @@ def build_networks(args, num_classes: int, device) -> list[nn.Module]:
         with user_errors():
             net = models.build(name, num_classes)
             if args.net_inits:
-                models.load_weights(net, args.net_inits[k])
+                said = models.load_weights(net, args.net_inits[k], new_head=args.new_head)
+                log(f'initial net{k + 1}: {said}')
         nets.append(net.to(device, memory_format=torch.channels_last))
     prints = [fingerprint(net) for net in nets]
     for k, text in enumerate(prints):

@@ -27,7 +27,14 @@ import engine.threads  # noqa: F401  before torch
 
 from engine import errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
-from engine.flags import Parser, add_common_flags, add_thread_flag, positive_float
+from engine.flags import (
+    Parser,
+    add_common_flags,
+    add_head_flag,
+    add_thread_flag,
+    check_head,
+    positive_float,
+)
 from engine.ka_build import ENSEMBLE, build_run, read_methods
 from engine.ka_student import Batch, Moment, Run
 from engine.meter import Meter
@@ -43,7 +50,7 @@ from engine.record import (
 )
 from engine.session import Log
 from ka_losses import ConcatKD
-from ka_settings import SETTINGS, setting_for
+from ka_settings import SETTINGS, refuse_flags_of_others, setting_for
 from methods import KA
 
 
@@ -70,6 +77,7 @@ def parse_args():
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teachers' checkpoints")
     flag('--s_name', metavar='NAME', help='student, one of the same names; default: as the first teacher')
     flag('--s_init', metavar='FILE', help='initial weights of all students; default: drawn from --seed')
+    add_head_flag(flag, '--s_init')
     for setting in SETTINGS:
         setting.add_flags(parser)
     flag = parser.add_argument_group('optimiser').add_argument
@@ -97,6 +105,8 @@ def stage(text: str) -> int:
 
 def main():
     args = parse_args()
+    check_head(args, '--s_init')
+    refuse_flags_of_others(args)
     rows, terms = read_methods(args)
     device = setup(args)
     name = f'ka-{args.data_name.replace(":", "")}-{args.s_name or "student"}-s{args.seed}'

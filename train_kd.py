@@ -27,13 +27,15 @@ from engine import errors, listing, optimise, session, side_by_side
 from engine.batch import Batch
 from engine.build import build_runs, read_methods
 from engine.device import autocast, compile_networks, setup
-from engine.errors import UserError, user_errors
+from engine.errors import user_errors
 from engine.evaluate import measure, measured
 from engine.flags import (
     Parser,
     add_common_flags,
     add_graph_flag,
+    add_head_flag,
     add_thread_flag,
+    check_head,
     positive_int,
     share_of_ce,
     whole_number,
@@ -75,8 +77,7 @@ def parse_args(words=None):
     flag('--s_init', metavar='FILE',
          help='initial weights of all students, e.g. initial.pt of train_base.py; default: drawn from --seed '
               'just as there')
-    flag('--new_head', action='store_true',
-         help='of --s_init take all but the classifier: for weights with other classes, or none')
+    add_head_flag(flag, '--s_init')
     flag('--init_epochs', type=whole_number, metavar='N',
          help='epochs of the loss alone before cross-entropy alone, for methods with such a phase; default: '
               "the method's, scaled")
@@ -98,8 +99,7 @@ def parse_args(words=None):
 
 def main():
     args = parse_args()
-    if args.new_head and not args.s_init:
-        raise UserError('--new_head: goes with --s_init FILE')
+    check_head(args, '--s_init')
     wanted = read_methods(args)
     device = setup(args)
     amp = autocast(device, args.amp)

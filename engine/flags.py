@@ -201,6 +201,16 @@ def check_option(name: str, loss: type, key: str, value, flag: str) -> None:
         raise UserError(f'{flag}: {key}={value!r} of {name} has the wrong type; {shown}')
 
 
+def add_head_flag(flag, of: str) -> None:
+    flag('--new_head', action='store_true',
+         help=f'of {of} take all but the classifier: for weights with other classes, or none')  # fmt: skip
+
+
+def check_head(args: argparse.Namespace, of: str) -> None:
+    if args.new_head and not getattr(args, of.removeprefix('--')):
+        raise UserError(f'--new_head: goes with {of} FILE')
+
+
 def add_thread_flag(parser: Parser) -> None:
     parser.add_argument('--student_threads', type=positive_int, default=1, metavar='N',
         help='CPU: threads inside the operations of each student; as many students train at the same time as '

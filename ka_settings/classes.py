@@ -1,5 +1,7 @@
 """Teachers that know some classes each; the student gets the classes of all."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,6 +79,7 @@ class Classes:
         self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
         self.recipe = {'parts': parts, 'classes': self.split.classes}
         self.student_name = args.s_name or names[0]
+        self.initial = self._initial(args, log)
         self.shown = ('top1', *(f'part{i + 1}' for i in range(len(self.split.distinct()))))
 
     @staticmethod
@@ -105,11 +108,15 @@ class Classes:
         return [self.args.epochs]
 
     def student(self, method) -> nn.Module:
-        torch.manual_seed(self.args.seed)
+        return copy.deepcopy(self.initial)
+
+    def _initial(self, args, log) -> nn.Module:
+        """What all students start from."""
+        torch.manual_seed(args.seed)
         with user_errors():
             net = models.build(self.student_name, len(self.split.classes))
-            if self.args.s_init:
-                models.load_weights(net, self.args.s_init)
+            if args.s_init:
+                log(f'initial student: {models.load_weights(net, args.s_init, new_head=args.new_head)}')
         return net
 
     def forward(self, net: nn.Module, batch):

@@ -16,6 +16,13 @@ from engine.processes import gathered, same_buffers
 from models.branching import JointNet
 from models.segmentation import SegNet
 
+# flags of all settings that have no meaning here
+NOT_HERE = {
+    'val_split': '',
+    'pad': ', whose images are not cropped',
+    's_init': ', whose students are made of their teachers',
+}
+
 
 class Dense:
     """Teachers of one dense task each; students have all tasks."""
@@ -42,8 +49,9 @@ class Dense:
     def __init__(self, args, wanted: dict, device, log) -> None:
         self.args, self.amp = args, autocast(device, args.amp)
         labelled = args.labelled or all(method.needs.labels for method in wanted.values())
-        if args.val_split:
-            raise UserError('--val_split: not for scenes and nyuv2')
+        for flag, why in NOT_HERE.items():
+            if getattr(args, flag) not in (None, 0, 'reflect'):
+                raise UserError(f'--{flag}: not for scenes and nyuv2{why}')
         with user_errors():
             self.train, self.test = dataset.load_dense(
                 args.data_name, args.img_root, device, args.size, labelled
