@@ -28,14 +28,14 @@ class Classes:
         # fmt: off
         flag = parser.add_argument_group('who knows which classes').add_argument
         flag('--num_parts', type=positive_int, metavar='N',
-             help='parts of the classes, one per teacher in turn; default: as many as teachers')
+             help='parts of the classes; one per teacher in turn; default: one each; as many as teachers')
         flag('--split', choices=('contiguous', 'interleaved', 'random'), default='contiguous',
              help='as for train_base.py; default contiguous')
         flag('--t_classes', nargs='+', metavar='LIST', help="or each teacher's classes, e.g. 0-4 5-9")
         flag('--wanted', metavar='LIST',
-             help="the student's classes, where teachers share classes or not all are wanted: every teacher "
+             help="the student's classes; where teachers share classes or not all are wanted: every teacher "
                   'is cut to those it knows')
-        flag('--unlabeled', metavar='NAME', help="train on another data set's images instead, e.g. cifar100")
+        flag('--unlabeled', metavar='NAME', help="train on another data set's images; e.g. cifar100")
         flag('--limit_train', type=positive_int, metavar='N', help='only N training images')
         flag('--limit_test', type=positive_int, metavar='N', help='only N test images')
         # fmt: on

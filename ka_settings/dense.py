@@ -36,13 +36,14 @@ class Dense:
         # fmt: off
         flag = parser.add_argument_group('dense tasks').add_argument
         flag('--tasks', nargs='+', choices=TASKS, default=list(TASKS),
-             help='scenes, nyuv2: the dense tasks, one per teacher; default ' + ' '.join(TASKS))
+             metavar='TASK', help='one per teacher; of scenes, nyuv2; default ' + ' '.join(TASKS))
         flag('--size', type=positive_int, default=48, help='scenes, nyuv2: side of the images, default 48')
         flag('--labelled', action='store_true',
-             help='scenes: train on the images that the teachers had labels for; default where every student '
+             help="scenes: train on the teachers' images; those that they had labels for; default where "
+                  "every student "
                   'reads labels')
         flag('--epochs_ft', type=whole_number, default=5,
-             help='scenes: epochs of fine-tuning after those of --epochs, at half the learning rate; '
+             help='scenes: epochs of fine-tuning; after those of --epochs, at half the learning rate; '
                   'default 5')
         # fmt: on
 

@@ -135,7 +135,7 @@ def test_help_explains(script, name):
 @pytest.mark.parametrize(
     'words,said',
     [
-        ('--kd_mode st --net_names resnet8 resnet8', ['not a method for peers', 'train_kd.py']),
+        ('--kd_mode st --net_names resnet8 resnet8', ['not a method for peers', 'use train_kd.py']),
         ('--kd_mode nonsense --net_names resnet8 resnet8', 'there are dcm, dml'),
         ('--kd_mode dml --net_names resnet8', 'two networks or more'),
         ('--kd_mode dml --net_names resnet8 resnet9', '6n + 2'),
