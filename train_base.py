@@ -27,7 +27,15 @@ from engine.batch import Batch
 from engine.device import PRECISIONS, autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
 from engine.evaluate import measure, measured
-from engine.flags import Parser, add_common_flags, add_graph_flag, positive_int, whole_number
+from engine.flags import (
+    Parser,
+    add_common_flags,
+    add_graph_flag,
+    add_head_flag,
+    check_head,
+    positive_int,
+    whole_number,
+)
 from engine.meter import Meter
 from engine.optimise import sgd
 from engine.processes import distributed
@@ -50,8 +58,7 @@ def parse_args():
     parser.add_argument('--net_name', required=True, metavar='NAME',
         help=models.NAMES)  # fmt: skip
     parser.add_argument('--init', metavar='FILE', help='start from these weights instead of random ones')
-    parser.add_argument('--new_head', action='store_true',
-        help='of --init take all but the classifier: for weights with other classes, or none')  # fmt: skip
+    add_head_flag(parser.add_argument, '--init')
     parser.add_argument('--keep', type=positive_int, metavar='N',
         help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip
     # fmt: off
@@ -84,8 +91,7 @@ def chosen_classes(args, num_classes: int) -> list[int] | None:
 
 def main():
     args = parse_args()
-    if args.new_head and not args.init:
-        raise UserError('--new_head: goes with --init FILE')
+    check_head(args, '--init')
     device = setup(args)
     graphs = side_by_side.graphs_wanted(args, device)
     part = f'-classes{args.classes}' if args.classes else ''

@@ -11,7 +11,6 @@ Writes to SAVE_ROOT/NOTE: log.txt, args.json, last.pt, best.pt (all, at the epoc
 net1.pt, net2.pt, ... (plain weights of the last epoch), peers.pt (all of them), metrics.csv, results.json.
 """
 
-import copy
 import time
 from functools import partial
 from pathlib import Path
@@ -20,17 +19,17 @@ import engine.threads  # noqa: F401  before torch
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import models
 from engine import errors, listing, optimise, session
-from engine.batch import Batch, Probe, as_float
+from engine.batch import Batch
 from engine.device import autocast, compile_networks, setup
-from engine.errors import NonFinite, UserError, user_errors
+from engine.errors import NonFinite, user_errors
 from engine.evaluate import outputs
-from engine.flags import Parser, add_common_flags, weights_and_options
+from engine.flags import Parser, add_common_flags, add_head_flag, check_head
 from engine.meter import Meter
 from engine.optimise import sgd
+from engine.peers import Reading, build_networks, build_step, read_method
 from engine.processes import distributed, processes, rank
 from engine.record import (
     Record,
@@ -43,7 +42,7 @@ from engine.record import (
     save_checkpoint,
 )
 from engine.session import Log, load_data
-from methods import KD, PEERS
+from methods import PEERS
 
 
 def parse_args():
@@ -59,51 +58,15 @@ def parse_args():
          help=f'two or more of {models.NAMES}')
     flag('--net_inits', nargs='+', default=[], metavar='FILE',
          help='initial weights, one file per network; default: drawn from --seed, --seed + 1, ...')
+    add_head_flag(flag, '--net_inits')
     # fmt: on
     add_common_flags(parser)
     return parser.parse_args()
 
 
-class Step(nn.Module):
-    """The networks with their loss: one training step is one forward pass of this module."""
-
-    def __init__(self, peers: nn.Module, kd: nn.Module, method, amp) -> None:
-        super().__init__()
-        self.peers, self.kd, self.method, self.amp = peers, kd, method, amp
-
-    def look(self, x) -> list:
-        with self.amp():
-            fs = self.peers(x)
-        return [as_float(f) for f in fs]
-
-    def forward(self, batch: Batch):
-        """Logits of all, sum of their cross-entropies, and the loss."""
-        batch.peers = self.look
-        own_views = [batch.img, *batch.views.values()] if batch.views else batch.img
-        fs = self.look(own_views)
-        loss_ce = sum(F.cross_entropy(f.out, batch.target) for f in fs)
-        return [f.out for f in fs], loss_ce, self.method.feed(self.kd, fs, None, batch)
-
-
-class Reading(nn.Module):
-    """The networks for evaluation: logits of each, then of the ensemble, stacked."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self.step = step
-
-    def forward(self, img):
-        fs = self.step.look(img)
-        ensemble = self.step.method.own.ensemble or mean_logits
-        return torch.stack([*(f.out for f in fs), ensemble(self.step.kd, fs)])
-
-
-def mean_logits(kd, fs):
-    return torch.stack([f.out for f in fs]).mean(dim=0)
-
-
 def main():
     args = parse_args()
+    check_head(args, '--net_inits')
     method, weight, options = read_method(args)
     device = setup(args)
     amp = autocast(device, args.amp)
@@ -112,7 +75,7 @@ def main():
     log = Log(folder)
 
     train, val, test = load_data(args, device, log)
-    nets = build_networks(args, train.num_classes, device)
+    nets = build_networks(args, train.num_classes, device, log)
     initial = [fingerprint(net) for net in nets]
     step = build_step(args, method, options, nets, train, amp, device)
     opt = sgd(step.parameters(), args)
@@ -234,69 +197,6 @@ def measure(reading: Reading, val, test) -> dict[str, float]:
             name = 'ensemble' if k == len(outs) - 1 else f'net{k + 1}'
             row |= {f'{name}_{half}_top1': float(top1[k]), f'{name}_{half}_top5': float(top5[k])}
     return row
-
-
-def read_method(args):
-    """The row, its weight and its arguments."""
-    (name,) = args.kd_mode
-    if name not in PEERS:
-        hint = ', use train_kd.py' if name in KD else ''
-        raise UserError(f'--kd_mode {name}: is not a method for peers{hint}; there are {", ".join(PEERS)}')
-    if len(args.net_names) < 2:
-        raise UserError(f'--net_names {" ".join(args.net_names)}: needs two networks or more')
-    if args.net_inits and len(args.net_inits) != len(args.net_names):
-        raise UserError(f'--net_inits: {len(args.net_inits)} files for {len(args.net_names)} networks')
-    if processes() > 1 and PEERS[name].limits.one_process:
-        raise UserError(f'{name} runs in one process only: {PEERS[name].limits.one_process}')
-    weights, options = weights_and_options(args, [name], PEERS)
-    return PEERS[name], weights[name], options[name]
-
-
-def build_networks(args, num_classes: int, device) -> list[nn.Module]:
-    """Different initial weights, or a refusal: networks that start equal stay equal."""
-    nets = []
-    for k, name in enumerate(args.net_names):
-        torch.manual_seed(args.seed + k)
-        with user_errors():
-            net = models.build(name, num_classes)
-            if args.net_inits:
-                models.load_weights(net, args.net_inits[k])
-        nets.append(net.to(device, memory_format=torch.channels_last))
-    prints = [fingerprint(net) for net in nets]
-    for k, text in enumerate(prints):
-        if text in prints[:k]:
-            raise UserError(
-                f'--net_inits: networks {prints.index(text) + 1} and {k + 1} start from equal weights '
-                f'and would stay equal'
-            )
-    return nets
-
-
-def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
-    img, target, index, _ = next(train.train_batches(args.batch_size, args.seed, 0))
-    img, target, index = img[:2], target[:2], index[:2]
-    with torch.no_grad():
-        seen = [net.eval()(img, True) for net in nets]
-
-    def another_net(net):
-        with user_errors():
-            name = args.net_names[next(k for k, other in enumerate(nets) if other is net)]
-            return models.build(name, train.num_classes).to(device, memory_format=torch.channels_last)
-
-    probe = Probe(seen, None, nets, None, train, args.batch_size, args.epochs, train.num_classes,
-                  another_net)  # fmt: skip
-    torch.manual_seed(args.seed)
-    try:
-        with user_errors():
-            kd = method.build(method.loss, probe, **options).to(device)
-            step = Step(method.own.peers(nets, probe), kd, method, amp).to(device)
-            inner = method.when.inner and method.when.inner(0, args.epochs)
-            batch = Batch(img, target, index, {}, epochs=args.epochs, generator=torch.Generator(device),
-                          inner=inner)  # fmt: skip
-            copy.deepcopy(step).train()(batch)  # shapes that do not meet show here
-    except TypeError as error:
-        raise UserError(f'--kd_args: {args.kd_mode[0]}: {error}') from None
-    return step
 
 
 if __name__ == '__main__':

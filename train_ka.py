@@ -27,7 +27,14 @@ import engine.threads  # noqa: F401  before torch
 
 from engine import errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
-from engine.flags import Parser, add_common_flags, add_thread_flag, positive_float
+from engine.flags import (
+    Parser,
+    add_common_flags,
+    add_head_flag,
+    add_thread_flag,
+    check_head,
+    positive_float,
+)
 from engine.ka_build import ENSEMBLE, build_run, read_methods
 from engine.ka_student import Batch, Moment, Run
 from engine.meter import Meter
@@ -43,7 +50,7 @@ from engine.record import (
 )
 from engine.session import Log
 from ka_losses import ConcatKD
-from ka_settings import SETTINGS, setting_for
+from ka_settings import SETTINGS, refuse_flags_of_others, setting_for
 from methods import KA
 
 
@@ -52,32 +59,36 @@ def parse_args():
     # fmt: off
     flag = parser.add_argument_group('amalgamation').add_argument
     flag('--ka_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(KA),
-         help='one student per word (scratch is the reference that reads labels); list: print all methods, '
-              f'what they need, their weights and arguments; {ENSEMBLE}: only evaluate the teachers, which '
-              'is done in any case')
+         help='a student per word; list prints all methods; what they need, their weights and '
+              'arguments; scratch '
+              f'is the reference that reads labels; {ENSEMBLE}: only evaluate the teachers, which is '
+              'done in any case')
     flag('--lambda_ka', nargs='+', default=[], metavar='W',
-         help='weight of the loss: a number, or METHOD=number with several methods; default: the '
-              "method's, see --ka_mode list")
+         help='weight of the loss, or METHOD=number; the second with several methods; default: the '
+              "method's; see --ka_mode list")
     flag('--lambda_kd', type=float, metavar='W',
-         help="weight of soft targets over all classes beside it; default: the method's, 1 or 0")
+         help="weight of soft targets; over all classes, beside the loss; default: the method's; 1 or 0")
     flag('--T', type=positive_float, default=1.0, help='temperature of these, default 1')
     flag('--ka_args', nargs='+', default=[], metavar='KEY=VALUE',
-         help='arguments of the loss, e.g. h_channels=64, or METHOD.KEY=VALUE with several methods')
+         help='arguments of the loss; e.g. h_channels=64, or METHOD.KEY=VALUE with several methods')
     flag('--ka_layers', nargs='+', type=stage, metavar='rbK',
-         help="stages of the networks that the loss attaches to; default: the method's")
+         help="stages it attaches to; the loss, to the networks; default: the method's")
     flag('--t_name', nargs='+', default=[], metavar='NAME',
-         help=f'teachers, or one name for all: {"; ".join(s.networks for s in SETTINGS)}')
+         help=f'teachers, or one name for all; {"; ".join(s.networks for s in SETTINGS)}')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teachers' checkpoints")
-    flag('--s_name', metavar='NAME', help='student, one of the same names; default: as the first teacher')
-    flag('--s_init', metavar='FILE', help='initial weights of all students; default: drawn from --seed')
+    flag('--s_name', metavar='NAME', help='student; one of the same names; default: as the teacher; the '
+         'first')
+    flag('--s_init', metavar='FILE', help='initial weights of all; students; default: drawn by --seed')
+    add_head_flag(flag, '--s_init')
     for setting in SETTINGS:
         setting.add_flags(parser)
     flag = parser.add_argument_group('optimiser').add_argument
     flag('--optim', choices=('adam', 'sgd'), default='adam',
-         help='adam with cosine to 0 in every step (default), or sgd with milestones; --schedule onecycle '
-              'replaces either')
+         help='adam with cosine, or sgd with milestones; the cosine goes to 0 in every step; --schedule '
+              'onecycle '
+              'replaces either; default adam')
     flag('--lr_ka', type=positive_float, metavar='LR',
-         help="learning rate of the loss's own modules; default as --lr with adam, 0.01 with sgd")
+         help="learning rate of the loss's modules; default: as --lr; with adam, 0.01 with sgd")
     # fmt: on
     more = ''.join(f'; {setting.data_help}' for setting in SETTINGS if setting.data_help)
     rate = 'default 0.001 with adam, 0.1 with sgd'
@@ -97,6 +108,8 @@ def stage(text: str) -> int:
 
 def main():
     args = parse_args()
+    check_head(args, '--s_init')
+    refuse_flags_of_others(args)
     rows, terms = read_methods(args)
     device = setup(args)
     name = f'ka-{args.data_name.replace(":", "")}-{args.s_name or "student"}-s{args.seed}'

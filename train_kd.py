@@ -27,13 +27,15 @@ from engine import errors, listing, optimise, session, side_by_side
 from engine.batch import Batch
 from engine.build import build_runs, read_methods
 from engine.device import autocast, compile_networks, setup
-from engine.errors import UserError, user_errors
+from engine.errors import user_errors
 from engine.evaluate import measure, measured
 from engine.flags import (
     Parser,
     add_common_flags,
     add_graph_flag,
+    add_head_flag,
     add_thread_flag,
+    check_head,
     positive_int,
     share_of_ce,
     whole_number,
@@ -55,44 +57,48 @@ def parse_args(words=None):
     # fmt: off
     flag = parser.add_argument_group('distillation').add_argument
     flag('--kd_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(KD),
-         help='one student per word, methods joined by + share a student; list: print all methods, what they '
-              'need, their weights and arguments')
+         help='a student per word; list prints all methods; what they need, their weights and '
+              'arguments; methods '
+              'joined by + share a student')
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
-         help='weight of the loss beside cross-entropy: a number, or METHOD=number with several methods; '
-              "default: the method's, see --kd_mode list")
+         help='weight of the loss, or METHOD=number; beside cross-entropy, the second with several methods; '
+              "default: the method's; see --kd_mode list")
     flag('--lambda_ce', type=share_of_ce, metavar='W',
-         help='weight of cross-entropy; default 1, or what the methods say')
+         help="weight of cross-entropy; default: 1, or the method's")
     flag('--ramp_epochs', type=positive_int, metavar='N',
-         help='epochs over which the weight of a loss rises, for methods that have such a ramp; default: '
-              "the method's, scaled")
+         help="epochs in which a loss's weight rises; for methods that have such a ramp; default: "
+              "the method's; scaled to --epochs")
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
-         help='arguments of the loss, e.g. T=8, or METHOD.KEY=VALUE with several methods, e.g. st.T=8')
+         help='arguments of the loss, e.g. T=8; METHOD.KEY=VALUE with several methods, e.g. st.T=8')
     flag('--t_name', nargs='+', default=[], metavar='NAME',
          help=f'teacher: {models.NAMES}; several, the main one first, for methods that take assistants; none '
               'for methods without a teacher')
-    flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teacher's checkpoint, one per teacher")
+    flag('--t_model', nargs='+', default=[], metavar='FILE', help='one checkpoint per teacher')
     for name, what in (('mean', 'mean'), ('std', 'standard deviation')):
         flag(f'--t_{name}', nargs=3, type=float, metavar='X',
-             help=f'{what} per channel (pixels 0 to 1) of the images that the teachers were trained on, if '
-                  "they were normalised otherwise than these; default: the data's")
+             help=f"{what} per channel of the teachers' images; pixels 0 to 1, if they were normalised "
+                  "otherwise than these; default: the data's")
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
-         help='initial weights of all students, e.g. initial.pt of train_base.py; default: drawn from --seed '
+         help='initial weights of all students; e.g. initial.pt of train_base.py; default: drawn by --seed; '
               'just as there')
-    flag('--new_head', action='store_true',
-         help='of --s_init take all but the classifier: for weights with other classes, or none')
+    add_head_flag(flag, '--s_init')
     flag('--init_epochs', type=whole_number, metavar='N',
-         help='epochs of the loss alone before cross-entropy alone, for methods with such a phase; default: '
-              "the method's, scaled")
+         help='epochs of the loss alone, at first; before cross-entropy alone, for methods with such a '
+              'phase; default: '
+              "the method's; scaled to --epochs")
     flag('--pretrain_epochs', type=whole_number, metavar='N',
-         help="epochs in which the loss's own modules learn first; default: the method's, scaled")
+         help="epochs of a loss's own modules; before anything else; default: the method's; scaled to "
+              "--epochs")
     flag('--phases', choices=('before', 'inside'), default='before',
-         help='before: the epochs of those two come before the --epochs, as in the papers; inside: they are '
+         help='those two, beside the --epochs; before: they come before these, as in the papers; '
+              'inside: they are '
               'the first of the --epochs, at a tenth of the learning rate that all share then, so that no '
               'method of a table trains longer than another; default before')
     flag('--global_relations', action='store_true',
-         help='under torchrun: losses that relate the samples of a batch (rkd, sp, ...) see the batches of '
-              'all processes, not only their own')
+         help='torchrun: relate the samples of all processes; losses that relate the samples of a batch '
+              '(rkd, sp, '
+              '...) see the batches of all, not only their own')
     # fmt: on
     add_common_flags(parser)
     add_thread_flag(parser)
@@ -102,8 +108,7 @@ def parse_args(words=None):
 
 def main():
     args = parse_args()
-    if args.new_head and not args.s_init:
-        raise UserError('--new_head: goes with --s_init FILE')
+    check_head(args, '--s_init')
     wanted = read_methods(args)
     device = setup(args)
     amp = autocast(device, args.amp)

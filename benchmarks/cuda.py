@@ -1,9 +1,9 @@
 """What only a GPU can tell: do the losses agree with the CPU, do recorded steps equal usual ones, how fast.
 
-    python -m benchmarks.cuda                    everything but G2, some minutes
+    python -m benchmarks.cuda                    everything but whole, some minutes
     python -m benchmarks.cuda agree record       only these
     python -m benchmarks.cuda record --rows st crd       ... of these methods
-    python -m benchmarks.cuda G2 --epochs 200    the wall time of train_kd.py's runs on CIFAR-10
+    python -m benchmarks.cuda whole --epochs 200    the wall time of train_kd.py's runs on CIFAR-10
     python -m benchmarks.cuda --device cpu       a rehearsal without a GPU: no figure of it means anything
 
 agree   every row of METHODS, in each phase it has: loss and gradient of the weights on the GPU against the
@@ -11,10 +11,10 @@ agree   every row of METHODS, in each phase it has: loss and gradient of the wei
 record  every row that a CUDA graph may repeat, in each phase: eight usual steps against three usual and five
         replayed ones, every weight, momentum and sum equal bit for bit under deterministic kernels
 draws   crd's negatives on the device: distinct, of other classes, all equally often
-G1      a training step of ResNet-20, batch 128, bfloat16: a replayed CUDA graph against the usual step
-G2      train_kd.py st --cuda_graphs, ResNet-20 from ResNet-20 and from ResNet-110, start to end
-G3      steps of every row under torch.cuda.set_sync_debug_mode('error')
-G4      is a sum: of the seconds in the result files that tools/reproduce.py writes on the GPU
+replay  a training step of ResNet-20, batch 128, bfloat16: a replayed CUDA graph against the usual step
+whole   train_kd.py st --cuda_graphs, ResNet-20 from ResNet-20 and from ResNet-110, start to end
+waiting steps of every row under torch.cuda.set_sync_debug_mode('error')
+What a table costs is a sum: of the seconds in the result files that tools/reproduce.py writes on the GPU.
 
 A row that raises is reported and the next one follows. Exit code 1 if a row raises, disagrees or waits. With
 --out FILE the results are written as JSON after every row.
@@ -189,11 +189,11 @@ def negatives(device: torch.device) -> dict:
 
 
 def replay(device: torch.device, steps: int, done) -> None:
-    done('G1', 'ResNet-20 step, replayed graph', '', partial(faster, device, steps))
+    done('replay', 'ResNet-20 step, replayed graph', '', partial(faster, device, steps))
 
 
 def faster(device: torch.device, steps: int) -> dict:
-    """G1, in milliseconds per step; both ways take turns."""
+    """replay, in milliseconds per step; both ways take turns."""
     train, amp = data(device=device), autocast(device, 'bf16')
     batch, ways = next(train.train_batches(BATCH, 0, 0)), {}
     for way in ('usual', 'replayed'):
@@ -234,7 +234,7 @@ def wait(device: torch.device) -> None:
 
 def whole_runs(device: torch.device, epochs: int, img_root: str, done) -> None:
     for teacher, most in (('resnet20', 120), ('resnet110', 200)):
-        done('G2', f'R20 from {teacher}', '', partial(whole_run, teacher, most, device, epochs, img_root))
+        done('whole', f'R20 from {teacher}', '', partial(whole_run, teacher, most, device, epochs, img_root))
 
 
 def whole_run(teacher: str, most: int, device: torch.device, epochs: int, img_root: str) -> dict:
@@ -256,7 +256,7 @@ def whole_run(teacher: str, most: int, device: torch.device, epochs: int, img_ro
 
 def unsynchronised(device: torch.device, names: list[str], done) -> None:
     for name in names:
-        done('G3', name, '', partial(waits, name, device))
+        done('waiting', name, '', partial(waits, name, device))
 
 
 def waits(name: str, device: torch.device) -> dict:
@@ -284,12 +284,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('goals', nargs='*', metavar='GOAL', help='default: all but G2')
+    parser.add_argument('goals', nargs='*', metavar='GOAL', help='default: all but whole')
     parser.add_argument('--rows', nargs='+', default=ROWS, metavar='METHOD', help='only these methods')
     parser.add_argument('--device', default='cuda', help='default cuda')
-    parser.add_argument('--epochs', type=int, default=200, help='G2: default 200')
-    parser.add_argument('--steps', type=int, default=100, help='G1: per round, default 100')
-    parser.add_argument('--img_root', default='./data', help='G2: where CIFAR-10 lies, default ./data')
+    parser.add_argument('--epochs', type=int, default=200, help='whole: default 200')
+    parser.add_argument('--steps', type=int, default=100, help='replay: per round, default 100')
+    parser.add_argument('--img_root', default='./data', help='whole: where CIFAR-10 lies, default ./data')
     parser.add_argument('--out', help='also write the results here, as JSON')
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -303,10 +303,11 @@ def main() -> int:
         'agree': partial(agree, device, args.rows),
         'record': partial(record, device, args.rows),
         'draws': partial(draws, device, args.rows),
-        'G1': partial(replay, device, args.steps),
-        'G2': partial(whole_runs, device, args.epochs, args.img_root),
-        'G3': partial(unsynchronised, device, args.rows),
+        'replay': partial(replay, device, args.steps),
+        'whole': partial(whole_runs, device, args.epochs, args.img_root),
+        'waiting': partial(unsynchronised, device, args.rows),
     }
+    args.goals = [{'G1': 'replay', 'G2': 'whole', 'G3': 'waiting'}.get(goal, goal) for goal in args.goals]
     if unknown := [*sorted(set(args.goals) - goals.keys()), *sorted(set(args.rows) - set(ROWS))]:
         print(f'benchmarks.cuda: error: no goal or method is called {", ".join(unknown)}', file=sys.stderr)
         return 2
@@ -322,14 +323,14 @@ def main() -> int:
             row = {'said': said, 'error': said, 'met': False}
         row = {'goal': goal, 'what': what, 'phase': phase, **row, 'seconds': time.perf_counter() - started}
         missed = ' NO' if row['met'] is False else ''
-        print(f'{goal:6s} {what:12s} {phase:8s} {row["said"]}{missed}', flush=True)
+        print(f'{goal:7s} {what:12s} {phase:8s} {row["said"]}{missed}', flush=True)
         rows.append(row)
         if args.out:
             write_json(Path(args.out), {'rows': rows, **origin})
 
-    for goal in args.goals or [goal for goal in goals if goal != 'G2']:
+    for goal in args.goals or [goal for goal in goals if goal != 'whole']:
         goals[goal](done)
-    return int(any(row['met'] is False for row in rows if row['goal'] not in ('G1', 'G2')))
+    return int(any(row['met'] is False for row in rows if row['goal'] not in ('replay', 'whole')))
 
 
 if __name__ == '__main__':

@@ -13,10 +13,10 @@ from engine import side_by_side
 from engine.batch import Batch, Probe
 from engine.device import PRECISIONS
 from engine.errors import UserError, user_errors
-from engine.flags import weights_and_options
+from engine.flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.meter import Meter
 from engine.optimise import phase_epochs, sgd
-from engine.processes import distributed, gather_batches, processes, rank
+from engine.processes import distributed, gather_batches, rank
 from engine.record import (
     Record,
     fingerprint,
@@ -31,12 +31,9 @@ def read_methods(args) -> dict[str, list[Term]]:
     """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
     tokens = {token: token.split('+') for token in args.kd_mode}
     names = {name for terms in tokens.values() for name in terms}
-    for name in sorted(names - KD.keys() - PEERS.keys()):
-        raise UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(KD)}')
-    for name in sorted(name for name in names if name in PEERS):
-        raise UserError(f'--kd_mode {name}: trains networks that learn from each other, use train_dml.py')
-    if len(tokens) < len(args.kd_mode) or any(len(set(terms)) < len(terms) for terms in tokens.values()):
-        raise UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
+    elsewhere = {name: 'trains networks that learn from each other, use train_dml.py' for name in PEERS}
+    refuse_unknown('--kd_mode', names, KD, elsewhere)
+    refuse_repeated('--kd_mode', args.kd_mode)
     check_teachers(args, names)
     weights, options = weights_and_options(args, sorted(names), KD)
     wanted = {
@@ -73,9 +70,7 @@ def check_teachers(args, names: set[str]) -> None:
     if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
         teams = [name for name, method in KD.items() if method.needs.all_teachers]
         raise UserError(f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several')
-    for name in sorted(names):
-        if processes() > 1 and KD[name].limits.one_process:
-            raise UserError(f'{name} runs in one process only: {KD[name].limits.one_process}')
+    refuse_many_processes(names, KD)
 
 
 def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device) -> list[Run]:

@@ -8,6 +8,27 @@ import sys
 from collections.abc import Iterable
 
 from engine.errors import UserError
+from engine.processes import processes
+
+
+class Short(argparse.RawDescriptionHelpFormatter):
+    """--help on a screen or two: the first clause of each text, and the default."""
+
+    def __init__(self, prog: str, **more) -> None:
+        super().__init__(prog, max_help_position=26, **more)
+
+    def _format_args(self, action, default_metavar: str) -> str:
+        if action.nargs in ('+', '*'):
+            return f'{self._metavar_formatter(action, default_metavar)(1)[0]} ...'
+        return super()._format_args(action, default_metavar)
+
+    def _get_default_metavar_for_optional(self, action) -> str:
+        return 'X'
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        first, *others = ' '.join(text.split()).split('; ')
+        default = [clause for clause in others if clause.startswith('default')]
+        return super()._split_lines('; '.join([first, *default[-1:]]), width)
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,8 +36,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+            usage='%(prog)s FLAGS', description=description, allow_abbrev=False, formatter_class=Short,
+            epilog='docs/flags.md has what each flag means in full.',
+        )  # fmt: skip
         self.add_argument(
             '--debug', action='store_true', help='with an error message show where it was raised'
         )
@@ -44,8 +66,9 @@ def add_common_flags(
     # fmt: off
     flag = parser.add_argument_group("recipe (the defaults are Knowledge-Distillation-Zoo's)").add_argument
     flag('--val_split', type=fraction, default=0.0, metavar='F',
-         help='hold out this share of the training set and choose best.pt on it; default 0: best.pt is '
-              'chosen on the test set, and the log says so')
+         help='held-out share of the training set; best.pt is chosen on it; default 0; best.pt is then '
+              'chosen '
+              'on the test set, and the log says so')
     flag('--epochs', type=positive_int, default=epochs, help=f'default {epochs}')
     flag('--batch_size', type=positive_int, default=128, help='of each process, default 128')
     flag('--lr', type=positive_float, default=lr, help=f'learning rate, {rate}')
@@ -53,32 +76,34 @@ def add_common_flags(
          help='steps: the learning rate drops at the milestones; onecycle: it moves at every step, linearly '
               'up to --lr over the first fifth of the run, then linearly to 0; default steps')
     flag('--milestones', type=fraction, nargs='*', default=[0.5, 0.75], metavar='F',
-         help='SGD: shares of the run after which the learning rate drops, default 0.5 0.75')
+         help='SGD: shares of the run where the rate drops; default 0.5 0.75')
     flag('--lr_decay', type=positive_float, default=0.1, help='SGD: factor at a milestone, default 0.1')
     flag('--momentum', type=fraction, default=0.9, help='SGD: Nesterov momentum, default 0.9')
     flag('--no_nesterov', dest='nesterov', action='store_false',
-         help='SGD: plain momentum instead of Nesterov, as RepDistiller and mdistiller have it')
+         help='SGD: plain momentum, not Nesterov; as RepDistiller and mdistiller have it')
     flag('--weight_decay', type=fraction, default=1e-4, help='on all parameters, default 1e-4')
     flag('--pad', choices=('reflect', 'zero'), default='reflect',
-         help='what a random crop sees outside of an image: reflect, the image mirrored; zero, black, as '
+         help='what crops see around an image; reflect, the image mirrored; zero, black, as '
               'RepDistiller and mdistiller have it; not for folder; default reflect')
     flag('--seed', type=seed_number, default=2, help='of initial weights and batches, default 2')
     # fmt: on
     add_machine_flags(parser)
     # fmt: off
     parser.add_argument('--compile', action='store_true',
-        help='networks through torch.compile: a minute of start, faster steps on CUDA, other rounding')
+        help='networks through torch.compile; a minute of start, faster steps on CUDA, other rounding')
     flag = parser.add_argument_group('output').add_argument
     flag('--save_root', default='./save', help='where output folders go, default ./save')
-    flag('--note', help='name of the output folder, default made from the flags')
+    flag('--note', help='name of the output folder; default: made from the flags')
     flag('--resume', metavar='auto|never|PATH',
-         help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
-              'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
+         help='auto: continue, or start; what is in the output folder; never: start afresh and overwrite; '
+              'PATH: continue from this folder or last.pt; default: refuse to overwrite')
     flag('--save_every', type=positive_int, default=1, metavar='N',
-         help='write last.pt and best.pt every N epochs, and after the last: a kill loses up to N; '
+         help='epochs between checkpoints; last.pt and best.pt, which are also written after the last: '
+              'a kill '
+              'loses up to N; '
               'default 1')
     flag('--print_freq', type=positive_int, default=50,
-         help='show the running loss every so many steps, default 50')
+         help='steps between shown losses, default 50')
     flag('--tensorboard', action='store_true', help='also write TensorBoard scalars')
 
 
@@ -87,13 +112,16 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
     # fmt: off
     flag = parser.add_argument_group('data').add_argument
     flag('--data_name', default='shapes', metavar='NAME',
-         help='shapes (embedded, no download; shapes:N for N training images), cifar10, cifar100, or folder '
-              f'(IMG_ROOT/train and IMG_ROOT/val with one folder per class){more}; default shapes')
+         help=f'shapes, cifar10, cifar100, folder{more}; shapes is embedded, no download, and shapes:N has N '
+              'training images; folder: IMG_ROOT/train and IMG_ROOT/val with one folder per class; '
+              'default shapes')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
     flag('--image_size', type=positive_int, default=224, help='folder only: side of the crops, default 224')
     flag('--workers', type=whole_number, default=4, help='folder only: decoding processes, default 4')
     flag('--convert_rgb', action='store_true',
-         help='folder only: convert grey, CMYK and palette images (ImageNet has some) instead of refusing')
+         help='folder only: convert images that are not RGB; grey, CMYK and palette images (ImageNet '
+              'has some), '
+              'instead of refusing')
 
 
 def add_machine_flags(parser: Parser) -> None:
@@ -156,6 +184,28 @@ def key_values(items: Iterable[str], flag: str) -> dict:
     return result
 
 
+def refuse_unknown(
+    flag: str, names: Iterable[str], rows: dict, elsewhere: dict[str, str] | None = None
+) -> None:
+    """elsewhere: {a method of another script: what to do with it}"""
+    for name in sorted(set(names) - rows.keys()):
+        if name in (elsewhere or {}):
+            raise UserError(f'{flag} {name}: {elsewhere[name]}')
+        raise UserError(f'{flag}: no method is called {name!r}; there are {", ".join(rows)}')
+
+
+def refuse_repeated(flag: str, words: list[str]) -> None:
+    """Of students, and of the methods that one student joins with +."""
+    if any(len(set(names)) < len(names) for names in (words, *(word.split('+') for word in words))):
+        raise UserError(f'{flag} {" ".join(words)}: something is named twice')
+
+
+def refuse_many_processes(names: Iterable[str], rows: dict) -> None:
+    for name in sorted(names):
+        if processes() > 1 and rows[name].limits.one_process:
+            raise UserError(f'{name} runs in one process only: {rows[name].limits.one_process}')
+
+
 def weights_and_options(
     args: argparse.Namespace, names: list[str], methods: dict, kind: str = 'kd'
 ) -> tuple[dict, dict]:
@@ -201,14 +251,25 @@ def check_option(name: str, loss: type, key: str, value, flag: str) -> None:
         raise UserError(f'{flag}: {key}={value!r} of {name} has the wrong type; {shown}')
 
 
+def add_head_flag(flag, of: str) -> None:
+    flag('--new_head', action='store_true',
+         help=f'of {of} take all but the classifier; for weights with other classes, or none')  # fmt: skip
+
+
+def check_head(args: argparse.Namespace, of: str) -> None:
+    if args.new_head and not getattr(args, of.removeprefix('--')):
+        raise UserError(f'--new_head: goes with {of} FILE')
+
+
 def add_thread_flag(parser: Parser) -> None:
     parser.add_argument('--student_threads', type=positive_int, default=1, metavar='N',
-        help='CPU: threads inside the operations of each student; as many students train at the same time as '
+        help='CPU: threads inside each operation; of each student, as many students train at the same '
+             'time as '
              '--threads allows. Last digits depend on N and on nothing else: alone or beside others, on two '
              'cores or sixteen, a student ends with the same weights; default 1')  # fmt: skip
 
 
 def add_graph_flag(parser: Parser) -> None:
     parser.add_argument('--cuda_graphs', action='store_true',
-        help='record a training step and let the GPU repeat it, students side by side: several times faster '
+        help='let the GPU repeat a recorded step; students side by side: several times faster '
              'for small networks; elsewhere nothing changes')  # fmt: skip

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from engine.errors import UserError, user_errors
-from engine.flags import weights_and_options
+from engine.flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.ka_student import Batch, Probe, Run, Student, Term
 from engine.meter import Meter
 from engine.optimise import sgd
-from engine.processes import distributed, processes
+from engine.processes import distributed
 from engine.record import Record, fingerprint, math_args, resume_point
 from ka_losses import ConcatKD
 from ka_settings import setting_for
@@ -24,16 +24,13 @@ ENSEMBLE = 'ensemble'  # a word of --ka_mode that trains nothing
 def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
     """{word of --ka_mode: its row}, {word: the row with what the other flags make of it}."""
     names, setting = [name for name in args.ka_mode if name != ENSEMBLE], setting_for(args.data_name)
+    refuse_unknown('--ka_mode', names, KA)
     for name in names:
-        if name not in KA:
-            raise UserError(f'--ka_mode: no method is called {name!r}; there are {", ".join(KA)}')
         if KA[name].needs.setting not in ('', setting.name):
             fitting = ', '.join(key for key, m in KA.items() if m.needs.setting in ('', setting.name))
             raise UserError(f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}')
-        if processes() > 1 and KA[name].limits.one_process:
-            raise UserError(f'{name} runs in one process only: {KA[name].limits.one_process}')
-    if len(set(args.ka_mode)) < len(args.ka_mode):
-        raise UserError(f'--ka_mode {" ".join(args.ka_mode)}: something is named twice')
+    refuse_many_processes(names, KA)
+    refuse_repeated('--ka_mode', args.ka_mode)
     weights, options = weights_and_options(args, names, KA, 'ka')
     rows = {name: KA[name] for name in names}
     terms = {

@@ -1,26 +1,21 @@
-"""The paper trail of a run: checkpoints, written whole or not at all, results, where they come from."""
+"""The paper trail of a run: checkpoints, written whole or not at all, and results."""
 
 import argparse
 import contextlib
 import copy
 import csv
-import hashlib
 import io
 import json
 import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError, user_errors
+from engine.origin import class_names_of, fingerprint, provenance  # noqa: F401  asked for here, too
 from engine.processes import processes, rank
 from models.checkpoint import compare_classes, named_weights, read_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent  # the checkout
 
 
 def output_folder(path: Path) -> Path:
@@ -107,48 +102,6 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=1) + '\n').encode())
-
-
-def provenance(device: torch.device) -> dict:
-    """Where a number comes from: command, commit, machine."""
-
-    def git(*words):
-        try:
-            done = subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True)
-        except OSError:  # there is no git
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git('rev-parse', 'HEAD') or os.environ.get('SOURCE_COMMIT')  # a copy without its history
-    if commit and git('status', '--porcelain', '--untracked-files=no'):
-        commit += '-dirty'
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    return {
-        'command': ' '.join(['python', str(script), *sys.argv[1:]]),
-        'commit': commit,
-        'machine': {
-            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
-            'cpu': _cpu_name(),
-            'threads': torch.get_num_threads(),
-            'torch': str(torch.__version__),
-            'python': platform.python_version(),
-        },
-    }
-
-
-def class_names_of(data) -> dict:
-    """{'class_names': [...]}, empty for data whose classes have no names."""
-    names = getattr(data, 'class_names', None)
-    return {'class_names': names} if names else {}
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def resume_point(choice: str | None, folder: Path) -> Path | None:
@@ -306,12 +259,3 @@ def math_args(args: argparse.Namespace, **more) -> dict:
     chosen = {name: getattr(args, name) for name, default in newer.items()
               if getattr(args, name, default) != default}  # fmt: skip
     return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | more
-
-
-def fingerprint(net: nn.Module) -> str:
-    """A short name for a network's weights, to notice that a file has changed since."""
-    digest = hashlib.sha1()
-    for key, value in net.state_dict().items():
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]

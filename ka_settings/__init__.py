@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from engine.errors import UserError
+
 from .classes import Classes
 from .dense import Dense
 
-__all__ = ['SETTINGS', 'Classes', 'Dense', 'Setting', 'setting_for']
+__all__ = ['SETTINGS', 'Classes', 'Dense', 'Setting', 'refuse_flags_of_others', 'setting_for']
 
 SETTINGS = (Classes, Dense)
 
@@ -22,6 +24,17 @@ def setting_for(data_name: str) -> type['Setting']:
     """The setting that has this data set; the first where none has, which then says what there is."""
     kind = data_name.partition(':')[0]
     return next((setting for setting in SETTINGS if kind in setting.data), SETTINGS[0])
+
+
+def refuse_flags_of_others(args: argparse.Namespace) -> None:
+    """A flag that only another setting reads would be ignored."""
+    mine = setting_for(args.data_name)
+    for other in SETTINGS:
+        parser = argparse.ArgumentParser(add_help=False)
+        other.add_flags(parser)
+        given = [a for a in parser._actions if getattr(args, a.dest) != a.default and other is not mine]
+        if given:
+            raise UserError(f'{given[0].option_strings[0]}: not for --data_name {args.data_name}')
 
 
 class Setting(Protocol):

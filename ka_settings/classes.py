@@ -1,5 +1,7 @@
 """Teachers that know some classes each; the student gets the classes of all."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,14 +28,14 @@ class Classes:
         # fmt: off
         flag = parser.add_argument_group('who knows which classes').add_argument
         flag('--num_parts', type=positive_int, metavar='N',
-             help='parts of the classes, one per teacher in turn; default: as many as teachers')
+             help='parts of the classes; one per teacher in turn; default: one each; as many as teachers')
         flag('--split', choices=('contiguous', 'interleaved', 'random'), default='contiguous',
              help='as for train_base.py; default contiguous')
         flag('--t_classes', nargs='+', metavar='LIST', help="or each teacher's classes, e.g. 0-4 5-9")
         flag('--wanted', metavar='LIST',
-             help="the student's classes, where teachers share classes or not all are wanted: every teacher "
+             help="the student's classes; where teachers share classes or not all are wanted: every teacher "
                   'is cut to those it knows')
-        flag('--unlabeled', metavar='NAME', help="train on another data set's images instead, e.g. cifar100")
+        flag('--unlabeled', metavar='NAME', help="train on another data set's images; e.g. cifar100")
         flag('--limit_train', type=positive_int, metavar='N', help='only N training images')
         flag('--limit_test', type=positive_int, metavar='N', help='only N test images')
         # fmt: on
@@ -77,6 +79,7 @@ class Classes:
         self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
         self.recipe = {'parts': parts, 'classes': self.split.classes}
         self.student_name = args.s_name or names[0]
+        self.initial = self._initial(args, log)
         self.shown = ('top1', *(f'part{i + 1}' for i in range(len(self.split.distinct()))))
 
     @staticmethod
@@ -105,11 +108,15 @@ class Classes:
         return [self.args.epochs]
 
     def student(self, method) -> nn.Module:
-        torch.manual_seed(self.args.seed)
+        return copy.deepcopy(self.initial)
+
+    def _initial(self, args, log) -> nn.Module:
+        """What all students start from."""
+        torch.manual_seed(args.seed)
         with user_errors():
             net = models.build(self.student_name, len(self.split.classes))
-            if self.args.s_init:
-                models.load_weights(net, self.args.s_init)
+            if args.s_init:
+                log(f'initial student: {models.load_weights(net, args.s_init, new_head=args.new_head)}')
         return net
 
     def forward(self, net: nn.Module, batch):

@@ -16,6 +16,13 @@ from engine.processes import gathered, same_buffers
 from models.branching import JointNet
 from models.segmentation import SegNet
 
+# flags of all settings that have no meaning here
+NOT_HERE = {
+    'val_split': '',
+    'pad': ', whose images are not cropped',
+    's_init': ', whose students are made of their teachers',
+}
+
 
 class Dense:
     """Teachers of one dense task each; students have all tasks."""
@@ -29,21 +36,23 @@ class Dense:
         # fmt: off
         flag = parser.add_argument_group('dense tasks').add_argument
         flag('--tasks', nargs='+', choices=TASKS, default=list(TASKS),
-             help='scenes, nyuv2: the dense tasks, one per teacher; default ' + ' '.join(TASKS))
+             metavar='TASK', help='one per teacher; of scenes, nyuv2; default ' + ' '.join(TASKS))
         flag('--size', type=positive_int, default=48, help='scenes, nyuv2: side of the images, default 48')
         flag('--labelled', action='store_true',
-             help='scenes: train on the images that the teachers had labels for; default where every student '
+             help="scenes: train on the teachers' images; those that they had labels for; default where "
+                  "every student "
                   'reads labels')
         flag('--epochs_ft', type=whole_number, default=5,
-             help='scenes: epochs of fine-tuning after those of --epochs, at half the learning rate; '
+             help='scenes: epochs of fine-tuning; after those of --epochs, at half the learning rate; '
                   'default 5')
         # fmt: on
 
     def __init__(self, args, wanted: dict, device, log) -> None:
         self.args, self.amp = args, autocast(device, args.amp)
         labelled = args.labelled or all(method.needs.labels for method in wanted.values())
-        if args.val_split:
-            raise UserError('--val_split: not for scenes and nyuv2')
+        for flag, why in NOT_HERE.items():
+            if getattr(args, flag) not in (None, 0, 'reflect'):
+                raise UserError(f'--{flag}: not for scenes and nyuv2{why}')
         with user_errors():
             self.train, self.test = dataset.load_dense(
                 args.data_name, args.img_root, device, args.size, labelled

@@ -80,10 +80,11 @@ def _bilinear(feat: Tensor, gamma: float, order: int) -> Tensor:
 
 def _rbf_taylor(feat: Tensor, gamma: float, order: int) -> Tensor:
     s = _bilinear(feat, gamma, order)
-    series = torch.ones_like(s)
-    for p in range(order, 0, -1):  # Horner: 1 + x/1 (1 + x/2 (1 + ...))
-        series = 1 + 2 * gamma / p * s * series
-    return math.exp(-2 * gamma) * series
+    factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
+    series = torch.full_like(s, factors.pop())
+    for factor in reversed(factors):  # Horner: a + s (b + s (c + ...))
+        series = s * series + factor
+    return series
 
 
 def _rbf(feat: Tensor, gamma: float, order: int) -> Tensor:

@@ -201,7 +201,9 @@ def feed_strong(kd, s, t, batch):
     out = batch.student(img).out
     with torch.no_grad():
         out_t = batch.teacher(img).out
-    return kd(s.out, t.out, out, out_t) + F.cross_entropy(out, batch.target) / 9
+    valid = batch.target != -100  # cross_entropy divides by their number, which may be 0
+    ce = F.cross_entropy(out, batch.target, reduction='sum') / valid.sum().clamp(min=1)
+    return kd(s.out, t.out, out, out_t) + ce / 9
 
 
 def build_strong(loss, probe, **options):

@@ -67,13 +67,11 @@ class NKD(nn.Module):
             target = target.argmax(dim=1)
         target, valid = _labels('NKD', target, *out_s.shape)
         out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
-        y = target[:, None]
-        q_y, log_p_y = F.softmax(out_t, dim=1).gather(1, y), F.log_softmax(out_s, dim=1).gather(1, y)
-        is_y = _is(target, out_s.shape[1])
-        q = F.softmax((out_t / self.T).masked_fill(is_y, -torch.inf), dim=1)
-        log_p = F.log_softmax((out_s / self.T).masked_fill(is_y, -torch.inf), dim=1)
+        ce, ce_t = (F.cross_entropy(out, target, reduction='none') for out in (out_s, out_t))
+        s, t = ((out / self.T).scatter(1, target[:, None], -torch.inf) for out in (out_s, out_t))
+        q, log_p = F.softmax(t, dim=1), F.log_softmax(s, dim=1)
         others = torch.where(q == 0, 0.0, q * log_p).sum(dim=1)  # 0 at y, where log p' is -inf
-        return -_mean((q_y * log_p_y).squeeze(1), valid), -self.gamma * self.T**2 * _mean(others, valid)
+        return _mean(torch.exp(-ce_t) * ce, valid), -self.gamma * self.T**2 * _mean(others, valid)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -123,13 +121,6 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
-
-
-def _is(target: Tensor, K: int) -> Tensor:
-    """(N,) -> (N, K), True at the label."""
-    return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
-        1, target[:, None], True
-    )
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

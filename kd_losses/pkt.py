@@ -60,27 +60,28 @@ class PKT(nn.Module):
 
     def neighbours(self, feat: Tensor) -> Tensor:
         """(N, D) -> (N, N): row i is how likely i picks each sample as its neighbour."""
-        u, norm = _rows(feat.flatten(1), self.eps)
-        return (1 + _surplus(u, norm, self.eps)[0]) / len(feat)
+        u, _, longer = _rows(feat.flatten(1), self.eps)
+        return (1 + _surplus(u, longer, self.eps)[0]) / len(feat)
 
 
-def _rows(feat: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rows(feat: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     norm = torch.linalg.vector_norm(feat, dim=1, keepdim=True)
-    return feat / (norm + eps), norm
+    longer = norm + eps
+    return feat / longer, norm, longer
 
 
-def _surplus(u: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """N p - 1, (N, N), and the mean of c, (N, 1).
+def _surplus(u: Tensor, longer: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """N p - 1, (N, N), and 4 times the mean of c, (N, 1).
 
     Embeddings with a large common mean have cosines near 1, of which float32 keeps no difference; so this
-    starts from d = 1 - c, which is small then: |u_i - u_j|^2 / 4 and what the lengths are short of 1.
+    starts from 4 (1 - c), which is small then: with v = u - mean, short = 1 - |u|^2 and h = short + |v|^2 it
+    is h_i + h_j - 2 v_i.v_j, its row mean h_i + mean(h), and N p - 1 their difference / 4 mean of c.
     """
-    v = _exact(u - u.mean(dim=0))
-    short = eps * (2 * norm + eps) / (norm + eps).square()
-    half = (short + v.square().sum(dim=1, keepdim=True)) / 4
-    d = torch.addmm(half + half.T, v, v.T, alpha=-0.5)
-    mean = d.mean(dim=1, keepdim=True)
-    return (mean - d) / (1 - mean), 1 - mean
+    v, short = _exact(u - u.mean(dim=0)), eps / longer
+    h = short * (2 - short) + v.square().sum(dim=1, keepdim=True)
+    mean = h.mean()
+    c = (4 - mean) - h
+    return torch.addmm(mean - h.T, v, v.T, alpha=2) / c, c
 
 
 class _Divergence(torch.autograd.Function):
@@ -89,19 +90,20 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(feat_s: Tensor, feat_t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         n = len(feat_s)
-        u, norm = _rows(feat_s, eps)
-        (q_s, c), (q_t, _) = _surplus(u, norm, eps), _surplus(*_rows(feat_t, eps), eps)
+        (u, norm, longer), (u_t, _, longer_t) = _rows(feat_s, eps), _rows(feat_t, eps)
+        (q_s, c), (q_t, _) = _surplus(u, longer, eps), _surplus(u_t, longer_t, eps)
         # log(a / b) = 2 atanh((a - b) / (a + b)), exact for a near b too
         gap, base = q_t - q_s, q_s + (1 + n * eps)
         half_log = torch.atanh(gap / torch.add(gap, base, alpha=2))
         loss = torch.addcmul(half_log, half_log, q_t).mean() * (2 / n)
-        # the slope for q_s, without what is constant in a row (q_s has mean 0 there), then for c, then for u
+        # the slope for q_s, less its mean with the weights 1 + q_s (gap has mean 0 in a row), for c, for u
         slope = (n * eps - gap) / base
-        slope = (slope - torch.addcmul(slope, slope, q_s).mean(dim=1, keepdim=True)) / c
-        grad = ((slope + slope.T) @ _exact(u)).to(u.dtype) / (2 * n**3)
+        slope = (slope - n * eps * (1 - slope.mean(dim=1, keepdim=True))) / (c * (n**3 / 2))
+        grad = ((slope + slope.T) @ _exact(u)).to(u.dtype)
         # through u = feat / (norm + eps)
-        grad = grad - u * ((u * grad).sum(dim=1, keepdim=True) * (norm + eps) / norm)
-        return loss.to(u.dtype), torch.where(norm == 0, 0.0, grad / (norm + eps))
+        dead = norm == 0
+        inward = (u * grad).sum(dim=1, keepdim=True) / norm.masked_fill(dead, 1)
+        return loss.to(u.dtype), grad * (1 / longer).masked_fill(dead, 0) - u * inward
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

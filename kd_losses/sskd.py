@@ -18,8 +18,8 @@ Tap: logits of all 4 n rows, and the embeddings through a head (`SSHead`) on eac
 cross-entropy. `SSKDStudent` turns the images and has the student's head, which training alone needs.
 
 Differences: the authors' code, but for its sort: among equal ranks the earlier row is kept. The authors crop
-every turned image anew; in our trainer the four share a crop. Nothing kept gives 0, where the authors' code gives NaN. A
-teacher's row that is not finite is always kept, so that it shows. torchdistill weighs ce by 1.
+every turned image anew; in our trainer the four share a crop. Nothing kept gives 0, where the authors' code
+gives NaN. A teacher's row that is not finite is always kept, so that it shows. torchdistill weighs ce by 1.
 
 Source: xuguodong03/SSKD, student.py and wrapper.py (wrapper).
 

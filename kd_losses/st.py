@@ -51,12 +51,11 @@ class SoftTarget(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
         _expect('SoftTarget', 'out_s', out_s, 'N', 'K')
         _expect('SoftTarget', 'out_t', out_t, *out_s.shape)
-        log_p_s = F.log_softmax(_full(out_s) / self.T, dim=1)
-        log_p_t = F.log_softmax(_full(out_t.detach(), out_s) / self.T, dim=1)
-        p_t = log_p_t.exp()
+        z_s, z_t = _full(out_s) / self.T, _full(out_t.detach(), out_s) / self.T
+        log_p_s, log_p_t, p_t = F.log_softmax(z_s, dim=1), F.log_softmax(z_t, dim=1), F.softmax(z_t, dim=1)
         # where p_t is 0 the term is 0, although log p_t is -inf there
         kl = torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s))
-        return kl.sum(dim=1).mean() * self.T**2
+        return kl.sum() * (self.T**2 / len(kl))
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -55,9 +55,9 @@ class WSLD(nn.Module):
         out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
         with torch.no_grad():
             a, b = (F.cross_entropy(out, target, reduction='none') for out in (out_s, out_t))
-            weight = 1 - torch.exp(-(a / (b + 1e-7)).clamp(min=0))
+            weight = (torch.exp(a / (-1e-7 - b)) - 1) * self.T**2
         soft = F.softmax(out_t / self.T, dim=1) * F.log_softmax(out_s / self.T, dim=1)
-        return -_mean(weight * soft.sum(dim=1), valid) * self.T**2
+        return _mean(weight * soft.sum(dim=1), valid)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -86,7 +86,7 @@ def load_weights(
     return ', '.join(said)
 
 
-_HEAD_HINT = '; only the classifier differs: train_base.py --init FILE --new_head keeps the rest'
+_HEAD_HINT = '; only the classifier differs: --init FILE --new_head (--s_init, --net_inits) keeps the rest'
 
 
 def named_weights(net: nn.Module | dict, class_names: Sequence[str] | None) -> dict:

@@ -108,9 +108,9 @@ def test_the_flags_are_frozen(monkeypatch):
     own |= {'--global_relations', '--cuda_graphs', '--new_head', '--lambda_ce', '--ramp_epochs', '--phases'}
     own |= {'--student_threads'}
     assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
-    assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits'}
+    assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits', '--new_head'}
     ka = {'--ka_mode', '--lambda_ka', '--lambda_kd', '--T', '--ka_args', '--ka_layers', '--optim', '--lr_ka'}
-    ka |= {'--student_threads'}
+    ka |= {'--student_threads', '--new_head'}
     ka |= {'--t_name', '--t_model', '--s_name', '--s_init', '--num_parts', '--split', '--t_classes'}
     ka |= {
         '--wanted',
@@ -135,7 +135,7 @@ def test_help_explains(script, name):
 @pytest.mark.parametrize(
     'words,said',
     [
-        ('--kd_mode st --net_names resnet8 resnet8', ['not a method for peers', 'train_kd.py']),
+        ('--kd_mode st --net_names resnet8 resnet8', ['not a method for peers', 'use train_kd.py']),
         ('--kd_mode nonsense --net_names resnet8 resnet8', 'there are dcm, dml'),
         ('--kd_mode dml --net_names resnet8', 'two networks or more'),
         ('--kd_mode dml --net_names resnet8 resnet9', '6n + 2'),
@@ -473,6 +473,12 @@ def test_a_new_head(fails, script, teacher, tmp_path):
     words = ('--kd_mode', 'st', '--s_init', base[-1], '--new_head', '--epochs', '1')
     done = script('train_kd', *kd(teacher), *words, '--note', 'k')
     assert done.code == 0 and 'a new classifier' in done.out
+    peers = ('--kd_mode', 'dml', '--net_names', 'resnet8', 'resnet8', *TINY, '--epochs', '1')
+    fails('train_dml', *peers, '--new_head', said='goes with --net_inits')
+    peers += ('--net_inits', base[-1], base[-1])
+    fails('train_dml', *peers, said=['hundred.pt', 'only the classifier differs'])
+    done = script('train_dml', *peers, '--new_head', '--note', 'p')  # one body, and a classifier each
+    assert done.code == 0 and done.out.count('a new classifier, left out: fc.weight, fc.bias') == 2
 
 
 def test_students_with_added_layers_are_used_like_others(script, train_kd, tmp_path):

@@ -558,6 +558,11 @@ MISTAKES = [
     (['cfl', '--ka_args', 's_channels=3'], ['--ka_args: cfl']),
     (['concat', '--unlabeled', 'svhn'], ["no data set is called 'svhn'"]),
     (['concat', '--data_name', 'scenes', '--size', '40'], ['not for --data_name scenes']),
+    (['sbm', '--data_name', 'scenes', '--pad', 'zero'], ['--pad: not for scenes', 'are not cropped']),
+    (['sbm', '--data_name', 'scenes', '--s_init', 'x.pt'], ['--s_init: not for scenes']),
+    (['sbm', '--data_name', 'scenes', '--limit_train', '8'], ['--limit_train: not for --data_name scenes']),
+    (['concat', '--tasks', 'seg'], ['--tasks: not for --data_name shapes:96']),
+    (['concat', '--new_head'], ['--new_head: goes with --s_init FILE']),
 ]
 
 
@@ -567,6 +572,21 @@ def test_mistakes_are_one_line(ka, words, said):
     assert done.code == 2 and done.err.count('\n') == 1 and 'Traceback' not in done.err, done.err
     for part in said:
         assert part in done.err, done.err
+
+
+def test_a_new_head(ka, tmp_path):
+    """A student from weights that know other classes."""
+    body = build('resnet8', 7)
+    torch.save(body.state_dict(), tmp_path / 'seven.pt')
+    done = ka('concat', '--s_init', tmp_path / 'seven.pt', epochs=1)
+    assert done.code == 2 and 'only the classifier differs: --init FILE --new_head' in done.err
+    done = ka('concat', 'cfl', '--s_init', tmp_path / 'seven.pt', '--new_head', '--note', 'n',
+              '--lr', '1e-9', '--weight_decay', '0', epochs=1)  # fmt: skip
+    assert done.code == 0 and done.out.count('a new classifier, left out: fc.weight, fc.bias') == 1
+    for mode in ('concat', 'cfl'):
+        net = torch.load(tmp_path / 'n' / mode / 'student.pt', weights_only=True)
+        assert net['fc.weight'].shape[0] == 10
+        torch.testing.assert_close(net['conv1.weight'], body.conv1.weight, rtol=0, atol=1e-6)
 
 
 def test_bad_teachers_are_one_line(script, halves, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ from kd_losses.ft import FT
 from kd_losses.kdcl import KDCL, general_weights
 from kd_losses.lwm import LwM, grad_cam
 from kd_losses.mhgd import MHGD, clipped
+from kd_losses.mlkd import feed_strong as mlkd_feed
 from kd_losses.norm import NORM, FeatureTransform
 from kd_losses.ofakd import OFAExit
 from kd_losses.okddip import OKDDip
@@ -387,6 +389,23 @@ def test_mlkd_memory_is_linear_in_the_classes():
     with Largest() as largest:
         MLKD()(s, t).backward()
     assert largest.numel <= 4 * s.numel()
+
+
+@pytest.mark.parametrize('labelled', [0, 3])
+def test_mlkd_strong_without_labels(labelled):
+    """Its cross-entropy is the mean over the rows that have a label; of none, 0 with gradient 0."""
+    target = torch.full((5,), -100)
+    target[:labelled] = torch.arange(labelled)
+    b = SimpleNamespace(views={'strong': torch.zeros(5, 3, 8, 8)}, target=target)
+    weak, strong = rand(5, 4).requires_grad_(), rand(5, 4, seed=1).requires_grad_()
+    b.student, b.teacher = (lambda img, out=x: SimpleNamespace(out=out) for x in (strong, rand(5, 4, seed=2)))
+    kd = MLKD(two_view=True)
+    loss = mlkd_feed(kd, SimpleNamespace(out=weak), SimpleNamespace(out=rand(5, 4, seed=3)), b)
+    expected = kd(weak, rand(5, 4, seed=3), strong, rand(5, 4, seed=2))
+    if labelled:
+        expected = expected + F.cross_entropy(strong[:labelled], target[:labelled]) / 9
+    near(loss, expected)
+    near(*(torch.autograd.grad(x, strong)[0] for x in (loss, expected)))
 
 
 class Largest(TorchDispatchMode):

@@ -500,7 +500,7 @@ def test_counters_on_the_host_count_replays():
 
 def test_the_gpu_checks_rehearse(monkeypatch, capsys, tmp_path):
     out = tmp_path / 'cuda.json'
-    words = ['cuda', 'agree', 'record', 'draws', 'G3', '--device', 'cpu', '--out', str(out), '--rows']
+    words = ['cuda', 'agree', 'record', 'draws', 'waiting', '--device', 'cpu', '--out', str(out), '--rows']
     names = ['st', 'crd', 'kdsvd', 'ab', 'ft', 'mhgd', 'sobolev']
     monkeypatch.setattr(side_by_side, 'cuda_capture', side_by_side.cuda_capture)
     monkeypatch.setattr(sys, 'argv', [*words, *names])
@@ -513,7 +513,7 @@ def test_the_gpu_checks_rehearse(monkeypatch, capsys, tmp_path):
               ('sobolev', 'train')]  # fmt: skip
     recorded = [p for p in phases if p[0] not in ('kdsvd', 'mhgd')]
     assert said == [*(('agree', *p) for p in phases), *(('record', *p) for p in recorded),
-                    ('draws', 'crd', ''), *(('G3', name, '') for name in names)]  # fmt: skip
+                    ('draws', 'crd', ''), *(('waiting', name, '') for name in names)]  # fmt: skip
     assert [r['draws'] for r in rows[:3]] == [False, True, False] and rows[0]['gradient'] == 0
 
 
@@ -544,7 +544,7 @@ def test_a_gpu_that_differs_is_noticed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cuda, 'negatives', lambda device: 1 / 0)
     out = tmp_path / 'x.json'
     monkeypatch.setattr(
-        sys, 'argv', ['cuda', 'draws', 'G3', '--device', 'cpu', '--rows', 'st', '--out', str(out)]
+        sys, 'argv', ['cuda', 'draws', 'waiting', '--device', 'cpu', '--rows', 'st', '--out', str(out)]
     )
     assert cuda.main() == 1, 'a row that raises'
     assert [r['met'] for r in json.loads(out.read_text())['rows']] == [False, True]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A borrowed GPU, first command (two minutes): half of the data, does a recorded step work, how fast is it.
-# docs/gpu.md says how to use it.   Rehearsal: DEVICE=cpu SMALL=shapes:200 G1STEPS=1 OUT=out bash tools/gpu/first.sh
+# docs/gpu.md says how to use it.   Rehearsal: DEVICE=cpu SMALL=shapes:200 REPLAYS=1 OUT=out bash tools/gpu/first.sh
 set -u
 : "${DEVICE:=cuda}" "${KEEP:=$HOME/keep}" "${PY:=python3}" "${GPU:=.gpu}" "${OUT:=out}"
 mkdir -p "$KEEP" "$OUT"
@@ -33,7 +33,7 @@ for file in "$KEEP"/save/base-*/metrics.csv "$KEEP"/save/kd-*/*/metrics.csv; do
     echo "${file#"$KEEP"/save/} $(tail -n 1 "$file")"
 done | tee -a "$OUT/first.log"
 cmp "$KEEP/save/kd-graph/at/student.pt" "$KEEP/save/kd-alone/at/student.pt" && say 'alone equals together, bit for bit'
-step 40 g1 "$PY" -m benchmarks.cuda G1 --device "$DEVICE" --steps "${G1STEPS:-100}" --out "$OUT/g1.json"
+step 40 g1 "$PY" -m benchmarks.cuda replay --device "$DEVICE" --steps "${REPLAYS:-100}" --out "$OUT/g1.json"
 wait "$unpack"
 cat "$OUT/unpack.log"
 say done

@@ -110,7 +110,7 @@ def main() -> int:
             return 3
     checks = []
     for k in range(args.checks):
-        goals = ['record', 'agree', 'G3', *(['draws'] if k == 0 else [])]
+        goals = ['record', 'agree', 'waiting', *(['draws'] if k == 0 else [])]
         words = [
             '-m',
             'benchmarks.cuda',
