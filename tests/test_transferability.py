@@ -1,0 +1,499 @@
+"""The transferability metrics: authors' numbers, plain transcriptions, edges, errors, files that stand alone.
+
+GOLDEN_DIR names another folder of vectors, as for tests/test_golden.py.
+"""
+
+import ast
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+import transferability as tr
+from tests.conftest import ROOT
+
+GOLDEN = Path(os.environ.get('GOLDEN_DIR') or ROOT / 'tests' / 'golden')
+FILES = [p for p in sorted((ROOT / 'transferability').glob('*.py')) if p.stem != '__init__']
+
+
+def vector(name: str, noise: float = 0.0) -> dict[str, torch.Tensor]:
+    with np.load(GOLDEN / f'{name}.npz', allow_pickle=False) as file:
+        z = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    generator = torch.Generator().manual_seed(0)
+    for key in [k for k in z if noise and k.startswith('in_') and z[k].is_floating_point()]:
+        z[key] = z[key] * (1 + noise * torch.randn(z[key].shape, generator=generator, dtype=torch.float64))
+    return z
+
+
+def same(got, wanted, rtol=1e-9):
+    got, wanted = (torch.as_tensor(x, dtype=torch.float64) for x in (got, wanted))
+    scale = max(float(wanted.abs().max()), 1e-3)
+    np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol * scale)
+
+
+# ----------------------------------------------------------------------------------------- authors' numbers
+
+
+def golden_leep(z):
+    same(tr.leep(z['in_prob_source'], z['in_label']), z['out_score'])
+
+
+def golden_nce(z):
+    same(tr.nce(z['in_source_label'], z['in_label']), z['out_score'])
+
+
+def golden_logme(z):
+    same(tr.logme(z['in_feat'], z['in_label']), z['out_score'])
+    same(tr.logme(z['in_feat'], z['in_target_reg'], regression=True), z['out_score_reg'])
+    _, alpha, beta = tr.log_evidence(z['in_feat'], z['in_label'])
+    same(alpha, z['out_alpha'])
+    same(beta, z['out_beta'])
+
+
+def golden_hscore(z):
+    same(tr.h_score(z['in_feat'], z['in_label']), z['out_score'])
+    same(tr.h_score(z['in_feat'], z['in_label'], regularized=True), z['out_score_reg'])
+    same(tr.shrinkage(z['in_feat']), z['out_shrinkage'])
+
+
+def golden_depara(z):
+    maps, feats, encoders = {}, {}, []
+    for side in 'ab':
+        layers = [
+            nn.Conv2d(*z[f'param_{side}_{k}_weight'].shape[1::-1], 3, stride=stride, padding=1).double()
+            for k, stride in ((0, 1), (2, 2))
+        ]
+        for k, layer in zip((0, 2), layers):
+            layer.weight.data, layer.bias.data = z[f'param_{side}_{k}_weight'], z[f'param_{side}_{k}_bias']
+        net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU())
+        encoders.append(net)
+        for output in ('sum', 'norm'):
+            maps[output, side] = tr.attribution_map(net, z['in_x'], output=output)
+            same(maps[output, side], z[f'out_attr_{output}_{side}'])
+        with torch.no_grad():
+            feats[side] = net(z['in_x']).mean(dim=(2, 3))
+        same(feats[side], z[f'out_feat_{side}'])
+        same(tr.edge_vector(feats[side], center=False), z[f'out_edge_{side}'])
+    a, b = maps['sum', 'a'], maps['sum', 'b']
+    same(tr.attribution_similarity(a, b), z['out_sim_attribution'])
+    same(tr.attribution_similarity(a, b, channel=None), z['out_sim_kamal'])
+    same(tr.affinity_matrix(encoders, z['in_x'])[0, 1], z['out_sim_attribution'])
+    same(tr.affinity_matrix(encoders, [z['in_x']] * 2, channel=None)[1, 0], z['out_sim_kamal'])
+    same(tr.node_similarity(a, b, channel='abs_mean'), z['out_sim_node_abs'])
+    for center, key in ((False, 'out_sim_edge'), (True, 'out_sim_edge_centered')):
+        same(tr.spearman(*(tr.edge_vector(feats[s], center) for s in 'ab')), z[key])
+    same(tr.depara(a, feats['a'], b, feats['b'], lam=float(z['hp_lambda'])), z['out_sim_depara'])
+
+
+VECTORS = {
+    'leep': golden_leep,
+    'nce': golden_nce,
+    'logme': golden_logme,
+    'hscore': golden_hscore,
+    'depara': golden_depara,
+}
+
+
+@pytest.mark.parametrize('name', VECTORS)
+def test_golden(name):
+    VECTORS[name](vector(name))
+
+
+@pytest.mark.parametrize('name', [name for name in VECTORS if name != 'nce'])  # nce reads integers alone
+def test_the_comparison_can_fail(name):
+    with pytest.raises(AssertionError):
+        VECTORS[name](vector(name, noise=1e-5))
+
+
+# ------------------------------------------------------------------------------------ plain transcriptions
+
+
+def batch(n=60, d=7, classes=3, shift=1.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    label = torch.arange(n) % classes
+    centre = torch.randn(classes, d, generator=g, dtype=torch.float64)
+    return torch.randn(n, d, generator=g, dtype=torch.float64) + shift * centre[label] + 0.7, label
+
+
+def plain_logme(feat, label):
+    """The page, line by line, with the whole SVD and all D terms."""
+    f, scores = feat.numpy(), []
+    n, d = f.shape
+    u, s, _ = np.linalg.svd(f, full_matrices=False)
+    sigma = s**2
+    for c in range(int(label.max()) + 1):
+        y = (label.numpy() == c).astype(float)
+        x = u.T @ y
+        r0, a, b = y @ y - x @ x, 1.0, 1.0
+        for _ in range(11):
+            t = a / b
+            gamma = (sigma / (sigma + t)).sum()
+            m2, res = (sigma * x**2 / (t + sigma) ** 2).sum(), (x**2 / (1 + sigma / t) ** 2).sum() + r0
+            a, b = gamma / (m2 + 1e-5), (n - gamma) / (res + 1e-5)
+            if abs(a / b - t) / t <= 1e-3:
+                break
+        padded = np.concatenate([sigma, np.zeros(d - len(sigma))])
+        logs = d / 2 * np.log(a) + n / 2 * np.log(b) - 0.5 * np.log(a + b * padded).sum()
+        scores.append((logs - b / 2 * res - a / 2 * m2 - n / 2 * np.log(2 * np.pi)) / n)
+    return np.mean(scores)
+
+
+def plain_h_score(feat, label, regularized):
+    f = feat.numpy()
+    g = np.stack([f[label.numpy() == y].mean(axis=0) for y in label])
+    if not regularized:
+        return np.trace(np.linalg.pinv(np.cov(f.T), rcond=1e-15) @ np.cov(g.T))
+    x = f - f.mean(axis=0)
+    n, d = x.shape
+    s = x.T @ x / n
+    mu = np.trace(s) / d
+    d2 = ((s - mu * np.eye(d)) ** 2).sum()
+    b2 = min(d2, ((x**2).T @ (x**2) / n - s**2).sum() / n)
+    al = b2 / d2
+    return np.trace(np.linalg.pinv((1 - al) * s + al * mu * np.eye(d)) @ ((1 - al) * np.cov(g.T)))
+
+
+def plain_transrate(feat, label, eps=1e-4):
+    def rate(z):
+        return 0.5 * np.linalg.slogdet(np.eye(z.shape[1]) + z.T @ z / (len(z) * eps))[1]
+
+    z, y = feat.numpy() - feat.numpy().mean(axis=0), label.numpy()
+    return rate(z) - sum((y == c).mean() * rate(z[y == c]) for c in np.unique(y))
+
+
+def plain_gbc(feat, label, covariance):
+    x = feat.numpy() - feat.numpy().mean(axis=0)
+    x = x @ np.linalg.svd(x, full_matrices=False)[2][:5].T
+    total = 0.0
+    parts = [x[label.numpy() == c] for c in np.unique(label)]
+    for i, a in enumerate(parts):
+        for j, b in enumerate(parts):
+            sa, sb = (np.diag(p.var(axis=0)) for p in (a, b))
+            if covariance == 'spherical':
+                sa, sb = (np.eye(5) * np.trace(s) / 5 for s in (sa, sb))
+            s, m = (sa + sb) / 2, a.mean(axis=0) - b.mean(axis=0)
+            log = np.log(np.linalg.det(s) / np.sqrt(np.linalg.det(sa) * np.linalg.det(sb)))
+            total += (i != j) * np.exp(-m @ np.linalg.inv(s) @ m / 8 - log / 2)
+    return -total
+
+
+def plain_sfda(feat, label, a=5.0):
+    """In the space of the projection U, as the paper writes it."""
+    y, q = label.numpy(), np.bincount(label.numpy()) / len(label)
+
+    def posterior(f, lam):
+        means = np.stack([f[y == c].mean(axis=0) for c in range(len(q))])
+        sw = (f - means[y]).T @ (f - means[y]) / len(f)
+        lam = np.exp(-a * np.linalg.eigvalsh(sw)[-1]) if lam is None else lam
+        sb = (means - f.mean(axis=0)).T @ np.diag(q) @ (means - f.mean(axis=0))
+        _, u = scipy.linalg.eigh(sb, (1 - lam) * sw + lam * np.eye(f.shape[1]))
+        u = u[:, -(len(q) - 1) :]
+        delta = f @ u @ u.T @ means.T - 0.5 * np.diag(means @ u @ u.T @ means.T) + np.log(q)
+        return delta - scipy.special.logsumexp(delta, axis=1, keepdims=True), lam
+
+    f, rows = feat.numpy(), np.arange(len(y))
+    log_p, lam = posterior(f, None)
+    p = np.exp(log_p[rows, y])[:, None]
+    others = np.stack([f[y != c].mean(axis=0) for c in range(len(q))])
+    return posterior(p * f + (1 - p) * others[y], lam)[0][rows, y].mean()
+
+
+@pytest.mark.parametrize('n,d', [(60, 7), (23, 31)])
+def test_logme_has_all_terms(n, d):
+    """Also for more dimensions than samples, where the authors' current solver leaves D - N terms out."""
+    feat, label = batch(n, d)
+    same(tr.logme(feat, label), plain_logme(feat, label))
+
+
+def test_h_score_plain_and_regularized():
+    for n, d in ((60, 7), (23, 31)):
+        feat, label = batch(n, d)
+        same(tr.h_score(feat, label, regularized=True), plain_h_score(feat, label, True))
+    feat, label = batch()
+    same(tr.h_score(feat, label), plain_h_score(feat, label, False))
+    same(tr.h_score(feat * torch.logspace(-6, 6, 7).double(), label), tr.h_score(feat, label))
+
+
+def test_those_of_a_formula_only():
+    feat, label = batch(shift=0.6)
+    same(tr.transrate(feat, label), plain_transrate(feat, label))
+    for covariance in ('spherical', 'diagonal'):
+        same(tr.gbc(feat, label, 5, covariance), plain_gbc(feat, label, covariance))
+    same(tr.sfda(feat / 3, label), plain_sfda(feat / 3, label))
+    wide, label = batch(24, 40, shift=0.6)
+    same(tr.transrate(wide, label), plain_transrate(wide, label))
+
+
+def test_nleep_finds_the_clusters():
+    """Two far clusters per class are told by a mixture, not by one Gaussian per class; seeds agree."""
+    g = torch.Generator().manual_seed(0)
+    label = torch.arange(240) % 2
+    centre = torch.tensor([[-9.0, 0], [0, 9], [9, 0], [0, -9]])[torch.arange(240) % 4]
+    feat = torch.cat([torch.randn(240, 2, generator=g) * 0.5 + centre, torch.randn(240, 3, generator=g)], 1)
+    assert tr.nleep(feat, label) > -0.02
+    assert tr.nleep(feat, label) == tr.nleep(feat, label)
+    assert abs(tr.nleep(feat, label) - tr.nleep(feat, label, seed=3)) < 0.02
+    noise = torch.randn(240, 5, generator=g)
+    assert tr.nleep(noise, label) < -0.4
+
+
+def test_spearman_is_scipys():
+    g = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, 50, generator=g, dtype=torch.float64)
+    for a, b in ((u, v), (u.round(decimals=0), v), (u.round(), v.round())):
+        same(tr.spearman(a, b), scipy.stats.spearmanr(a, b).statistic)
+    rank = [torch.argsort(torch.argsort(x, descending=True)).double() for x in (u, v)]
+    same(tr.spearman(u, v), 1 - 6 * (rank[0] - rank[1]).square().sum() / (50 * (50**2 - 1)))
+    assert tr.spearman(torch.ones(5), torch.arange(5.0)) == 0
+
+
+def test_better_features_rank_higher():
+    """Every metric of features prefers the separated classes to the mixed ones."""
+    for name in FEATURES:
+        scores = [FEATURES[name](*batch(120, 8, shift=shift)) for shift in (0.0, 1.0, 3.0)]
+        assert scores == sorted(scores) and scores[0] < scores[2], (name, scores)
+
+
+# ------------------------------------------------------------------------------------------------- edges
+
+FEATURES = {
+    'logme': tr.logme,
+    'h_score': tr.h_score,
+    'h_score_reg': lambda feat, label: tr.h_score(feat, label, regularized=True),
+    'nleep': tr.nleep,
+    'transrate': tr.transrate,
+    'gbc': tr.gbc,
+    'sfda': tr.sfda,
+}
+
+
+@pytest.mark.parametrize('name', FEATURES)
+def test_edges(name):
+    score = FEATURES[name]
+    feat, label = batch(24, 6)
+    cases = {
+        'equal features': (torch.full((24, 6), 0.1), label),
+        'zeros': (torch.zeros(24, 6), label),
+        'singular': (torch.cat([feat, feat, torch.ones(24, 1)], dim=1), label),
+        'more dimensions than samples': (torch.randn(24, 50), label),
+        'a class of one image': (feat, torch.cat([torch.tensor([3]), label[1:]])),
+        'one class': (feat, torch.zeros(24).long()),
+        'one image': (feat[:1], torch.zeros(1).long()),
+        'tiny': (feat * 1e-12, label),
+        'huge': (feat * 1e12, label),
+        'half precision': (feat.half(), label),
+        'a class missing': (feat, label * 2),
+    }
+    for case, (x, y) in cases.items():
+        if name == 'logme' and case == 'a class missing':  # its column would be explained by nothing
+            with pytest.raises(ValueError, match=r'every class of 0..4, got none of 1, 3: target.unique'):
+                score(x, y)
+            continue
+        assert np.isfinite(score(x, y)), case
+    assert np.isnan(score(torch.full((24, 6), torch.nan), label))
+    bad = feat.clone()
+    bad[3, 2] = torch.inf
+    assert np.isnan(score(bad, label))
+    out = torch.where(torch.arange(24) < 5, -100, label)
+    same(score(feat, out), score(feat[5:], label[5:]), 1e-12)
+    assert not feat.requires_grad and score(feat.requires_grad_(), label) == score(feat.detach(), label)
+    for wrong in (
+        (feat[0], label),
+        (feat, label[:5]),
+        (feat, label.float()),
+        (feat, label - 2),
+        (feat, None),
+    ):
+        with pytest.raises(ValueError, match=r'(?s)must .*got .*: '):
+            score(*wrong)
+
+
+def test_values_at_the_edges():
+    feat, label = batch(24, 6)
+    entropy = -np.log(3)
+    flat = torch.full((24, 6), 0.1)
+    assert tr.h_score(flat, label) == tr.h_score(flat, label, regularized=True) == 0
+    same(tr.h_score(torch.randn(8, 50).double(), torch.arange(8) % 3), 2.0)  # whatever the features are
+    same([tr.nleep(flat, label), tr.sfda(flat, label)], [entropy, entropy])
+    same([tr.gbc(flat, label), tr.transrate(flat, label)], [-6.0, 0.0])
+    same(tr.logme(torch.cat([feat, feat * 0], 1), label), plain_logme(torch.cat([feat, feat * 0], 1), label))
+    same(tr.h_score(torch.cat([feat, feat[:, :2] * 3], 1), label), tr.h_score(feat, label), 1e-7)
+
+
+def test_probabilities():
+    label = torch.arange(6) % 2
+    p = torch.full((6, 4), 0.5) * torch.tensor([1.0, 1, 0, 0])  # two source classes are never predicted
+    same(tr.leep(p, label), -np.log(2))
+    same(tr.leep(torch.eye(3)[torch.tensor([0, 0, 2, 2, 0, 2])], torch.tensor([0, 0, 3, 3, 0, 3])), 0.0)
+    assert np.isnan(tr.leep(p * torch.nan, label))
+    same(tr.leep(p, torch.tensor([0, 1, 0, 1, -100, -100])), tr.leep(p[:4], label[:4]))
+    for wrong in (torch.randn(6, 4), p * 2, p[:, 0], p[:0]):
+        with pytest.raises(ValueError, match='leep: prob_source must .*got .*: '):
+            tr.leep(wrong, label)
+    assert tr.nce(torch.tensor([7, 7, 2]), torch.tensor([0, 0, 5])) == 0
+    same(tr.nce(torch.zeros(6).long(), label), -np.log(2))
+    same(tr.nce(torch.tensor([0, 0, -100]), torch.tensor([0, 1, 1])), -np.log(2))
+    for wrong in (((6,), 5), ((6, 1), 6), ((0,), 0)):
+        with pytest.raises(ValueError, match='nce: .*must .*got .*: '):
+            tr.nce(torch.zeros(wrong[0]).long(), torch.zeros(wrong[1]).long())
+    with pytest.raises(ValueError, match='keep rows that have both'):
+        tr.nce(torch.tensor([-100, 1]), torch.tensor([1, -100]))
+
+
+def test_options_are_checked():
+    feat, label = batch(24, 6)
+    for call in (
+        lambda: tr.nleep(feat, label, energy=0),
+        lambda: tr.nleep(feat, label, steps=0),
+        lambda: tr.transrate(feat, label, eps=0),
+        lambda: tr.gbc(feat, label, covariance='full'),
+        lambda: tr.gbc(feat, label, dim=0),
+        lambda: tr.sfda(feat, label, a=0),
+        lambda: tr.logme(feat, feat[:5], regression=True),
+        lambda: tr.build_graph(['a'], torch.zeros(1, 1), topk=0),
+        lambda: tr.build_graph(['a'], torch.zeros(2, 2)),
+        lambda: tr.layout(torch.tensor([[0.0, torch.nan], [0.0, 0.0]])),
+        lambda: tr.edge_vector(feat[:2]),
+        lambda: tr.spearman(feat[0], feat[0, :3]),
+    ):
+        with pytest.raises(ValueError, match=r'(?s)must .*got .*: '):
+            call()
+    same(tr.logme(feat, feat[:, 0], regression=True), tr.logme(feat, feat[:, :1], regression=True))
+
+
+# ------------------------------------------------------------------------------------------- attributions
+
+
+def test_attribution_maps():
+    x = torch.randn(4, 3, 8, 8)
+    weight = torch.randn(3, 8, 8)
+    map_ = tr.attribution_map(lambda img: (img * weight).flatten(1), x)
+    same(map_, x * weight)
+    same(tr.attribution_map(lambda img: img * weight, x, method='saliency'), weight.abs().expand(4, 3, 8, 8))
+    assert not map_.requires_grad
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match='encoder.eval()'):
+        tr.attribution_map(net, x)
+    alone = tr.attribution_map(net.eval(), x[:1])
+    with torch.inference_mode():
+        same(tr.attribution_map(net, x)[:1], alone, 1e-5)
+    assert all(p.grad is None for p in net.parameters())
+    dead = tr.attribution_map(lambda img: (img - 99).relu(), x, output='norm')
+    assert not dead.any() and tr.attribution_similarity(dead, map_) == 0
+    assert not tr.attribution_map(lambda img: torch.ones(4, 2), x).any()
+    for call in (
+        lambda: tr.attribution_map(net, x[0]),
+        lambda: tr.attribution_map(net, x, method='lrp'),
+        lambda: tr.attribution_map(lambda img: img.sum(), x),
+        lambda: tr.attribution_similarity(map_, map_[:2]),
+        lambda: tr.attribution_similarity(map_, map_, channel='max'),
+        lambda: tr.attribution_similarity(map_, map_[:, :2], channel=None),
+        lambda: tr.affinity_matrix([net, net], [x]),
+        lambda: tr.depara(map_, map_[:2], map_, map_),
+    ):
+        with pytest.raises(ValueError, match=r'(?s)must .*got .*: '):
+            call()
+
+
+def test_affinity_of_maps_of_unlike_sizes():
+    maps = [torch.randn(5, 3, s, s) for s in (8, 8, 4)]
+    made = tr.map_affinity(maps)
+    assert torch.equal(made, made.T) and torch.equal(made.diagonal(), torch.ones(3).double())
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        same(made[i, j], tr.attribution_similarity(maps[i], maps[j]))
+        same(made[i, j], tr.node_similarity(maps[i], maps[j]))
+
+
+# -------------------------------------------------------------------------------------------------- graph
+
+DIST = torch.tensor([[9, 1, 2, 4], [1, 9, 3, 3], [2, 3, 9, 6], [4, 5, 6, 9]]).double()
+
+
+def test_graph_keeps_the_nearest():
+    graph = tr.build_graph(['a', 'b', {'name': 'c', 'dataset': 'x'}, 'd'], DIST, topk=1, normalize=False)
+    assert graph['edges'] == [[0, 1, 1.0], [1, 0, 1.0], [2, 0, 2.0], [3, 0, 4.0]]
+    assert [n['name'] for n in graph['nodes']] == list('abcd')
+    assert graph['nodes'][2] == {
+        'index': 2,
+        'name': 'c',
+        'task': 'classification',
+        'dataset': 'x',
+        'url': None,
+    }
+    two = tr.build_graph(list('abcd'), DIST, topk=2, normalize=False)['edges']
+    assert [1, 2, 3.0] not in two and [1, 0, 1.0] in two  # two edges of equal length at the limit: both go
+    for topk in (3, 99):
+        edges = tr.build_graph(list('abcd'), DIST, topk=topk)['edges']
+        assert len(edges) == 12 and all(i != j for i, j, _ in edges)
+        assert min(e[2] for e in edges) == pytest.approx(1e-8 / 5, rel=1e-6) and max(e[2] for e in edges) == 1
+        assert [0, 1] in [e[:2] for e in edges]
+    assert tr.build_graph(['a'], torch.zeros(1, 1))['edges'] == []
+
+
+def test_layout_keeps_distances_of_a_plane():
+    points = torch.randn(9, 2, dtype=torch.float64)
+    got = tr.layout(torch.cdist(points, points))
+    same(torch.cdist(got, got), torch.cdist(points, points), 1e-6)
+    assert torch.equal(got, tr.layout(torch.cdist(points, points)))
+    assert tr.layout(torch.zeros(1, 1)).shape == (1, 2) and torch.isfinite(tr.layout(DIST)).all()
+
+
+# --------------------------------------------------------------------------------------------- the files
+
+
+def test_files_stand_alone_and_explain_themselves(tmp_path):
+    """Each file, copied alone, runs its own Use in a fresh process that cannot see the checkout."""
+    program = 'import doctest, importlib, sys\n' + ''.join(
+        f'sys.path.insert(0, {str(tmp_path / p.stem)!r})\n'
+        f'm = importlib.import_module({p.stem!r})\n'
+        'done = doctest.testmod(m)\n'
+        'assert done.attempted >= 3 and not done.failed, m\n'
+        'sys.path.pop(0)\n'
+        for p in FILES
+    )
+    program += (
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('transferability', 'kd_losses', 'engine')]"
+    )
+    for path in FILES:
+        (tmp_path / path.stem).mkdir()
+        (tmp_path / path.stem / path.name).write_bytes(path.read_bytes())
+        tree = ast.parse(path.read_text())
+        doc = ast.get_docstring(tree)
+        assert re.search(r'(19|20)\d\d', doc) and re.search(r'^Differences:', doc, re.M), path.stem
+        assert re.search(r'^Source: (formula only|[\w-]+/[\w-]+, \w)', doc, re.M), path.stem
+        assert len(doc.splitlines()) <= 45, path.stem
+        assert (
+            doctest.DocTestParser().get_examples(doc)[1].source
+            == f'from {path.stem} import '
+            + (doctest.DocTestParser().get_examples(doc)[1].source.split(' import ')[1])
+        )
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {n.split('.')[0] for n in names} <= {'torch', 'math', 'collections'}, path.stem
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith('_'):
+                said = ast.get_docstring(node)
+                assert node.name in tr.__all__ and said, node.name
+                for argument in node.args.args if 'Args:' in said else ():
+                    assert re.search(rf'\b{argument.arg}\b', said), f'{node.name}: {argument.arg}'
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_helpers_of_one_name_are_one_text():
+    seen = {}
+    for path in FILES:
+        source = path.read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith('_'):
+                seen.setdefault(node.name, set()).add(ast.get_source_segment(source, node))
+    assert {name for name, texts in seen.items() if len(texts) > 1} == set()
