@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import load_weights, named_weights
+from .checkpoint import load_weights, named_weights, num_classes_in
 from .feats import Feats
 from .folding import folded
 from .hooks import tap_torchvision
@@ -35,6 +35,7 @@ __all__ = [
     'load_student',
     'load_weights',
     'named_weights',
+    'num_classes_in',
 ]
 
 MODELS = {f'resnet{depth}': partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)}
