@@ -92,10 +92,10 @@ def cases():
     yield 'h_score', size, lambda: tr.h_score(feat, label), lambda: plain_h_score(feat, label)
     name = 'h_score, regularized'
     yield name, size, lambda: tr.h_score(feat, label, True), lambda: plain_h_score_reg(feat, label)
-    wide = torch.randn(500, 4096, generator=g) + torch.randn(10, 4096, generator=g)[label[:500] % 10]
+    wide = torch.randn(500, 2048, generator=g) + torch.randn(10, 2048, generator=g)[label[:500] % 10]
     few = label[:500] % 10
     ours, plain = lambda: tr.h_score(wide, few, True), lambda: plain_h_score_reg(wide, few)
-    yield name, '500 x 4096, 10 classes', ours, plain
+    yield name, '500 x 2048, 10 classes', ours, plain
     yield 'transrate', size, lambda: tr.transrate(feat, label), lambda: plain_transrate(feat, label)
     prob = torch.randn(n, 1000, generator=g).mul(2).softmax(1)
     yield 'leep', f'{n} x 1000', lambda: tr.leep(prob, label), lambda: plain_leep(prob, label)

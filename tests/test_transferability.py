@@ -4,9 +4,14 @@ GOLDEN_DIR names another folder of vectors, as for tests/test_golden.py.
 """
 
 import ast
+import contextlib
 import doctest
+import importlib
+import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +22,9 @@ import scipy.linalg
 import torch
 from torch import nn
 
+import models
 import transferability as tr
+from tests import browser
 from tests.conftest import ROOT
 
 GOLDEN = Path(os.environ.get('GOLDEN_DIR') or ROOT / 'tests' / 'golden')
@@ -497,3 +504,250 @@ def test_helpers_of_one_name_are_one_text():
             if isinstance(node, ast.FunctionDef) and node.name.startswith('_'):
                 seen.setdefault(node.name, set()).add(ast.get_source_segment(source, node))
     assert {name for name, texts in seen.items() if len(texts) > 1} == set()
+
+
+# --------------------------------------------------------------------------------------------- the tools
+
+
+@pytest.fixture(scope='module')
+def networks(tmp_path_factory):
+    """Four untrained networks in folders as train_base.py leaves them, and a file without results.json."""
+    root = tmp_path_factory.mktemp('networks')
+    told = [('a', 'resnet8', list(range(5))), ('b', 'resnet8', list(range(5))), ('c', 'resnet14', None)]
+    told += [('d', 'MobileNetV2', [5, 6, 7])]
+    for seed, (name, net, classes) in enumerate(told):
+        torch.manual_seed(seed)
+        (root / name).mkdir()
+        torch.save(models.build(net, len(classes or range(10))).state_dict(), root / name / 'net.pt')
+        facts = {'student': net, 'data': 'shapes', 'classes': classes, 'seed': seed}
+        (root / name / 'results.json').write_text(json.dumps(facts))
+    torch.save(models.build('resnet8', 7).state_dict(), root / 'alone.pt')
+    return root
+
+
+def test_the_tool_ranks_and_compares(script, networks, img_root, tmp_path):
+    words = (f'{networks}/[abcd]/net.pt', f'resnet8={networks}/alone.pt@cifar10', '--data_name', 'shapes:200')
+    words += ('--classes', '5-8', '--img_root', img_root, '--threads', 1, '--images', 60, '--out', tmp_path)
+    done = script(
+        'tools.transferability', *words, '--train', 3, '--target', networks / 'd/net.pt', '--probes', 6
+    )
+    assert done.code == 0, done.err
+    content = json.loads((tmp_path / 'ranking.json').read_text())
+    rows = content['networks']
+    assert [r['name'] for r in rows] == ['a', 'b', 'c', 'd', 'alone']
+    assert [r['seen'] for r in rows] == [False, False, True, True, None]
+    assert rows[4]['data'] == 'cifar10' and rows[4]['trained_on'] is None
+    names = {*FEATURES, 'leep', 'nce', 'attribution', 'depara'}
+    for r in rows:
+        assert r['metrics'].keys() == names and all(v is not None for v in r['metrics'].values())
+        assert 0 <= r['accuracy'] <= 100 and len(r['classes'] or []) in (0, 3, 5)
+    for name in names:
+        scores = [r['metrics'][name] for r in rows]
+        assert [r['ranks'][name] for r in rows] == [1 + sum(x > s for x in scores) for s in scores]
+    assert rows[3]['metrics']['attribution'] == pytest.approx(1)
+    assert rows[3]['metrics']['depara'] == pytest.approx(1.25)
+    found = content['correlation']['all networks']
+    accuracy = [r['accuracy'] for r in rows]
+    for name in names:
+        tau = scipy.stats.kendalltau([r['metrics'][name] for r in rows], accuracy).statistic
+        assert found[name]['kendall'] == pytest.approx(tau, nan_ok=True)
+    assert (tmp_path / 'table.txt').read_text().strip() == done.out.strip()
+    assert 'rank correlation' in done.out and content['command'].endswith('--probes 6')
+
+    again = script('tools.transferability', *words, '--train', 1, '--tune', 'all', '--test_images', 20)
+    assert again.code == 0, again.err
+    assert [r['metrics'] for r in json.loads((tmp_path / 'ranking.json').read_text())['networks']] == [
+        {k: v for k, v in r['metrics'].items() if k not in ('attribution', 'depara')} for r in rows
+    ]
+
+
+def test_mistakes_of_the_tools(script, networks, img_root, tmp_path):
+    where = ('--data_name', 'shapes:40', '--img_root', img_root, '--threads', 1)
+    (tmp_path / 'list.json').write_text('[{"net": "resnet8"}]')
+    for words, said in (
+        ((networks / 'alone.pt',), 'write NETWORK=FILE'),
+        ((f'resnet14={networks}/alone.pt',), 'does not fit the network'),
+        (('nothing/*.pt',), 'no file has such a name'),
+        ((tmp_path / 'list.json',), 'wanted a list of'),
+        ((f'resnet8={networks}/alone.pt@cifar', '--out', tmp_path), "no data set is called 'cifar'"),
+        ((networks / 'a/net.pt', '--images', 3), '--images 3: '),
+    ):
+        done = script('tools.transferability', *words, *where)
+        assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err
+    done = script('tools.transferability_graph', networks / 'a/net.pt', *where, '--out', tmp_path)
+    assert done.code == 2 and 'two networks' in done.err
+
+
+def test_rank_correlations():
+    from tools.transferability import agreement, ranks
+
+    assert ranks([3.0, None, 5.0, 3.0]) == [2, None, 1, 2]
+    assert agreement([1.0, 2.0, 3.0, None], [10.0, 20.0, 30.0, 0.0]) == {'kendall': 1.0, 'weighted': 1.0}
+    assert agreement([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])['kendall'] is None  # a constant ranks nothing
+    assert agreement([1.0, 2.0], [1.0, 2.0])['kendall'] is None
+
+
+@pytest.fixture(scope='module')
+def graph(networks, img_root, tmp_path_factory):
+    """The graph of the networks, once; names in it try to break out of the page."""
+    folder = tmp_path_factory.mktemp('graph')
+    listed = [{'file': str(networks / k / 'net.pt'), 'name': f'{k}</script><b>'} for k in 'abcd']
+    (folder / 'list.json').write_text(json.dumps(listed))
+    words = [
+        'graph.py',
+        folder / 'list.json',
+        '--data_name',
+        'shapes:40',
+        '--img_root',
+        img_root,
+        '--threads',
+        1,
+    ]
+    words += ['--probes', 6, '--out', folder, '--topk', 2, '--title', 'A & B']
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, 'argv', [str(word) for word in words])
+        main = importlib.import_module('tools.transferability_graph').main
+        main()
+        patch.setattr(tr, 'attribution_map', None)  # the second time the maps are there
+        main()
+    assert len(list((folder / 'maps').glob('*.pt'))) == 4
+    return folder, said.getvalue()
+
+
+def test_the_graph(graph):
+    folder, said = graph
+    content = json.loads((folder / 'graph.json').read_text())
+    assert [n['index'] for n in content['nodes']] == [0, 1, 2, 3]
+    assert content['nodes'][0].keys() >= {'name', 'task', 'dataset', 'url', 'index', 'position'}
+    assert len(content['edges']) == 8 and all(i != j for i, j, _ in content['edges'])
+    affinity = torch.tensor(content['affinity'])
+    assert torch.equal(affinity, affinity.T) and torch.equal(affinity.diagonal(), torch.ones(4))
+    likeness = content['likeness']['by training set']
+    assert likeness['within'] == pytest.approx(float(affinity[0, 1]), abs=1e-4)
+    assert likeness['between'] == pytest.approx(float(affinity.triu(1).sum() - affinity[0, 1]) / 5, abs=1e-4)
+    kinds = content['likeness']['by common classes']
+    assert {kind: k['pairs'] for kind, k in kinds.items()} == {
+        'the same classes': 1, 'some classes in common': 3, 'no class in common': 2,
+    }  # fmt: skip
+    assert 'within' in said and (folder / 'graph.png').stat().st_size > 10_000
+
+
+def test_the_page_is_one_file(graph):
+    """Nothing is fetched, names stay text, and what the keyboard and a screen reader need is there."""
+    text = (graph[0] / 'graph.html').read_text()
+    assert not re.search(r'(src|href)\s*=|@import|url\(|fetch\(|XMLHttpRequest|import\(', text)
+    assert set(re.findall(r'https?://[^\'"\s]+', text)) == {
+        'http://www.w3.org/2000/svg'
+    }  # a name, not a place
+    assert '{{' not in text and '<title>A &amp; B</title>' in text and '</script><b>' not in text
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', text, re.S)[1])
+    assert data['nodes'][0]['name'] == 'a</script><b>' and len(data['affinity']) == 4
+    for wanted in (
+        'lang="en"',
+        'prefers-color-scheme: dark',
+        'aria-live',
+        'tabindex',
+        '<noscript>',
+        'ArrowLeft',
+    ):
+        assert wanted in text, wanted
+
+
+@pytest.mark.skipif(not shutil.which('node'), reason='the logic of the page needs node')
+def test_the_logic_of_the_page(graph):
+    logic = re.search(r'<script id="logic">(.*?)</script>', (graph[0] / 'graph.html').read_text(), re.S)[1]
+    logic += """
+    const assert = require('assert');
+    assert.deepStrictEqual(Object.keys(module.exports), ['placed', 'nearest', 'lines', 'moved', 'kept']);
+    const p = placed([{position: [0, 0]}, {position: [2, 1]}], 100, 100, 10);
+    assert.deepStrictEqual(p, [{x: 10, y: 70}, {x: 90, y: 30}]);
+    assert.deepStrictEqual(placed([{position: [3, 3]}], 100, 60, 10), [{x: 50, y: 30}]);
+    assert.deepStrictEqual(nearest([[1, 0.2, 0.5], [0.2, 1, 0], [0.5, 0, 1]], 0, 5), [[2, 0.5], [1, 0.2]]);
+    assert.deepStrictEqual(lines([[0, 1, 0.5], [1, 0, 0.3], [2, 1, 0.9]]), [[0, 1, 0.3], [1, 2, 0.9]]);
+    assert.deepStrictEqual(moved({x: 1, y: 2}, 'ArrowUp', true), {x: 1, y: -38});
+    assert.strictEqual(moved({x: 1, y: 2}, 'a', false), null);
+    assert.deepStrictEqual(kept({x: -5, y: 700}, 100, 100), {x: 10, y: 90});
+    """
+    done = subprocess.run(['node', '-e', logic], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not browser.find(), reason='the page in a browser needs Chromium')
+def test_the_page_in_a_browser(graph, tmp_path):
+    """Hover, drag, arrow keys, Enter, a set hidden, dark mode; nothing fetched, nothing thrown."""
+    url = (graph[0] / 'graph.html').as_uri()
+    with browser.Browser(browser.find(), tmp_path) as page:
+        page.open(url)
+
+        def circle(i):
+            return page.js(f'(() => {{ const d = document.querySelectorAll("circle.node")[{i}], '
+                           'b = d.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2, '
+                           '+d.getAttribute("cx"), +d.getAttribute("cy"), d.getAttribute("aria-pressed"), '
+                           'getComputedStyle(d).display] })()')  # fmt: skip
+
+        def about():
+            return page.js('document.getElementById("about").innerText')
+
+        assert page.js('document.querySelectorAll("circle.node").length') == 4
+        assert 'Point at a network' in about()
+        x, y, cx, cy, *_ = circle(1)
+        page.mouse('mouseMoved', x, y)
+        assert about().startswith('b</script><b>') and 'trained on shapes 0-4, seed 1' in about()
+        others = [circle(i) for i in (0, 2, 3)]
+        page.mouse('mousePressed', x, y, held=True)
+        for step in (10, 20, 30):
+            page.mouse('mouseMoved', x - step, y - step / 2, held=True)
+        page.mouse('mouseReleased', x - 30, y - 15)
+        x2, y2, cx2, cy2, *_ = circle(1)
+        assert (x2, y2) == pytest.approx((x - 30, y - 15), abs=1.5) and (cx2, cy2) != (cx, cy)
+        assert [circle(i) for i in (0, 2, 3)] == others
+        ends = page.js(
+            '[...document.querySelectorAll(".edge")].flatMap(l => [1, 2].map(k => ["x", "y"].map('
+            'axis => +l.getAttribute(axis + k))))'
+        )
+        assert [cx2, cy2] in ends and [cx, cy] not in ends  # its edges have come along
+        page.mouse('mouseMoved', 5, 5)
+        page.mouse('mouseMoved', x2 + 100, y2)  # let go: it stays
+        assert circle(1)[2:4] == [cx2, cy2]
+
+        page.key('Tab')  # from the one that was clicked to the next
+        assert page.js('document.activeElement.getAttribute("data-index")') == '2'
+        assert about().startswith('c</script><b>')
+        before = circle(2)
+        page.key('ArrowDown')
+        page.key('ArrowRight', shift=True)
+        assert circle(2)[2:4] == pytest.approx([min(before[2] + 40, 990), min(before[3] + 10, 690)])
+        page.key('Enter')
+        assert circle(2)[4] == 'true'
+        page.key('Tab')
+        assert about().startswith('c</script><b>')  # kept while another one has the focus
+        page.key('Escape')
+        assert circle(2)[4] == 'false' and about().startswith('d</script><b>')
+
+        page.js('document.querySelector("#sets input").click()')
+        assert [circle(i)[5] for i in range(4)].count('none') == page.js(
+            'JSON.parse(document.getElementById("data").textContent).nodes.filter(n => n.dataset === '
+            'document.querySelector("#sets label").innerText).length'
+        )
+        page.js('document.getElementById("again").click()')
+        assert circle(1)[2:4] == [cx, cy]
+
+        ground = 'getComputedStyle(document.body).backgroundColor'
+        light = page.js(ground)
+        dark = [{'name': 'prefers-color-scheme', 'value': 'dark'}]
+        page.call('Emulation.setEmulatedMedia', features=dark)
+        assert (
+            sum(map(int, re.findall(r'\d+', page.js(ground))))
+            < 150
+            < sum(map(int, re.findall(r'\d+', light)))
+        )
+        requests = [
+            e['params']['request']['url']
+            for e in page.events
+            if e.get('method') == 'Network.requestWillBeSent'
+        ]
+        assert requests == [url]
+        assert not [
+            e for e in page.events if e.get('method') in ('Runtime.exceptionThrown', 'Log.entryAdded')
+        ]
