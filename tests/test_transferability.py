@@ -22,6 +22,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
+import dataset
 import models
 import transferability as tr
 from tests import browser
@@ -576,6 +577,31 @@ def test_mistakes_of_the_tools(script, networks, img_root, tmp_path):
         assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err
     done = script('tools.transferability_graph', networks / 'a/net.pt', *where, '--out', tmp_path)
     assert done.code == 2 and 'two networks' in done.err
+
+
+def test_what_a_source_is(networks):
+    """Its images have its own mean and std, its classes come from its file, and what it saw is known."""
+    from engine import sources
+
+    words = [f'resnet8={networks}/alone.pt@cifar10', networks / 'd/net.pt']
+    alone, d = sources.read_sources([str(word) for word in words], 'shapes')
+    pixel = torch.rand(2, 3, 4, 4)
+    as_data = {
+        name: [torch.tensor(x)[:, None, None] for x in dataset.mean_std(name)] for name in dataset.DATA
+    }
+    images = {name: (pixel - mean) / std for name, (mean, std) in as_data.items()}
+    same(alone.seen_by(images['shapes'], 'shapes:40'), images['cifar10'], 1e-5)
+    assert d.seen_by(images['shapes'], 'shapes') is images['shapes']
+    assert alone.load(torch.device('cpu')).classifier_layer().out_features == 7
+    assert d.load(torch.device('cpu')).classifier_layer().out_features == 3
+    assert d.saw('shapes:99', [7, 8]) and d.saw('shapes', None) and not d.saw('shapes', [8, 9])
+    assert d.saw('cifar10', [5]) is False and alone.saw('cifar10', None) is None
+    assert [sources.written(c) for c in ([3], [0, 1], [0, 1, 2, 7], [5, 6, 7])] == [
+        '3',
+        '0,1',
+        '0-2,7',
+        '5-7',
+    ]
 
 
 def test_rank_correlations():

@@ -10,7 +10,6 @@ epochs, and compares the rankings with its accuracy on test images: Kendall's ta
 top of the ranking more (S. Vigna, WWW 2015). With --out FOLDER: table.txt and ranking.json.
 """
 
-import copy
 import math
 import sys
 import time
@@ -243,7 +242,7 @@ def main():
             seen_test = look(net, source, test, args.data_name, amp)
             row['accuracy'] = train_head(seen, seen_test, args.train, lr, args.seed)
         elif args.train:
-            row['accuracy'] = train_all(source, copy.copy(train), test, args, lr, amp)
+            row['accuracy'] = train_all(source, train, test, args, lr, amp)
         rows.append(row)
         said = f', accuracy {row["accuracy"]:.2f}' if args.train else ''
         print(f'{number}/{len(sources)} {source.name}{said}', file=sys.stderr, flush=True)
