@@ -38,18 +38,23 @@ def graph() -> str:
     """Mean cosines of attribution maps."""
     made = read('graph.json')['likeness']
     rows = [
-        (f'of one {kind}', f'of another {kind}', made[key])
-        for kind, key in (('training set', 'by training set'), ('architecture', 'by architecture'))
+        ('trained on the same', 'trained on others', made['by training set']),
+        (
+            'one architecture, trained on the same',
+            'one architecture, trained on others',
+            made['by training set, one architecture'],
+        ),
+        ('one architecture, whatever they were trained on', 'two architectures', made['by architecture']),
     ]
     body = []
     for same, other, k in rows:
-        body += [(f'pairs {same}', number(k['within'], 3), k['pairs_within'])]
-        body += [(f'pairs {other}', number(k['between'], 3), k['pairs_between'])]
+        body += [(same, number(k['within'], 3), k['pairs_within'])]
+        body += [(other, number(k['between'], 3), k['pairs_between'])]
+    kinds = made['by common classes']
     body += [
-        (f'pairs with {kind}', number(k['mean'], 3), k['pairs'])
-        for kind, k in made['by common classes'].items()
+        (kind, number(k['mean'], 3), k['pairs']) for kind, k in kinds.items() if kind != 'the same classes'
     ]
-    return table(('', 'mean similarity', 'pairs'), *body)
+    return table(('pairs of networks', 'mean similarity', 'pairs'), *body)
 
 
 def title(ranking: dict, group: str) -> str:

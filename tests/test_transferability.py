@@ -652,6 +652,8 @@ def test_the_graph(graph):
     likeness = content['likeness']['by training set']
     assert likeness['within'] == pytest.approx(float(affinity[0, 1]), abs=1e-4)
     assert likeness['between'] == pytest.approx(float(affinity.triu(1).sum() - affinity[0, 1]) / 5, abs=1e-4)
+    alone = content['likeness']['by training set, one architecture']  # a and b are resnet8, c and d others
+    assert (alone['pairs_within'], alone['pairs_between'], alone['nearest_in_group']) == (1, 0, 1.0)
     kinds = content['likeness']['by common classes']
     assert {kind: k['pairs'] for kind, k in kinds.items()} == {
         'the same classes': 1, 'some classes in common': 3, 'no class in common': 2,

@@ -89,18 +89,18 @@ def map_of(source: Source, img: Tensor, args, cache: Path | None) -> Tensor:
     return made
 
 
-def likeness(affinity: Tensor, groups: list) -> dict:
+def likeness(affinity: Tensor, groups: list, among: list | None = None) -> dict:
     """Mean similarity within and between groups, and how often the nearest network is of one's own group.
 
-    Members of groups of one count between, and not for the nearest.
+    among: only pairs that have this in common. Members of groups of one do not count for the nearest.
     """
     known = [k for k, g in enumerate(groups) if g is not None]
     within, between, right, asked = [], [], 0, 0
     for i in known:
-        others = [j for j in known if j != i]
+        others = [j for j in known if j != i and (among is None or among[i] == among[j])]
         within += [float(affinity[i, j]) for j in others if j > i and groups[i] == groups[j]]
         between += [float(affinity[i, j]) for j in others if j > i and groups[i] != groups[j]]
-        if others and any(groups[j] == groups[i] for j in others):
+        if any(groups[j] == groups[i] for j in others):
             nearest = max(others, key=lambda j: float(affinity[i, j]))
             right, asked = right + (groups[nearest] == groups[i]), asked + 1
 
@@ -113,6 +113,7 @@ def likeness(affinity: Tensor, groups: list) -> dict:
         'pairs_within': len(within),
         'pairs_between': len(between),
         'nearest_in_group': right / asked if asked else None,
+        'asked': asked,
     }
 
 
@@ -232,15 +233,17 @@ def main():
         'seed': args.seed,
     }
     graph |= {'method': args.method, 'output': args.output, 'channel': args.channel, 'topk': args.topk}
+    trained_on, nets = [s.trained_on for s in sources], [s.net for s in sources]
     graph['likeness'] = {
-        'by training set': likeness(affinity, [s.trained_on for s in sources]),
-        'by architecture': likeness(affinity, [s.net for s in sources]),
+        'by training set': likeness(affinity, trained_on),
+        'by training set, one architecture': likeness(affinity, trained_on, nets),
+        'by architecture': likeness(affinity, nets),
         'by common classes': by_overlap(affinity, sources),
     }
     write_json(folder / 'graph.json', graph | provenance(device))
     write_atomic(folder / 'graph.html', page(graph, args.title).encode())
     drawn = draw(folder / 'graph.png', graph, args.title)
-    for kind in ('by training set', 'by architecture'):
+    for kind in list(graph['likeness'])[:3]:
         k = graph['likeness'][kind]
         cells = ['-' if k[x] is None else f'{k[x]:.3f}' for x in ('within', 'between', 'nearest_in_group')]
         print(f'similarity {kind}: within {cells[0]}, between {cells[1]}, nearest is of the same {cells[2]}')
