@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from report.speed import table
+from tools.transferability import agreement
 
 RESULTS = Path(__file__).parent.parent / 'results'
 FOLDER = RESULTS / 'transferability'
-UNSEEN = 'networks that saw none of the classes'
 
 
 def read(name: str):
@@ -50,6 +50,8 @@ def graph() -> str:
     for same, other, k in rows:
         body += [(same, number(k['within'], 3), k['pairs_within'])]
         body += [(other, number(k['between'], 3), k['pairs_between'])]
+    k = made['by training set']
+    body += [('the nearest was trained on the same: share', number(k['nearest_in_group'], 3), '')]
     kinds = made['by common classes']
     body += [
         (kind, number(k['mean'], 3), k['pairs']) for kind, k in kinds.items() if kind != 'the same classes'
@@ -57,29 +59,38 @@ def graph() -> str:
     return table(('pairs of networks', 'mean similarity', 'pairs'), *body)
 
 
-def title(ranking: dict, group: str) -> str:
-    classes = f'{min(ranking["classes"])}-{max(ranking["classes"])}'
-    what = 'classifier' if ranking['tune'] == 'head' else 'whole network'
-    first = next(iter(ranking['correlation'][group].values()))
-    return f'{classes}, {what}, {first["networks"]} networks'
+def groups() -> list[tuple[str, dict]]:
+    """(head of a column, {metric: agreement with the accuracy}) of every ranking and group of networks."""
+    made = []
+    for ranking in rankings():
+        classes = f'{min(ranking["classes"])}-{max(ranking["classes"])}'
+        unseen = [row for row in ranking['networks'] if row['seen'] is False]
+        widths = [row['width'] for row in unseen]
+        usual = max(set(widths), key=widths.count)
+        narrow = [row for row in unseen if row['width'] == usual]
+        for what, rows in (
+            ('unseen', unseen),
+            (f'unseen, {usual} dimensions', narrow),
+            ('all', ranking['networks']),
+        ):
+            accuracy = [row['accuracy'] for row in rows]
+            found = {m: agreement([row['metrics'][m] for row in rows], accuracy) for m in rows[0]['metrics']}
+            made.append((f'classes {classes}, {what} ({len(rows)})', found))
+    return made
 
 
 def correlation() -> str:
-    """Weighted tau and Kendall's tau with the accuracy; sorted by the mean of the former over unseen."""
-    groups = [(r, g) for g in (UNSEEN, 'all networks') for r in rankings() if g in r['correlation']]
-    names = list(dict.fromkeys(m for r, g in groups for m in r['correlation'][g]))
+    """Weighted tau, and Kendall's tau in brackets; sorted by the mean of the former over all columns."""
+    columns = groups()
 
-    def mean(metric, unseen_only=True):
-        found = [r['correlation'][g].get(metric, {}).get('weighted') for r, g in groups if g == UNSEEN]
-        found = [x for x in found if x is not None]
-        return sum(found) / len(found) if found else -2
+    def mean(metric: str) -> float:
+        return sum(found[metric]['weighted'] for _, found in columns) / len(columns)
 
-    head = ('metric', *(f'{"unseen" if g == UNSEEN else "all"}: {title(r, g)}' for r, g in groups))
-    body = []
-    for m in sorted(names, key=mean, reverse=True):
-        taus = [r['correlation'][g].get(m, {}) for r, g in groups]
-        body.append((f'`{m}`', *(f'{number(t.get("weighted"))} ({number(t.get("kendall"))})' for t in taus)))
-    return table(head, *body)
+    body = [
+        (f'`{m}`', *(f'{found[m]["weighted"]:.2f} ({found[m]["kendall"]:.2f})' for _, found in columns))
+        for m in sorted(columns[0][1], key=mean, reverse=True)
+    ]
+    return table(('metric', *(head for head, _ in columns)), *body)
 
 
 def speed() -> str:
