@@ -11,7 +11,7 @@ import torch
 
 from .cifar import NAMES, read_cifar
 from .dense import Dense
-from .folder import BadImage, Folder
+from .folder import MEAN, STD, BadImage, Folder
 from .nyu import read_nyu
 from .parts import ClassParts, read_classes, split_classes, take_classes
 from .resident import Resident
@@ -26,6 +26,7 @@ __all__ = [
     'Resident',
     'load',
     'load_dense',
+    'mean_std',
     'read_classes',
     'split_classes',
     'take_classes',
@@ -80,6 +81,19 @@ def load_dense(name: str, root: str | Path, device, size: int, labelled: bool) -
     if kind == 'nyuv2':
         return read_nyu(root, device, size)
     return load_scenes(int(number or 2000), size, torch.device(device), labelled)
+
+
+def mean_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel with which the images of the data called `name` are normalised.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    known = {'shapes': _SHAPES, 'cifar10': _CIFAR10, 'cifar100': _CIFAR100, 'folder': (MEAN, STD)}
+    kind = name.partition(':')[0]
+    if kind not in known:
+        raise ValueError(f'no data set is called {name!r}; there are {", ".join(known)}')
+    return known[kind]
 
 
 def _load_shapes(root, device, size, _):

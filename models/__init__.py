@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import load_weights, named_weights
+from .checkpoint import load_weights, named_weights, num_classes_in
 from .feats import Feats
 from .folding import folded
 from .hooks import tap_torchvision
@@ -37,6 +37,7 @@ __all__ = [
     'load_student',
     'load_weights',
     'named_weights',
+    'num_classes_in',
     'trained_on',
 ]
 

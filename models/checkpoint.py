@@ -86,6 +86,22 @@ def load_weights(
     return ', '.join(said)
 
 
+def num_classes_in(net: nn.Module, path: str | Path) -> int | None:
+    """How many classes the classifier of a file of weights tells apart; None if it has no classifier.
+
+    Args:
+        net: the architecture, with any number of classes.
+        path: as for load_weights.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    state, _, _ = _find_state(read_checkpoint(path), path, None)
+    state, _, _ = _unwrapped(state, net.state_dict())
+    heads = [state[name] for name in head_names(net) if name in state and name.endswith('weight')]
+    return heads[0].shape[0] if heads else None
+
+
 _HEAD_HINT = '; only the classifier differs: --init FILE --new_head (--s_init, --net_inits) keeps the rest'
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.flags import Parser
 from engine.record import write_atomic
-from report import code, ka, pages, pairs, speed, table
+from report import code, ka, pages, pairs, speed, table, transfer
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r'<!-- ([\w/-]+):begin -->')
@@ -63,8 +63,8 @@ def tables_of(folder: Path) -> dict[Path, str]:
 def part(name: str) -> str:
     """What belongs between the marks of this name."""
     kind, _, folder = name.rpartition('/')
-    if name in speed.PARTS:
-        return speed.PARTS[name]()
+    if name in (made := speed.PARTS | transfer.PARTS):
+        return made[name]()
     results = ROOT / 'results' / folder
     if not results.is_dir():
         raise UserError(f'<!-- {name}:begin -->: there is no results/{folder}')
