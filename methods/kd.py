@@ -7,10 +7,12 @@ method, else the authors'; docs/words.md says what that zoo is.
 from kd_losses import (
     ab,
     adain,
+    aekd,
     afd,
     at,
     bss,
     byot,
+    camkd,
     catkd,
     cc,
     cd,
@@ -23,6 +25,7 @@ from kd_losses import (
     dkd,
     dlb,
     dot,
+    ebkd,
     eel,
     fcfd,
     fitnet,
@@ -37,6 +40,7 @@ from kd_losses import (
     lwm,
     mgd,
     mhgd,
+    mkd_avg,
     mlkd,
     nkd,
     norm,
@@ -70,6 +74,7 @@ from . import shared
 from .columns import Limits, Method, Needs, Own, When
 from .schedules import half_cosine, linear, off_then_down, steps
 from .shared import (
+    all_logits,
     all_maps,
     each_map,
     each_map_same_size,
@@ -92,18 +97,22 @@ STEP = 'it has a training step of its own, which does not average over processes
 SOLVER = 'its linear algebra reads back from the device'
 alone = Needs(teacher=False)
 related = Needs(relations=True)
+team = Needs(all_teachers=True)
 
 # fmt: off
 #                         loss              weight  fed by               built by            only what differs
 KD = {
     'ab':       Method(ab.AB,                 10.0, each_pre_same_size,  ab.build,           When(alone=50)),
     'adain':    Method(adain.AdaINKD,          1.0, adain.feed,          last_channels),
+    'aekd':     Method(aekd.AEKD,              0.9, all_logits,          needs=team),
     'afd':      Method(afd.AFD,              500.0, each_map_same_size,  per_stage_channels),
     'at':       Method(at.AT,               1000.0, each_map,            per_stage),
     'bss':      Method(bss.BSS,                2.0, bss.feed,
                        when=When(ramp=off_then_down(10, of=200, zero_at=0.8))),
     'byot':     Method(byot.BYOT,              1.0, byot.feed,           byot.build, When(ce=0), alone,
                        Own(student=byot.student)),
+    'camkd':    Method(camkd.CAMKD,            1.0, camkd.feed,          camkd.build,
+                       When(inner=steps((0, 0), (1, 1), of=240)), team),
     'catkd':    Method(catkd.CATKD,            0.7, catkd.feed,          catkd.build,
                        own=Own(student=catkd.student)),
     'cc':       Method(cc.CC,                100.0, embeddings,          needs=related),
@@ -118,8 +127,7 @@ KD = {
                        when=When(ce=0.1, inner=half_cosine(10, of=240))),
     'ddgsd':    Method(ddgsd.DDGSD,            1.0, ddgsd.feed,          plain,              When(ce=0),
                        Needs(teacher=False, views=('second',))),
-    'dgkd':     Method(dgkd.DGKD,              1.0, dgkd.feed,           plain,              When(ce=0),
-                       Needs(all_teachers=True)),
+    'dgkd':     Method(dgkd.DGKD,              1.0, dgkd.feed,           plain, When(ce=0), team),
     'dist':     Method(dist.DIST,              2.0, shared.logits,       needs=related),
     'dkd':      Method(dkd.DKD,                1.0, logits_and_labels,   when=When(ramp=linear(20, of=240))),
     'dlb':      Method(dlb.DLB,                1.0, dlb.feed,            plain,              When(ce=0),
@@ -128,6 +136,7 @@ KD = {
     'dot':      Method(st.SoftTarget,          0.9, shared.logits,       plain,              When(ce=0.1),
                        own=Own(optimiser=dot.optimiser, update=dot.update),
                        limits=Limits(STEP, 'its optimiser cannot skip a step on the device')),
+    'ebkd':     Method(ebkd.EBKD,              1.0, all_logits,          needs=team),
     'eel':      Method(eel.EEL,                1.0, eel.feed,            widths,             needs=related),
     'fcfd':     Method(fcfd.FCFD,              1.0, fcfd.feed,           fcfd.build,
                        When(inner=linear(20, of=240)),
@@ -146,6 +155,7 @@ KD = {
     'mgd':      Method(mgd.MGD,             0.0012, masked_last_map,     last_channels),
     'mhgd':     Method(mhgd.MHGD,              1.0, all_maps,            mhgd.build, When(pretrain=40),
                        own=Own(pretrain=mhgd.pretrain, update=mhgd.update), limits=Limits(STEP, SOLVER)),
+    'mkd_avg':  Method(mkd_avg.MultiTeacherKD, 1.0, all_logits,          needs=team),
     'mlkd':     Method(mlkd.MLKD,              0.9, shared.logits,       plain, When(ce=0.1), related),
     'mlkd_strong': Method(mlkd.MLKD,           0.9, mlkd.feed_strong,    mlkd.build_strong,  When(ce=0.1),
                        Needs(views=('strong',))),
