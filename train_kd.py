@@ -62,6 +62,10 @@ def parse_args(words=None):
               "default: the method's, see --kd_mode list")
     flag('--lambda_ce', type=share_of_ce, metavar='W',
          help='weight of cross-entropy; default 1, or what the methods say')
+    flag('--kd_stop', type=whole_number, metavar='E',
+         help='distil for the first E epochs of the training, then learn from labels alone, with '
+              'cross-entropy at weight 1 and without a look at the teacher (early-stopped distillation); '
+              'default: distil to the end')
     flag('--ramp_epochs', type=positive_int, metavar='N',
          help='epochs over which the weight of a loss rises, for methods that have such a ramp; default: '
               "the method's, scaled")
@@ -139,6 +143,7 @@ def main():
         for run in active:
             begin_epoch(run, epoch, args)
         begun, last = active, epoch + 1 == args.epochs
+        teachers.resting = all(set(run.weights) == {'ce'} for run in active)  # nobody would listen
 
         batches = train.train_batches(args.batch_size, args.seed, epoch, views)
         for number, batch in enumerate(together.looks(teachers, batches), 1):
@@ -175,6 +180,7 @@ def main():
                  'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs,
                  'trained_with': list(wanted), 'processes': processes(),
                  'global_relations': args.global_relations}  # fmt: skip
+        facts |= {} if args.kd_stop is None else {'kd_stop': args.kd_stop}
         path = folder / run.name / 'student.pt'
         how = models.how_to_load(path, args.s_name, args.data_name, train.num_classes)
         done.append((run.record, path.name, facts, run.name, f'weights: {how}'))

@@ -72,7 +72,7 @@ def check_teachers(args, names: set[str]) -> None:
         raise UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
     if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
         teams = [name for name, method in KD.items() if method.needs.all_teachers]
-        raise UserError(f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several')
+        raise UserError(f'--t_name: got {len(args.t_name)} teachers; several are for {", ".join(teams)}')
     for name in sorted(names):
         if processes() > 1 and KD[name].limits.one_process:
             raise UserError(f'{name} runs in one process only: {KD[name].limits.one_process}')
@@ -98,7 +98,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
 
     t = seen.all_t[0] if seen.all_t else None
     probe = Probe(s, t, net_s, teachers.net_t, train, args.batch_size, args.epochs, train.num_classes,
-                  another_net)  # fmt: skip
+                  another_net, seen.all_t)  # fmt: skip
     runs = []
     for token, terms in wanted.items():
         torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
@@ -123,7 +123,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
             )
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
-        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast)
+        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast, args.kd_stop)
         optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [sgd]
         opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')

@@ -24,11 +24,15 @@ class Teachers:
         self.net_t = nets[0] if nets else None
         self.fast = [models.folded(net, img, precision(amp, img.device)) for net in nets]
         self.reads = [set() for _ in nets]  # what students look at, of each teacher
+        self.resting = False  # no student learns from them at the moment
         self.prepare = set()  # the functions of rows that want more of the main teacher
 
     def __call__(self, img: Tensor, target: Tensor, index: Tensor, views: dict[str, Tensor]) -> Batch:
         """The batch with everything that all students need of it."""
-        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, net_t=self.net_t)
+        if self.resting:
+            return Batch(img, target, index, views)
+        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, net_t=self.net_t,
+                     nets_t=self.nets)  # fmt: skip
         with torch.no_grad():
             for prepare in sorted(self.prepare, key=lambda f: f.__name__):
                 seen.once[prepare] = prepare(self.net_t, seen.all_t[0], seen)
