@@ -195,6 +195,9 @@ def _rounded() -> bool:
     return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
 
 
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
+
+
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
