@@ -1,5 +1,6 @@
 """docs/pairs.md: every method on pairs of unlike networks: works, builds an adapter, or refuses."""
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -96,7 +97,7 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
         with torch.no_grad():
             s = net_s.eval()(img, True)
         probe = Probe(s, seen.all_t[0], net_s, net_t, Forty(img, target), n, 10, 10,
-                      all_t=seen.all_t)  # fmt: skip
+                      another_net=copy.deepcopy, all_t=seen.all_t)  # fmt: skip
         term.loss = method.build(method.loss, probe, **options)
         net = method.own.student(net_s, term.loss, probe) if method.own.student else net_s
         step = train_kd.Student(net, [term], amp).train()
@@ -119,6 +120,7 @@ class Forty:
     """What builders may ask of a training set."""
 
     targets = torch.arange(40) % 10
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
     def __init__(self, img, target) -> None:
         self.img, self.target = img, target
