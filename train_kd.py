@@ -46,7 +46,7 @@ from engine.record import (
 )
 from engine.session import Log, load_data
 from engine.student import Run, Student, Term  # noqa: F401  what tests and benchmarks build with
-from engine.teachers import Teachers, load_teachers
+from engine.teachers import Teachers, load_teachers, open_store
 from methods import KD
 
 
@@ -75,6 +75,9 @@ def parse_args(words=None):
          help=f'teacher: {models.NAMES}; several, the main one first, for methods that take assistants; none '
               'for methods without a teacher')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teacher's checkpoint, one per teacher")
+    flag('--soft_labels', metavar='FOLDER',
+         help='instead of a teacher, what it said of these crops, as tools/pseudo_labels.py stored it; for '
+              'methods that read logits only')
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
          help='initial weights of all students, e.g. initial.pt of train_base.py; default: drawn from --seed '
@@ -115,6 +118,8 @@ def main():
 
     train, val, test = load_data(args, device, log)
     nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log)
+    stored, facts_stored = open_store(args, train, log)
+    facts_t |= facts_stored
     torch.manual_seed(args.seed)
     with user_errors():
         net_s = models.build(args.s_name, train.num_classes)
@@ -123,7 +128,7 @@ def main():
 
     origin = provenance(device) | class_names_of(train)
     views = sorted({view for terms in wanted.values() for term in terms for view in term.method.needs.views})
-    teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0])
+    teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0], stored)
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device)
     compile_networks(args, *teachers.fast, *(run.net for run in runs))
@@ -145,7 +150,11 @@ def main():
         begun, last = active, epoch + 1 == args.epochs
         teachers.resting = all(set(run.weights) == {'ce'} for run in active)  # nobody would listen
 
-        batches = train.train_batches(args.batch_size, args.seed, epoch, views)
+        crops = epoch  # of which epoch
+        if stored:
+            crops = stored.epoch_of(epoch)
+            stored.read(crops)
+        batches = train.train_batches(args.batch_size, args.seed, crops, views)
         for number, batch in enumerate(together.looks(teachers, batches), 1):
             for run in active:
                 optimise.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))

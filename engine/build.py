@@ -68,7 +68,9 @@ def check_teachers(args, names: set[str]) -> None:
     if len(args.t_name) != len(args.t_model):
         raise UserError(f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files')
     needy = sorted(name for name in names if KD[name].needs.teacher)
-    if needy and not args.t_name:
+    if args.soft_labels and args.t_name:
+        raise UserError('--soft_labels: stands for the teacher, leave out --t_name and --t_model')
+    if needy and not args.t_name and not args.soft_labels:
         raise UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
     if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
         teams = [name for name, method in KD.items() if method.needs.all_teachers]
@@ -83,6 +85,8 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     every = [term.method for terms in wanted.values() for term in terms]
     graphs = side_by_side.graphs_wanted(args, device)
     initial, teacher = fingerprint(net_s), '+'.join(map(fingerprint, teachers.nets))
+    if teachers.stored:
+        teacher = f'{teachers.stored.meta["teacher_weights"]} {teachers.stored.meta["kind"]}'
     net_s.to(device, memory_format=torch.channels_last)
     whole = any(method.needs.full_batches for method in every)
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes
