@@ -123,6 +123,7 @@ def main():
     torch.manual_seed(args.seed)
     with user_errors():
         net_s = models.build(args.s_name, train.num_classes)
+        net_s = models.narrowed(net_s, args.s_init)
         if args.s_init:
             log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
 
