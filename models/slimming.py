@@ -182,11 +182,11 @@ def _all_but_lowest(values: Tensor, count: int) -> Tensor:
 def knapsack(values: Tensor, weights: Tensor, capacity: int) -> Tensor:
     """Sorted indices of the items of the largest total value that fit; ties leave the later item out.
 
-    Exact up to a capacity of 20000 times the weights' common divisor, else with weights rounded up.
+    Exact as long as its table has at most 2e8 entries (items times capacity), else with weights rounded up.
     """
     weights, values = weights.long(), values.double().cpu()
     unit = math.gcd(*weights.tolist(), 0) or 1
-    unit = max(unit, -(-int(weights.sum()) // 20000)) if int(weights.sum()) // unit > 20000 else unit
+    unit = max(unit, -(-capacity * len(weights) // 200_000_000))
     weights, capacity = -(-weights // unit), capacity // unit
     best, taken = torch.zeros(capacity + 1, dtype=torch.float64), []
     for v, w in zip(values, weights.tolist()):
