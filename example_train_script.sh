@@ -23,6 +23,7 @@ DATA=${DATA:-cifar10}             # cifar10, cifar100, shapes, folder
 IMG_ROOT=${IMG_ROOT:-./data}      # where data lies
 SAVE_ROOT=${SAVE_ROOT:-./save}    # where results go
 T_NAME=${T_NAME:-resnet110}       # teacher
+A_NAME=${A_NAME:-resnet56}        # second teacher, for methods that take several
 S_NAME=${S_NAME:-resnet20}        # student
 EPOCHS=${EPOCHS:-200}
 SEED=${SEED:-2}
@@ -54,6 +55,7 @@ assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)'
 
 names() {
     T_RUN=base-$DATA-$T_NAME-s$SEED
+    A_RUN=base-$DATA-$A_NAME-s$SEED
     S_RUN=base-$DATA-$S_NAME-s$SEED
     KD_RUN=kd-$DATA-$T_NAME-$S_NAME-s$SEED
     DML_RUN=$DATA-$S_NAME-s$SEED
@@ -85,13 +87,32 @@ base() {
 # Students in one process: same batches, one teacher forward, same initial weights as the baseline. What lies in
 # results/ with the same recipe is not trained again, unless RETRAIN=1.
 kd() {
-    local methods=() flags=()
+    local methods=() flags=() second=(${SECOND:+"$A_NAME"})
     while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do methods+=("$1"); shift; done
-    flags=(--t_name "$T_NAME" --t_model "$SAVE_ROOT/$T_RUN/net.pt" --s_name "$S_NAME"
+    flags=(--t_name "$T_NAME" ${second[@]+"${second[@]}"}
+        --t_model "$SAVE_ROOT/$T_RUN/net.pt" ${second[@]+"$SAVE_ROOT/$A_RUN/net.pt"} --s_name "$S_NAME"
         --s_init "$SAVE_ROOT/$S_RUN/initial.pt" --note "$KD_RUN" "$@")
     # shellcheck disable=SC2207  # method names hold no spaces
     methods=($(missing train_kd.py "${methods[*]}" "${flags[@]}"))
     if [ ${#methods[@]} -gt 0 ]; then run train_kd.py --kd_mode "${methods[@]}" "${flags[@]}"; fi
+}
+
+# Methods that take several teachers: the teacher and a second network.
+team() {
+    run train_base.py --net_name "$A_NAME" --note "$A_RUN"
+    SECOND=1 kd "$@"
+}
+
+# Any of both kinds, also joined by +.
+chosen() {
+    local alone=() several=() method part where
+    for method; do
+        where=alone
+        for part in ${method//+/ }; do case " $TEAMS " in *" $part "*) where=several ;; esac; done
+        if [ $where = several ]; then several+=("$method"); else alone+=("$method"); fi
+    done
+    if [ ${#alone[@]} -gt 0 ]; then kd "${alone[@]}"; fi
+    if [ ${#several[@]} -gt 0 ]; then team "${several[@]}"; fi
 }
 
 missing() {    # of these methods, those without a result
@@ -252,11 +273,14 @@ every_method() {
     local group=()
     for method in $METHODS; do
         if [ "$method" = tfkd_self ]; then continue; fi    # has another teacher, below
+        case " $TEAMS " in *" $method "*) continue ;; esac    # have a second teacher, below
         group+=("$method")
         if [ ${#group[@]} = "$GROUP" ]; then kd "${group[@]}"; group=(); fi
     done
     if [ ${#group[@]} -gt 0 ]; then kd "${group[@]}"; fi
     tfkd_self
+    # shellcheck disable=SC2086  # TEAMS is several words
+    team $TEAMS
     for method in $PEERS; do "$method"; done
 }
 
@@ -265,6 +289,7 @@ table() {
     for method in $PEERS; do
         if [ -d "$SAVE_ROOT/$method-$DML_RUN" ]; then peers+=("$SAVE_ROOT/$method-$DML_RUN"); fi
     done
+    if [ -d "$SAVE_ROOT/$A_RUN" ] && [ "$A_RUN" != "$T_RUN" ]; then peers+=("$SAVE_ROOT/$A_RUN"); fi
     py -m report table "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" ${peers[@]+"${peers[@]}"} \
         --out "$SAVE_ROOT/$KD_RUN"
 }
@@ -325,7 +350,7 @@ base)
     data
     base ;;
 kd)
-    kd "$@"
+    chosen "$@"
     table ;;
 dml)
     for method in ${@:-dml}; do

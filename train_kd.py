@@ -48,7 +48,7 @@ from engine.record import (
 )
 from engine.session import Log, load_data
 from engine.student import Run, Student, Term  # noqa: F401  what tests and benchmarks build with
-from engine.teachers import Teachers, load_teachers
+from engine.teachers import Teachers, load_teachers, open_store
 from methods import KD
 
 
@@ -65,6 +65,9 @@ def parse_args(words=None):
               "default: the method's; see --kd_mode list")
     flag('--lambda_ce', type=share_of_ce, metavar='W',
          help="weight of cross-entropy; default: 1, or the method's")
+    flag('--kd_stop', type=whole_number, metavar='E',
+         help='distil for the first E epochs only; then learn from labels alone, with cross-entropy at '
+              'weight 1 and without a look at the teacher (early-stopped distillation); default: to the end')
     flag('--ramp_epochs', type=positive_int, metavar='N',
          help="epochs in which a loss's weight rises; for methods that have such a ramp; default: "
               "the method's; scaled to --epochs")
@@ -78,6 +81,9 @@ def parse_args(words=None):
         flag(f'--t_{name}', nargs=3, type=float, metavar='X',
              help=f"{what} per channel of the teachers' images; pixels 0 to 1, if they were normalised "
                   "otherwise than these; default: the data's")
+    flag('--soft_labels', metavar='FOLDER',
+         help='labels of tools/pseudo_labels.py instead of a teacher; what it said of these crops, for '
+              'methods that read logits only')
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
          help='initial weights of all students; e.g. initial.pt of train_base.py; default: drawn by --seed; '
@@ -120,15 +126,18 @@ def main():
 
     train, val, test = load_data(args, device, log)
     nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log)
+    stored, facts_stored = open_store(args, train, log)
+    facts_t |= facts_stored
     torch.manual_seed(args.seed)
     with user_errors():
         net_s = models.build(args.s_name, train.num_classes)
+        net_s = models.narrowed(net_s, args.s_init)
         if args.s_init:
             log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
 
     origin = provenance(device) | class_names_of(train)
     views = sorted({view for terms in wanted.values() for term in terms for view in term.method.needs.views})
-    teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0])
+    teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0], stored)
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device)
     compile_networks(args, *teachers.fast, *(run.net for run in runs))
@@ -148,8 +157,13 @@ def main():
         for run in active:
             begin_epoch(run, epoch, args)
         begun, last = active, epoch + 1 == args.epochs
+        teachers.resting = all(set(run.weights) == {'ce'} for run in active)  # nobody would listen
 
-        batches = train.train_batches(args.batch_size, args.seed, epoch, views)
+        crops = epoch  # of which epoch
+        if stored:
+            crops = stored.epoch_of(epoch)
+            stored.read(crops)
+        batches = train.train_batches(args.batch_size, args.seed, crops, views)
         for number, batch in enumerate(together.looks(teachers, batches), 1):
             for run in active:
                 optimise.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))
@@ -184,6 +198,7 @@ def main():
                  'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs,
                  'trained_with': list(wanted), 'processes': processes(),
                  'global_relations': args.global_relations}  # fmt: skip
+        facts |= {} if args.kd_stop is None else {'kd_stop': args.kd_stop}
         path = folder / run.name / 'student.pt'
         how = models.how_to_load(path, args.s_name, args.data_name, train.num_classes)
         done.append((run.record, path.name, facts, run.name, f'weights: {how}'))

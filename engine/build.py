@@ -65,11 +65,13 @@ def check_teachers(args, names: set[str]) -> None:
     if len(args.t_name) != len(args.t_model):
         raise UserError(f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files')
     needy = sorted(name for name in names if KD[name].needs.teacher)
-    if needy and not args.t_name:
+    if args.soft_labels and args.t_name:
+        raise UserError('--soft_labels: stands for the teacher, leave out --t_name and --t_model')
+    if needy and not args.t_name and not args.soft_labels:
         raise UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
     if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
         teams = [name for name, method in KD.items() if method.needs.all_teachers]
-        raise UserError(f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several')
+        raise UserError(f'--t_name: got {len(args.t_name)} teachers; several are for {", ".join(teams)}')
     refuse_many_processes(names, KD)
 
 
@@ -78,6 +80,8 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     every = [term.method for terms in wanted.values() for term in terms]
     graphs = side_by_side.graphs_wanted(args, device)
     initial, teacher = fingerprint(net_s), '+'.join(map(fingerprint, teachers.nets))
+    if teachers.stored:
+        teacher = f'{teachers.stored.meta["teacher_weights"]} {teachers.stored.meta["kind"]}'
     net_s.to(device, memory_format=torch.channels_last)
     whole = any(method.needs.full_batches for method in every)
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes
@@ -93,7 +97,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
 
     t = seen.all_t[0] if seen.all_t else None
     probe = Probe(s, t, net_s, teachers.net_t, train, args.batch_size, args.epochs, train.num_classes,
-                  another_net)  # fmt: skip
+                  another_net, seen.all_t)  # fmt: skip
     runs = []
     for token, terms in wanted.items():
         torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
@@ -118,7 +122,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
             )
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
-        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast)
+        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast, args.kd_stop)
         optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [sgd]
         opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')

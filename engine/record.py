@@ -255,7 +255,8 @@ def math_args(args: argparse.Namespace, **more) -> dict:
              'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
     # older checkpoints do not know these
     newer = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None,
-             'nesterov': True, 'pad': 'reflect', 't_mean': None, 't_std': None}  # fmt: skip
+             'nesterov': True, 'pad': 'reflect', 't_mean': None, 't_std': None,
+             'kd_stop': None}  # fmt: skip
     chosen = {name: getattr(args, name) for name, default in newer.items()
               if getattr(args, name, default) != default}  # fmt: skip
     return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | more

@@ -39,12 +39,16 @@ class Student(nn.Module):
         amp: makes the autocast of its forward passes.
         gather: joins the batches of all processes, for --global_relations.
         cast: the precision into which weights are cast all at once, see --cuda_graphs; None: one by one.
+        stop: epochs of the training after which cross-entropy alone goes on, see --kd_stop; None: none.
     """
 
-    def __init__(self, net: nn.Module, terms: list[Term], amp, ce=None, gather=None, cast=None) -> None:
+    def __init__(
+        self, net: nn.Module, terms: list[Term], amp, ce=None, gather=None, cast=None, stop=None
+    ) -> None:
         super().__init__()
         self.net, self.losses = net, nn.ModuleList(term.loss for term in terms)
         self.terms, self.amp, self.ce, self.gather, self.cast = terms, amp, ce, gather, cast
+        self.stop = stop
 
     def forward(self, batch: Batch, weights: dict[str, float], inner: dict[str, float], phase: str):
         """Logits, and {'ce': cross-entropy, method: its loss, ...} for the methods that have a weight.
@@ -93,6 +97,8 @@ class Student(nn.Module):
         """{'ce' or method: its weight in this epoch}, without the methods that rest."""
         if phase == 'pretrain':
             return {term.name: 1.0 for term in self.terms if term.method.when.pretrain}
+        if phase == 'train' and self.stop is not None and epoch >= self.stop:
+            return {'ce': 1.0}
         weights = {}
         if phase == 'train':
             ces = (term.method.when.ce for term in self.terms)

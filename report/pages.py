@@ -12,9 +12,9 @@ from methods import KA, KD, PEERS
 
 ROOT = Path(__file__).parent.parent
 TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka')
-OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.transferability',
-          'tools.transferability_graph', 'dataset.download', 'report.table', 'report.ka',
-          'report.figures', 'report.refresh')  # fmt: skip
+OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.pseudo_labels',
+          'tools.slim', 'tools.transferability', 'tools.transferability_graph', 'dataset.download',
+          'report.table', 'report.ka', 'report.figures', 'report.refresh')  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ methods
 

@@ -45,7 +45,8 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     for r in results:
         # a student that teaches itself may have been trained beside others, in a process with a teacher
         taught = any(METHODS[part].needs.teacher for part in r['method'].split('+') if part in METHODS)
-        key = (r['data'], r['teacher'] if taught else '', r['student'], r['method'], r['epochs'])
+        method = r['method'] + (f' until epoch {r["kd_stop"]}' if 'kd_stop' in r else '')
+        key = (r['data'], r['teacher'] if taught else '', r['student'], method, r['epochs'])
         groups.setdefault(key, []).append(r)
     return dict(sorted(groups.items(), key=lambda item: (item[0][3] != 'baseline', -mean(item[1], 'last'))))
 

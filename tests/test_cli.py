@@ -178,7 +178,7 @@ def test_teachers_that_are_missing_or_idle(fails, teacher):
     fails('train_kd', '--kd_mode', 'cskd', 'st', *student, said='st distils a teacher')
     two = ('--t_name', 'resnet8', 'resnet8', '--t_model', teacher)
     fails('train_kd', '--kd_mode', 'dgkd', *student, *two, said='2 names and 1 files')
-    fails('train_kd', '--kd_mode', 'st', *student, *two, teacher, said='only dgkd uses several')
+    fails('train_kd', '--kd_mode', 'st', *student, *two, teacher, said='several are for')
 
 
 @pytest.mark.parametrize(
@@ -704,11 +704,16 @@ def test_the_example_commands_parse(tmp_path, monkeypatch):
     assert all(a.data_name == 'cifar10' and a.img_root == './my data' and a.resume == 'auto' for a in scripts)
     teacher, student, kd, *others = scripts
     assert (teacher.net_name, student.net_name) == (kd.t_name[0], kd.s_name)
+    (second,) = [a for a in others if a.note.startswith('base')]  # of methods that take several teachers
     for run in [a for a in (kd, *others) if hasattr(a, 's_init')]:
         assert run.s_init == f'./save/{student.note}/initial.pt' and len(run.methods) <= 8
         own = list(run.methods) == ['tfkd_self']  # its teacher is the student alone
-        assert run.t_model == [f'./save/{student.note if own else teacher.note}/net.pt']
-    trained = [name for run in (kd, *others) for name in run.methods]
+        several = [METHODS[name].needs.all_teachers for name in run.methods]
+        assert all(several) or not any(several)
+        runs = [student if own else teacher, *([second] if several[0] else [])]
+        assert run.t_model == [f'./save/{a.note}/net.pt' for a in runs]
+        assert run.t_name == [a.net_name for a in runs]
+    trained = [name for run in (kd, *others) if run is not second for name in run.methods]
     assert sorted(trained) == sorted(METHODS), 'the script trains every method of the table, once'
 
 
@@ -738,7 +743,8 @@ def test_dry_run_prints_and_does_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', sorted(METHODS))
 def test_every_method_has_its_block(tmp_path, monkeypatch, name):
-    (call,) = commands(tmp_path, name)
+    *before, call = commands(tmp_path, name)
+    assert len(before) == METHODS[name].needs.all_teachers, 'several teachers: the second is trained first'
     args = parsed(call, monkeypatch)
     assert args.methods == {name: [(name, METHODS[name].weight, {})]}, "the block's weight is the table's"
 

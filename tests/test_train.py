@@ -81,15 +81,16 @@ PEERS = [name for name, m in METHODS.items() if m.own.peers]
 KINDS = (
     'st vid ofd fitnet pkt+st rkd crd ab ft quest sobolev lwm bss cskd ddgsd mlkd_strong sla simkd norm dot'
 )
-KINDS = f'{KINDS} mhgd fcfd semckd pskd dlb mgd dgkd'.split()
+KINDS = f'{KINDS} mhgd fcfd semckd pskd dlb mgd dgkd camkd aekd'.split()
 SMALL = ('--kd_args', 'quest.num_words=50')
 GENTLE = ('--lambda_kd', 'semckd=1')  # its weight is for larger batches of real images
 
 
-def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
+def test_every_method_trains_and_alone_equals_together(train_kd, teacher, tmp_path):
     """All methods and a sum in one process, then one of each kind alone: equal bit for bit."""
     tokens = [*STUDENTS, 'pkt+st']
-    together = train_kd(*tokens, '--note', 'all', *SMALL, *GENTLE)
+    two = ('--t_name', 'resnet8', 'resnet8', '--t_model', teacher, teacher)
+    together = train_kd(*tokens, '--note', 'all', *SMALL, *GENTLE, *two)
     assert together.code == 0, together.err
     assert 'teacher resnet8: top-1' in together.out
     for token in tokens:
@@ -108,6 +109,7 @@ def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
     assert all(torch.isfinite(x).all() for net in states.values() for x in net.values())
     for token in KINDS:
         extra = [*(SMALL if token == 'quest' else ()), *(GENTLE if token == 'semckd' else ())]
+        extra += two if token in METHODS and METHODS[token].needs.all_teachers else ()
         assert train_kd(token, '--note', 'alone', *extra).code == 0
         a, b = weights(tmp_path / 'all' / token), weights(tmp_path / 'alone' / token)
         for part in ('net', 'opt'):
@@ -256,6 +258,42 @@ def test_peers_of_other_kinds(script, tmp_path):
         'train_dml', '--kd_mode', 'kdcl', *three, '--note', 'x', *TINY, '--kd_args', 'mode=general'
     )
     assert mistake.code == 2 and '--val_split' in mistake.err
+
+
+def test_a_student_that_stops_distilling(script, train_kd, teacher, tmp_path, monkeypatch):
+    """--kd_stop 0 is the baseline, a late stop changes nothing, and after the stop no teacher is asked."""
+    import engine.teachers
+
+    assert script('train_base', '--net_name', 'resnet8', '--note', 'b', *TINY).code == 0
+    asked, real = [], engine.teachers.Teachers.teachers_on
+    monkeypatch.setattr(
+        engine.teachers.Teachers, 'teachers_on', lambda self, img: asked.append(len(img)) or real(self, img)
+    )
+    counts = {}
+    for note, more in (('0', ['0']), ('1', ['1']), ('9', ['9']), ('never', [])):
+        asked.clear()
+        words = ['--kd_stop', *more] if more else []
+        done = train_kd('st', 'vid', '--lambda_ce', '0.5', '--note', note, *words)
+        assert done.code == 0, done.err
+        counts[note] = len(asked)
+    steps = 96 // 32
+    start = counts['0']  # a look at a few images, before the training
+    assert {note: count - start for note, count in counts.items()} == {
+        '0': 0, '1': steps, '9': 2 * steps, 'never': 2 * steps
+    }  # fmt: skip
+    assert same(weights(tmp_path / '0' / 'st')['net'], weights(tmp_path / 'b')['net'])
+    for token in ('st', 'vid'):
+        states = {note: weights(tmp_path / note / token)['net'] for note in counts}
+        assert same(states['9'], states['never']) and not same(states['1'], states['never'])
+    result = json.loads((tmp_path / '1' / 'st' / 'results.json').read_text())
+    assert result['kd_stop'] == 1 and 'kd_stop' not in json.loads(
+        (tmp_path / 'never' / 'st' / 'results.json').read_text()
+    )
+
+
+def test_a_method_of_several_teachers_names_what_it_lacks(train_kd):
+    done = train_kd('ebkd', '--note', 'one')
+    assert done.code == 2 and 'outs_t must hold 2 or more tensors, got 1' in done.err
 
 
 def test_weight_zero_is_the_baseline(script, train_kd, tmp_path):
