@@ -137,9 +137,11 @@ peers() {
 # A frozen teacher and a student.
 ab()         { kd ab          --lambda_kd 10; }
 adain()      { kd adain       --lambda_kd 1; }
+aekd()       { team aekd      --lambda_kd 0.9; }
 afd()        { kd afd         --lambda_kd 500; }
 at()         { kd at          --lambda_kd 1000; }
 bss()        { kd bss         --lambda_kd 2; }
+camkd()      { team camkd     --lambda_kd 1; }
 catkd()      { kd catkd       --lambda_kd 0.7; }
 cc()         { kd cc          --lambda_kd 100; }
 cd_()        { kd cd          --lambda_kd 18; }
@@ -150,8 +152,9 @@ crld()       { kd crld        --lambda_kd 1; }
 ctkd()       { kd ctkd        --lambda_kd 0.9; }
 dcd()        { kd dcd         --lambda_kd 1; }
 deit()       { kd deit        --lambda_kd 1; }
-dgkd()       { kd dgkd        --lambda_kd 1; }
 diffkd()     { kd diffkd      --lambda_kd 1; }
+deep_geometric_graphs() { kd deep_geometric_graphs --lambda_kd 25; }
+dgkd()       { team dgkd      --lambda_kd 1; }
 dist()       { kd dist        --lambda_kd 2; }
 distplus()   { kd distplus    --lambda_kd 2; }
 dkd()        { kd dkd         --lambda_kd 1; }
@@ -159,11 +162,14 @@ dkl()        { kd dkl         --lambda_kd 1; }
 dkl_gkl()    { kd dkl_gkl     --lambda_kd 1; }
 dot()        { kd dot         --lambda_kd 0.9; }
 eakd()       { kd eakd        --lambda_kd 0.9; }
+ebkd()       { team ebkd      --lambda_kd 1; }
 eel()        { kd eel         --lambda_kd 1; }
 fcfd()       { kd fcfd        --lambda_kd 1; }
 fitnet()     { kd fitnet      --lambda_kd 0.1; }
+fkd_labels() { kd fkd_labels  --lambda_kd 1; }
 fsp()        { kd fsp         --lambda_kd 1; }
 ft()         { kd ft          --lambda_kd 200; }
+graftkd()    { kd graftkd     --lambda_kd 1; }
 ickd()       { kd ickd        --lambda_kd 2.5; }
 ikd()        { kd ikd         --lambda_kd 0.2; }
 irg()        { kd irg         --lambda_kd 1; }
@@ -173,6 +179,7 @@ lskd()       { kd lskd        --lambda_kd 9; }
 lwm()        { kd lwm         --lambda_kd 0.4; }
 mgd()        { kd mgd         --lambda_kd 0.0012; }
 mhgd()       { kd mhgd        --lambda_kd 1; }
+mkd_avg()    { team mkd_avg   --lambda_kd 1; }
 mlkd()       { kd mlkd        --lambda_kd 0.9; }
 mlkd_strong() { kd mlkd_strong --lambda_kd 0.9; }
 nkd()        { kd nkd         --lambda_kd 1; }
@@ -190,6 +197,9 @@ rld()        { kd rld         --lambda_kd 1; }
 rrd()        { kd rrd         --lambda_kd 1; }
 rsd()        { kd rsd         --lambda_kd 0.1; }
 scalekd()    { kd scalekd     --lambda_kd 2; }
+sakd()       { kd sakd        --lambda_kd 1; }
+sdb()        { kd sdb         --lambda_kd 1; }
+sdb_student() { kd sdb_student --lambda_kd 1; }
 sdd()        { kd sdd         --lambda_kd 0.9; }
 semckd()     { kd semckd      --lambda_kd 400; }
 simkd()      { kd simkd       --lambda_kd 1; }
@@ -202,6 +212,7 @@ srrl()       { kd srrl        --lambda_kd 1; }
 sskd()       { kd sskd        --lambda_kd 1; }
 st()         { kd st          --lambda_kd 0.1; }
 tekap()      { kd tekap       --lambda_kd 0.9; }
+tdd()        { kd tdd         --lambda_kd 0.1; }
 tfkd_self()  { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
 ttm()        { kd ttm         --lambda_kd 45; }
 vid()        { kd vid         --lambda_kd 1; }
@@ -230,7 +241,8 @@ okddip()     { peers okddip      1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
 onadvfd()    { peers onadvfd     1 "$S_NAME" "$S_NAME"; }
 one()        { peers one         1 "$S_NAME" "$S_NAME" "$S_NAME"; }
 
-METHODS='ab adain afd at bss byot catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit dgkd diffkd dist distplus dkd dkl dkl_gkl dlb dot eakd eel fcfd fitnet fsp ft ickd ikd irg kdsvd logits lskd lwm mgd mhgd mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
+METHODS='ab adain aekd afd at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fitnet fkd_labels fsp ft graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tdd tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
+TEAMS='aekd camkd dgkd ebkd mkd_avg'
 PEERS='dcm dml kdcl okddip onadvfd one'
 # methods:end
 
