@@ -44,11 +44,10 @@ from engine.session import Log, StopAfterEpoch
 from methods import LM
 
 
-def lmbda(text: str) -> float:
-    """A share, or 2 for 'adaptive'."""
+def lmbda(text: str) -> float | str:
     try:
         if text == 'adaptive' or 0 <= float(text) <= 1:
-            return 2.0 if text == 'adaptive' else float(text)
+            return text if text == 'adaptive' else float(text)
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f'expected a share from 0 to 1, or adaptive, got {text!r}')

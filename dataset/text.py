@@ -1,8 +1,8 @@
 """Texts for train_lm.py, none of them downloaded: `load('pydoc')`, `load('markov')`, or any UTF-8 file.
 
 pydoc is the language reference that Python carries (pydoc_data.topics, 465 kB of English with code in 3.11;
-other versions differ by a few percent: results have the text's hash). markov is a chain over 8 symbols whose exact
-next-symbol probabilities are known: a teacher that needs no training, and the best loss that can be reached.
+other versions differ by a few percent: results have the text's hash). markov is a chain over 8 symbols whose
+exact next-symbol probabilities are known: a teacher without training, and the best loss that can be reached.
 """
 
 import bisect

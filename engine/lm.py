@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dataset.text import Pairs, Text
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
-from engine.record import Record, save_checkpoint, tested, write_json
+from engine.record import Record, fingerprint, save_checkpoint, tested, write_json
 from kd_losses.distillm import SampleSchedule
 from methods import Method
 from models import lm
@@ -31,7 +31,7 @@ TEACHER_LR, MAPS_LR = 3e-3, 1e-3  # of teachers and warm start; of the linear ma
 
 def draw(kind: int, seed: int, step: int = 0) -> torch.Generator:
     """The numbers of one step of one kind, whatever was drawn before."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + kind) * 1_000_003 + step)
+    return torch.Generator().manual_seed(((seed * 1_000_003 + kind) * 1_000_003 + step) % 2**63)
 
 
 def share_of_rate(step: int, steps: int) -> float:
@@ -83,6 +83,7 @@ class World:
     amp: Callable
     seed: int
     steps: int
+    root: Path  # for what other trainings may use again
     net_t: nn.Module
     start: nn.Module
     pairs: Pairs | None = None
@@ -102,13 +103,19 @@ class World:
 
     @cached_property
     def written(self) -> dict[str, Tensor]:
-        """The same prompts continued by the teacher and by the student before its training."""
+        """The same prompts continued by the teacher and by the student before training, kept in a file."""
+        nets = {'teacher': self.net_t, 'start': self.start}
+        path = self.root / f'lm_written_{"_".join(map(fingerprint, nets.values()))}_s{self.seed}.pt'
+        if path.exists():
+            with user_errors():
+                return {who: whole.to(self.device) for who, whole in read_checkpoint(path).items()}
         prompts = self.text.windows(WRITTEN, draw(4, self.seed))[:, :PROMPT].to(self.device)
         generator = torch.Generator(self.device)
         made = {}
-        for who, net in (('teacher', self.net_t), ('start', self.start)):
+        for who, net in nets.items():
             generator.manual_seed(self.seed)
             made[who] = torch.cat([lm.sample(net, part, NEW, generator) for part in prompts.split(250)])
+        save_checkpoint(path, made)
         return made
 
     @cached_property
@@ -216,17 +223,18 @@ class Run:
         if not self.lmbda:
             return seen, False
         u = torch.rand((), generator=self.generator, device=self.generator.device).item()
-        source = 'student' if u < self.lmbda else 'data'
         buffer = self.memory.get(
             'buffer', torch.zeros(0, PROMPT + NEW, dtype=torch.int64, device=seen.x.device)
         )
-        if self.lmbda == 2:
+        if self.lmbda == 'adaptive':
             source = self.schedule.source(u, seen.step / self.world.steps, len(buffer))
+        else:
+            source = 'student' if u < self.lmbda else 'data'
         if source == 'data':
             return seen, False
         if source == 'student':
             whole = self.sampled(seen.x[:, :PROMPT])
-            if self.lmbda == 2:
+            if self.lmbda == 'adaptive':
                 self.memory['buffer'] = torch.cat([buffer, whole])[-self.schedule.capacity :]
         else:
             rows = torch.randint(len(buffer), (BATCH,), generator=self.generator, device=buffer.device)

@@ -37,7 +37,7 @@ def make_world(args, text, device, views, root: Path, log) -> parts.World:
         bar.close()
         return net
 
-    world = parts.World(text, device, amp, args.seed, args.steps, None, None)
+    world = parts.World(text, device, amp, args.seed, args.steps, root, None, None)
     if args.t_model:
         net_t = parts.loaded(args.t_model)
         if net_t.embed.num_embeddings != K:
