@@ -66,6 +66,8 @@ def make_world(args, text, device, views, root: Path, log) -> parts.World:
         lambda: train('student', 9, args.seed, args.init_steps, world.asked, K, 'initial student'),
     )  # fmt: skip
     world.net_t, world.start = (net.to(device).eval().requires_grad_(False) for net in (net_t, start))
+    if not torch.isfinite(world.exam.out_t).all():
+        raise UserError(f'{args.t_model or "teacher"}: the teacher gives non-finite logits')
     figures, _ = parts.measure(world.net_t, world)
     world.facts = {key.removeprefix('val_'): value for key, value in figures.items()}
     initial, _ = parts.measure(world.start, world)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**22  # logits in float32 at a time
+CHUNK = 2**21  # logits in float32 at a time
 
 
 class AKL(nn.Module):
