@@ -28,6 +28,17 @@ def text_of(folder: Path) -> str:
     steps = {r['steps'] for r in results}
     numbers, steps = (', '.join(map(str, sorted(x))) for x in (seeds, steps))
     said = f'Seeds {numbers}; {steps} steps; mean (smallest to largest).\n\n'
+    alone = {r['seed']: r['last'] for r in results if r['method'] == 'ce'}
+    better = [
+        f'`{name}`'
+        for name in rows
+        if name != 'ce'
+        and all(ahead(r, alone) for r in results if r['method'] == name and r['seed'] in alone)
+    ]
+    if better:
+        said += (
+            f'Better than the student alone (`ce`) in every figure with every seed: {", ".join(better)}.\n\n'
+        )
     return said + table(
         ('', *FIGURES.values()),
         ('teacher', *(f'{teacher[key]:.3f}' for key in FIGURES)),
@@ -36,6 +47,11 @@ def text_of(folder: Path) -> str:
             for name, lasts in ordered
         ),
     )
+
+
+def ahead(result: dict, alone: dict) -> bool:
+    other, own = alone[result['seed']], result['last']
+    return all(own[key] > other[key] if key == 'agreement' else own[key] < other[key] for key in FIGURES)
 
 
 def cell(values: list[float]) -> str:

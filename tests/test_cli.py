@@ -124,7 +124,7 @@ def test_the_flags_are_frozen(monkeypatch):
         '--epochs_ft',
     }
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
-    text = {'--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
+    text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
     text |= {'--device', '--amp', '--threads', '--deterministic', '--lambda_ce', '--t_model', '--dry_run'}
     text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every'}
     assert flags_of(train_lm, monkeypatch) == loss | text
