@@ -10,6 +10,7 @@
 #   bash example_train_script.sh table NAME   a table of results/grid.json, e.g. kd-zoo-cifar10: train what
 #                                             results/ lacks of it, then write its table.md
 #   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, tables, figures
+#   bash example_train_script.sh lm           language models on Python's own reference, CPU, a few minutes
 #   bash example_train_script.sh METHOD       ... the block of one method
 #   bash example_train_script.sh --dry-run quick      print the commands instead of running them
 #   bash example_train_script.sh --help
@@ -34,6 +35,8 @@ SPLIT=${SPLIT:-contiguous}        # ka: which classes go together: contiguous, i
 KA_EPOCHS=${KA_EPOCHS:-100}       # ka: epochs of the students
 KA_FLAGS=${KA_FLAGS:-}            # ka: anything else for train_ka.py
 ROOM_EPOCHS=${ROOM_EPOCHS:-10}    # ka: epochs on the rooms, and half as many of fine-tuning
+LM_MODES=${LM_MODES:-ce fkl gkd distillm rkl}    # lm: methods
+TEXT=${TEXT:-pydoc}               # lm: pydoc, markov or a file
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -280,6 +283,13 @@ ka_report() {
 KA_MODES='concat parts mse layerwise cfl soka customize_target scratch'
 ROOMS=scenes
 
+# A language model teaches smaller ones; its teacher is trained first, once.
+lm() {
+    # shellcheck disable=SC2086  # LM_MODES and FLAGS are several words
+    py train_lm.py --kd_mode $LM_MODES --data_name "$TEXT" --save_root "$SAVE_ROOT" --seed "$SEED" \
+        --note "lm-${TEXT##*/}-s$SEED" --resume auto $FLAGS
+}
+
 # All methods, in processes of GROUP students.
 every_method() {
     local group=()
@@ -335,9 +345,9 @@ quick() {
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, ka, rooms, or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, ka, rooms, lm, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd table ka rooms $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd table ka rooms lm $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in

@@ -8,10 +8,10 @@ from pathlib import Path
 from unittest import mock
 
 from engine import listing
-from methods import KA, KD, PEERS
+from methods import KA, KD, LM, PEERS
 
 ROOT = Path(__file__).parent.parent
-TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka')
+TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm')
 OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.pseudo_labels',
           'tools.slim', 'tools.transferability', 'tools.transferability_graph', 'dataset.download',
           'report.table', 'report.ka', 'report.figures', 'report.refresh')  # fmt: skip
@@ -36,6 +36,7 @@ GROUPS = {
     'A frozen teacher and a student (`train_kd.py`)': TAUGHT,
     'Self-distillation, no teacher (`train_kd.py`)': {n: m for n, m in KD.items() if n not in TAUGHT},
     'Networks that learn from each other (`train_dml.py`)': PEERS,
+    'Language models (`train_lm.py`)': LM,
     'Amalgamation: several teachers that know different things, no labels (`train_ka.py`)':
         KA,
 }  # fmt: skip
@@ -92,7 +93,7 @@ Written by `python -m report refresh` from the scripts' own parsers: what `--hel
 
 ## The training scripts
 
-`base`, `kd`, `dml`, `ka`: train_base.py, train_kd.py, train_dml.py, train_ka.py.
+`base`, `kd`, `dml`, `ka`, `lm`: train_base.py, train_kd.py, train_dml.py, train_ka.py, train_lm.py.
 
 | flag | of | meaning |
 |---|---|---|

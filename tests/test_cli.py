@@ -20,6 +20,7 @@ import train_base
 import train_dml
 import train_ka
 import train_kd as train_kd_module
+import train_lm
 from methods import KA as KA_METHODS
 from methods import KD, METHODS
 from models.checkpoint import compare_classes
@@ -123,6 +124,10 @@ def test_the_flags_are_frozen(monkeypatch):
         '--epochs_ft',
     }
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
+    text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
+    text |= {'--device', '--amp', '--threads', '--deterministic', '--lambda_ce', '--t_model', '--dry_run'}
+    text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every'}
+    assert flags_of(train_lm, monkeypatch) == loss | text
 
 
 @pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_dml'])
@@ -729,6 +734,13 @@ def test_the_amalgamation_commands_parse(tmp_path, monkeypatch):
     assert [room.tasks for room in rooms] == [['seg'], ['depth'], ['normal']]
     assert joint.t_model == [f'./save/{room.note}/scratch/student.pt' for room in rooms]
     assert set(joint.methods) == {'sbm', 'scratch'} and joint.epochs_ft == 5
+
+
+def test_the_language_model_command_parses(tmp_path, monkeypatch):
+    (call,) = commands(tmp_path, 'lm')
+    args = parsed(call, monkeypatch)
+    assert args.data_name == 'pydoc' and args.note == 'lm-pydoc-s2' and args.resume == 'auto'
+    assert set(train_lm.read_methods(args)) >= {'ce', 'fkl', 'gkd', 'distillm'}
 
 
 def test_dry_run_prints_and_does_nothing(tmp_path, monkeypatch):
