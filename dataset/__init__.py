@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cifar import NAMES, read_cifar
+from .cifar import NAMES, read_cifar, read_cifar_test
 from .dense import Dense
 from .folder import BadImage, Folder
 from .nyu import read_nyu
 from .parts import ClassParts, read_classes, split_classes, take_classes
 from .resident import Resident
 from .scenes import load_scenes
-from .shapes import CLASSES, cached_shapes
+from .shapes import CLASSES, cached_shapes, test_size
 
 __all__ = [
     'DATA',
@@ -26,6 +26,8 @@ __all__ = [
     'Resident',
     'load',
     'load_dense',
+    'load_test',
+    'pictures',
     'read_classes',
     'split_classes',
     'take_classes',
@@ -53,12 +55,53 @@ def load(name: str, root: str | Path = './data', device: str | torch.device = 'c
         ValueError: unknown name, missing or damaged files, classes of val/ that are not those of train/; one
             line that says what to do.
     """
+    kind, size = _named(name)
+    return DATA[kind](root, torch.device(device), size, folder_options)
+
+
+def load_test(name: str, root: str | Path = './data', device: str | torch.device = 'cpu', **folder_options):
+    """The test half of the data called `name`, read without its training half, which need not be there.
+
+    The classes of a folder are those of val/ then. Arguments and errors are those of load.
+    """
+    kind, size = _named(name)
+    device = torch.device(device)
+    if kind == 'folder':
+        return Folder(Path(root) / 'val', device, **folder_options)
+    if kind == 'shapes':
+        return _resident(*cached_shapes(root, test_size(size or 8000), seed=1), CLASSES, _SHAPES, device)
+    mean_std = {'cifar10': _CIFAR10, 'cifar100': _CIFAR100}[kind]
+    return _resident(*read_cifar_test(kind, root), NAMES[kind], mean_std, device)
+
+
+def pictures(name: str, root: str | Path, size: int) -> torch.Tensor:
+    """The training images of the data called `name` alone: (N, size, size, 3) bytes.
+
+    Args:
+        name: as for load, without 'folder', or 'scenes', 'scenes:N' (embedded rooms).
+
+    Raises:
+        ValueError: as load; images of another size.
+    """
+    kind, _, number = name.partition(':')
+    if kind == 'scenes':
+        images = load_dense(name, root, 'cpu', size, labelled=False)[0].images
+        return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+    if kind == 'folder':
+        raise ValueError('folder: not for this; there are shapes, cifar10, cifar100, scenes')
+    images = load(name, root)[0].images
+    if images.shape[1] != size:
+        raise ValueError(f'{name}: its images have {images.shape[1]} pixels a side, wanted {size}')
+    return images
+
+
+def _named(name: str) -> tuple[str, int | None]:
     kind, _, size = name.partition(':')
     if kind not in DATA or (size and (kind != 'shapes' or not size.isdigit() or int(size) < 10)):
         raise ValueError(
             f'no data set is called {name!r}; there are {", ".join(DATA)} and shapes:N (N >= 10 images)'
         )
-    return DATA[kind](root, torch.device(device), int(size) if size else None, folder_options)
+    return kind, int(size) if size else None
 
 
 def load_dense(name: str, root: str | Path, device, size: int, labelled: bool) -> tuple[Dense, Dense]:
@@ -84,7 +127,7 @@ def load_dense(name: str, root: str | Path, device, size: int, labelled: bool) -
 
 def _load_shapes(root, device, size, _):
     n = size or 8000
-    halves = cached_shapes(root, n, seed=0), cached_shapes(root, max(n // 4, 10), seed=1)
+    halves = cached_shapes(root, n, seed=0), cached_shapes(root, test_size(n), seed=1)
     return tuple(_resident(*half, CLASSES, _SHAPES, device) for half in halves)
 
 

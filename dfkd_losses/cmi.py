@@ -275,13 +275,26 @@ def feed(kd, made):
     if made.weights['adv']:
         terms['adv'] = masked_adversarial(made.s.out, made.t.out)
     if made.weights['cr']:
-        made.teacher(made.local_view(made.pixels))
+        made.teacher(made.another_view())
         local, kd.seen.seen = kd.seen.instances(), {}
         terms['cr'] = kd(local, global_, kd.bank.draw(kd.n_neg, made.rng))
         made.keep = torch.cat([local, global_], dim=1).detach()
     return terms
 
 
-def end(kd, source, keep):
-    if keep is not None:
-        kd.bank.add(keep)
+def begin(kd, source, rng):
+    """Every batch is made by a generator that knows nothing yet."""
+    for m in source.generator.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)) and m.weight is not None:
+            centre = float(isinstance(m, nn.BatchNorm2d))
+            m.weight.data.copy_(centre + 0.02 * torch.randn(m.weight.shape, generator=rng))
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+    return source.generator
+
+
+def end(kd, source, net, kept):
+    if kept is not None:
+        kd.bank.add(kept)

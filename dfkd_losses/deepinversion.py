@@ -283,7 +283,7 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def build(loss, probe, weights, options):
-    kd = loss(**weights, **options)
+    kd = loss(**weights, T=options['js_T'], **{k: v for k, v in options.items() if k != 'js_T'})
     kd.statistics = BNStatistics(probe.net_t, kd.first_bn_multiplier)
     return kd
 
@@ -293,7 +293,7 @@ def feed(kd, made):
     return kd.terms(made.x, made.t.out, made.target, kd.statistics.loss(), out_s)
 
 
-def view(pixels, rng, tools):
+def view(pixels, rng):
     """The batch rolled by up to an eighth of its size, mirrored or not."""
     reach = pixels.shape[2] // 8
     dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()

@@ -102,5 +102,5 @@ def feed(kd, made):
     return {'adv': kd.generator_loss(made.s.out, made.t.out)}
 
 
-def student(kd, s, t):
+def student(kd, s, t, T):
     return kd(s.out, t.out)

@@ -175,15 +175,29 @@ def feed(kd, made):
 
 
 def begin(kd, source, rng):
-    """Once, long after the warm-up, the generator's first layers start anew."""
+    """A clone of the generator makes this batch. Once, long after the warm-up, its first layers start anew."""
     if source.options['reset_l0'] and source.calls == source.recipe.warmup + 120:
         linear = next(m for m in source.generator.modules() if isinstance(m, nn.Linear))
         norm = next(m for m in source.generator.modules() if isinstance(m, nn.BatchNorm2d))
         for m in (linear, norm):  # the authors centre the batch norm's weight on 0, not on 1
-            nn.init.normal_(m.weight, 0.0, 0.02, generator=rng)
+            m.weight.data.copy_(0.02 * torch.randn(m.weight.shape, generator=rng))
             nn.init.zeros_(m.bias)
+    source.slow.zero_grad(set_to_none=False)
+    return source.generator if source.options['meta'] == 'none' else source.clone()
 
 
-def end(kd, source, keep):
+def gradients(kd, source, net):
+    """First-order MAML: the generator's gradient is the sum of its clone's, before each of the clone's steps."""
+    if source.options['meta'] == 'fomaml':
+        for p, q in zip(source.generator.parameters(), net.parameters()):
+            p.grad = q.grad.clone() if p.grad is None else p.grad.add_(q.grad)
+
+
+def end(kd, source, net, kept):
     if kd.momentum:
         kd.update()
+    if source.options['meta'] == 'reptile':
+        for p, q in zip(source.generator.parameters(), net.parameters()):
+            p.grad = 67 * (p.detach() - q.detach())  # the authors' factor
+    if source.options['meta'] != 'none':
+        source.slow.step()

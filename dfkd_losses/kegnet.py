@@ -191,9 +191,5 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 # ------------------------------------------ how the training scripts use it; a copied file may drop this
 
 
-def build(loss, probe, weights, options):
-    return loss(metric=options['metric'])
-
-
 def feed(kd, made):
-    return kd.terms(made.t.out, made.label, made.z_hat, made.z, made.x)
+    return kd.terms(made.t.out, made.target, made.z_hat, made.z, made.x)

@@ -136,11 +136,7 @@ def feed(kd, made):
     return {'adv': kd.generator_loss(made.s.out, made.t.out)}
 
 
-def build(loss, probe, weights, options):
-    return loss(**options)
-
-
-def student(kd, s, t):
+def student(kd, s, t, T):
     sizes = [fm.shape[2:] for fm in s.fms[1:]]
     fms_t = [F.adaptive_avg_pool2d(fm, size) for fm, size in zip(t.fms[1:], sizes)]
     return kd(s.out, t.out, s.fms[1:], fms_t)

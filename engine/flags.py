@@ -68,6 +68,12 @@ def add_common_flags(
     # fmt: off
     parser.add_argument('--compile', action='store_true',
         help='networks through torch.compile: a minute of start, faster steps on CUDA, other rounding')
+    add_output_flags(parser)
+
+
+def add_output_flags(parser: Parser) -> None:
+    """Where results go, and how a run goes on."""
+    # fmt: off
     flag = parser.add_argument_group('output').add_argument
     flag('--save_root', default='./save', help='where output folders go, default ./save')
     flag('--note', help='name of the output folder, default made from the flags')

@@ -1,4 +1,6 @@
-"""What holds for every loss of dfkd_losses: numbers, precisions, refusals. As for the others, but for this: a loss of an image source lets the gradient reach the images through the teacher.
+"""What holds for every loss of dfkd_losses: numbers, precisions, refusals.
+
+As for other losses, but for this: the gradient of an image source's loss reaches images through the teacher.
 
 The cases are texts of tests/methods/dfkd: m is the loss's module, S(*shape) a tensor that a gradient must
 reach, T(*shape) one that none may reach, C(*shape) a constant. They set `loss`, `inputs`, and `call` where it
