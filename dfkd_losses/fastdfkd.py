@@ -175,7 +175,7 @@ def feed(kd, made):
 
 
 def begin(kd, source, rng):
-    """A clone of the generator makes this batch. Once, long after the warm-up, its first layers start anew."""
+    """A clone makes this batch. Once, long after the warm-up, the generator's first layers start anew."""
     if source.options['reset_l0'] and source.calls == source.recipe.warmup + 120:
         linear = next(m for m in source.generator.modules() if isinstance(m, nn.Linear))
         norm = next(m for m in source.generator.modules() if isinstance(m, nn.BatchNorm2d))
@@ -187,7 +187,7 @@ def begin(kd, source, rng):
 
 
 def gradients(kd, source, net):
-    """First-order MAML: the generator's gradient is the sum of its clone's, before each of the clone's steps."""
+    """First-order MAML: the generator's gradient is the sum of its clone's, before each of its steps."""
     if source.options['meta'] == 'fomaml':
         for p, q in zip(source.generator.parameters(), net.parameters()):
             p.grad = q.grad.clone() if p.grad is None else p.grad.add_(q.grad)

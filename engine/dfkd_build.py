@@ -18,6 +18,7 @@ from engine.meter import Meter
 from engine.optimise import set_learning_rate, sgd
 from engine.processes import processes
 from engine.record import Record, fingerprint, resume_point
+from engine.teachers import load_teachers
 from methods.dfkd import DFKD, Method, Recipe
 from models.checkpoint import read_checkpoint
 
@@ -90,7 +91,7 @@ def read_methods(args) -> dict[str, Wanted]:
         raise UserError(f'--kd_mode {" ".join(names)}: something is named twice')
     if args.amp == 'fp16':
         raise UserError('--amp fp16: distances to running statistics overflow; use bf16')
-    if len(args.t_name) != 1 or len(args.t_model) != (not args.dry_run or len(args.t_model)):
+    if len(args.t_name) != 1 or len(args.t_model) > 1 or not (args.t_model or args.dry_run):
         raise UserError('--t_name and --t_model are needed: one teacher and its checkpoint')
     weights = {name: getattr(args, name) for name in WEIGHTS if getattr(args, name) is not None}
     for key in weights:
@@ -98,12 +99,11 @@ def read_methods(args) -> dict[str, Wanted]:
             having = ', '.join(name for name, row in DFKD.items() if key in row.weights)
             raise UserError(f'--{key}: is a weight of {having}, not of {" ".join(names)}')
     options = given_options(args)
-    made = {}
+    given, made = {'ood': args.ood_name, 'pool': args.pool_init}, {}
     for name in names:
         row = DFKD[name]
-        needs, given = row.needs, {'ood': args.ood_name, 'pool': args.pool_init}
         for need, flag in (('ood', '--ood_name'), ('pool', '--pool_init')):
-            if getattr(needs, need) and not given[need]:
+            if getattr(row.needs, need) and not given[need]:
                 raise UserError(f'{flag}: {name} needs it')
         own = {key: value for key, value in weights.items() if key in row.weights}
         made[name] = Wanted(row, recipe_of(args, name), row.weights | own, row.options | options[name])
@@ -113,7 +113,8 @@ def read_methods(args) -> dict[str, Wanted]:
 def recipe_of(args, name: str) -> Recipe:
     """The preset, with what flags say otherwise."""
     given = {f.name: getattr(args, f.name, None) for f in fields(Recipe)}
-    recipe = replace(DFKD[name].recipe, **{key: value for key, value in given.items() if value is not None})
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = replace(DFKD[name].recipe, **given)
     if args.dry_run:
         few, warmup = min(recipe.kd_steps, 3), min(recipe.warmup, 1)
         recipe = replace(recipe, kd_steps=few, ep_steps=3 * few, g_steps=min(recipe.g_steps, 3), warmup=warmup,
@@ -149,6 +150,18 @@ def given_options(args) -> dict[str, dict]:
             )
         options[name][key] = value
     return options
+
+
+def read_teacher(args, test, amp, log) -> tuple[list[nn.Module], dict]:
+    """The frozen teacher, and what the result files say of it."""
+    if args.t_model:
+        return load_teachers(args, test.num_classes, test, amp, log)
+    torch.manual_seed(args.seed)
+    with user_errors():
+        net = models.build(args.t_name[0], test.num_classes).eval().requires_grad_(False)
+    log('a random teacher: --dry_run without --t_model')
+    facts = {'teacher': args.t_name[0], 'teacher_top1': None}
+    return [net.to(test.device, memory_format=torch.channels_last)], facts
 
 
 def setting_of(args, test, device, amp) -> Setting:

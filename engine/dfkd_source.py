@@ -1,7 +1,7 @@
 """Where the images of a data-free training come from.
 
-Online: a generator that is trained as long as the student. Pool: batches of images that are made one after the
-other and kept. Fixed: generators that are trained before the student, then stay.
+Online: a generator that is trained as long as the student. Pool: batches of images that are made one after
+the other and kept. Fixed: generators that are trained before the student, then stay.
 
 Random numbers are drawn on the CPU from one torch.Generator, which begins anew in every epoch: a function of
 seed and epoch, so that a resumed run needs no state of it.
@@ -205,7 +205,7 @@ class Source:
 
 @contextlib.contextmanager
 def frozen(net: nn.Module, train: bool):
-    """The student while images are made: it is looked through, and never changed but for running statistics."""
+    """The student while images are made: only its running statistics change, in training mode."""
     net.train(train).requires_grad_(False)
     try:
         yield
@@ -278,7 +278,7 @@ class Online(Source):
 
 
 class Pool(Source):
-    """Batches of images, made one after the other and kept as bytes; without a way to make them, a given pool."""
+    """Batches of images, made one after the other and kept as bytes; g_steps 0: a given pool."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)

@@ -1,6 +1,6 @@
 """The rows of train_dfkd.py: a frozen teacher, a student, and images that are made, not given.
 
-The columns say what is made how; they are those of columns.py in spirit. A preset is the authors' for CIFAR-10.
+The columns say what is made how, in the spirit of columns.py. A preset is the authors' for CIFAR-10.
 """
 
 import inspect
@@ -26,8 +26,8 @@ from .columns import Limits
 class Recipe:
     """A preset; every field is a flag of train_dfkd.py, too.
 
-    An epoch is ep_steps / kd_steps rounds of one call of the image source, g_steps updates of it, and kd_steps
-    updates of the student.
+    An epoch is ep_steps / kd_steps rounds of one call of the image source (g_steps updates of it) and
+    kd_steps updates of the student.
     """
 
     epochs: int

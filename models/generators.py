@@ -1,8 +1,8 @@
 """Networks that make images, or judge or decode them, for data-free distillation.
 
-A generator takes noise (N, nz), KegNet's also labels, and gives images (N, 3, size, size). `pixels` says
-which: True: pixels in 0..1, to be normalised as the teacher's data is; False: in the teacher's normalised space
-already, because the last layer makes zero mean and unit variance.
+A generator takes noise (N, nz), KegNet's also labels, and gives images (N, 3, size, size). Its attribute
+`pixels` says which: True, pixels in 0..1, to be normalised as the teacher's data is; False, images in the
+teacher's normalised space already, because the last layer makes zero mean and unit variance.
 
 Sizes and defaults are the authors'; parameter counts of the docstrings are for size 32 and K = 10.
 """
