@@ -8,8 +8,8 @@
 No image of the training set is read, it need not be there; the test set is only measured on. A method's
 preset (--kd_mode list) is its authors' for CIFAR-10 on a GPU, hours to days; every flag overrides a value.
 
-Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each student a folder with last.pt (the image
-source as it is, too), best.pt, student.pt (plain weights of the last epoch), metrics.csv, results.json, images/.
+Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each student a folder with last.pt (with the image
+source), best.pt, student.pt (plain weights of the last epoch), metrics.csv, results.json, images/.
 """
 
 import time

@@ -14,6 +14,8 @@ from .dense import Dense
 from .folder import BadImage, Folder
 from .nyu import read_nyu
 from .parts import ClassParts, read_classes, split_classes, take_classes
+from .patterns import CLASSES as PATTERNS
+from .patterns import patterns
 from .resident import Resident
 from .scenes import load_scenes
 from .shapes import CLASSES, cached_shapes, test_size
@@ -37,14 +39,16 @@ __all__ = [
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 _SHAPES = (0.50, 0.50, 0.50), (0.24, 0.24, 0.24)
+_PATTERNS = (0.50, 0.50, 0.50), (0.17, 0.17, 0.17)
 
 
 def load(name: str, root: str | Path = './data', device: str | torch.device = 'cpu', **folder_options):
     """Training and test set of the data called `name`.
 
     Args:
-        name: 'shapes' or 'shapes:N' (embedded, N training images, default 8000), 'cifar10', 'cifar100', or
-            'folder' (root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same classes).
+        name: 'shapes' or 'shapes:N' (embedded, N training images, default 8000), 'patterns' or 'patterns:N'
+            (embedded, 16x16 pixels, default 2000), 'cifar10', 'cifar100', or 'folder'
+            (root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same classes).
         root: where data lies, or is rendered to.
         device: where the images live (cifar, shapes) or are sent to, batch by batch (folder).
         folder_options: see Folder.
@@ -68,6 +72,8 @@ def load_test(name: str, root: str | Path = './data', device: str | torch.device
     device = torch.device(device)
     if kind == 'folder':
         return Folder(Path(root) / 'val', device, **folder_options)
+    if kind == 'patterns':
+        return _resident(*patterns(test_size(size or 2000), seed=1), PATTERNS, _PATTERNS, device)
     if kind == 'shapes':
         return _resident(*cached_shapes(root, test_size(size or 8000), seed=1), CLASSES, _SHAPES, device)
     mean_std = {'cifar10': _CIFAR10, 'cifar100': _CIFAR100}[kind]
@@ -97,9 +103,9 @@ def pictures(name: str, root: str | Path, size: int) -> torch.Tensor:
 
 def _named(name: str) -> tuple[str, int | None]:
     kind, _, size = name.partition(':')
-    if kind not in DATA or (size and (kind != 'shapes' or not size.isdigit() or int(size) < 10)):
+    if kind not in DATA or (size and (kind not in EMBEDDED or not size.isdigit() or int(size) < 10)):
         raise ValueError(
-            f'no data set is called {name!r}; there are {", ".join(DATA)} and shapes:N (N >= 10 images)'
+            f'no data set is called {name!r}; there are {", ".join(DATA)}; shapes:N, patterns:N (N >= 10)'
         )
     return kind, int(size) if size else None
 
@@ -131,6 +137,12 @@ def _load_shapes(root, device, size, _):
     return tuple(_resident(*half, CLASSES, _SHAPES, device) for half in halves)
 
 
+def _load_patterns(root, device, size, _):
+    n = size or 2000
+    halves = patterns(n, seed=0), patterns(test_size(n), seed=1)
+    return tuple(_resident(*half, PATTERNS, _PATTERNS, device) for half in halves)
+
+
 def _load_cifar10(root, device, *_):
     halves = read_cifar('cifar10', root)
     return tuple(_resident(*half, NAMES['cifar10'], _CIFAR10, device) for half in halves)
@@ -146,7 +158,16 @@ def _load_folder(root, device, _, options):
     return train, Folder(Path(root) / 'val', device, **options, class_names=train.class_names)
 
 
-DATA = {'shapes': _load_shapes, 'cifar10': _load_cifar10, 'cifar100': _load_cifar100, 'folder': _load_folder}
+DATA = {
+    'shapes': _load_shapes,
+    'patterns': _load_patterns,
+    'cifar10': _load_cifar10,
+    'cifar100': _load_cifar100,
+    'folder': _load_folder,
+}
+
+
+EMBEDDED = ('shapes', 'patterns')
 
 
 def _resident(images: np.ndarray, labels: np.ndarray, names, mean_std, device) -> Resident:

@@ -117,8 +117,10 @@ def recipe_of(args, name: str) -> Recipe:
     recipe = replace(DFKD[name].recipe, **given)
     if args.dry_run:
         few, warmup = min(recipe.kd_steps, 3), min(recipe.warmup, 1)
-        recipe = replace(recipe, kd_steps=few, ep_steps=3 * few, g_steps=min(recipe.g_steps, 3), warmup=warmup,
-                         batch_size=32, synth_batch_size=32, epochs=warmup + 1)  # fmt: skip
+        recipe = replace(
+            recipe, kd_steps=few, ep_steps=3 * few, g_steps=min(recipe.g_steps, 3), batch_size=32,
+            synth_batch_size=32, warmup=warmup, epochs=warmup + 1,
+        )  # fmt: skip
     if not recipe.synth_batch_size:
         recipe = replace(recipe, synth_batch_size=recipe.batch_size)
     if recipe.warmup >= recipe.epochs:

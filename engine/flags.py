@@ -93,7 +93,8 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
     # fmt: off
     flag = parser.add_argument_group('data').add_argument
     flag('--data_name', default='shapes', metavar='NAME',
-         help='shapes (embedded, no download; shapes:N for N training images), cifar10, cifar100, or folder '
+         help='shapes (embedded, no download; shapes:N for N training images), patterns (embedded, tiny: for '
+              'data-free methods), cifar10, cifar100, or folder '
               f'(IMG_ROOT/train and IMG_ROOT/val with one folder per class){more}; default shapes')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
     flag('--image_size', type=positive_int, default=224, help='folder only: side of the crops, default 224')

@@ -123,7 +123,7 @@ class LabelGenerator(nn.Module):
     Args:
         nz: length of the noise, 10.
         num_classes: K.
-        size: 32 only.
+        size: 8, 16 or 32 (the authors').
 
     Shape: z (N, nz), label (N, K) one-hot or probabilities.
     """
@@ -132,17 +132,18 @@ class LabelGenerator(nn.Module):
 
     def __init__(self, nz: int = 10, num_classes: int = 10, size: int = 32) -> None:
         super().__init__()
-        if size != 32:
-            raise ValueError(f'LabelGenerator: makes images of 32 pixels, got {size}')
+        if size not in (8, 16, 32):
+            raise ValueError(f'LabelGenerator: size must be 8, 16 or 32, got {size}')
         self.nz = nz
         self.linear = nn.Sequential(
             nn.Linear(nz + num_classes, 256), nn.BatchNorm1d(256), nn.ReLU(),
             nn.Linear(256, 128), nn.BatchNorm1d(128), nn.ReLU(),
         )  # fmt: skip
-        layers = []
-        for a, b, pad in ((128, 64, 0), (64, 16, 1), (16, 4, 1)):
-            layers += [nn.ConvTranspose2d(a, b, 4, 2, pad, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.ConvTranspose2d(4, 3, 4, 2, 1, bias=False), nn.Tanh())
+        layers, widths = [], [128, 64, 16, 4][: {8: 2, 16: 3, 32: 4}[size]]
+        for k, (a, b) in enumerate(zip(widths, widths[1:])):
+            layers += [nn.ConvTranspose2d(a, b, 4, 2, int(k > 0), bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        last = nn.ConvTranspose2d(widths[-1], 3, 4, 2, 1, bias=False)
+        self.body = nn.Sequential(*layers, last, nn.Tanh())
 
     def forward(self, z: Tensor, label: Tensor) -> Tensor:
         x = self.body(self.linear(torch.cat([z, label.to(z)], dim=1))[:, :, None, None])

@@ -138,6 +138,7 @@ LISTS = [
     ('train_kd', '--kd_mode', 'rkd'),
     ('train_dml', '--kd_mode', 'dml'),
     ('train_ka', '--ka_mode', 'cfl'),
+    ('train_dfkd', '--kd_mode', 'cmi'),
 ]
 
 
