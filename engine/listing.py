@@ -43,7 +43,7 @@ def facts(name: str, row) -> dict[str, str]:
         'title': title,
         'paper': short(paper),
         'needs': ', '.join(needs(row)),
-        'weight': f'{row.weight:g}' if hasattr(row, 'weight') else '',  # of several terms: see arguments
+        'weight': f'{row.weight:g}' if hasattr(row, 'weight') else 'preset',
         'arguments': arguments(row),
         'module': module.__name__ if module else '',
     }
