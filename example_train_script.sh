@@ -245,11 +245,14 @@ dfkd() {
 }
 
 small() {    # settings for the patterns: seconds instead of hours
-    local all='--batch_size 64 --width 16 --nz 64 --lr 0.05 --log_images 5'
+    local all='--width 16 --nz 64 --lr 0.05 --log_images 5'
     case $1 in
-    dafl) echo "$all --epochs 5 --ep_steps 20 --lr_g 0.01" ;;
-    dfad) echo "$all --epochs 5 --ep_steps 50" ;;
-    *) echo "$all --epochs 20 --warmup 8 --ep_steps 20 --kd_steps 20 --g_steps 20 --lr_g 5e-3 --bn 1 --adv 0 --T 4" ;;
+    dafl) echo "$all --batch_size 64 --epochs 10 --ep_steps 25 --lr_g 3e-3" ;;
+    dfad) echo "$all --batch_size 32 --epochs 6 --ep_steps 80 --milestones 0.5 0.8" ;;
+    fastdfkd)
+        echo "$all --batch_size 64 --epochs 20 --warmup 8 --ep_steps 20 --kd_steps 20 --g_steps 20 --lr_g 5e-3" \
+            "--bn 1 --adv 0 --T 4" ;;
+    *) echo "$all --batch_size 32" ;;    # the rest of the preset stays
     esac
 }
 
