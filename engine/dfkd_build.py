@@ -186,7 +186,7 @@ def other_domain(args, row: Method, wanted: Wanted, setting: Setting, net_t) -> 
     count = wanted.options['ood_subset']
     if 0 < count < len(ood):
         ood = ood.subset(least_sure(net_t, ood, setting).topk(count).indices)
-    if len(ood) < wanted.recipe.batch_size:
+    if len(ood) < max(wanted.recipe.batch_size, wanted.recipe.synth_batch_size):
         raise UserError(f'--ood_name {args.ood_name}: has {len(ood)} images only, --batch_size is larger')
     return ood
 

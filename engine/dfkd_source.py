@@ -227,6 +227,11 @@ class Online(Source):
             self.parts['judge'] = self.judge
             self.parts['opt_d'] = self.opt_d = self.adam(self.judge.parameters(), recipe.lr_g)
         self.z: Tensor | None = None
+        self.order = iter(())  # of the other domain's images
+
+    def begin_epoch(self, seed: int, epoch: int) -> None:
+        super().begin_epoch(seed, epoch)
+        self.order = iter(())
 
     def make(self) -> None:
         for _ in range(self.recipe.g_steps):
@@ -245,8 +250,10 @@ class Online(Source):
             self.last, self.said = x.detach(), made.t
 
     def learn_to_judge(self, x: Tensor) -> Tensor:
-        ood = self.setting.ood
-        index = torch.randint(len(ood), (len(x),), generator=self.rng).to(x.device)
+        ood, index = self.setting.ood, next(self.order, ())
+        if len(index) < len(x):  # another pass
+            self.order = iter(torch.randperm(len(ood), generator=self.rng).to(x.device).split(len(x)))
+            index = next(self.order)
         centre = torch.full((len(x), 2), 4, device=x.device)
         real = ood.crops(index, centre, torch.zeros_like(index))  # as they are
         loss = self.kd.discriminator_loss(self.judge(x), self.judge(real))
