@@ -1,6 +1,6 @@
 """Table and figure of data-free runs: `python -m report dfkd save/NOTE ... --out FOLDER`.
 
-    table.md      per method: how often student and teacher agree, top-1 of the last and best epoch, time
+    table.md      per method: how often student and teacher agree, top-1 of the last and best epoch, updates
     images.png    the last images of every method, a strip each, and real test images below
 
 With --out a folder that has result files only, the table is written from those.
@@ -18,6 +18,7 @@ import dataset
 from engine.errors import UserError, user_errors
 from engine.flags import Parser
 from engine.record import output_folder
+from methods.dfkd import DFKD
 from report.table import read_results
 
 
@@ -34,12 +35,14 @@ def table(results: list[dict]) -> str:
         top1 = [r['teacher_top1'] for runs in methods.values() for r in runs]
         lines += [
             f'**{data}: {teacher} (top-1 {spread(top1)}) to {student}, no training image**\n',
-            '| | agreement with the teacher | top-1, last epoch | best* | updates of the student | seconds '
-            '| of these for images | seeds |',
+            '| | agreement with the teacher | top-1, last epoch | best* | updates of the student | of images '
+            '| share of the time | seeds |',
             '|---|---|---|---|---|---|---|---|',
         ]
-        for name, runs in methods.items():
-            recipe = runs[0]['recipe']
+        for name in [name for name in DFKD if name in methods]:
+            runs, recipe = methods[name], methods[name][0]['recipe']
+            rounds = recipe['ep_steps'] // recipe['kd_steps']
+            making = recipe['warmup' if DFKD[name].images.kind == 'fixed' else 'epochs'] * rounds
             updates = (recipe['epochs'] - recipe['warmup']) * recipe['ep_steps']
             cells = [
                 f'`{name}`',
@@ -47,12 +50,15 @@ def table(results: list[dict]) -> str:
                 spread([r['last']['top1'] for r in runs]),
                 spread([r['best']['top1'] for r in runs]),
                 f'{updates:,}',
-                f'{statistics.mean(r["seconds"] for r in runs):.0f}',
-                f'{statistics.mean(3600 * r["hours_synth"] for r in runs):.0f}',
+                f'{making * recipe["g_steps"]:,}',
+                f'{360_000 * sum(r["hours_synth"] for r in runs) / sum(r["seconds"] for r in runs):.0f} %',
                 ', '.join(str(r['seed']) for r in sorted(runs, key=lambda r: r['seed'])),
             ]
             lines.append(f'| {" | ".join(cells)} |')
-        lines.append('\n\\* the best epoch, chosen on the test set, as published figures are.\n')
+        lines.append(
+            '\n\\* the best epoch, chosen on the test set, as published figures are. The share of the time is what '
+            'making images takes.\n'
+        )
     return '\n'.join(lines)
 
 
