@@ -55,10 +55,11 @@ def table(results: list[dict]) -> str:
                 ', '.join(str(r['seed']) for r in sorted(runs, key=lambda r: r['seed'])),
             ]
             lines.append(f'| {" | ".join(cells)} |')
-        lines.append(
-            '\n\\* the best epoch, chosen on the test set, as published figures are. The share of the time is what '
-            'making images takes.\n'
-        )
+        lines += [
+            '',
+            '\\* the best epoch, chosen on the test set, as published figures are. The share of the time is what',
+            'making images takes.\n',
+        ]
     return '\n'.join(lines)
 
 
