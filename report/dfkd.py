@@ -57,7 +57,7 @@ def table(results: list[dict]) -> str:
             lines.append(f'| {" | ".join(cells)} |')
         lines += [
             '',
-            '\\* the best epoch, chosen on the test set, as published figures are. The share of the time is what',
+            '\\* the best epoch, chosen on the test set, as published figures are. The share of time is what',
             'making images takes.\n',
         ]
     return '\n'.join(lines)
