@@ -251,7 +251,7 @@ small() {    # settings for the patterns: seconds instead of hours
     dfad) echo "$all --batch_size 32 --epochs 6 --ep_steps 80 --milestones 0.5 0.8" ;;
     fastdfkd)
         echo "$all --batch_size 64 --epochs 20 --warmup 8 --ep_steps 20 --kd_steps 20 --g_steps 20 --lr_g 5e-3" \
-            "--bn 0.1 --oh 1 --adv 0 --T 4" ;;
+            "--bn 0.3 --oh 1 --adv 0 --T 4" ;;
     *) echo "$all --batch_size 32" ;;    # the rest of the preset stays
     esac
 }

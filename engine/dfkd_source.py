@@ -465,7 +465,8 @@ class Fixed(Source):
 
 def draw_crops(images: Resident, index: Tensor, generator: torch.Generator) -> Tensor:
     """These images, cropped with black around them and flipped at random, normalised."""
-    shift = torch.randint(9, (len(index), 2), generator=generator)
+    reach = min(images.images.shape[1] // 8, 4)  # 4 for 32 pixels, the most that a set in memory knows
+    shift = 4 + torch.randint(-reach, reach + 1, (len(index), 2), generator=generator)
     flip = torch.randint(2, (len(index),), generator=generator)
     return images.crops(*(x.to(images.device) for x in (index, shift, flip)))
 

@@ -167,9 +167,10 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------- views that a gradient passes through
 
 
-def crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Each image (N, C, H, W) padded with zeros, cropped at random, mirrored or not."""
+def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (N, C, H, W) padded with zeros (4 for 32 pixels), cropped at random, mirrored or not."""
     n, channels, height, width = x.shape
+    pad = height // 8
     dy, dx = torch.randint(2 * pad + 1, (2, n, 1), generator=generator).to(x.device)
     flip = torch.randint(2, (n, 1), generator=generator).to(x.device).bool()
     rows, columns = (torch.arange(side, device=x.device) for side in (height, width))

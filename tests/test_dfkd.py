@@ -75,9 +75,9 @@ def test_views_that_a_gradient_passes_through():
     x = torch.rand(5, 3, 8, 6, dtype=torch.float64, requires_grad=True)
     y = crop_and_flip(x, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
-    dy, dx = torch.randint(9, (2, 5, 1), generator=generator)
+    dy, dx = torch.randint(3, (2, 5, 1), generator=generator)
     flip = torch.randint(2, (5, 1), generator=generator).bool()
-    padded = F.pad(x, (4, 4, 4, 4))
+    padded = F.pad(x, (1, 1, 1, 1))
     for n in range(5):
         crop = padded[n, :, dy[n] : dy[n] + 8, dx[n] : dx[n] + 6]
         assert torch.equal(y[n], crop.flip(2) if flip[n] else crop)
