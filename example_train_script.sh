@@ -9,6 +9,7 @@
 #   bash example_train_script.sh dml [NAME..] ... only these methods for networks that learn from each other
 #   bash example_train_script.sh table NAME   a table of results/grid.json, e.g. kd-zoo-cifar10: train what
 #                                             results/ lacks of it, then write its table.md
+#   bash example_train_script.sh dfkd         without data: teacher, then students from images that are made
 #   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, tables, figures
 #   bash example_train_script.sh lm           language models on Python's own reference, CPU, a few minutes
 #   bash example_train_script.sh METHOD       ... the block of one method
@@ -37,6 +38,9 @@ KA_FLAGS=${KA_FLAGS:-}            # ka: anything else for train_ka.py
 ROOM_EPOCHS=${ROOM_EPOCHS:-10}    # ka: epochs on the rooms, and half as many of fine-tuning
 LM_MODES=${LM_MODES:-ce fkl gkd distillm rkl}    # lm: methods
 TEXT=${TEXT:-pydoc}               # lm: pydoc, markov or a file
+DFKD_DATA=${DFKD_DATA:-patterns}  # dfkd: the teacher's data, whose images are not used
+DFKD_MODES=${DFKD_MODES:-dafl dfad fastdfkd}    # dfkd: which methods
+DFKD_FLAGS=${DFKD_FLAGS:-}        # dfkd: anything else for train_dfkd.py, e.g. '--amp bf16'
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -276,6 +280,40 @@ rooms() {
     ka_report "$ROOM_RUN"
 }
 
+# Students without data: a teacher, then a student of each method from images that are made. On the embedded
+# patterns by default, with small settings; DFKD_DATA=cifar10 takes the authors' presets, hours of a GPU each.
+dfkd() {
+    local mode settings=()
+    DATA=$DFKD_DATA
+    if [ "${DATA%%:*}" = patterns ]; then
+        T_NAME=resnet8 S_NAME=resnet8 EPOCHS=4
+    fi
+    names
+    run train_base.py --net_name "$T_NAME" --note "$T_RUN" --batch_size 64
+    for mode in $DFKD_MODES; do
+        if [ "${DATA%%:*}" = patterns ]; then
+            # shellcheck disable=SC2207  # words without spaces
+            settings=($(small "$mode"))
+        fi
+        # shellcheck disable=SC2086  # DFKD_FLAGS is several words on purpose
+        py train_dfkd.py --kd_mode "$mode" --t_name "$T_NAME" --t_model "$SAVE_ROOT/$T_RUN/net.pt" \
+            --s_name "$S_NAME" --data_name "$DATA" --img_root "$IMG_ROOT" --save_root "$SAVE_ROOT" --seed "$SEED" \
+            --note "dfkd-$DATA-$T_NAME-$S_NAME-s$SEED" --resume auto ${settings[@]+"${settings[@]}"} $DFKD_FLAGS
+    done
+}
+
+small() {    # settings for the patterns: seconds instead of hours
+    local all='--width 16 --nz 64 --lr 0.05 --log_images 5'
+    case $1 in
+    dafl) echo "$all --batch_size 64 --epochs 10 --ep_steps 25 --lr_g 3e-3" ;;
+    dfad) echo "$all --batch_size 32 --epochs 6 --ep_steps 80 --milestones 0.5 0.8" ;;
+    fastdfkd)
+        echo "$all --batch_size 64 --epochs 20 --warmup 8 --ep_steps 20 --kd_steps 20 --g_steps 20 --lr_g 5e-3" \
+            "--bn 0.3 --oh 1 --adv 0 --T 4" ;;
+    *) echo "$all --batch_size 32" ;;    # the rest of the preset stays
+    esac
+}
+
 ka_report() {
     py -m report ka "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
     py -m report figures "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
@@ -337,6 +375,9 @@ quick() {
     kd st at sp
     table
 
+    # a student of images that are made
+    (DFKD_MODES=fastdfkd; dfkd)
+
     # two teachers with every other shape each, students that know all ten
     T_NAME=resnet8 PARTS=2 SPLIT=interleaved KA_EPOCHS=$EPOCHS KA_RUN=amalgamated KA_MODES='concat cfl scratch' KA_FLAGS='--optim sgd'
     ka
@@ -345,9 +386,9 @@ quick() {
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, ka, rooms, lm, or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, lm, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd table ka rooms lm $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd table dfkd ka rooms lm $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in

@@ -32,6 +32,11 @@ def shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(np.concatenate(images)), labels
 
 
+def test_size(n: int) -> int:
+    """Test images that belong to n training images."""
+    return max(n // 4, 10)
+
+
 def cached_shapes(root: str | Path, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`shapes`, kept as a file under root. A missing or damaged file is rendered again."""
     path = Path(root) / f'shapes-v{_VERSION}-n{n}-seed{seed}.npz'

@@ -693,8 +693,9 @@ def parsed(call: list[str], monkeypatch) -> argparse.Namespace:
     if call[0] == 'train_dml.py':
         _, weight, options = module.read_method(args)
         args.methods = {args.kd_mode[0]: [(args.kd_mode[0], weight, options)]}
-    if call[0] == 'train_ka.py':
-        args.methods, *_ = module.read_methods(args)
+    if call[0] in ('train_ka.py', 'train_dfkd.py'):
+        read = module.read_methods(args)
+        args.methods = read[0] if isinstance(read, tuple) else read
     return args
 
 
@@ -790,7 +791,7 @@ def test_what_is_in_results_is_not_trained_again(tmp_path):
 def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):
     calls = commands(tmp_path, 'quick')
     scripts = [parsed(call, monkeypatch) for call in calls if call[0].startswith('train_')]
-    assert all(a.data_name.startswith('shapes') for a in scripts)
+    assert all(a.data_name.startswith(('shapes', 'patterns')) for a in scripts)
     assert len(scripts[2].methods) >= 3 and set(scripts[-1].methods) == {'concat', 'cfl', 'scratch'}
     for words in ([], ['nonsense']):
         done = subprocess.run(

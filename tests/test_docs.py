@@ -12,6 +12,7 @@ import pytest
 
 from methods import KA as KA_METHODS
 from methods import LM, METHODS
+from methods.dfkd import DFKD
 from report import refresh
 from report.pages import parser_of
 from tests.conftest import ROOT
@@ -113,7 +114,7 @@ def test_links_and_files_exist(page):
 def test_every_link_to_a_difference_has_its_line():
     there = set(re.findall(r'<a id="(\w+)">', TEXT[ROOT / 'docs' / 'differences.md']))
     assert set(re.findall(r'differences\.md#(\w+)\)', TEXT[ROOT / 'docs' / 'methods.md'])) <= there
-    assert there <= METHODS.keys() | KA_METHODS.keys() | LM.keys()
+    assert there <= METHODS.keys() | KA_METHODS.keys() | LM.keys() | DFKD.keys()
 
 
 def test_the_followed_step_exists():
@@ -139,6 +140,7 @@ LISTS = [
     ('train_dml', '--kd_mode', 'dml'),
     ('train_ka', '--ka_mode', 'cfl'),
     ('train_lm', '--kd_mode', 'gkd'),
+    ('train_dfkd', '--kd_mode', 'cmi'),
 ]
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from methods import LM, METHODS
+from methods.dfkd import DFKD
 from tests import methods
 from tests.conftest import ROOT
 
@@ -33,10 +34,19 @@ def test_the_scripts_know_no_method():
     for path in ROOT.glob('train_*.py'):
         tree = ast.parse(path.read_text())
         words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-        assert not words & set(METHODS), f'{path.name} names {words & set(METHODS)}'
+        named = words & {*METHODS, *DFKD}
+        assert not named, f'{path.name} names {named}'
+
+
+def test_every_data_free_loss_has_a_row():
+    files = {p.stem for p in (ROOT / 'dfkd_losses').glob('[!_]*.py')}
+    assert files == {row.loss.__module__.split('.')[-1] for name, row in DFKD.items() if name != 'kd_pool'}
 
 
 def test_the_package_is_the_losses_only():
     """pip install . must offer kd_losses and nothing that would clash, like models or utils."""
     pyproject = (ROOT / 'pyproject.toml').read_text()
-    assert 'include = ["kd_losses", "ka_losses"]' in pyproject and 'dependencies = ["torch>=' in pyproject
+    assert (
+        'include = ["kd_losses", "ka_losses", "dfkd_losses"]' in pyproject
+        and 'dependencies = ["torch>=' in pyproject
+    )
