@@ -4,9 +4,11 @@ What the scripts train with them is in methods/; `python -m report refresh` rewr
 """
 
 from .ab import AB
+from .abkd import ABKD
 from .adain import AdaINKD
 from .aekd import AEKD
 from .afd import AFD
+from .akl import AKL
 from .at import AT
 from .bss import BSS, BSSAttacker
 from .byot import BYOT, BYOTStudent
@@ -14,7 +16,7 @@ from .c2kd import DSA, ESA
 from .camkd import CAMKD, FeatureAdapters
 from .catkd import CATKD
 from .cc import CC
-from .cd import CD, GKD
+from .cd import CD, GuidedKD
 from .clipkd import CLIPKD
 from .crd import CRD
 from .crld import CRLD
@@ -28,20 +30,25 @@ from .deit import DeiT
 from .dgkd import DGKD
 from .diffkd import Denoiser, DiffKD
 from .dist import DIST
+from .distillm import DistiLLM, SampleSchedule
+from .distillm2 import DistiLLM2
 from .distplus import DISTPlus
 from .dkd import DKD
 from .dkl import DKL, ClassPrior
 from .dlb import DLB
 from .dml import DML
 from .dot import DOT
+from .dskd import DSKD, DSKDCMA
 from .eakd import EAKD
 from .ebkd import EBKD
 from .eel import EEL
 from .fcfd import FCFD
+from .fdistill import FDistill
 from .fitnet import FitNet
 from .fkd_labels import SoftCE, SoftKL
 from .fsp import FSP
 from .ft import FT, FactorTransfer, Paraphraser, Translator
+from .gkd import GKD
 from .graftkd import GraftKD
 from .ickd import ICKD
 from .ikd import IKD
@@ -55,6 +62,7 @@ from .lsp import LSP
 from .lwm import LwM
 from .mgd import MGD
 from .mhgd import MHGD
+from .minillm import MiniLLM, ReverseKL
 from .mkd_avg import MultiTeacherKD
 from .mlkd import MLKD
 from .nkd import NKD
@@ -93,10 +101,12 @@ from .srd import SRD
 from .srrl import SRRL
 from .sskd import SSKD, SSHead, SSKDStudent
 from .st import SoftTarget
+from .taid import TAID
 from .tdd import TDD
 from .tekap import TeKAP
 from .tfkd import TfKDReg, TfKDSelf
 from .ttm import TTM
+from .uld import ULD
 from .unic import UNIC, TeacherNorm
 from .uskd import USKD
 from .vid import VID
@@ -108,8 +118,10 @@ from .wsld import WSLD
 __all__ = [
     'AB',
     'ABF',
+    'ABKD',
     'AEKD',
     'AFD',
+    'AKL',
     'AT',
     'BSS',
     'BYOT',
@@ -133,6 +145,8 @@ __all__ = [
     'DML',
     'DOT',
     'DSA',
+    'DSKD',
+    'DSKDCMA',
     'EAKD',
     'EBKD',
     'EEL',
@@ -179,8 +193,10 @@ __all__ = [
     'SRD',
     'SRRL',
     'SSKD',
+    'TAID',
     'TDD',
     'TTM',
+    'ULD',
     'UNIC',
     'USKD',
     'VID',
@@ -197,15 +213,20 @@ __all__ = [
     'Denoiser',
     'DiffKD',
     'Discriminator',
+    'DistiLLM',
+    'DistiLLM2',
+    'FDistill',
     'FactorTransfer',
     'FeatureAdapters',
     'FeatureTransform',
     'FitNet',
     'GraftKD',
     'GraphKD',
+    'GuidedKD',
     'Holistic',
     'Logits',
     'LwM',
+    'MiniLLM',
     'MultiTeacherKD',
     'NORMStudent',
     'OFAExit',
@@ -215,11 +236,13 @@ __all__ = [
     'Paraphraser',
     'PixelWise',
     'QuEST',
+    'ReverseKL',
     'ReviewKD',
     'SDBStudent',
     'SLAStudent',
     'SSHead',
     'SSKDStudent',
+    'SampleSchedule',
     'ScaleKD',
     'SemCKD',
     'SimKD',
