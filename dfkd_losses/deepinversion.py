@@ -99,7 +99,7 @@ class DeepInversion(nn.Module):
         }
         if out_s is not None:
             _expect('DeepInversion', 'out_s', out_s, *out_t.shape)
-            js = _mean(_divergence(_full(out_s, x), out_t, self.T, self.exact), valid)
+            js = _mean(_disagreement(_full(out_s, x), out_t, self.T, self.exact), valid)
             terms['compete'] = 1 - js.clamp(0, 1)
         return terms
 
@@ -170,7 +170,7 @@ def js_divergence(out_s: Tensor, out_t: Tensor, T: float = 3.0, exact: bool = Fa
     """The authors' divergence of predictions, or the real Jensen-Shannon divergence; (N, K) each."""
     _expect('js_divergence', 'out_s', out_s, 'N', 'K')
     _expect('js_divergence', 'out_t', out_t, *out_s.shape)
-    return _divergence(_full(out_s), _full(out_t, out_s), T, exact).mean()
+    return _disagreement(_full(out_s), _full(out_t, out_s), T, exact).mean()
 
 
 def _differences(x: Tensor) -> tuple[Tensor, ...]:
@@ -186,7 +186,7 @@ def _differences(x: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _divergence(out_s: Tensor, out_t: Tensor, T: float, exact: bool) -> Tensor:
+def _disagreement(out_s: Tensor, out_t: Tensor, T: float, exact: bool) -> Tensor:
     """(N,)"""
     if exact:
         log_p, log_q = F.log_softmax(out_s / T, dim=1), F.log_softmax(out_t / T, dim=1)

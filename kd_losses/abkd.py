@@ -17,8 +17,8 @@ beside cross-entropy, (0.8, 0.3) for resnet56 to resnet20. No factor T^2.
 
 Differences: the authors write 1/b, 1/a, 1/a in the last three lines, so their loss jumps by that factor
 when a parameter reaches 0 and is negative for a < 0; the squares are the limits. Powers are taken of
-logarithms (theirs are NaN where a probability is 0); an exponential that may grow, of negative powers, ends
-at e^80 (float32). Positions of target -100 reach neither value nor gradient, whatever stands in their
+logarithms (the code's are NaN where a probability is 0); an exponential that may grow, of negative powers,
+ends at e^80 (float32). Positions of target -100 reach neither value nor gradient, whatever stands in their
 logits; a class of -inf in either network counts nothing. Memory: a chunk of positions at a time is in
 float32, in backward again.
 

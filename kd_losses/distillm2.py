@@ -16,10 +16,10 @@ Tap: the logits of both networks on two answers to the same prompts. An anchor i
 steps: set anchor_t and anchor_s together then. Alone, without cross-entropy.
 
 Differences: the authors' function. Neither curriculum runs in their code (both are switched off there):
-without anchors and beta this is what they trained with. With anchors theirs would let gradient through a;
-it is a constant here. A text of no position is left out. Positions of target -100 reach neither value nor
-gradient; a class of -inf counts nothing. Memory: a chunk of positions at a time is in float32, in backward
-again.
+without anchors and beta this is what they trained with. With anchors their code would let gradient pass
+through a; it is a constant here. A text of no position is left out. Positions of target -100 reach neither
+value nor gradient; a class of -inf counts nothing. Memory: a chunk of positions at a time is in float32, in
+backward again.
 
 Source: jongwooko/distillm-2, src/distillm_trainer.py (kd_loss, get_batch_logps).
 

@@ -161,11 +161,11 @@ class DSKDCMA(nn.Module):
         with _no_autocast(out_s):
             keys = torch.cat([t.read, t.said], dim=2)
             Q = _run(self.query, torch.cat([s.read, s.said], dim=2))
-            A = _matmul(Q, (keys / _spread(keys)).mT) / math.sqrt(2 * self.t_dim)
+            A = _product(Q, (keys / _spread(keys)).mT) / math.sqrt(2 * self.t_dim)
             A = A - 100000.0 * ~(s.counts[:, :, None] & t.counts[:, None, :])
             v_t = _run(self.t2s, t.hid / _spread(t.hid) + t.said / _spread(t.said))
             v_s = _run(self.s2t, s.hid)
-            to_s, to_t = _matmul(A.softmax(dim=2), v_t), _matmul(A.mT.softmax(dim=2), v_s)
+            to_s, to_t = _product(A.softmax(dim=2), v_t), _product(A.mT.softmax(dim=2), v_s)
             counts_s, counts_t = s.counts.flatten(), t.counts.flatten()
             ce, student = _student_space(
                 s.out,
@@ -217,11 +217,11 @@ def _student_space(out_s, state, head, index, counts, T: float, T_t: float = 1.0
     head = _full(head.detach(), out_s)
 
     def each(out_s, state, index, counts):
-        z = _matmul(state, head.T)
+        z = _product(state, head.T)
         ce = -F.log_softmax(z, dim=1).gather(1, index[:, None]).squeeze(1)
         log_p = F.log_softmax(z.detach() / (T * T_t), dim=1)
         log_q = F.log_softmax(_filled(_full(out_s), counts) / T, dim=1)
-        kl = _divergence(log_p, log_q)
+        kl = _kl_of_logs(log_p, log_q)
         if right:  # a teacher that is wrong here says nothing; NaN still does
             kl = torch.where(z.detach().argmax(dim=1) == index, kl, 0 * kl.detach())
         return torch.stack([ce, kl], dim=1)
@@ -235,18 +235,18 @@ def _teacher_space(out_t, state, head, counts, T: float):
 
     def each(out_t, state, counts):
         log_p = F.log_softmax(_filled(_full(out_t, state), counts) / T, dim=1)
-        return _divergence(log_p, F.log_softmax(_matmul(state, head.T) / T, dim=1))
+        return _kl_of_logs(log_p, F.log_softmax(_product(state, head.T) / T, dim=1))
 
     return _by_position(each, out_t, state, counts)
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """A probability of 0 counts nothing, whatever its logarithm."""
-    p = log_p.exp()
-    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1)
+def _kl_of_logs(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
+    """(N,): KL of each row; 0 where p_t is 0, whatever the logarithms are."""
+    p_t = log_p_t.exp()
+    return torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)).sum(dim=1)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor) -> Tensor:
     return (_exact(a) @ _exact(b)).to(a.dtype)
 
 

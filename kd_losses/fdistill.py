@@ -15,9 +15,9 @@ every step. With one kind only, tvd and js are their first term without its weig
 student: total variation has no gradient where the networks disagree entirely.
 
 Differences: the authors' summa folder, with T^2 (their other folders leave it out). q log q is taken from
-logarithms; theirs is NaN where a probability is 0. Their chat folder's mask is one position late. Positions
-of target -100 reach neither value nor gradient, whatever stands in their logits; a class of -inf in either
-network counts nothing. Memory: a chunk of positions at a time is in float32, in backward again.
+logarithms; the code's is NaN where a probability is 0. Their chat folder's mask is one position late.
+Positions of target -100 reach neither value nor gradient, whatever stands in their logits; a class of -inf
+in either network counts nothing. Memory: a chunk of positions at a time is in float32, in backward again.
 
 Source: MANGA-UOFA/fdistill, summa/kd.py (SummarizationDistiller).
 

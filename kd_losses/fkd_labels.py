@@ -6,9 +6,9 @@ Distillation?", NeurIPS 2024, arXiv:2410.15919.
 
     p = softmax(out_t / temp_t) of a crop;  stored, and what a reader makes of it:
     hard         the class of the largest p                one-hot
-    smoothing    that class and its p                      p there, (1 - p) / (K - 1) elsewhere
-    smoothk      the k largest and their p                 those, (1 - their sum) / (K - k) elsewhere
-    renormk      the same                                  those divided by their sum, 0 elsewhere
+    smoothing    that class and its p                      p there, (1 - p) / (K - 1) at the others
+    smoothk      the k largest and their p                 those, (1 - their sum) / (K - k) at the others
+    renormk      the same                                  those divided by their sum, 0 at the others
     logits       all K, in half precision                  the logits
     SoftCE: loss = - mean over n of sum over k of probs_k * log softmax(out_s / T)_k
     SoftKL: loss = mean over n of KL(softmax(out_t / T) || softmax(out_s / T)), without T^2

@@ -80,8 +80,8 @@ class SDB(nn.Module):
         target, valid = _labels('SDB', target, *out.shape)
         z, key, adv, rand = (_full(x, out) for x in (out, out_key, out_adv.detach(), out_rand.detach()))
         ce = 2 * F.cross_entropy(z, target, reduction='none') + F.cross_entropy(key, target, reduction='none')
-        disturb = self.T**2 * _divergence(z, adv, self.T) - _divergence(z, key.detach(), 1.0)
-        keep = self.T**2 * _divergence(key, adv, self.T)
+        disturb = self.T**2 * _row_kl(z, adv, self.T) - _row_kl(z, key.detach(), 1.0)
+        keep = self.T**2 * _row_kl(key, adv, self.T)
         near, far = ((x.relu() - key.relu()).square().mean(dim=1) for x in (adv, rand))
         return tuple(_mean(rows, valid) for rows in (ce, disturb, keep, 0.01 * near - far))
 
@@ -113,12 +113,12 @@ class SDBStudent(nn.Module):
         _expect('SDBStudent', 'out_t_key', out_t_key, *out_s.shape)
         target, valid = _labels('SDBStudent', target, *out_s.shape)
         z, key = _full(out_s), _full(out_t_key.detach(), out_s)
-        soft = self.T**2 * _divergence(key, z, self.T)
+        soft = self.T**2 * _row_kl(key, z, self.T)
         hard = F.cross_entropy(z, target, reduction='none')
         return _mean(self.alpha * soft + (1 - self.alpha) * hard, valid)
 
 
-def _divergence(a: Tensor, b: Tensor, T: float) -> Tensor:
+def _row_kl(a: Tensor, b: Tensor, T: float) -> Tensor:
     """(N,) KL(softmax(a / T) || softmax(b / T))."""
     return _kl(F.log_softmax(a / T, dim=1), F.log_softmax(b / T, dim=1)).sum(dim=1)
 

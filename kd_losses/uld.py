@@ -11,9 +11,9 @@ Distillation Loss for LLMs", TMLR 2025, arXiv:2402.12030.
 Tap: the logits of both networks on the same texts, each in its own tokens. Authors: weight 1.5 beside
 cross-entropy, which it needs, since only the shape of a sorted distribution is compared.
 
-Differences: the authors' loss with targets that are aligned; theirs find the first logit from labels that
-are not. Their logits are overwritten by probabilities. A text without a pair of positions is NaN there, 0
-here. Memory: a chunk of positions at a time is in float32, in backward again.
+Differences: the authors' loss with targets that are aligned; their code finds the first logit from labels
+that are not. Its logits are overwritten by probabilities. A text without a pair of positions is NaN there,
+0 here. Memory: a chunk of positions at a time is in float32, in backward again.
 
 Source: Nicolas-BZRD/llm-recipes, models/distillation_model.py (DistillationLoss).
 
