@@ -255,16 +255,25 @@ PEERS='dcm dml kdcl okddip onadvfd one'
 
 # Amalgamation: teachers that know a part of the classes each, students that know them all and read no label.
 ka() {
-    local part models=()
+    part_teachers
+    amalgamate
+    ka_report "$KA_RUN"
+}
+
+part_teachers() {
+    local part
     for part in $(seq 0 $((PARTS - 1))); do
-        models+=("$SAVE_ROOT/$KA_RUN-teacher$part/net.pt")
         run train_base.py --net_name "$T_NAME" --num_parts "$PARTS" --split "$SPLIT" --part "$part" \
             --note "$KA_RUN-teacher$part"
     done
+}
+
+amalgamate() {
+    local part models=()
+    for part in $(seq 0 $((PARTS - 1))); do models+=("$SAVE_ROOT/$KA_RUN-teacher$part/net.pt"); done
     # shellcheck disable=SC2086  # KA_MODES and KA_FLAGS are several words
     EPOCHS=$KA_EPOCHS run train_ka.py --ka_mode $KA_MODES --t_name "$T_NAME" --t_model "${models[@]}" \
         --s_name "$S_NAME" --split "$SPLIT" --note "$KA_RUN" $KA_FLAGS
-    ka_report "$KA_RUN"
 }
 
 # Three teachers of one dense task each, then one network for all three.
@@ -366,21 +375,38 @@ rerun() {
     py tools/reproduce.py --only "$1" --table --img_root "$IMG_ROOT" --save_root "$SAVE_ROOT/reproduce"
 }
 
-# Everything on the embedded data set with a short schedule, sized for two CPU cores.
+# A first look, on the embedded data set with a short schedule, sized for two CPU cores.
 quick() {
-    DATA=shapes:5000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=9 SAVE_ROOT=$SAVE_ROOT/quick
+    DATA=shapes:5000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=5 SAVE_ROOT=$SAVE_ROOT/quick
     T_RUN=teacher S_RUN=baseline KD_RUN=kd
-    FLAGS="--batch_size 64 --milestones 0.6 0.85 $FLAGS"
-    base
+    FLAGS="--batch_size 32 --schedule onecycle --lr 0.05 $FLAGS"
+    say 'Ten kinds of shapes, rendered here, 5000 images to learn from: a few minutes in all. What is done stays;' \
+        'interrupted, the same command continues.'
+    say '1 of 6  A larger network, resnet20, learns from labels. It will be the teacher.'
+    run train_base.py --net_name "$T_NAME" --note "$T_RUN"
+    say '2 of 6  A small network, resnet8, learns from labels alone. This is what distillation has to beat.'
+    run train_base.py --net_name "$S_NAME" --note "$S_RUN"
+    say '3 of 6  The same small network, from the same initial weights, learns from labels and the teacher, in three' \
+        'ways: st (the softened outputs), at (attention maps), sp (similarities between images).'
     kd st at sp
-    table
 
-    # a student of images that are made
-    (DFKD_MODES=fastdfkd; dfkd)
+    # two teachers with half of the shapes each, students that know all ten
+    say '4 of 6  Knowledge amalgamation: two teachers that know five shapes each.'
+    PARTS=2 SPLIT=contiguous KA_RUN=amalgamated
+    EPOCHS=10 part_teachers
+    say '5 of 6  Small networks learn all ten shapes from these two teachers without a single label: concat (their' \
+        'outputs), layerwise (their maps). scratch is the reference: it gets all labels.'
+    KA_MODES='concat layerwise scratch' KA_EPOCHS=7 KA_FLAGS="--optim sgd"
+    amalgamate
+    say '6 of 6  Without any image: a student learns from pictures that are made from what a teacher of ten tiny' \
+        'patterns knows (fastdfkd).'
+    (FLAGS='' DFKD_MODES=fastdfkd; dfkd)
+    say 'What came out, accuracy on new images after the last epoch:'
+    py -m report overview "$SAVE_ROOT"
+}
 
-    # two teachers with every other shape each, students that know all ten
-    T_NAME=resnet8 PARTS=2 SPLIT=interleaved KA_EPOCHS=$EPOCHS KA_RUN=amalgamated KA_MODES='concat cfl scratch' KA_FLAGS='--optim sgd'
-    ka
+say() {    # a heading for who watches
+    if [ -n "${DRY_RUN:-}" ]; then echo "# $*"; else printf '\n%s\n\n' "$*" | fold -s -w 100; fi
 }
 
 # ----------------------------------------------------------------------------------------------------- main

@@ -125,7 +125,7 @@ def main():
     log = Log(folder)
 
     train, val, test = load_data(args, device, log)
-    nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log)
+    nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log, args.t_mean, args.t_std)
     stored, facts_stored = open_store(args, train, log)
     facts_t |= facts_stored
     torch.manual_seed(args.seed)

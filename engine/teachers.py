@@ -88,14 +88,19 @@ def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autoca
     return measured | {'said': said}
 
 
-def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Module], dict]:
-    """The frozen teachers, and what the result files say about them."""
+def load_teachers(
+    args, num_classes: int, test, amp, log, mean: list | None = None, std: list | None = None
+) -> tuple[list[nn.Module], dict]:
+    """The frozen teachers, and what the result files say about them.
+
+    mean, std: of the images that they were trained on, None: as the data's.
+    """
     nets, top1 = [], []
     for name, path in zip(args.t_name, args.t_model):
         with user_errors():
             net = models.build_for(path, name, num_classes)
-            if args.t_mean or args.t_std:
-                statistics = args.t_mean or test.mean, args.t_std or test.std
+            if mean or std:
+                statistics = mean or test.mean, std or test.std
                 models.trained_on(net, statistics, (test.mean, test.std))
         teacher = load_teacher(net, path, test, amp)
         log(f'teacher {name}: {teacher["said"]}')
