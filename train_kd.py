@@ -73,6 +73,10 @@ def parse_args(words=None):
               "the method's; scaled to --epochs")
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. T=8; METHOD.KEY=VALUE with several methods, e.g. st.T=8')
+    flag('--kd_layers', nargs='+', default=[], metavar='STAGES',
+         help='stages whose maps are compared; METHOD=STAGES with several methods; e.g. fitnet=2, sp=-1 (the '
+              'last), nst=all, or with weights in the mean over the stages ofd=1:0.25,2:0.5,3; for methods '
+              'whose stages can be chosen, see --kd_mode list; default: the method\'s')
     flag('--t_name', nargs='+', default=[], metavar='NAME',
          help=f'teacher: {models.NAMES}; several, the main one first, for methods that take assistants; none '
               'for methods without a teacher')

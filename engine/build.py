@@ -23,12 +23,13 @@ from engine.record import (
     math_args,
     resume_point,
 )
+from engine.stages import read_stages
 from engine.student import Run, Student, Term
 from methods import KD, PEERS, Method, schedules
 
 
 def read_methods(args) -> dict[str, list[Term]]:
-    """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
+    """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode and what goes with it."""
     tokens = {token: token.split('+') for token in args.kd_mode}
     names = {name for terms in tokens.values() for name in terms}
     elsewhere = {name: 'trains networks that learn from each other, use train_dml.py' for name in PEERS}
@@ -36,8 +37,12 @@ def read_methods(args) -> dict[str, list[Term]]:
     refuse_repeated('--kd_mode', args.kd_mode)
     check_teachers(args, names)
     weights, options = weights_and_options(args, sorted(names), KD)
+    stages = read_stages(args, sorted(names), KD)
     wanted = {
-        token: [Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args)) for name in terms]
+        token: [
+            Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args), stages[name])
+            for name in terms
+        ]
         for token, terms in tokens.items()
     }
     for token, terms in wanted.items():
@@ -129,7 +134,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         recipe = math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
             teacher_weights=teacher, ce=ce, before=list(before), global_relations=args.global_relations,
-            methods=[[term.name, term.weight, term.options] for term in terms],
+            methods=[term.recipe for term in terms],
         )  # fmt: skip
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = Record(folder / token, state, recipe, origin, selected_on)
@@ -173,7 +178,8 @@ def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
     method = term.method
     try:
         with user_errors():
-            term.loss = method.build(method.loss, probe, **term.options).to(device)
+            term.build(probe)
+            term.loss.to(device)
             if method.own.student:
                 net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
     except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels

@@ -122,6 +122,7 @@ def _preset(row) -> str:
 def _of_distillation(row) -> list[str]:
     needed, when = row.needs, row.when
     return [
+        *({(): ['stages: all'], (-1,): ['stages: the last']}.get(needed.stages, [])),
         *(VIEWS.get(view, view) for view in needed.views),
         *(['all teachers'] if needed.all_teachers else []),
         *(['relations in the batch'] if needed.relations else []),

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import optimise
-from engine.batch import Batch, InFloat32
+from engine.batch import Batch, InFloat32, Probe
 from engine.meter import Meter
 from engine.record import Record
 from engine.side_by_side import cast_weights
+from engine.stages import Stages, default_of
 from methods import Method
 
 
@@ -26,7 +27,20 @@ class Term:
     weight: float
     options: dict
     ramp: Callable[[int, int], float] | None = None
+    stages: Stages | None = None  # that it compares; None: the row's
     loss: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        self.stages = self.stages or default_of(self.method)
+
+    def build(self, probe: Probe) -> None:
+        self.loss = self.stages.build(self.name, self.method, probe, self.options)
+
+    @property
+    def recipe(self) -> list:
+        """Name, weight and arguments, and the stages if they are not the row's."""
+        other = [] if self.stages == default_of(self.method) else [str(self.stages)]
+        return [self.name, self.weight, self.options, *other]
 
 
 class Student(nn.Module):
@@ -58,7 +72,9 @@ class Student(nn.Module):
         t = batch.all_t[0] if batch.all_t else None
         if phase == 'pretrain':  # the losses' own modules learn, the student does not
             return None, {
-                k.name: k.method.own.pretrain(k.loss, t, batch) for k in self.terms if k.name in weights
+                k.name: k.method.own.pretrain(k.loss, k.stages.of(t), batch)
+                for k in self.terms
+                if k.name in weights
             }
 
         if any(term.method.needs.image_gradient for term in self.terms):
@@ -72,7 +88,7 @@ class Student(nn.Module):
                 continue
             batch.from_teacher = batch.once.get(term.method.own.once_per_batch)
             batch.inner = inner.get(term.name)
-            seen = (s, t, batch)
+            seen = (term.stages.of(s), term.stages.of(t), batch)
             if self.gather and term.method.needs.relations:
                 seen = self.gather(*seen)
             losses[term.name] = term.method.feed(term.loss, *seen)

@@ -98,7 +98,7 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
             s = net_s.eval()(img, True)
         probe = Probe(s, seen.all_t[0], net_s, net_t, Forty(img, target), n, 10, 10,
                       another_net=copy.deepcopy, all_t=seen.all_t)  # fmt: skip
-        term.loss = method.build(method.loss, probe, **options)
+        term.build(probe)
         net = method.own.student(net_s, term.loss, probe) if method.own.student else net_s
         step = train_kd.Student(net, [term], amp).train()
         if method.own.before:

@@ -107,7 +107,7 @@ def test_the_flags_are_frozen(monkeypatch):
     loss = {'--kd_mode', '--lambda_kd', '--kd_args'}
     own = {'--t_name', '--t_model', '--s_name', '--s_init', '--init_epochs', '--pretrain_epochs'}
     own |= {'--global_relations', '--cuda_graphs', '--new_head', '--lambda_ce', '--ramp_epochs', '--phases'}
-    own |= {'--student_threads', '--kd_stop', '--soft_labels', '--t_mean', '--t_std'}
+    own |= {'--student_threads', '--kd_layers', '--kd_stop', '--soft_labels', '--t_mean', '--t_std'}
     assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
     assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits', '--new_head'}
     ka = {'--ka_mode', '--lambda_ka', '--lambda_kd', '--T', '--ka_args', '--ka_layers', '--optim', '--lr_ka'}
@@ -266,6 +266,18 @@ def test_base_mistakes(fails, words, said):
         (['--kd_mode', 'st', 'at', '--lambda_kd', '3'], 'METHOD=number'),
         (['--kd_mode', 'st', 'at', '--lambda_kd', 'sp=3'], "'sp' is not among"),
         (['--kd_mode', 'st', '--lambda_kd', 'st=heavy'], 'must be a number'),
+        (['--kd_mode', 'st', '--kd_layers', '2'], ['stages of st are fixed', 'fitnet']),
+        (['--kd_mode', 'at', 'sp', '--kd_layers', '2'], 'METHOD=2'),
+        (['--kd_mode', 'at', '--kd_layers', 'sp=2'], "'sp' is not among"),
+        (['--kd_mode', 'at', '--kd_layers', '0'], 'from 1, or from -1 backwards'),
+        (['--kd_mode', 'at', '--kd_layers', '1:x'], "got '1:x'"),
+        (['--kd_mode', 'at', '--kd_layers', '1:0,2'], "got '1:0,2'"),
+        (['--kd_mode', 'at', '--kd_layers', 'rb2'], "got 'rb2'"),
+        (['--kd_mode', 'at', '--kd_layers', '4'], 'the student has 3 stages'),
+        (['--kd_mode', 'at', '--kd_layers', '3,-1'], 'name each stage once'),
+        (['--kd_mode', 'fitnet', '--kd_layers', '1,2'], 'the maps of one stage'),
+        (['--kd_mode', 'fitnet', '--kd_layers', 'all'], 'the maps of one stage'),
+        (['--kd_mode', 'kdsvd', '--kd_layers', '2:0.5,3'], 'no weights'),
         (['--kd_mode', 'st', '--s_name', 'resnet7'], '6n + 2'),
         (['--kd_mode', 'st', '--t_name', 'resnet20'], ['does not fit', 'looks like resnet8 with 10 classes']),
         (['--kd_mode', 'st', '--s_init', 'absent.pt'], 'absent.pt: no such'),

@@ -333,6 +333,63 @@ def test_weights_and_arguments_reach_the_loss(train_kd, tmp_path):
     assert rows(tmp_path / 'v' / 'st') != rows(tmp_path / 'u' / 'st')
 
 
+def test_stages_are_chosen(train_kd, tmp_path):
+    """Of the step: fm after fm by hand. Of the files: the stages stand there if they are not the row's."""
+    from engine.batch import Batch, InFloat32, Probe
+    from engine.stages import Stages
+    from engine.student import Term
+
+    torch.manual_seed(0)
+    net_s, net_t, img = build('resnet8', 10), build('resnet20', 10).eval(), torch.randn(4, 3, 32, 32)
+    s, t, b = net_s(img, True), net_t(img, True), Batch(img, torch.arange(4), torch.arange(4), {})
+
+    def value(name, numbers, weights=()):
+        torch.manual_seed(1)
+        term = Term(name, METHODS[name], 1.0, {}, None, Stages(numbers, weights))
+        term.build(Probe(s, t, net_s, net_t, None, 4, 1, 10))
+        return term, term.method.feed(term.loss, *(term.stages.of(InFloat32(f)) for f in (s, t)), b)
+
+    at, maps = METHODS['at'].loss(), list(zip(s.fms, t.fms))
+    one, two, three = (at(*maps[k]) for k in (1, 2, 3))
+    for numbers, weights, wanted in (
+        ((), (), (one + two + three) / 3),
+        ((2,), (), two),
+        ((-3, -1), (), (one + three) / 2),
+        ((1, 2, 3), (0.25, 0.5, 1.0), (one / 4 + two / 2 + three) / 3),
+    ):
+        term, got = value('at', numbers, weights)
+        assert torch.allclose(got, wanted, rtol=1e-6) and (term.recipe[3:] == []) == (not numbers)
+    nst = METHODS['nst'].loss()
+    assert (
+        torch.equal(value('nst', (-1,))[1], nst(*maps[3]))
+        and Term('nst', METHODS['nst'], 1, {}).recipe[3:] == []
+    )
+    assert torch.allclose(value('nst', ())[1], sum(nst(*maps[k]) for k in (1, 2, 3)) / 3)
+    assert torch.equal(value('fitnet', (2,))[1], (s.fms[2] - t.fms[2]).square().mean())
+    ofd, got = value(
+        'ofd', (2, 3), (0.5, 1.0)
+    )  # of two networks of equal width: margins of the right batch norm
+    bns = net_t.bn_before_relu()
+    for loss, bn in zip(ofd.loss, bns[1:], strict=True):
+        assert torch.equal(loss.loss.margin.flatten(), loss.loss.margin_from_bn(bn.weight, bn.bias))
+    parts = [loss.loss(s.pres[k], t.pres[k]) for k, loss in zip((2, 3), ofd.loss)]
+    assert torch.allclose(got, (parts[0] / 2 + parts[1]) / 2)
+
+    flags = ('--kd_layers', 'ofd=1:0.25,2:0.5,3', 'nst=-1', 'ft=2', 'fsp=1,3', 'sp=-1', '--epochs', '1')
+    flags += TINY[:4]
+    done = train_kd('ofd', 'nst', 'ft', 'fsp', 'sp', '--note', 'k', *flags)
+    assert done.code == 0, done.err
+    said = {}
+    for name in ('ofd', 'nst', 'ft', 'fsp', 'sp'):
+        (entry,) = json.loads((tmp_path / 'k' / name / 'results.json').read_text())['recipe']['methods']
+        said[name] = entry[3:]
+    assert said == {'ofd': ['1:0.25,2:0.5,3'], 'nst': [], 'ft': ['2'], 'fsp': ['1,3'], 'sp': ['-1']}
+    for again, code in ((flags, 0), (flags[6:], 2)):  # a resume with others is refused
+        done = train_kd('ofd', 'nst', 'ft', 'fsp', 'sp', '--note', 'k', '--resume', 'auto', *again)
+        assert done.code == code
+    assert "methods was [['ofd', 0.5, {}, '1:0.25,2:0.5,3']]" in done.err
+
+
 def test_the_ramp_follows_the_epochs():
     ramp = METHODS['dkd'].when.ramp
     assert [ramp(e, 240) for e in (0, 9, 19, 20, 239)] == [0.05, 0.5, 1, 1, 1]
