@@ -90,8 +90,8 @@ def parse_args(words=None):
          help="epochs of a loss's own modules, before those; default: the method's, scaled to --epochs")
     flag('--phases', choices=('before', 'inside'), default='before',
          help='where these two kinds of epochs are; before: before the --epochs, as in the papers; inside: '
-              'the first of the --epochs, at a tenth of the learning rate that all share then, so that no method '
-              'of a table trains longer than another; default before')
+              'the first of the --epochs, at a tenth of the learning rate that all share then, so that no '
+              'method of a table trains longer than another; default before')
     flag('--global_relations', action='store_true',
          help='torchrun: relate the samples of all processes; for losses that relate the samples of a batch')
     # fmt: on
