@@ -83,6 +83,8 @@ def schedule(runs: list[dict]) -> str:
     recipe = runs[0]['recipe']
     usual = {'batch_size': ('batch', 128), 'lr': ('lr', 0.1), 'amp': ('', 'off')}
     more = [f'{word} {recipe[key]}' for key, (word, default) in usual.items() if recipe[key] != default]
+    if recipe.get('schedule') == 'onecycle':
+        more.insert(0, 'one cycle')
     return ', '.join([f'{runs[0]["epochs"]} epochs', *(text.strip() for text in more)])
 
 
