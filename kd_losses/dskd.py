@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**21  # logits in float32 at a time
+CHUNK = 2**19  # logits in float32 at a time; on a GPU eight times as many, for fewer launches
 
 
 class DSKD(nn.Module):
@@ -282,9 +282,9 @@ def _filled(x: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _by_position(rows, *inputs: Tensor | None) -> Tensor:
-    """rows(*inputs), a value or more per position, with at most CHUNK logits in float32 at a time."""
+    """rows(*inputs), a value or more per position, with some CHUNK logits in float32 at a time."""
     n, k = inputs[0].shape
-    size = max(CHUNK // k, 1)
+    size = max(CHUNK * (1 if inputs[0].device.type == 'cpu' else 8) // k, 1)
     return rows(*inputs) if n <= size else _InChunks.apply(rows, size, *inputs)
 
 
