@@ -1,4 +1,4 @@
-"""What every amalgamation loss promises, on random and on awkward tensors."""
+"""What every amalgamation loss promises, and every loss without a row, on random and on awkward tensors."""
 
 import copy
 import importlib
@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import methods
-from tests.ka_cases import CASES, file_of
+from tests.ka_cases import CASES, file_of, package_of
 from tests.methods.shared import seed
 
-OWN = {name: methods.of(f'ka/{file_of(name)}') for name in CASES}
-EXCEPTIONS = {name: methods.exceptions(f'ka/{file_of(name)}', name) for name in CASES}
+OWN = {name: methods.of(file_of(name)) for name in CASES}
+EXCEPTIONS = {name: methods.exceptions(file_of(name), name) for name in CASES}
 
 
 def cases_but(kind: str) -> list[str]:
@@ -37,7 +37,7 @@ class Made:
 
         seed(0)
         scope = {
-            'm': importlib.import_module(f'ka_losses.{file_of(name)}'),
+            'm': importlib.import_module(package_of(name)),
             'n': n,
             'torch': torch,
             'S': lambda *shape: leaf(shape, self.students),
@@ -73,7 +73,7 @@ def test_value_and_gradients(name, dtype):
     made.check(value)
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', [name for name in CASES if file_of(name).startswith('ka/')])
 def test_terms_are_scalars_and_change_nothing(name):
     made = Made(name)
     value, terms = made(return_terms=True)
@@ -218,6 +218,13 @@ def test_too_few_teachers_are_named(name):
             made()
 
 
+def tensor_at(made, argument, path):
+    value = made.inputs[argument]
+    for key in path:
+        value = value[key]
+    return value
+
+
 def spoil(made, argument, path, change):
     """Change one tensor of an argument, in its place."""
     holder, *keys = (made.inputs, argument, *path)
@@ -239,6 +246,8 @@ def test_what_is_not_finite_shows(name, bad):
 
     for argument in Made(name).inputs:
         for path in places(Made(name).inputs[argument]):
+            if not tensor_at(Made(name), argument, path).is_floating_point():
+                continue  # labels and edges hold no such number
             for where in (0, 0.5, 1):
 
                 def poison(x, where=where):
@@ -315,7 +324,7 @@ def test_products_are_exact(name):
     torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', cases_but('empty_is_legal'))
 def test_an_empty_batch_is_refused(name):
     made = Made(name, n=0)
     with pytest.raises(ValueError, match='leave an empty batch out'):
@@ -335,7 +344,7 @@ def test_shape_messages_name_the_remedy(name):
 
 
 @pytest.mark.parametrize(
-    'name', [name for name in CASES if name == file_of(name) and hasattr(OWN[name], 'one_logit')]
+    'name', [n for n in CASES if n == file_of(n).split('/')[-1] and hasattr(OWN[n], 'one_logit')]
 )
 def test_one_logit_is_refused(name):
     made = Made(name)

@@ -221,7 +221,7 @@ def test_says_where_it_is_from_and_how_to_use_it(path, monkeypatch):
     """Source: repository and file, or 'formula only'. Use: runs as pasted, and fails without a gradient."""
     doc = ast.get_docstring(ast.parse(path.read_text()))
     source = re.search(r'^Source: (.+?)\n\n', doc, re.M | re.S)[1]
-    assert source.startswith('formula only') or re.match(r'[\w-]+/[\w-]+( at commit \w+)?, \w', source), (
+    assert source.startswith('formula only') or re.match(r'[\w-]+/[\w.-]+( at commit \w+)?, \w', source), (
         source
     )
     use = doctest.DocTestParser().get_doctest(doc.split('\nUse:\n')[1], {}, path.stem, str(path), 0)
