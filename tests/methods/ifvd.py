@@ -18,6 +18,6 @@ exceptions = {'any_size': {'target': 'labels are brought to the size of the map'
 def golden(z):
     target = z.input('target')
     K = z.hp('num_classes')['num_classes']
-    marks = [y for y in target.unique().tolist() if not 0 <= y < K]
+    marks = [y for y in target.unique().tolist() if not 0 <= y < K and y != -100]
     loss = IFVD(K, *marks)
     yield case(z, loss, 'fm_s', 'fm_t', 'target')
