@@ -9,7 +9,9 @@
 #   bash example_train_script.sh dml [NAME..] ... only these methods for networks that learn from each other
 #   bash example_train_script.sh table NAME   a table of results/grid.json, e.g. kd-zoo-cifar10: train what
 #                                             results/ lacks of it, then write its table.md
+#   bash example_train_script.sh dfkd         without data: teacher, then students from images that are made
 #   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, tables, figures
+#   bash example_train_script.sh lm           language models on Python's own reference, CPU, a few minutes
 #   bash example_train_script.sh METHOD       ... the block of one method
 #   bash example_train_script.sh --dry-run quick      print the commands instead of running them
 #   bash example_train_script.sh --help
@@ -23,6 +25,7 @@ DATA=${DATA:-cifar10}             # cifar10, cifar100, shapes, folder
 IMG_ROOT=${IMG_ROOT:-./data}      # where data lies
 SAVE_ROOT=${SAVE_ROOT:-./save}    # where results go
 T_NAME=${T_NAME:-resnet110}       # teacher
+A_NAME=${A_NAME:-resnet56}        # second teacher, for methods that take several
 S_NAME=${S_NAME:-resnet20}        # student
 EPOCHS=${EPOCHS:-200}
 SEED=${SEED:-2}
@@ -33,6 +36,11 @@ SPLIT=${SPLIT:-contiguous}        # ka: which classes go together: contiguous, i
 KA_EPOCHS=${KA_EPOCHS:-100}       # ka: epochs of the students
 KA_FLAGS=${KA_FLAGS:-}            # ka: anything else for train_ka.py
 ROOM_EPOCHS=${ROOM_EPOCHS:-10}    # ka: epochs on the rooms, and half as many of fine-tuning
+LM_MODES=${LM_MODES:-ce fkl gkd distillm rkl}    # lm: methods
+TEXT=${TEXT:-pydoc}               # lm: pydoc, markov or a file
+DFKD_DATA=${DFKD_DATA:-patterns}  # dfkd: the teacher's data, whose images are not used
+DFKD_MODES=${DFKD_MODES:-dafl dfad fastdfkd}    # dfkd: which methods
+DFKD_FLAGS=${DFKD_FLAGS:-}        # dfkd: anything else for train_dfkd.py, e.g. '--amp bf16'
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -54,6 +62,7 @@ assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)'
 
 names() {
     T_RUN=base-$DATA-$T_NAME-s$SEED
+    A_RUN=base-$DATA-$A_NAME-s$SEED
     S_RUN=base-$DATA-$S_NAME-s$SEED
     KD_RUN=kd-$DATA-$T_NAME-$S_NAME-s$SEED
     DML_RUN=$DATA-$S_NAME-s$SEED
@@ -85,13 +94,32 @@ base() {
 # Students in one process: same batches, one teacher forward, same initial weights as the baseline. What lies in
 # results/ with the same recipe is not trained again, unless RETRAIN=1.
 kd() {
-    local methods=() flags=()
+    local methods=() flags=() second=(${SECOND:+"$A_NAME"})
     while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do methods+=("$1"); shift; done
-    flags=(--t_name "$T_NAME" --t_model "$SAVE_ROOT/$T_RUN/net.pt" --s_name "$S_NAME"
+    flags=(--t_name "$T_NAME" ${second[@]+"${second[@]}"}
+        --t_model "$SAVE_ROOT/$T_RUN/net.pt" ${second[@]+"$SAVE_ROOT/$A_RUN/net.pt"} --s_name "$S_NAME"
         --s_init "$SAVE_ROOT/$S_RUN/initial.pt" --note "$KD_RUN" "$@")
     # shellcheck disable=SC2207  # method names hold no spaces
     methods=($(missing train_kd.py "${methods[*]}" "${flags[@]}"))
     if [ ${#methods[@]} -gt 0 ]; then run train_kd.py --kd_mode "${methods[@]}" "${flags[@]}"; fi
+}
+
+# Methods that take several teachers: the teacher and a second network.
+team() {
+    run train_base.py --net_name "$A_NAME" --note "$A_RUN"
+    SECOND=1 kd "$@"
+}
+
+# Any of both kinds, also joined by +.
+chosen() {
+    local alone=() several=() method part where
+    for method; do
+        where=alone
+        for part in ${method//+/ }; do case " $TEAMS " in *" $part "*) where=several ;; esac; done
+        if [ $where = several ]; then several+=("$method"); else alone+=("$method"); fi
+    done
+    if [ ${#alone[@]} -gt 0 ]; then kd "${alone[@]}"; fi
+    if [ ${#several[@]} -gt 0 ]; then team "${several[@]}"; fi
 }
 
 missing() {    # of these methods, those without a result
@@ -116,9 +144,11 @@ peers() {
 # A frozen teacher and a student.
 ab()         { kd ab          --lambda_kd 10; }
 adain()      { kd adain       --lambda_kd 1; }
+aekd()       { team aekd      --lambda_kd 0.9; }
 afd()        { kd afd         --lambda_kd 500; }
 at()         { kd at          --lambda_kd 1000; }
 bss()        { kd bss         --lambda_kd 2; }
+camkd()      { team camkd     --lambda_kd 1; }
 catkd()      { kd catkd       --lambda_kd 0.7; }
 cc()         { kd cc          --lambda_kd 100; }
 cd_()        { kd cd          --lambda_kd 18; }
@@ -129,8 +159,9 @@ crld()       { kd crld        --lambda_kd 1; }
 ctkd()       { kd ctkd        --lambda_kd 0.9; }
 dcd()        { kd dcd         --lambda_kd 1; }
 deit()       { kd deit        --lambda_kd 1; }
-dgkd()       { kd dgkd        --lambda_kd 1; }
 diffkd()     { kd diffkd      --lambda_kd 1; }
+deep_geometric_graphs() { kd deep_geometric_graphs --lambda_kd 25; }
+dgkd()       { team dgkd      --lambda_kd 1; }
 dist()       { kd dist        --lambda_kd 2; }
 distplus()   { kd distplus    --lambda_kd 2; }
 dkd()        { kd dkd         --lambda_kd 1; }
@@ -138,11 +169,14 @@ dkl()        { kd dkl         --lambda_kd 1; }
 dkl_gkl()    { kd dkl_gkl     --lambda_kd 1; }
 dot()        { kd dot         --lambda_kd 0.9; }
 eakd()       { kd eakd        --lambda_kd 0.9; }
+ebkd()       { team ebkd      --lambda_kd 1; }
 eel()        { kd eel         --lambda_kd 1; }
 fcfd()       { kd fcfd        --lambda_kd 1; }
 fitnet()     { kd fitnet      --lambda_kd 0.1; }
+fkd_labels() { kd fkd_labels  --lambda_kd 1; }
 fsp()        { kd fsp         --lambda_kd 1; }
 ft()         { kd ft          --lambda_kd 200; }
+graftkd()    { kd graftkd     --lambda_kd 1; }
 ickd()       { kd ickd        --lambda_kd 2.5; }
 ikd()        { kd ikd         --lambda_kd 0.2; }
 irg()        { kd irg         --lambda_kd 1; }
@@ -152,6 +186,7 @@ lskd()       { kd lskd        --lambda_kd 9; }
 lwm()        { kd lwm         --lambda_kd 0.4; }
 mgd()        { kd mgd         --lambda_kd 0.0012; }
 mhgd()       { kd mhgd        --lambda_kd 1; }
+mkd_avg()    { team mkd_avg   --lambda_kd 1; }
 mlkd()       { kd mlkd        --lambda_kd 0.9; }
 mlkd_strong() { kd mlkd_strong --lambda_kd 0.9; }
 nkd()        { kd nkd         --lambda_kd 1; }
@@ -169,6 +204,9 @@ rld()        { kd rld         --lambda_kd 1; }
 rrd()        { kd rrd         --lambda_kd 1; }
 rsd()        { kd rsd         --lambda_kd 0.1; }
 scalekd()    { kd scalekd     --lambda_kd 2; }
+sakd()       { kd sakd        --lambda_kd 1; }
+sdb()        { kd sdb         --lambda_kd 1; }
+sdb_student() { kd sdb_student --lambda_kd 1; }
 sdd()        { kd sdd         --lambda_kd 0.9; }
 semckd()     { kd semckd      --lambda_kd 400; }
 simkd()      { kd simkd       --lambda_kd 1; }
@@ -181,6 +219,7 @@ srrl()       { kd srrl        --lambda_kd 1; }
 sskd()       { kd sskd        --lambda_kd 1; }
 st()         { kd st          --lambda_kd 0.1; }
 tekap()      { kd tekap       --lambda_kd 0.9; }
+tdd()        { kd tdd         --lambda_kd 0.1; }
 tfkd_self()  { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
 ttm()        { kd ttm         --lambda_kd 45; }
 vid()        { kd vid         --lambda_kd 1; }
@@ -209,22 +248,32 @@ okddip()     { peers okddip      1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
 onadvfd()    { peers onadvfd     1 "$S_NAME" "$S_NAME"; }
 one()        { peers one         1 "$S_NAME" "$S_NAME" "$S_NAME"; }
 
-METHODS='ab adain afd at bss byot catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit dgkd diffkd dist distplus dkd dkl dkl_gkl dlb dot eakd eel fcfd fitnet fsp ft ickd ikd irg kdsvd logits lskd lwm mgd mhgd mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
+METHODS='ab adain aekd afd at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fitnet fkd_labels fsp ft graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tdd tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
+TEAMS='aekd camkd dgkd ebkd mkd_avg'
 PEERS='dcm dml kdcl okddip onadvfd one'
 # methods:end
 
 # Amalgamation: teachers that know a part of the classes each, students that know them all and read no label.
 ka() {
-    local part models=()
+    part_teachers
+    amalgamate
+    ka_report "$KA_RUN"
+}
+
+part_teachers() {
+    local part
     for part in $(seq 0 $((PARTS - 1))); do
-        models+=("$SAVE_ROOT/$KA_RUN-teacher$part/net.pt")
         run train_base.py --net_name "$T_NAME" --num_parts "$PARTS" --split "$SPLIT" --part "$part" \
             --note "$KA_RUN-teacher$part"
     done
+}
+
+amalgamate() {
+    local part models=()
+    for part in $(seq 0 $((PARTS - 1))); do models+=("$SAVE_ROOT/$KA_RUN-teacher$part/net.pt"); done
     # shellcheck disable=SC2086  # KA_MODES and KA_FLAGS are several words
     EPOCHS=$KA_EPOCHS run train_ka.py --ka_mode $KA_MODES --t_name "$T_NAME" --t_model "${models[@]}" \
         --s_name "$S_NAME" --split "$SPLIT" --note "$KA_RUN" $KA_FLAGS
-    ka_report "$KA_RUN"
 }
 
 # Three teachers of one dense task each, then one network for all three.
@@ -240,6 +289,40 @@ rooms() {
     ka_report "$ROOM_RUN"
 }
 
+# Students without data: a teacher, then a student of each method from images that are made. On the embedded
+# patterns by default, with small settings; DFKD_DATA=cifar10 takes the authors' presets, hours of a GPU each.
+dfkd() {
+    local mode settings=()
+    DATA=$DFKD_DATA
+    if [ "${DATA%%:*}" = patterns ]; then
+        T_NAME=resnet8 S_NAME=resnet8 EPOCHS=4
+    fi
+    names
+    run train_base.py --net_name "$T_NAME" --note "$T_RUN" --batch_size 64
+    for mode in $DFKD_MODES; do
+        if [ "${DATA%%:*}" = patterns ]; then
+            # shellcheck disable=SC2207  # words without spaces
+            settings=($(small "$mode"))
+        fi
+        # shellcheck disable=SC2086  # DFKD_FLAGS is several words on purpose
+        py train_dfkd.py --kd_mode "$mode" --t_name "$T_NAME" --t_model "$SAVE_ROOT/$T_RUN/net.pt" \
+            --s_name "$S_NAME" --data_name "$DATA" --img_root "$IMG_ROOT" --save_root "$SAVE_ROOT" --seed "$SEED" \
+            --note "dfkd-$DATA-$T_NAME-$S_NAME-s$SEED" --resume auto ${settings[@]+"${settings[@]}"} $DFKD_FLAGS
+    done
+}
+
+small() {    # settings for the patterns: seconds instead of hours
+    local all='--width 16 --nz 64 --lr 0.05 --log_images 5'
+    case $1 in
+    dafl) echo "$all --batch_size 64 --epochs 10 --ep_steps 25 --lr_g 3e-3" ;;
+    dfad) echo "$all --batch_size 32 --epochs 6 --ep_steps 80 --milestones 0.5 0.8" ;;
+    fastdfkd)
+        echo "$all --batch_size 64 --epochs 20 --warmup 8 --ep_steps 20 --kd_steps 20 --g_steps 20 --lr_g 5e-3" \
+            "--bn 0.3 --oh 1 --adv 0 --T 4" ;;
+    *) echo "$all --batch_size 32" ;;    # the rest of the preset stays
+    esac
+}
+
 ka_report() {
     py -m report ka "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
     py -m report figures "$SAVE_ROOT/$1" --out "$SAVE_ROOT/$1"
@@ -247,16 +330,26 @@ ka_report() {
 KA_MODES='concat parts mse layerwise cfl soka customize_target scratch'
 ROOMS=scenes
 
+# A language model teaches smaller ones; its teacher is trained first, once.
+lm() {
+    # shellcheck disable=SC2086  # LM_MODES and FLAGS are several words
+    py train_lm.py --kd_mode $LM_MODES --data_name "$TEXT" --save_root "$SAVE_ROOT" --seed "$SEED" \
+        --note "lm-${TEXT##*/}-s$SEED" --resume auto $FLAGS
+}
+
 # All methods, in processes of GROUP students.
 every_method() {
     local group=()
     for method in $METHODS; do
         if [ "$method" = tfkd_self ]; then continue; fi    # has another teacher, below
+        case " $TEAMS " in *" $method "*) continue ;; esac    # have a second teacher, below
         group+=("$method")
         if [ ${#group[@]} = "$GROUP" ]; then kd "${group[@]}"; group=(); fi
     done
     if [ ${#group[@]} -gt 0 ]; then kd "${group[@]}"; fi
     tfkd_self
+    # shellcheck disable=SC2086  # TEAMS is several words
+    team $TEAMS
     for method in $PEERS; do "$method"; done
 }
 
@@ -265,6 +358,7 @@ table() {
     for method in $PEERS; do
         if [ -d "$SAVE_ROOT/$method-$DML_RUN" ]; then peers+=("$SAVE_ROOT/$method-$DML_RUN"); fi
     done
+    if [ -d "$SAVE_ROOT/$A_RUN" ] && [ "$A_RUN" != "$T_RUN" ]; then peers+=("$SAVE_ROOT/$A_RUN"); fi
     py -m report table "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" ${peers[@]+"${peers[@]}"} \
         --out "$SAVE_ROOT/$KD_RUN"
 }
@@ -281,26 +375,46 @@ rerun() {
     py tools/reproduce.py --only "$1" --table --img_root "$IMG_ROOT" --save_root "$SAVE_ROOT/reproduce"
 }
 
-# Everything on the embedded data set with a short schedule, sized for two CPU cores.
+# A first look, on the embedded data set with a short schedule, sized for two CPU cores.
 quick() {
-    DATA=shapes:5000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=9 SAVE_ROOT=$SAVE_ROOT/quick
+    DATA=shapes:5000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=5 SAVE_ROOT=$SAVE_ROOT/quick
     T_RUN=teacher S_RUN=baseline KD_RUN=kd
-    FLAGS="--batch_size 64 --milestones 0.6 0.85 $FLAGS"
-    base
+    FLAGS="--batch_size 32 --schedule onecycle --lr 0.05 $FLAGS"
+    say 'Ten kinds of shapes, rendered here, 5000 images to learn from: a few minutes in all. What is done stays;' \
+        'interrupted, the same command continues.'
+    say '1 of 6  A larger network, resnet20, learns from labels. It will be the teacher.'
+    run train_base.py --net_name "$T_NAME" --note "$T_RUN"
+    say '2 of 6  A small network, resnet8, learns from labels alone. This is what distillation has to beat.'
+    run train_base.py --net_name "$S_NAME" --note "$S_RUN"
+    say '3 of 6  The same small network, from the same initial weights, learns from labels and the teacher, in three' \
+        'ways: st (the softened outputs), at (attention maps), sp (similarities between images).'
     kd st at sp
-    table
 
-    # two teachers with every other shape each, students that know all ten
-    T_NAME=resnet8 PARTS=2 SPLIT=interleaved KA_EPOCHS=$EPOCHS KA_RUN=amalgamated KA_MODES='concat cfl scratch' KA_FLAGS='--optim sgd'
-    ka
+    # two teachers with half of the shapes each, students that know all ten
+    say '4 of 6  Knowledge amalgamation: two teachers that know five shapes each.'
+    PARTS=2 SPLIT=contiguous KA_RUN=amalgamated
+    EPOCHS=10 part_teachers
+    say '5 of 6  Small networks learn all ten shapes from these two teachers without a single label: concat (their' \
+        'outputs), layerwise (their maps). scratch is the reference: it gets all labels.'
+    KA_MODES='concat layerwise scratch' KA_EPOCHS=7 KA_FLAGS="--optim sgd"
+    amalgamate
+    say '6 of 6  Without any image: a student learns from pictures that are made from what a teacher of ten tiny' \
+        'patterns knows (fastdfkd).'
+    (FLAGS='' DFKD_MODES=fastdfkd; dfkd)
+    say 'What came out, accuracy on new images after the last epoch:'
+    py -m report overview "$SAVE_ROOT"
+}
+
+say() {    # a heading for who watches
+    if [ -n "${DRY_RUN:-}" ]; then echo "# $*"; else printf '\n%s\n\n' "$*" | fold -s -w 100; fi
 }
 
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, ka, rooms, or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, lm, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd table ka rooms $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd table dfkd ka rooms lm $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in
@@ -325,7 +439,7 @@ base)
     data
     base ;;
 kd)
-    kd "$@"
+    chosen "$@"
     table ;;
 dml)
     for method in ${@:-dml}; do

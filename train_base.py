@@ -107,7 +107,7 @@ def main():
             train, val, test = (data and dataset.take_classes(data, classes) for data in (train, val, test))
     torch.manual_seed(args.seed)
     with user_errors():
-        net = models.build(args.net_name, train.num_classes)
+        net = models.narrowed(models.build(args.net_name, train.num_classes), args.init)
         if args.init:
             log(f'initial weights: {models.load_weights(net, args.init, new_head=args.new_head)}')
     initial = copy.deepcopy(models.named_weights(net, train.class_names))

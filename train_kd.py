@@ -41,14 +41,10 @@ from engine.flags import (
     whole_number,
 )
 from engine.processes import processes, rank
-from engine.record import (
-    class_names_of,
-    output_folder,
-    provenance,
-)
+from engine.record import class_names_of, output_folder, provenance
 from engine.session import Log, load_data
 from engine.student import Run, Student, Term  # noqa: F401  what tests and benchmarks build with
-from engine.teachers import Teachers, load_teachers
+from engine.teachers import Teachers, load_teachers, open_store
 from methods import KD
 
 
@@ -57,48 +53,47 @@ def parse_args(words=None):
     # fmt: off
     flag = parser.add_argument_group('distillation').add_argument
     flag('--kd_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(KD),
-         help='a student per word; list prints all methods; what they need, their weights and '
-              'arguments; methods '
-              'joined by + share a student')
+         help='one student per word, A+B joins losses on one; list: print all methods, what they need, their '
+              'weights and arguments')
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
-         help='weight of the loss, or METHOD=number; beside cross-entropy, the second with several methods; '
-              "default: the method's; see --kd_mode list")
+         help="weight of the loss, or METHOD=W with several; default: the method's, see --kd_mode list")
     flag('--lambda_ce', type=share_of_ce, metavar='W',
          help="weight of cross-entropy; default: 1, or the method's")
+    flag('--kd_stop', type=whole_number, metavar='E',
+         help='distil in the first E epochs only; then cross-entropy alone trains, at weight 1, and the '
+              'teacher is not asked (early-stopped distillation); default: to the end')
     flag('--ramp_epochs', type=positive_int, metavar='N',
-         help="epochs in which a loss's weight rises; for methods that have such a ramp; default: "
-              "the method's; scaled to --epochs")
+         help="epochs in which a loss's weight rises, if it does; default: the method's, scaled to --epochs")
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
-         help='arguments of the loss, e.g. T=8; METHOD.KEY=VALUE with several methods, e.g. st.T=8')
+         help='arguments of the loss, e.g. T=8, or st.T=8 with several methods')
+    flag('--kd_layers', nargs='+', default=[], metavar='STAGES',
+         help='stages whose maps are compared; e.g. fitnet=2, sp=-1 (the last), nst=all, or with weights in '
+              'the mean over them ofd=1:0.25,2:0.5,3; of methods that --kd_mode list says it of; '
+              "default: the method's")
     flag('--t_name', nargs='+', default=[], metavar='NAME',
-         help=f'teacher: {models.NAMES}; several, the main one first, for methods that take assistants; none '
-              'for methods without a teacher')
+         help=f'teacher: {models.NAMES}; several for methods that take several, the main one first; none for '
+              'methods without a teacher')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help='one checkpoint per teacher')
-    for name, what in (('mean', 'mean'), ('std', 'standard deviation')):
+    for name, what in (('mean', 'mean'), ('std', 'deviation')):
         flag(f'--t_{name}', nargs=3, type=float, metavar='X',
-             help=f"{what} per channel of the teachers' images; pixels 0 to 1, if they were normalised "
-                  "otherwise than these; default: the data's")
+             help=f"{what} per channel of the teachers' training images; of pixels from 0 to 1; default: the "
+                  "data's")
+    flag('--soft_labels', metavar='FOLDER',
+         help='of tools/pseudo_labels.py, instead of a teacher; for methods that read logits only')
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
-         help='initial weights of all students; e.g. initial.pt of train_base.py; default: drawn by --seed; '
-              'just as there')
+         help='initial weights of all students; initial.pt of train_base.py, say; default: drawn by --seed')
     add_head_flag(flag, '--s_init')
     flag('--init_epochs', type=whole_number, metavar='N',
-         help='epochs of the loss alone, at first; before cross-entropy alone, for methods with such a '
-              'phase; default: '
-              "the method's; scaled to --epochs")
+         help="epochs of the loss alone, if a method begins so; default: the method's, scaled to --epochs")
     flag('--pretrain_epochs', type=whole_number, metavar='N',
-         help="epochs of a loss's own modules; before anything else; default: the method's; scaled to "
-              "--epochs")
+         help="epochs of a loss's own modules, before those; default: the method's, scaled to --epochs")
     flag('--phases', choices=('before', 'inside'), default='before',
-         help='those two, beside the --epochs; before: they come before these, as in the papers; '
-              'inside: they are '
+         help='where these two kinds of epochs are; before: before the --epochs, as in the papers; inside: '
               'the first of the --epochs, at a tenth of the learning rate that all share then, so that no '
               'method of a table trains longer than another; default before')
     flag('--global_relations', action='store_true',
-         help='torchrun: relate the samples of all processes; losses that relate the samples of a batch '
-              '(rkd, sp, '
-              '...) see the batches of all, not only their own')
+         help='torchrun: relate the samples of all processes; for losses that relate the samples of a batch')
     # fmt: on
     add_common_flags(parser)
     add_thread_flag(parser)
@@ -119,16 +114,19 @@ def main():
     log = Log(folder)
 
     train, val, test = load_data(args, device, log)
-    nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log)
+    nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log, args.t_mean, args.t_std)
+    stored, facts_stored = open_store(args, train, log)
+    facts_t |= facts_stored
     torch.manual_seed(args.seed)
     with user_errors():
         net_s = models.build(args.s_name, train.num_classes)
+        net_s = models.narrowed(net_s, args.s_init)
         if args.s_init:
             log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
 
     origin = provenance(device) | class_names_of(train)
     views = sorted({view for terms in wanted.values() for term in terms for view in term.method.needs.views})
-    teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0])
+    teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0], stored)
     selected_on = 'val' if val else 'test'
     runs = build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device)
     compile_networks(args, *teachers.fast, *(run.net for run in runs))
@@ -148,8 +146,13 @@ def main():
         for run in active:
             begin_epoch(run, epoch, args)
         begun, last = active, epoch + 1 == args.epochs
+        teachers.resting = all(set(run.weights) == {'ce'} for run in active)  # nobody would listen
 
-        batches = train.train_batches(args.batch_size, args.seed, epoch, views)
+        crops = epoch  # of which epoch
+        if stored:
+            crops = stored.epoch_of(epoch)
+            stored.read(crops)
+        batches = train.train_batches(args.batch_size, args.seed, crops, views)
         for number, batch in enumerate(together.looks(teachers, batches), 1):
             for run in active:
                 optimise.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))
@@ -184,6 +187,7 @@ def main():
                  'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs,
                  'trained_with': list(wanted), 'processes': processes(),
                  'global_relations': args.global_relations}  # fmt: skip
+        facts |= {} if args.kd_stop is None else {'kd_stop': args.kd_stop}
         path = folder / run.name / 'student.pt'
         how = models.how_to_load(path, args.s_name, args.data_name, train.num_classes)
         done.append((run.record, path.name, facts, run.name, f'weights: {how}'))

@@ -31,6 +31,7 @@ from engine.batch import Batch, Probe
 from engine.device import autocast
 from engine.evaluate import evaluate
 from engine.record import provenance, save_checkpoint, write_json
+from engine.stages import default_of
 from engine.teachers import Teachers
 from methods import METHODS
 
@@ -75,7 +76,8 @@ def plain_loop(method: str, teacher: str, train: Resident):
     with torch.no_grad():
         few = img[:2]
         probe = Probe(net_s(few, True), net_t(few, True), net_s, net_t, train, BATCH, 200, 10)
-    loss_kd = row.build(row.loss, probe)
+    stages = default_of(row)
+    loss_kd = stages.build(method, row, probe, {})
     opt = torch.optim.SGD(
         [*net_s.parameters(), *loss_kd.parameters()], 0.1, 0.9, weight_decay=1e-4, nesterov=True
     )
@@ -84,8 +86,8 @@ def plain_loop(method: str, teacher: str, train: Resident):
             s = net_s(img, True)
             with torch.no_grad():
                 t = net_t(img, True)
-            loss_ce = F.cross_entropy(s.out, target)
-            loss = loss_ce + row.weight * row.feed(loss_kd, s, t, Batch(img, target, target, {}))
+            loss_ce, batch = F.cross_entropy(s.out, target), Batch(img, target, target, {})
+            loss = loss_ce + row.weight * row.feed(loss_kd, stages.of(s), stages.of(t), batch)
             loss_ce.item(), loss.item()
             (s.out.argmax(dim=1) == target).float().mean().item()
             opt.zero_grad()

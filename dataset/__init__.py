@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cifar import NAMES, read_cifar
+from .cifar import NAMES, read_cifar, read_cifar_test
 from .dense import Dense
 from .folder import MEAN, STD, BadImage, Folder
 from .nyu import read_nyu
 from .parts import ClassParts, read_classes, split_classes, take_classes
+from .patterns import CLASSES as PATTERNS
+from .patterns import patterns
 from .resident import Resident
 from .scenes import load_scenes
-from .shapes import CLASSES, cached_shapes
+from .shapes import CLASSES, cached_shapes, test_size
 
 __all__ = [
     'DATA',
@@ -26,7 +28,9 @@ __all__ = [
     'Resident',
     'load',
     'load_dense',
+    'load_test',
     'mean_std',
+    'pictures',
     'read_classes',
     'split_classes',
     'take_classes',
@@ -36,14 +40,16 @@ __all__ = [
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 _SHAPES = (0.50, 0.50, 0.50), (0.24, 0.24, 0.24)
+_PATTERNS = (0.50, 0.50, 0.50), (0.17, 0.17, 0.17)
 
 
 def load(name: str, root: str | Path = './data', device: str | torch.device = 'cpu', **folder_options):
     """Training and test set of the data called `name`.
 
     Args:
-        name: 'shapes' or 'shapes:N' (embedded, N training images, default 8000), 'cifar10', 'cifar100', or
-            'folder' (root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same classes).
+        name: 'shapes' or 'shapes:N' (embedded, N training images, default 8000), 'patterns' or 'patterns:N'
+            (embedded, 16x16 pixels, default 2000), 'cifar10', 'cifar100', or 'folder'
+            (root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same classes).
         root: where data lies, or is rendered to.
         device: where the images live (cifar, shapes) or are sent to, batch by batch (folder).
         folder_options: see Folder.
@@ -54,12 +60,55 @@ def load(name: str, root: str | Path = './data', device: str | torch.device = 'c
         ValueError: unknown name, missing or damaged files, classes of val/ that are not those of train/; one
             line that says what to do.
     """
+    kind, size = _named(name)
+    return DATA[kind](root, torch.device(device), size, folder_options)
+
+
+def load_test(name: str, root: str | Path = './data', device: str | torch.device = 'cpu', **folder_options):
+    """The test half of the data called `name`, read without its training half, which need not be there.
+
+    The classes of a folder are those of val/ then. Arguments and errors are those of load.
+    """
+    kind, size = _named(name)
+    device = torch.device(device)
+    if kind == 'folder':
+        return Folder(Path(root) / 'val', device, **folder_options)
+    if kind == 'patterns':
+        return _resident(*patterns(test_size(size or 2000), seed=1), PATTERNS, _PATTERNS, device)
+    if kind == 'shapes':
+        return _resident(*cached_shapes(root, test_size(size or 8000), seed=1), CLASSES, _SHAPES, device)
+    mean_std = {'cifar10': _CIFAR10, 'cifar100': _CIFAR100}[kind]
+    return _resident(*read_cifar_test(kind, root), NAMES[kind], mean_std, device)
+
+
+def pictures(name: str, root: str | Path, size: int) -> torch.Tensor:
+    """The training images of the data called `name` alone: (N, size, size, 3) bytes.
+
+    Args:
+        name: as for load, without 'folder', or 'scenes', 'scenes:N' (embedded rooms).
+
+    Raises:
+        ValueError: as load; images of another size.
+    """
+    kind, _, number = name.partition(':')
+    if kind == 'scenes':
+        images = load_dense(name, root, 'cpu', size, labelled=False)[0].images
+        return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+    if kind == 'folder':
+        raise ValueError('folder: not for this; there are shapes, cifar10, cifar100, scenes')
+    images = load(name, root)[0].images
+    if images.shape[1] != size:
+        raise ValueError(f'{name}: its images have {images.shape[1]} pixels a side, wanted {size}')
+    return images
+
+
+def _named(name: str) -> tuple[str, int | None]:
     kind, _, size = name.partition(':')
-    if kind not in DATA or (size and (kind != 'shapes' or not size.isdigit() or int(size) < 10)):
+    if kind not in DATA or (size and (kind not in EMBEDDED or not size.isdigit() or int(size) < 10)):
         raise ValueError(
-            f'no data set is called {name!r}; there are {", ".join(DATA)} and shapes:N (N >= 10 images)'
+            f'no data set is called {name!r}; there are {", ".join(DATA)}; shapes:N, patterns:N (N >= 10)'
         )
-    return DATA[kind](root, torch.device(device), int(size) if size else None, folder_options)
+    return kind, int(size) if size else None
 
 
 def load_dense(name: str, root: str | Path, device, size: int, labelled: bool) -> tuple[Dense, Dense]:
@@ -89,7 +138,13 @@ def mean_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     Raises:
         ValueError: unknown name.
     """
-    known = {'shapes': _SHAPES, 'cifar10': _CIFAR10, 'cifar100': _CIFAR100, 'folder': (MEAN, STD)}
+    known = {
+        'shapes': _SHAPES,
+        'patterns': _PATTERNS,
+        'cifar10': _CIFAR10,
+        'cifar100': _CIFAR100,
+        'folder': (MEAN, STD),
+    }
     kind = name.partition(':')[0]
     if kind not in known:
         raise ValueError(f'no data set is called {name!r}; there are {", ".join(known)}')
@@ -98,8 +153,14 @@ def mean_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _load_shapes(root, device, size, _):
     n = size or 8000
-    halves = cached_shapes(root, n, seed=0), cached_shapes(root, max(n // 4, 10), seed=1)
+    halves = cached_shapes(root, n, seed=0), cached_shapes(root, test_size(n), seed=1)
     return tuple(_resident(*half, CLASSES, _SHAPES, device) for half in halves)
+
+
+def _load_patterns(root, device, size, _):
+    n = size or 2000
+    halves = patterns(n, seed=0), patterns(test_size(n), seed=1)
+    return tuple(_resident(*half, PATTERNS, _PATTERNS, device) for half in halves)
 
 
 def _load_cifar10(root, device, *_):
@@ -117,7 +178,16 @@ def _load_folder(root, device, _, options):
     return train, Folder(Path(root) / 'val', device, **options, class_names=train.class_names)
 
 
-DATA = {'shapes': _load_shapes, 'cifar10': _load_cifar10, 'cifar100': _load_cifar100, 'folder': _load_folder}
+DATA = {
+    'shapes': _load_shapes,
+    'patterns': _load_patterns,
+    'cifar10': _load_cifar10,
+    'cifar100': _load_cifar100,
+    'folder': _load_folder,
+}
+
+
+EMBEDDED = ('shapes', 'patterns')
 
 
 def _resident(images: np.ndarray, labels: np.ndarray, names, mean_std, device) -> Resident:

@@ -1,6 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 from the official files, in the binary or the Python layout, and check them."""
 
 import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,36 @@ def read_cifar(name: str, root: str | Path):
     raise ValueError(f'no {name} under {root} (looked for {folder.name} and {python.base_folder}); {repair}')
 
 
-def bad_files(name: str, folder: Path) -> list[str]:
+def read_cifar_test(name: str, root: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """(test images, test labels) as read_cifar has them, from their own file; no other need be there."""
+    root, (binary, label_bytes, files) = Path(root), BINARY[name]
+    test = next(file for file in files if 'test' in file)
+    if (root / binary / test).is_file():
+        problems = bad_files(name, root / binary, {test: files[test]})
+        if problems:
+            raise ValueError(f'{problems[0]}; run: python -m dataset.download {name} --img_root {root}')
+        return _read_records(root / binary, [test], label_bytes)
+    python = PYTHON[name]
+    path = root / python.base_folder / python.test_list[0][0]
+    if not path.is_file():
+        raise ValueError(
+            f'no {name} test set under {root} (looked for {binary}/{test} and {path.relative_to(root)}); '
+            f'run: python -m dataset.download {name} --img_root {root}'
+        )
+    content = path.read_bytes()
+    if hashlib.md5(content).hexdigest() != python.test_list[0][1]:
+        raise ValueError(f'{path}: damaged, its MD5 is not {python.test_list[0][1]}')
+    half = pickle.loads(content, encoding='latin1')  # the official file, by its MD5
+    images = half['data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = half['labels'] if 'labels' in half else half['fine_labels']
+    return np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)
+
+
+def bad_files(name: str, folder: Path, files: dict | None = None) -> list[str]:
     """One sentence for every file of the binary layout that is missing or damaged."""
-    _, label_bytes, files = BINARY[name]
+    _, label_bytes, every = BINARY[name]
     problems = []
-    for file, (records, md5) in files.items():
+    for file, (records, md5) in (files or every).items():
         path, wanted = folder / file, records * (label_bytes + 3072)
         if not path.is_file():
             problems.append(f'{path}: missing')
@@ -94,11 +120,14 @@ def _read_binary(name: str, folder: Path):
     _, label_bytes, files = BINARY[name]
     halves = [f for f in files if 'test' not in f], [f for f in files if 'test' in f]
     for half in halves:
-        records = np.concatenate([np.fromfile(folder / f, np.uint8) for f in half]).reshape(
-            -1, label_bytes + 3072
-        )
-        images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        yield np.ascontiguousarray(images), records[:, label_bytes - 1].astype(np.int64)
+        yield _read_records(folder, half, label_bytes)
+
+
+def _read_records(folder: Path, files: list[str], label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    records = np.concatenate([np.fromfile(folder / f, np.uint8) for f in files])
+    records = records.reshape(-1, label_bytes + 3072)
+    images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, label_bytes - 1].astype(np.int64)
 
 
 def _from_torchvision(half: CIFAR10) -> tuple[np.ndarray, np.ndarray]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-CLASSES = ('disc', 'ring', 'triangle', 'square', 'star', 'cross', 'crescent', 'hourglass', 'ell', 'tee')
+CLASSES = ('disc', 'ring', 'triangle', 'square', 'hourglass', 'star', 'cross', 'crescent', 'ell', 'tee')
 SIZE = 32
-_VERSION = 1  # part of the cache's name: raise it whenever the pictures change
+_VERSION = 2  # part of the cache's name: raise it whenever the pictures change
 _CHUNK = 50
 
 
@@ -30,6 +30,11 @@ def shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     labels = rng.permutation(np.arange(n) % len(CLASSES)).astype(np.int64)
     images = [_render(labels[i : i + _CHUNK], rng) for i in range(0, n, _CHUNK)]
     return np.ascontiguousarray(np.concatenate(images)), labels
+
+
+def test_size(n: int) -> int:
+    """Test images that belong to n training images."""
+    return max(n // 4, 10)
 
 
 def cached_shapes(root: str | Path, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,22 +65,23 @@ def _render(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (n, *(shape or (1, 1)))).astype(np.float32)
 
-    image = _surface(rng, n, x, y)  # (n, 3, fine, fine)
+    hard = uniform(0, 1)  # 0: a plain picture, 1: everything that hides the outline
+    image = _surface(rng, n, x, y, hard)  # (n, 3, fine, fine)
     for _ in range(3):  # distractors: small, of any shape
         kind = rng.integers(len(CLASSES), size=n)
         pose = uniform(-1, 1), uniform(-1, 1), uniform(0.1, 0.22), uniform(0, 2 * math.pi), uniform(0.7, 1.4)
         distractor = _inside(kind, *_local(x, y, *pose))[:, None]
-        image = np.where(distractor, uniform(0, 1, 3, 1, 1), image)
+        image = np.where(distractor & (uniform(0, 1) < hard)[:, None], uniform(0, 1, 3, 1, 1), image)
 
     centre, size, angle = (
         (uniform(-0.3, 0.3), uniform(-0.3, 0.3)),
-        uniform(0.42, 0.65),
-        uniform(0, 2 * math.pi),
+        uniform(0.5, 0.7),
+        uniform(-math.pi / 4, math.pi / 4),
     )
-    body = _inside(labels, *_local(x, y, *centre, size, angle, uniform(0.75, 1.33)))[:, None]
-    image = np.where(body, _apart(_surface(rng, n, x, y), image, body, uniform(0.25, 0.45, 1)), image)
+    body = _inside(labels, *_local(x, y, *centre, size, angle, uniform(0.85, 1.18)))[:, None]
+    image = np.where(body, _apart(_surface(rng, n, x, y, hard), image, body, uniform(0.25, 0.45, 1)), image)
 
-    angle, offset, width = uniform(0, math.pi), uniform(-0.6, 0.6), uniform(0, 0.09)  # a bar in front
+    angle, offset, width = uniform(0, math.pi), uniform(-0.6, 0.6), uniform(0, 0.09) * hard  # a bar in front
     bar = np.abs(x * np.cos(angle) + y * np.sin(angle) - offset) < width
     image = np.where(bar[:, None], uniform(0, 1, 3, 1, 1), image)
 
@@ -84,18 +90,18 @@ def _render(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     image *= light[:, None]
     image = (image[:, :, ::2] + image[:, :, 1::2]) / 4
     image = image[..., ::2] + image[..., 1::2]
-    image += rng.standard_normal(image.shape, dtype=np.float32) * uniform(0.02, 0.05)[:, None]
+    image += rng.standard_normal(image.shape, dtype=np.float32) * (0.05 * hard)[:, None]
     return np.rint(image.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def _surface(rng: np.random.Generator, n: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _surface(rng: np.random.Generator, n: int, x: np.ndarray, y: np.ndarray, hard: np.ndarray) -> np.ndarray:
     """(n, 3, fine, fine): two random colours in a random pattern: plain, stripes, checks or clouds."""
 
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
 
     a = uniform(0.1, 0.9, 3, 1, 1)
-    b = (a + uniform(-0.15, 0.15, 3, 1, 1)).clip(0, 1)
+    b = (a + hard[:, None] * uniform(-0.15, 0.15, 3, 1, 1)).clip(0, 1)
     angle, frequency = uniform(0, math.pi, 1, 1), uniform(4, 14, 1, 1)
     u = np.sin(frequency * (x * np.cos(angle) + y * np.sin(angle)) + uniform(0, 2 * math.pi, 1, 1))
     v = np.sin(frequency * (y * np.cos(angle) - x * np.sin(angle)) + uniform(0, 2 * math.pi, 1, 1))
@@ -162,10 +168,10 @@ _OUTLINES = [
     (lambda u, v: np.abs(np.hypot(u, v) - 0.76) < 0.24, 2.292),
     (lambda u, v: _polygon(u, v, 3, 0.5), 1.299),
     (lambda u, v: _polygon(u, v, 4, math.sqrt(0.5)), 2.0),
+    (lambda u, v: (np.abs(u) < 0.12 + 0.75 * np.abs(v)) & (np.abs(v) < 1), 1.98),
     (lambda u, v: _polygon(u, v, 5, 0.45), 1.323),
     (_cross, 2.150),
     (_crescent, 1.478),
-    (lambda u, v: (np.abs(u) < 0.12 + 0.75 * np.abs(v)) & (np.abs(v) < 1), 1.98),
     (_ell, 1.8),
     (_tee, 1.92),
 ]

@@ -25,6 +25,7 @@ class Batch:
     once: dict[Callable, Any] = field(default_factory=dict)  # {a row's once_per_batch: what it gave}
     teacher: Callable[[Tensor], Any] | None = None  # images -> the main teacher's Feats
     net_t: nn.Module | None = None  # the main teacher
+    nets_t: list = field(default_factory=list)  # all of them
 
     now: int = 0  # epochs done, read through `epoch`
     epochs: int = 0  # of the whole training
@@ -58,6 +59,7 @@ class Probe:
     epochs: int
     num_classes: int
     another_net: Callable[[nn.Module], nn.Module] | None = None  # a fresh network of the same kind
+    all_t: list = field(default_factory=list)  # Feats of all teachers, the main one first
 
 
 class InFloat32:

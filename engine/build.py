@@ -23,12 +23,13 @@ from engine.record import (
     math_args,
     resume_point,
 )
+from engine.stages import read_stages
 from engine.student import Run, Student, Term
 from methods import KD, PEERS, Method, schedules
 
 
 def read_methods(args) -> dict[str, list[Term]]:
-    """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode, --lambda_kd and --kd_args."""
+    """{'pkt+st': [Term('pkt', ...), Term('st', ...)], ...} from --kd_mode and what goes with it."""
     tokens = {token: token.split('+') for token in args.kd_mode}
     names = {name for terms in tokens.values() for name in terms}
     elsewhere = {name: 'trains networks that learn from each other, use train_dml.py' for name in PEERS}
@@ -36,8 +37,12 @@ def read_methods(args) -> dict[str, list[Term]]:
     refuse_repeated('--kd_mode', args.kd_mode)
     check_teachers(args, names)
     weights, options = weights_and_options(args, sorted(names), KD)
+    stages = read_stages(args, sorted(names), KD)
     wanted = {
-        token: [Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args)) for name in terms]
+        token: [
+            Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args), stages[name])
+            for name in terms
+        ]
         for token, terms in tokens.items()
     }
     for token, terms in wanted.items():
@@ -65,11 +70,13 @@ def check_teachers(args, names: set[str]) -> None:
     if len(args.t_name) != len(args.t_model):
         raise UserError(f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files')
     needy = sorted(name for name in names if KD[name].needs.teacher)
-    if needy and not args.t_name:
+    if args.soft_labels and args.t_name:
+        raise UserError('--soft_labels: stands for the teacher, leave out --t_name and --t_model')
+    if needy and not args.t_name and not args.soft_labels:
         raise UserError(f'--t_name and --t_model are needed: {", ".join(needy)} distils a teacher')
     if len(args.t_name) > 1 and not any(KD[name].needs.all_teachers for name in names):
         teams = [name for name, method in KD.items() if method.needs.all_teachers]
-        raise UserError(f'--t_name: got {len(args.t_name)} teachers; only {", ".join(teams)} uses several')
+        raise UserError(f'--t_name: got {len(args.t_name)} teachers; several are for {", ".join(teams)}')
     refuse_many_processes(names, KD)
 
 
@@ -78,6 +85,8 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     every = [term.method for terms in wanted.values() for term in terms]
     graphs = side_by_side.graphs_wanted(args, device)
     initial, teacher = fingerprint(net_s), '+'.join(map(fingerprint, teachers.nets))
+    if teachers.stored:
+        teacher = f'{teachers.stored.meta["teacher_weights"]} {teachers.stored.meta["kind"]}'
     net_s.to(device, memory_format=torch.channels_last)
     whole = any(method.needs.full_batches for method in every)
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes
@@ -93,7 +102,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
 
     t = seen.all_t[0] if seen.all_t else None
     probe = Probe(s, t, net_s, teachers.net_t, train, args.batch_size, args.epochs, train.num_classes,
-                  another_net)  # fmt: skip
+                  another_net, seen.all_t)  # fmt: skip
     runs = []
     for token, terms in wanted.items():
         torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
@@ -118,14 +127,14 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
             )
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
-        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast)
+        step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast, args.kd_stop)
         optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [sgd]
         opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         recipe = math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
             teacher_weights=teacher, ce=ce, before=list(before), global_relations=args.global_relations,
-            methods=[[term.name, term.weight, term.options] for term in terms],
+            methods=[term.recipe for term in terms],
         )  # fmt: skip
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = Record(folder / token, state, recipe, origin, selected_on)
@@ -169,7 +178,8 @@ def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
     method = term.method
     try:
         with user_errors():
-            term.loss = method.build(method.loss, probe, **term.options).to(device)
+            term.build(probe)
+            term.loss.to(device)
             if method.own.student:
                 net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
     except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels

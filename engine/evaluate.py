@@ -15,25 +15,45 @@ def evaluate(net: nn.Module, data, amp: Callable[[], torch.autocast]) -> dict[st
 
 
 @torch.no_grad()
-def counted(net: nn.Module, data, amp: Callable[[], torch.autocast]) -> Tensor:
-    """What evaluate needs, on the device: nothing waits for it yet."""
+def counted(net: nn.Module, data, amp: Callable[[], torch.autocast], said: Tensor | None = None) -> Tensor:
+    """What evaluate needs, on the device: nothing waits for it yet.
+
+    said: another network's classes of all images; how many are this one's, too, is a sixth number then.
+    """
     net.eval()
     same_buffers(net)
-    sums = torch.zeros(5, dtype=torch.float64, device='cpu' if data.device.type == 'mps' else data.device)
-    for img, target, _ in data.test_batches(128 if data.device.type == 'cpu' else 1000):
+    sums = torch.zeros(
+        5 if said is None else 6,
+        dtype=torch.float64,
+        device='cpu' if data.device.type == 'mps' else data.device,
+    )
+    for img, target, index in data.test_batches(128 if data.device.type == 'cpu' else 1000):
         with amp():
             out = net(img)
         out = out.float()
         ranked = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]
         loss = F.cross_entropy(out, target, reduction='sum')
         bad = (~torch.isfinite(out)).sum()
-        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, bad, bad * 0 + len(out)]).to(sums)
+        more = [] if said is None else [(out.argmax(dim=1) == said[index]).sum()]
+        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, bad, bad * 0 + len(out), *more]).to(sums)
     return summed(sums)
 
 
 def figures(counts: Tensor) -> dict[str, float]:
     top1, top5, loss, bad, n = counts.tolist()
     return {'top1': 100 * top1 / n, 'top5': 100 * top5 / n, 'loss': loss / n, 'bad': int(bad)}
+
+
+@torch.no_grad()
+def classes(net: nn.Module, data, amp: Callable[[], torch.autocast]) -> Tensor:
+    """(N,) what a network says of every image, in order."""
+    net.eval()
+    batches = data.test_batches(128 if data.device.type == 'cpu' else 1000)
+    said = []
+    for img, _, _ in batches:
+        with amp():
+            said.append(net(img).argmax(dim=1))
+    return torch.cat(said)
 
 
 @torch.no_grad()

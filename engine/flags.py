@@ -91,6 +91,12 @@ def add_common_flags(
     # fmt: off
     parser.add_argument('--compile', action='store_true',
         help='networks through torch.compile; a minute of start, faster steps on CUDA, other rounding')
+    add_output_flags(parser)
+
+
+def add_output_flags(parser: Parser) -> None:
+    """Where results go, and how a run goes on."""
+    # fmt: off
     flag = parser.add_argument_group('output').add_argument
     flag('--save_root', default='./save', help='where output folders go, default ./save')
     flag('--note', help='name of the output folder; default: made from the flags')
@@ -112,9 +118,9 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
     # fmt: off
     flag = parser.add_argument_group('data').add_argument
     flag('--data_name', default='shapes', metavar='NAME',
-         help=f'shapes, cifar10, cifar100, folder{more}; shapes is embedded, no download, and shapes:N has N '
-              'training images; folder: IMG_ROOT/train and IMG_ROOT/val with one folder per class; '
-              'default shapes')
+         help=f'shapes, patterns, cifar10, cifar100, folder{more}; shapes and patterns (tiny, for data-free '
+              'methods) are embedded, no download, and shapes:N has N training images; folder: '
+              'IMG_ROOT/train and IMG_ROOT/val with one folder per class; default shapes')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
     flag('--image_size', type=positive_int, default=224, help='folder only: side of the crops, default 224')
     flag('--workers', type=whole_number, default=4, help='folder only: decoding processes, default 4')

@@ -44,7 +44,7 @@ def facts(name: str, row) -> dict[str, str]:
         'title': title,
         'paper': short(paper),
         'needs': ', '.join(needs(row)),
-        'weight': f'{row.weight:g}',
+        'weight': f'{row.weight:g}' if hasattr(row, 'weight') else 'preset',
         'arguments': arguments(row),
         'module': module.__name__ if module else '',
     }
@@ -83,6 +83,8 @@ def short(paper: str) -> str:
 
 def needs(row) -> list[str]:
     """What a training must give the loss, in a reader's words."""
+    if hasattr(row, 'images'):
+        return _without_data(row)
     source = inspect.getsource(row.feed)
     words = [word for pattern, word in READS.items() if word and re.search(pattern, source)]
     if 'maps' in words and 'maps before the ReLU' in words:
@@ -96,9 +98,31 @@ def needs(row) -> list[str]:
     return words + ['dense tasks'] * (needed.setting == 'dense')
 
 
+def _without_data(row) -> list[str]:
+    kind = {'online': 'a generator beside the student', 'pool': 'a pool of images',
+            'fixed': 'generators before the student'}  # fmt: skip
+    return [
+        kind[row.images.kind],
+        *(["the teacher's batch norms"] if row.needs.statistics else []),
+        *(['the student'] if row.needs.student else []),
+        *(['real images of another domain'] if row.needs.ood else []),
+        *(['images made before'] if row.needs.pool else []),
+    ]
+
+
+def _preset(row) -> str:
+    """Weights, options and the recipe's main figures: '2000 x 120 updates, batch 1024, ...; oh=0.05'."""
+    r = row.recipe
+    rates = f'lr {r.lr:g}' + (f', images {r.lr_g:g}' if r.g_steps else '')
+    steps = f'{r.epochs} x {r.ep_steps or "one pass of"} updates, {r.g_steps} of images to {r.kd_steps}'
+    values = ', '.join(f'{key}={value}' for key, value in {**row.weights, **row.options}.items())
+    return f'{steps}, batch {r.batch_size}, {rates}' + (f'; {values}' if values else '')
+
+
 def _of_distillation(row) -> list[str]:
     needed, when = row.needs, row.when
     return [
+        *({(): ['stages: all'], (-1,): ['stages: the last']}.get(needed.stages, [])),
         *(VIEWS.get(view, view) for view in needed.views),
         *(['all teachers'] if needed.all_teachers else []),
         *(['relations in the batch'] if needed.relations else []),
@@ -112,6 +136,8 @@ def _of_distillation(row) -> list[str]:
 
 def arguments(row) -> str:
     """The constructor's arguments that have a default, as the row's build sets them: 'T=4.0, p=2'."""
+    if hasattr(row, 'images'):
+        return _preset(row)
     parameters = inspect.signature(row.loss).parameters.values()
     values = {p.name: repr(p.default) for p in parameters if p.default not in (inspect.Parameter.empty, None)}
     values |= {key: value for key, value in told(row.build).items() if key in values}

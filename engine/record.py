@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, math_args: dict) -> dict:
         hint = ''
         weights = {'--init': path.with_name('net.pt'), '--s_init': path.with_name('student.pt')}
         finished = [f'{flag} {file}' for flag, file in weights.items() if file.exists()]
-        if finished and math_args['epochs'] > old.get('epochs', math_args['epochs']):
+        if finished and math_args.get('epochs', 0) > old.get('epochs', math_args.get('epochs', 0)):
             hint = (
                 '; this run is finished, and its learning rates belong to its length: to go on from its '
                 f'weights, start another one, --note NAME {finished[0]}'
@@ -255,7 +255,8 @@ def math_args(args: argparse.Namespace, **more) -> dict:
              'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
     # older checkpoints do not know these
     newer = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None,
-             'nesterov': True, 'pad': 'reflect', 't_mean': None, 't_std': None}  # fmt: skip
+             'nesterov': True, 'pad': 'reflect', 't_mean': None, 't_std': None,
+             'kd_stop': None}  # fmt: skip
     chosen = {name: getattr(args, name) for name, default in newer.items()
               if getattr(args, name, default) != default}  # fmt: skip
     return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | more

@@ -179,6 +179,13 @@ def read_data(args: argparse.Namespace, device: torch.device):
         return dataset.load(args.data_name, args.img_root, device, **folder_only)
 
 
+def read_test(args: argparse.Namespace, device: torch.device):
+    """The test set alone: nothing of the training set is looked at."""
+    folder_only = {'image_size': args.image_size, 'workers': args.workers, 'convert_rgb': args.convert_rgb}
+    with user_errors():
+        return dataset.load_test(args.data_name, args.img_root, device, **folder_only)
+
+
 def load_data(args: argparse.Namespace, device: torch.device, log: Callable = lambda line: None):
     """(training set, validation set or None, test set) as the flags say."""
     train, test = read_data(args, device)

@@ -133,7 +133,8 @@ class Graphs:
                     place.copy_(value)
                 tensors = self.places
             batch = (*tensors[:3], dict(zip(views, tensors[3:])))
-            yield self.look(partial(_settled, look, batch), recordable=whole)
+            resting = getattr(look, 'resting', None)  # another look than the recorded one
+            yield self.look(partial(_settled, look, batch), resting, recordable=whole)
 
     def train(self, step: Callable, runs: list, seen) -> None:
         fixed = seen is self.look.returned and self.look.replay is not None

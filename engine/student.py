@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import optimise
-from engine.batch import Batch, InFloat32
+from engine.batch import Batch, InFloat32, Probe
 from engine.meter import Meter
 from engine.record import Record
 from engine.side_by_side import cast_weights
+from engine.stages import Stages, default_of
 from methods import Method
 
 
@@ -26,7 +27,20 @@ class Term:
     weight: float
     options: dict
     ramp: Callable[[int, int], float] | None = None
+    stages: Stages | None = None  # that it compares; None: the row's
     loss: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        self.stages = self.stages or default_of(self.method)
+
+    def build(self, probe: Probe) -> None:
+        self.loss = self.stages.build(self.name, self.method, probe, self.options)
+
+    @property
+    def recipe(self) -> list:
+        """Name, weight and arguments, and the stages if they are not the row's."""
+        other = [] if self.stages == default_of(self.method) else [str(self.stages)]
+        return [self.name, self.weight, self.options, *other]
 
 
 class Student(nn.Module):
@@ -39,12 +53,16 @@ class Student(nn.Module):
         amp: makes the autocast of its forward passes.
         gather: joins the batches of all processes, for --global_relations.
         cast: the precision into which weights are cast all at once, see --cuda_graphs; None: one by one.
+        stop: epochs of the training after which cross-entropy alone goes on, see --kd_stop; None: none.
     """
 
-    def __init__(self, net: nn.Module, terms: list[Term], amp, ce=None, gather=None, cast=None) -> None:
+    def __init__(
+        self, net: nn.Module, terms: list[Term], amp, ce=None, gather=None, cast=None, stop=None
+    ) -> None:
         super().__init__()
         self.net, self.losses = net, nn.ModuleList(term.loss for term in terms)
         self.terms, self.amp, self.ce, self.gather, self.cast = terms, amp, ce, gather, cast
+        self.stop = stop
 
     def forward(self, batch: Batch, weights: dict[str, float], inner: dict[str, float], phase: str):
         """Logits, and {'ce': cross-entropy, method: its loss, ...} for the methods that have a weight.
@@ -54,7 +72,9 @@ class Student(nn.Module):
         t = batch.all_t[0] if batch.all_t else None
         if phase == 'pretrain':  # the losses' own modules learn, the student does not
             return None, {
-                k.name: k.method.own.pretrain(k.loss, t, batch) for k in self.terms if k.name in weights
+                k.name: k.method.own.pretrain(k.loss, k.stages.of(t), batch)
+                for k in self.terms
+                if k.name in weights
             }
 
         if any(term.method.needs.image_gradient for term in self.terms):
@@ -68,7 +88,7 @@ class Student(nn.Module):
                 continue
             batch.from_teacher = batch.once.get(term.method.own.once_per_batch)
             batch.inner = inner.get(term.name)
-            seen = (s, t, batch)
+            seen = (term.stages.of(s), term.stages.of(t), batch)
             if self.gather and term.method.needs.relations:
                 seen = self.gather(*seen)
             losses[term.name] = term.method.feed(term.loss, *seen)
@@ -93,6 +113,8 @@ class Student(nn.Module):
         """{'ce' or method: its weight in this epoch}, without the methods that rest."""
         if phase == 'pretrain':
             return {term.name: 1.0 for term in self.terms if term.method.when.pretrain}
+        if phase == 'train' and self.stop is not None and epoch >= self.stop:
+            return {'ce': 1.0}
         weights = {}
         if phase == 'train':
             ces = (term.method.when.ce for term in self.terms)

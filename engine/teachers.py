@@ -6,29 +6,57 @@ import torch
 from torch import Tensor, nn
 
 import models
+from dataset.soft_labels import SoftLabelStore
 from engine.batch import Batch, InFloat32
 from engine.device import precision
 from engine.errors import UserError, user_errors
 from engine.evaluate import evaluate
-from models import load_weights
+from models import Feats, load_weights
+
+
+class OnlyLogits(InFloat32):
+    """What stored soft labels say: logits, and nothing of the inside of a network."""
+
+    def _read(self, name: str, k: int | None = None):
+        if name != 'out':
+            raise UserError(f'--soft_labels: there are logits only, and a method asks for {name}')
+        return super()._read(name, k)
+
+    @property
+    def fms(self):
+        return self._read('fms')
+
+    @property
+    def pres(self):
+        return self._read('pres')
 
 
 class Teachers:
     """What the teachers give for a batch: once for all students.
 
-    nets: the teachers; img: a few images, on which their faster forms are made.
+    nets: the teachers; img: a few images, on which their faster forms are made; stored: instead of networks,
+    a SoftLabelStore.
     """
 
-    def __init__(self, nets: list[nn.Module], amp, views: list[str], img: Tensor) -> None:
-        self.nets, self.amp, self.views = nets, amp, views
+    def __init__(self, nets: list[nn.Module], amp, views: list[str], img: Tensor, stored=None) -> None:
+        self.nets, self.amp, self.views, self.stored = nets, amp, views, stored
         self.net_t = nets[0] if nets else None
         self.fast = [models.folded(net, img, precision(amp, img.device)) for net in nets]
         self.reads = [set() for _ in nets]  # what students look at, of each teacher
+        self.resting = False  # no student learns from them at the moment
         self.prepare = set()  # the functions of rows that want more of the main teacher
 
     def __call__(self, img: Tensor, target: Tensor, index: Tensor, views: dict[str, Tensor]) -> Batch:
         """The batch with everything that all students need of it."""
-        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, net_t=self.net_t)
+        if self.resting:
+            return Batch(img, target, index, views)
+        if self.stored:
+            if self.prepare:
+                raise UserError('--soft_labels: there are logits only, and a method asks for a network')
+            said = OnlyLogits(Feats(self.stored.rows(index), None, None, None))
+            return Batch(img, target, index, views, [said], teacher=self.teacher)
+        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, net_t=self.net_t,
+                     nets_t=self.nets)  # fmt: skip
         with torch.no_grad():
             for prepare in sorted(self.prepare, key=lambda f: f.__name__):
                 seen.once[prepare] = prepare(self.net_t, seen.all_t[0], seen)
@@ -36,6 +64,8 @@ class Teachers:
 
     def teacher(self, img: Tensor) -> InFloat32:
         """The main teacher's features; differentiable with respect to img where that requires grad."""
+        if self.stored:
+            raise UserError('--soft_labels: there are logits only, and a method asks for a network')
         with self.amp():
             return InFloat32(self.fast[0](img, True))
 
@@ -58,14 +88,19 @@ def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autoca
     return measured | {'said': said}
 
 
-def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Module], dict]:
-    """The frozen teachers, and what the result files say about them."""
+def load_teachers(
+    args, num_classes: int, test, amp, log, mean: list | None = None, std: list | None = None
+) -> tuple[list[nn.Module], dict]:
+    """The frozen teachers, and what the result files say about them.
+
+    mean, std: of the images that they were trained on, None: as the data's.
+    """
     nets, top1 = [], []
     for name, path in zip(args.t_name, args.t_model):
         with user_errors():
             net = models.build_for(path, name, num_classes)
-            if args.t_mean or args.t_std:
-                statistics = args.t_mean or test.mean, args.t_std or test.std
+            if mean or std:
+                statistics = mean or test.mean, std or test.std
                 models.trained_on(net, statistics, (test.mean, test.std))
         teacher = load_teacher(net, path, test, amp)
         log(f'teacher {name}: {teacher["said"]}')
@@ -74,3 +109,22 @@ def load_teachers(args, num_classes: int, test, amp, log) -> tuple[list[nn.Modul
         top1.append(teacher['top1'])
     facts = {'teacher': '+'.join(args.t_name) or None, 'teacher_top1': top1[0] if top1 else None}
     return nets, facts
+
+
+def open_store(args, train, log) -> tuple[SoftLabelStore | None, dict]:
+    """The store of --soft_labels, and what the result files say about it."""
+    if not args.soft_labels:
+        return None, {}
+    with user_errors():
+        stored = SoftLabelStore(args.soft_labels, train.device)
+        stored.check(args)
+        stored.read(0)
+    meta = stored.meta
+    if (meta['images'], meta['num_classes']) != (len(train), train.num_classes):
+        raise UserError(
+            f'--soft_labels {args.soft_labels}: labels of {meta["images"]} images and {meta["num_classes"]} '
+            f'classes, the training set has {len(train)} and {train.num_classes}'
+        )
+    log(f'soft labels of {meta["teacher"]}: {meta["epochs"]} epochs, {meta["kind"]}, from {args.soft_labels}')
+    name = f'{meta["teacher"]} ({meta["kind"]} labels)'
+    return stored, {'teacher': name, 'teacher_top1': meta['teacher_top1']}

@@ -4,14 +4,19 @@ What the scripts train with them is in methods/; `python -m report refresh` rewr
 """
 
 from .ab import AB
+from .abkd import ABKD
 from .adain import AdaINKD
+from .aekd import AEKD
 from .afd import AFD
+from .akl import AKL
 from .at import AT
 from .bss import BSS, BSSAttacker
 from .byot import BYOT, BYOTStudent
+from .c2kd import DSA, ESA
+from .camkd import CAMKD, FeatureAdapters
 from .catkd import CATKD
 from .cc import CC
-from .cd import CD, GKD
+from .cd import CD, GuidedKD
 from .clipkd import CLIPKD
 from .crd import CRD
 from .crld import CRLD
@@ -20,32 +25,45 @@ from .ctkd import CTKD
 from .dcd import DCD
 from .dcm import DCM, DCMStudent
 from .ddgsd import DDGSD
+from .deep_geometric_graphs import GraphKD
 from .deit import DeiT
 from .dgkd import DGKD
 from .diffkd import Denoiser, DiffKD
 from .dist import DIST
+from .distillm import DistiLLM, SampleSchedule
+from .distillm2 import DistiLLM2
 from .distplus import DISTPlus
 from .dkd import DKD
 from .dkl import DKL, ClassPrior
 from .dlb import DLB
 from .dml import DML
 from .dot import DOT
+from .dskd import DSKD, DSKDCMA
 from .eakd import EAKD
+from .ebkd import EBKD
 from .eel import EEL
 from .fcfd import FCFD
+from .fdistill import FDistill
 from .fitnet import FitNet
+from .fkd_labels import SoftCE, SoftKL
 from .fsp import FSP
 from .ft import FT, FactorTransfer, Paraphraser, Translator
+from .gkd import GKD
+from .graftkd import GraftKD
 from .ickd import ICKD
 from .ikd import IKD
 from .irg import IRG
 from .kdcl import KDCL
 from .kdsvd import KDSVD
+from .libs import LIBS
 from .logits import Logits
 from .lskd import LSKD
+from .lsp import LSP
 from .lwm import LwM
 from .mgd import MGD
 from .mhgd import MHGD
+from .minillm import MiniLLM, ReverseKL
+from .mkd_avg import MultiTeacherKD
 from .mlkd import MLKD
 from .nkd import NKD
 from .norm import NORM, FeatureTransform, NORMStudent
@@ -60,17 +78,21 @@ from .pkt import PKT
 from .pld import PLD
 from .pskd import PSKD
 from .quest import QuEST
+from .radio import PHIS, RADIO
 from .reviewkd import ABF, HCL, ReviewKD
 from .rkd import RKD
 from .rld import RLD
 from .rrd import RRD
 from .rsd import RSD
 from .sad import SAD
+from .sakd import SAKD, SpotPolicy
 from .scalekd import ScaleKD
+from .sdb import SDB, SDBStudent
 from .sdd import SDD
 from .semckd import SemCKD
 from .simkd import SimKD, SimKDStudent
 from .skd import SKD
+from .skds import Holistic, PairWise, PixelWise
 from .sla import SLA, SLAStudent
 from .sobolev import Sobolev
 from .sortkd import SortKD
@@ -79,9 +101,13 @@ from .srd import SRD
 from .srrl import SRRL
 from .sskd import SSKD, SSHead, SSKDStudent
 from .st import SoftTarget
+from .taid import TAID
+from .tdd import TDD
 from .tekap import TeKAP
 from .tfkd import TfKDReg, TfKDSelf
 from .ttm import TTM
+from .uld import ULD
+from .unic import UNIC, TeacherNorm
 from .uskd import USKD
 from .vid import VID
 from .vitkd import ViTKD
@@ -92,10 +118,14 @@ from .wsld import WSLD
 __all__ = [
     'AB',
     'ABF',
+    'ABKD',
+    'AEKD',
     'AFD',
+    'AKL',
     'AT',
     'BSS',
     'BYOT',
+    'CAMKD',
     'CATKD',
     'CC',
     'CD',
@@ -114,8 +144,13 @@ __all__ = [
     'DLB',
     'DML',
     'DOT',
+    'DSA',
+    'DSKD',
+    'DSKDCMA',
     'EAKD',
+    'EBKD',
     'EEL',
+    'ESA',
     'FCFD',
     'FSP',
     'FT',
@@ -126,7 +161,9 @@ __all__ = [
     'IRG',
     'KDCL',
     'KDSVD',
+    'LIBS',
     'LSKD',
+    'LSP',
     'MGD',
     'MHGD',
     'MLKD',
@@ -137,14 +174,18 @@ __all__ = [
     'OFD',
     'ONE',
     'PAD',
+    'PHIS',
     'PKT',
     'PLD',
     'PSKD',
+    'RADIO',
     'RKD',
     'RLD',
     'RRD',
     'RSD',
     'SAD',
+    'SAKD',
+    'SDB',
     'SDD',
     'SKD',
     'SLA',
@@ -152,7 +193,11 @@ __all__ = [
     'SRD',
     'SRRL',
     'SSKD',
+    'TAID',
+    'TDD',
     'TTM',
+    'ULD',
+    'UNIC',
     'USKD',
     'VID',
     'WSLD',
@@ -168,29 +213,48 @@ __all__ = [
     'Denoiser',
     'DiffKD',
     'Discriminator',
+    'DistiLLM',
+    'DistiLLM2',
+    'FDistill',
     'FactorTransfer',
+    'FeatureAdapters',
     'FeatureTransform',
     'FitNet',
+    'GraftKD',
+    'GraphKD',
+    'GuidedKD',
+    'Holistic',
     'Logits',
     'LwM',
+    'MiniLLM',
+    'MultiTeacherKD',
     'NORMStudent',
     'OFAExit',
     'OKDDip',
     'OnAdvFD',
+    'PairWise',
     'Paraphraser',
+    'PixelWise',
     'QuEST',
+    'ReverseKL',
     'ReviewKD',
+    'SDBStudent',
     'SLAStudent',
     'SSHead',
     'SSKDStudent',
+    'SampleSchedule',
     'ScaleKD',
     'SemCKD',
     'SimKD',
     'SimKDStudent',
     'Sobolev',
+    'SoftCE',
+    'SoftKL',
     'SoftTarget',
     'SortKD',
+    'SpotPolicy',
     'TeKAP',
+    'TeacherNorm',
     'TfKDReg',
     'TfKDSelf',
     'TransferLayer',

@@ -8,8 +8,8 @@ Z. Zhou, C. Zhuge, X. Guan, W. Liu, "Channel Distillation: Channel-Wise Attentio
 
 Tap: the map at the end of each stage, after its ReLU, one module per stage. Channels and sizes may differ.
 
-The paper's other two parts are here as well. GKD is soft targets on the samples that the teacher gets right,
-m_n = 1 for these, else 0:
+The paper's other two parts are here as well. GKD, `GuidedKD`, is soft targets on the samples that the teacher
+gets right, m_n = 1 for these, else 0:
 
     loss = T^2 * sum over n of m_n * KL(softmax(out_t / T) || softmax(out_s / T)) / sum over n of m_n
 
@@ -69,19 +69,19 @@ class CD(nn.Module):
             return F.mse_loss(c, _full(fm_t.detach(), fm_s).mean(dim=(2, 3)))
 
 
-class GKD(nn.Module):
+class GuidedKD(nn.Module):
     """Soft targets from the samples that the teacher gets right; out_s, out_t (N, K), target (N,)."""
 
     def __init__(self, T: float = 1.0) -> None:
         super().__init__()
         if not T > 0:
-            raise ValueError(f'GKD: T must be > 0, got {T}')
+            raise ValueError(f'GuidedKD: T must be > 0, got {T}')
         self.T = T
 
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
-        _expect('GKD', 'out_s', out_s, 'N', 'K')
-        _expect('GKD', 'out_t', out_t, *out_s.shape)
-        target, valid = _labels('GKD', target, *out_s.shape)
+        _expect('GuidedKD', 'out_s', out_s, 'N', 'K')
+        _expect('GuidedKD', 'out_t', out_t, *out_s.shape)
+        target, valid = _labels('GuidedKD', target, *out_s.shape)
         out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
         log_p, log_q = F.log_softmax(out_s / self.T, dim=1), F.log_softmax(out_t / self.T, dim=1)
         q = log_q.exp()
@@ -90,6 +90,9 @@ class GKD(nn.Module):
         right = (out_t.argmax(dim=1) == target) | kl.isnan()
         right = right if valid is None else right & valid
         return _mean(kl, right) * self.T**2
+
+
+GKD = GuidedKD  # the paper's name for it; kd_losses.GKD is the loss for language models
 
 
 def edt_weight(

@@ -80,8 +80,8 @@ class CRLD(nn.Module):
         t, strong_t = (F.log_softmax(out / self.T, dim=1) for out in teacher)
         weak, strong = self.masks(*teacher)
         # a product, not a choice: what is not finite must show also where the mask is 0
-        within = (weak * (_divergence(t, s) + _divergence(strong_t, strong_s))).mean()
-        cross = (strong * (_divergence(t, strong_s) + _divergence(strong_t, s))).mean()
+        within = (weak * (_kl_of_logs(t, s) + _kl_of_logs(strong_t, strong_s))).mean()
+        cross = (strong * (_kl_of_logs(t, strong_s) + _kl_of_logs(strong_t, s))).mean()
         return self.w_within * self.T**2 * within, self.w_cross * self.T**2 * cross
 
     def masks(self, out_t: Tensor, out_t_strong: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class CRLD(nn.Module):
         return tuple((~(F.softmax(out, dim=1).amax(dim=1) < tau)).to(out.dtype) for out, tau in outs)
 
 
-def _divergence(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
+def _kl_of_logs(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
     """(N,): KL of each row; 0 where p_t is 0, whatever the logarithms are."""
     p_t = log_p_t.exp()
     return torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)).sum(dim=1)

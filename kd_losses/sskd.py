@@ -87,10 +87,10 @@ class SSKD(nn.Module):
         out_s, proj_s, out_t, proj_t, target, valid = self.check(out_s, proj_s, out_t, proj_t, target)
         plain_s, plain_t = out_s[::4], out_t[::4]
         ce = -_mean(F.log_softmax(plain_s, dim=1).gather(1, target[:, None]).squeeze(1), valid)
-        kd = _divergence(plain_t, plain_s, self.T).mean()
+        kd = _scaled_kl(plain_t, plain_s, self.T).mean()
         keep_tf, keep_ss = self._kept(out_t, proj_t, target, valid)
-        tf = _divergence(_turned(out_t), _turned(out_s), self.T_tf)
-        ss = _divergence(similarities(proj_t), similarities(proj_s), self.T_ss)
+        tf = _scaled_kl(_turned(out_t), _turned(out_s), self.T_tf)
+        ss = _scaled_kl(similarities(proj_t), similarities(proj_s), self.T_ss)
         return ce, kd, _mean(tf, keep_tf), _mean(ss, keep_ss)
 
     def kept(self, out_t: Tensor, proj_t: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def _turned(x: Tensor) -> Tensor:
     return x.unflatten(0, (-1, 4))[:, 1:].flatten(0, 1)
 
 
-def _divergence(z_t: Tensor, z_s: Tensor, T: float) -> Tensor:
+def _scaled_kl(z_t: Tensor, z_s: Tensor, T: float) -> Tensor:
     """T^2 KL of each row."""
     return _kl(F.log_softmax(z_t / T, dim=1), F.log_softmax(z_s / T, dim=1)).sum(dim=1) * T**2
 

@@ -8,8 +8,9 @@ the end of their loss's file; schedules are in schedules.py. To add a method, wr
 from .columns import Limits, Method, Needs, Own, When
 from .ka import KA
 from .kd import KD
+from .lm import LM
 from .peers import PEERS
 
 METHODS = dict(sorted((KD | PEERS).items()))
 
-__all__ = ['KA', 'KD', 'METHODS', 'PEERS', 'Limits', 'Method', 'Needs', 'Own', 'When']
+__all__ = ['KA', 'KD', 'LM', 'METHODS', 'PEERS', 'Limits', 'Method', 'Needs', 'Own', 'When']

@@ -20,6 +20,7 @@ from kd_losses import DCMStudent
 def logits(kd, s, t, batch):            return kd(s.out, t.out)
 def logits_and_labels(kd, s, t, batch): return kd(s.out, t.out, batch.target)
 def embeddings(kd, s, t, batch):        return kd(s.feat, t.feat)
+def all_logits(kd, s, t, batch):        return kd(s.out, [f.out for f in batch.all_t])
 
 # maps: the last, all, or each stage by itself, the mean over the stages
 def last_map(kd, s, t, batch):  return kd(s.fms[-1], t.fms[-1])

@@ -37,6 +37,7 @@ __all__ = [
     'load_student',
     'load_weights',
     'named_weights',
+    'narrowed',
     'num_classes_in',
     'trained_on',
 ]
@@ -87,7 +88,7 @@ def build_for(path: str | Path, name: str, num_classes: int = 100) -> nn.Module:
     """The network called `name` as the weights in this file need it, for load_weights.
 
     That is build(name, num_classes), except for a student to which a method has added layers that stay in
-    use (simkd, norm): then with these layers.
+    use (simkd, norm): then with these layers; and for a slimmed network, which is narrower.
 
     Raises:
         ValueError: as build; the file cannot be read.
@@ -95,6 +96,16 @@ def build_for(path: str | Path, name: str, num_classes: int = 100) -> nn.Module:
     from .changed import changed_network  # kd_losses is needed for such a file only
 
     return changed_network(build(name, num_classes), path)
+
+
+def narrowed(net: nn.Module, path: str | Path | None) -> nn.Module:
+    """net as narrow as the slimmed network in this file (tools/slim.py); net itself for any other."""
+    if path is None:
+        return net
+    from .changed import read_state
+    from .slimming import shaped_like
+
+    return shaped_like(net, read_state(path))
 
 
 def how_to_load(path: str | Path, name: str, data: str, num_classes: int) -> str:

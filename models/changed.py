@@ -13,21 +13,26 @@ from kd_losses.norm import NORMStudent
 from kd_losses.simkd import SimKD, SimKDStudent
 
 from .checkpoint import CHANGED, _find_state, changed_by, read_checkpoint
+from .slimming import shaped_like
 
 
 def changed_network(net: nn.Module, path: str | Path) -> nn.Module:
-    """`net` with what the weights in this file need besides, not loaded yet; net itself if that is nothing.
+    """`net` with what the weights in this file need besides, or as narrow as they are; not loaded yet.
 
     Raises:
         ValueError: the file cannot be read.
     """
-    state, _, _ = _find_state(read_checkpoint(path), path, None)
+    state = read_state(path)
     method = changed_by(state)
     if method is None:
-        return net
+        return shaped_like(net, state)
     mark = CHANGED[method]
     prefix = next(name for name in state if f'.{name}'.endswith(f'.{mark}'))[: -len(mark)]
     return ADDED[method](net, {name.removeprefix(prefix): x for name, x in state.items()})
+
+
+def read_state(path: str | Path) -> dict:
+    return _find_state(read_checkpoint(path), path, None)[0]
 
 
 class SimKDNetwork(SimKDStudent):

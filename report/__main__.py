@@ -3,6 +3,8 @@
     table FOLDER... --out FOLDER      accuracies of base, kd and dml runs: table.md, accuracy.png
     ka FOLDER... --out FOLDER         accuracies of train_ka.py: table.md, table.csv
     figures FOLDER --out FOLDER       figures of a run of train_ka.py
+    dfkd FOLDER... --out FOLDER       table and images of train_dfkd.py: table.md, images.png
+    overview FOLDER                   one table and one figure of all that was trained below a folder
     refresh [--check]                 rewrite every generated file of the repository, or say which are stale
 
 `python -m report COMMAND --help` tells more.
@@ -14,7 +16,7 @@ import sys
 from engine import errors
 from engine.errors import UserError
 
-COMMANDS = ('table', 'ka', 'figures', 'refresh')
+COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'overview', 'refresh')
 
 
 def main() -> int | None:

@@ -75,13 +75,20 @@ def script_block() -> str:
     }
     lines = []
     for title, names in groups.items():
-        lines += [title, *(function(n, f'{TEACHERS.get(n, "")}kd {n}', KD[n].weight) for n in names), '']
+        lines += [title, *(function(n, call(n), KD[n].weight) for n in names), '']
     lines += ['# Networks that learn from each other.']
     for name in PEERS:
         networks = ' "$S_NAME"' * COUNTS.get(name, 2)
         lines.append(f'{name + "()":12s} {{ peers {name:11s} {PEERS[name].weight:g}{networks}; }}')
-    lines += ['', f"METHODS='{' '.join(KD)}'", f"PEERS='{' '.join(PEERS)}'"]
+    lines += ['', f"METHODS='{' '.join(KD)}'"]
+    lines += [f"TEAMS='{' '.join(n for n, m in KD.items() if m.needs.all_teachers)}'"]
+    lines += [f"PEERS='{' '.join(PEERS)}'"]
     return '\n'.join(lines) + '\n'
+
+
+def call(name: str) -> str:
+    """How the script trains a method of train_kd.py."""
+    return f'{TEACHERS.get(name, "")}{"team" if KD[name].needs.all_teachers else "kd"} {name}'
 
 
 def function(name: str, call: str, weight: float) -> str:

@@ -8,20 +8,21 @@ from pathlib import Path
 from unittest import mock
 
 from engine import listing
-from methods import KA, KD, PEERS
+from methods import KA, KD, LM, PEERS
+from methods.dfkd import DFKD
 
 ROOT = Path(__file__).parent.parent
-TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka')
-OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.transferability',
-          'tools.transferability_graph', 'dataset.download', 'report.table', 'report.ka',
-          'report.figures', 'report.refresh')  # fmt: skip
+TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm', 'train_dfkd')
+OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.pseudo_labels',
+          'tools.slim', 'tools.transferability', 'tools.transferability_graph', 'dataset.download',
+          'report.table', 'report.ka', 'report.figures', 'report.dfkd', 'report.refresh')  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ methods
 
 METHODS_HEAD = """# Methods
 
-Written by `python -m report refresh` from the rows of `methods/`, `ka_losses/` and the first lines of the
-loss files; `python train_kd.py --kd_mode list` prints the same with the arguments of each loss.
+Written by `python -m report refresh` from the rows of `methods/`, `ka_losses/`, `dfkd_losses/` and the first
+lines of the loss files; `python train_kd.py --kd_mode list` prints the same with the arguments of each loss.
 
 The weight is the default of `--lambda_kd` (`--lambda_ka`): loss = cross-entropy + weight * method, unless the
 row gives cross-entropy another weight, which stands in brackets; 0 where the loss contains it. Weights are
@@ -36,8 +37,10 @@ GROUPS = {
     'A frozen teacher and a student (`train_kd.py`)': TAUGHT,
     'Self-distillation, no teacher (`train_kd.py`)': {n: m for n, m in KD.items() if n not in TAUGHT},
     'Networks that learn from each other (`train_dml.py`)': PEERS,
+    'Language models (`train_lm.py`)': LM,
     'Amalgamation: several teachers that know different things, no labels (`train_ka.py`)':
         KA,
+    'Without data: images are made from what the teacher knows (`train_dfkd.py`)': DFKD,
 }  # fmt: skip
 
 
@@ -71,7 +74,8 @@ def methods_page() -> str:
 def methods_line(name: str, row, facts: dict, written: str) -> str:
     path = ROOT / (facts['module'].replace('.', '/') + '.py')
     shown = f'[`{name}`](../{path.relative_to(ROOT)})' if facts['module'] else f'`{name}`'
-    what = facts['title'] or 'the reference: cross-entropy with labels'
+    reference = 'images that were made before' if hasattr(row, 'images') else 'cross-entropy with labels'
+    what = facts['title'] or f'the reference: {reference}'
     anchor = f'[more](differences.md#{name})' if f'<a id="{name}"></a>' in written else ''
     ce = getattr(getattr(row, 'when', None), 'ce', 1)
     weight = facts['weight'] + ('' if ce == 1 else ' (ce later)' if callable(ce) else f' (ce {ce:g})')
@@ -92,7 +96,8 @@ Written by `python -m report refresh` from the scripts' own parsers: what `--hel
 
 ## The training scripts
 
-`base`, `kd`, `dml`, `ka`: train_base.py, train_kd.py, train_dml.py, train_ka.py.
+`base`, `kd`, `dml`, `ka`, `lm`, `dfkd`: train_base.py, train_kd.py, train_dml.py, train_ka.py, train_lm.py,
+train_dfkd.py.
 
 | flag | of | meaning |
 |---|---|---|

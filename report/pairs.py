@@ -1,5 +1,6 @@
 """docs/pairs.md: every method on pairs of unlike networks: works, builds an adapter, or refuses."""
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -86,7 +87,7 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
     n = 4
     img, target = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
     amp = autocast(torch.device('cpu'), 'off')
-    teachers = Teachers([net_t], amp, [], img)
+    teachers = Teachers([net_t] * (2 if method.needs.all_teachers else 1), amp, [], img)
     teachers.prepare = {method.own.once_per_batch} - {None}
     views = {view: img for view in method.needs.views}
     options = {'quest': {'num_words': 8}, 'crd': {'nce_n': 8}}.get(name, {})
@@ -95,8 +96,9 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
         seen = teachers(img, target, torch.arange(n), views)
         with torch.no_grad():
             s = net_s.eval()(img, True)
-        probe = Probe(s, seen.all_t[0], net_s, net_t, Forty(img, target), n, 10, 10)
-        term.loss = method.build(method.loss, probe, **options)
+        probe = Probe(s, seen.all_t[0], net_s, net_t, Forty(img, target), n, 10, 10,
+                      another_net=copy.deepcopy, all_t=seen.all_t)  # fmt: skip
+        term.build(probe)
         net = method.own.student(net_s, term.loss, probe) if method.own.student else net_s
         step = train_kd.Student(net, [term], amp).train()
         if method.own.before:
@@ -118,6 +120,7 @@ class Forty:
     """What builders may ask of a training set."""
 
     targets = torch.arange(40) % 10
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
     def __init__(self, img, target) -> None:
         self.img, self.target = img, target

@@ -16,7 +16,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.flags import Parser
 from engine.record import write_atomic
-from report import code, ka, pages, pairs, speed, table, transfer
+from report import code, dfkd, ka, lm, pages, pairs, speed, table, transfer
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r'<!-- ([\w/-]+):begin -->')
@@ -57,6 +57,8 @@ def tables_of(folder: Path) -> dict[Path, str]:
     results = table.read_results([str(folder)])
     if {r.get('script') for r in results} & {'train_kd', 'train_dml'}:
         return {folder / 'table.md': table.table(results)}
+    if dfkd.mine(results):
+        return {folder / 'table.md': dfkd.table(results)}
     return {}
 
 
@@ -68,6 +70,8 @@ def part(name: str) -> str:
     results = ROOT / 'results' / folder
     if not results.is_dir():
         raise UserError(f'<!-- {name}:begin -->: there is no results/{folder}')
+    if kind == 'lm':
+        return lm.text_of(results)
     if kind == 'summary':
         return table.summary(table.read_results([str(results)]))
     return tables_of(results)[results / 'table.md']

@@ -48,8 +48,18 @@ def side_by_side() -> str:
     )  # fmt: skip
 
 
+def memory() -> str:
+    return table(
+        ('loss', 'tokens x classes', 'seconds', 'MiB', 'seconds of the plain form', 'MiB of the plain form'),
+        *((f'`{r["loss"]}`', f'{r["tokens"]} x {r["classes"]}', f'{r["seconds"]:.1f}', f'{r["mib"]:.0f}',
+           *((f'{r["plain_seconds"]:.1f}', f'{r["plain_mib"]:.0f}') if 'plain_mib' in r else ('', '')))
+          for r in rows_of('lm')),
+    )  # fmt: skip
+
+
 PARTS = {
     'benchmarks/training': training,
     'benchmarks/losses': losses,
     'benchmarks/side-by-side': side_by_side,
+    'benchmarks/memory': memory,
 }

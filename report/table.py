@@ -45,7 +45,8 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     for r in results:
         # a student that teaches itself may have been trained beside others, in a process with a teacher
         taught = any(METHODS[part].needs.teacher for part in r['method'].split('+') if part in METHODS)
-        key = (r['data'], r['teacher'] if taught else '', r['student'], r['method'], r['epochs'])
+        method = r['method'] + (f' until epoch {r["kd_stop"]}' if 'kd_stop' in r else '')
+        key = (r['data'], r['teacher'] if taught else '', r['student'], method, r['epochs'])
         groups.setdefault(key, []).append(r)
     return dict(sorted(groups.items(), key=lambda item: (item[0][3] != 'baseline', -mean(item[1], 'last'))))
 
@@ -82,6 +83,8 @@ def schedule(runs: list[dict]) -> str:
     recipe = runs[0]['recipe']
     usual = {'batch_size': ('batch', 128), 'lr': ('lr', 0.1), 'amp': ('', 'off')}
     more = [f'{word} {recipe[key]}' for key, (word, default) in usual.items() if recipe[key] != default]
+    if recipe.get('schedule') == 'onecycle':
+        more.insert(0, 'one cycle')
     return ', '.join([f'{runs[0]["epochs"]} epochs', *(text.strip() for text in more)])
 
 

@@ -50,7 +50,7 @@ def script(monkeypatch, capsys, img_root, tmp_path):
     def call(name: str, *words):
         words = [str(word) for word in words]
         for flag, value in (('--img_root', img_root), ('--save_root', tmp_path), ('--threads', 1)):
-            if name.startswith('train') and flag not in words:
+            if name.startswith('train') and flag not in words and (name, flag) != ('train_lm', '--img_root'):
                 words += [flag, str(value)]
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *words])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -20,6 +20,7 @@ import train_base
 import train_dml
 import train_ka
 import train_kd as train_kd_module
+import train_lm
 from methods import KA as KA_METHODS
 from methods import KD, METHODS
 from models.checkpoint import compare_classes
@@ -106,7 +107,7 @@ def test_the_flags_are_frozen(monkeypatch):
     loss = {'--kd_mode', '--lambda_kd', '--kd_args'}
     own = {'--t_name', '--t_model', '--s_name', '--s_init', '--init_epochs', '--pretrain_epochs'}
     own |= {'--global_relations', '--cuda_graphs', '--new_head', '--lambda_ce', '--ramp_epochs', '--phases'}
-    own |= {'--student_threads'}
+    own |= {'--student_threads', '--kd_layers', '--kd_stop', '--soft_labels', '--t_mean', '--t_std'}
     assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
     assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits', '--new_head'}
     ka = {'--ka_mode', '--lambda_ka', '--lambda_kd', '--T', '--ka_args', '--ka_layers', '--optim', '--lr_ka'}
@@ -123,6 +124,10 @@ def test_the_flags_are_frozen(monkeypatch):
         '--epochs_ft',
     }
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
+    text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
+    text |= {'--device', '--amp', '--threads', '--deterministic', '--lambda_ce', '--t_model', '--dry_run'}
+    text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every'}
+    assert flags_of(train_lm, monkeypatch) == loss | text
 
 
 @pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_dml'])
@@ -178,7 +183,7 @@ def test_teachers_that_are_missing_or_idle(fails, teacher):
     fails('train_kd', '--kd_mode', 'cskd', 'st', *student, said='st distils a teacher')
     two = ('--t_name', 'resnet8', 'resnet8', '--t_model', teacher)
     fails('train_kd', '--kd_mode', 'dgkd', *student, *two, said='2 names and 1 files')
-    fails('train_kd', '--kd_mode', 'st', *student, *two, teacher, said='only dgkd uses several')
+    fails('train_kd', '--kd_mode', 'st', *student, *two, teacher, said='several are for')
 
 
 @pytest.mark.parametrize(
@@ -261,6 +266,18 @@ def test_base_mistakes(fails, words, said):
         (['--kd_mode', 'st', 'at', '--lambda_kd', '3'], 'METHOD=number'),
         (['--kd_mode', 'st', 'at', '--lambda_kd', 'sp=3'], "'sp' is not among"),
         (['--kd_mode', 'st', '--lambda_kd', 'st=heavy'], 'must be a number'),
+        (['--kd_mode', 'st', '--kd_layers', '2'], ['stages of st are fixed', 'fitnet']),
+        (['--kd_mode', 'at', 'sp', '--kd_layers', '2'], 'METHOD=2'),
+        (['--kd_mode', 'at', '--kd_layers', 'sp=2'], "'sp' is not among"),
+        (['--kd_mode', 'at', '--kd_layers', '0'], 'from 1, or from -1 backwards'),
+        (['--kd_mode', 'at', '--kd_layers', '1:x'], "got '1:x'"),
+        (['--kd_mode', 'at', '--kd_layers', '1:0,2'], "got '1:0,2'"),
+        (['--kd_mode', 'at', '--kd_layers', 'rb2'], "got 'rb2'"),
+        (['--kd_mode', 'at', '--kd_layers', '4'], 'the student has 3 stages'),
+        (['--kd_mode', 'at', '--kd_layers', '3,-1'], 'name each stage once'),
+        (['--kd_mode', 'fitnet', '--kd_layers', '1,2'], 'the maps of one stage'),
+        (['--kd_mode', 'fitnet', '--kd_layers', 'all'], 'the maps of one stage'),
+        (['--kd_mode', 'kdsvd', '--kd_layers', '2:0.5,3'], 'no weights'),
         (['--kd_mode', 'st', '--s_name', 'resnet7'], '6n + 2'),
         (['--kd_mode', 'st', '--t_name', 'resnet20'], ['does not fit', 'looks like resnet8 with 10 classes']),
         (['--kd_mode', 'st', '--s_init', 'absent.pt'], 'absent.pt: no such'),
@@ -688,8 +705,9 @@ def parsed(call: list[str], monkeypatch) -> argparse.Namespace:
     if call[0] == 'train_dml.py':
         _, weight, options = module.read_method(args)
         args.methods = {args.kd_mode[0]: [(args.kd_mode[0], weight, options)]}
-    if call[0] == 'train_ka.py':
-        args.methods, *_ = module.read_methods(args)
+    if call[0] in ('train_ka.py', 'train_dfkd.py'):
+        read = module.read_methods(args)
+        args.methods = read[0] if isinstance(read, tuple) else read
     return args
 
 
@@ -704,11 +722,16 @@ def test_the_example_commands_parse(tmp_path, monkeypatch):
     assert all(a.data_name == 'cifar10' and a.img_root == './my data' and a.resume == 'auto' for a in scripts)
     teacher, student, kd, *others = scripts
     assert (teacher.net_name, student.net_name) == (kd.t_name[0], kd.s_name)
+    (second,) = [a for a in others if a.note.startswith('base')]  # of methods that take several teachers
     for run in [a for a in (kd, *others) if hasattr(a, 's_init')]:
         assert run.s_init == f'./save/{student.note}/initial.pt' and len(run.methods) <= 8
         own = list(run.methods) == ['tfkd_self']  # its teacher is the student alone
-        assert run.t_model == [f'./save/{student.note if own else teacher.note}/net.pt']
-    trained = [name for run in (kd, *others) for name in run.methods]
+        several = [METHODS[name].needs.all_teachers for name in run.methods]
+        assert all(several) or not any(several)
+        runs = [student if own else teacher, *([second] if several[0] else [])]
+        assert run.t_model == [f'./save/{a.note}/net.pt' for a in runs]
+        assert run.t_name == [a.net_name for a in runs]
+    trained = [name for run in (kd, *others) if run is not second for name in run.methods]
     assert sorted(trained) == sorted(METHODS), 'the script trains every method of the table, once'
 
 
@@ -726,19 +749,28 @@ def test_the_amalgamation_commands_parse(tmp_path, monkeypatch):
     assert set(joint.methods) == {'sbm', 'scratch'} and joint.epochs_ft == 5
 
 
+def test_the_language_model_command_parses(tmp_path, monkeypatch):
+    (call,) = commands(tmp_path, 'lm')
+    args = parsed(call, monkeypatch)
+    assert args.data_name == 'pydoc' and args.note == 'lm-pydoc-s2' and args.resume == 'auto'
+    assert set(train_lm.read_methods(args)) >= {'ce', 'fkl', 'gkd', 'distillm'}
+
+
 def test_dry_run_prints_and_does_nothing(tmp_path, monkeypatch):
     done = subprocess.run(
         ['bash', str(ROOT / 'example_train_script.sh'), '--dry-run', 'quick'], capture_output=True, text=True,
         env={**os.environ, 'IMG_ROOT': './my data'},
     )  # fmt: skip
-    printed = [shlex.split(line) for line in done.stdout.splitlines()]
+    printed = [shlex.split(line, comments=True) for line in done.stdout.splitlines()]
+    printed = [words for words in printed if words]  # headings are comments
     assert done.returncode == 0 and [words[0] for words in printed] == ['python'] * len(printed)
     assert [words[1:] for words in printed] == commands(tmp_path, 'quick')
 
 
 @pytest.mark.parametrize('name', sorted(METHODS))
 def test_every_method_has_its_block(tmp_path, monkeypatch, name):
-    (call,) = commands(tmp_path, name)
+    *before, call = commands(tmp_path, name)
+    assert len(before) == METHODS[name].needs.all_teachers, 'several teachers: the second is trained first'
     args = parsed(call, monkeypatch)
     assert args.methods == {name: [(name, METHODS[name].weight, {})]}, "the block's weight is the table's"
 
@@ -772,7 +804,7 @@ def test_what_is_in_results_is_not_trained_again(tmp_path):
 def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):
     calls = commands(tmp_path, 'quick')
     scripts = [parsed(call, monkeypatch) for call in calls if call[0].startswith('train_')]
-    assert all(a.data_name.startswith('shapes') for a in scripts)
+    assert all(a.data_name.startswith(('shapes', 'patterns')) for a in scripts)
     assert len(scripts[2].methods) >= 3 and set(scripts[-1].methods) == {'concat', 'cfl', 'scratch'}
     for words in ([], ['nonsense']):
         done = subprocess.run(

@@ -77,7 +77,7 @@ class Net(nn.Module):
         feat = fm.tanh().mean(dim=(2, 3))
         return Feats(self.fc(feat), feat, [x.tanh() for x in pres], pres)
 
-    def forward(self, img):
+    def forward(self, img, feats=True):
         return self.after(0, self.stem(img).tanh())
 
 
@@ -85,9 +85,16 @@ class TrainSet:
     """What builders may ask of the training set."""
 
     targets = torch.arange(40) % K
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
+
+    def __init__(self, dtype=torch.float32):
+        self.images = torch.linspace(-1, 1, 40 * 3 * 96, dtype=dtype).sin().reshape(40, 3, 12, 8)
 
     def __len__(self):
         return len(self.targets)
+
+    def test_batches(self, size):
+        yield self.images, self.targets, torch.arange(40)
 
 
 def world(name, n=5, dtype=torch.float32, number=0, same=False, **kw) -> SimpleNamespace:
@@ -118,7 +125,7 @@ def world(name, n=5, dtype=torch.float32, number=0, same=False, **kw) -> SimpleN
     w = SimpleNamespace(s=s, t=t, other=other)
     w.b = SimpleNamespace(img=img, target=torch.arange(n) % K, index=torch.arange(n), views=views, epoch=50,
                           epochs=100, net_s=net_s, net_t=net_t, student=lambda img: w.other, teacher=net_t,
-                          all_t=[t, t], generator=torch.Generator())  # fmt: skip
+                          all_t=[t, t], nets_t=[net_t, net_t], generator=torch.Generator())  # fmt: skip
     if method.own.once_per_batch:
         connect(name, w)
         w.b.from_teacher = method.own.once_per_batch(
@@ -145,8 +152,9 @@ def build(name: str, w: SimpleNamespace) -> nn.Module:
     seed(1)
     method = METHODS[name]
     student = w.s[0] if isinstance(w.s, list) else w.s
-    env = SimpleNamespace(s=w.s, t=w.t, net_s=w.b.net_s, net_t=w.b.net_t, train_set=TrainSet(),
-                          batch_size=len(student.out), epochs=100, num_classes=K)  # fmt: skip
+    env = SimpleNamespace(s=w.s, t=w.t, all_t=w.b.all_t, net_s=w.b.net_s, net_t=w.b.net_t,
+                          train_set=TrainSet(w.b.img.dtype), batch_size=len(student.out), epochs=100,
+                          num_classes=K, another_net=copy.deepcopy)  # fmt: skip
     dtype = torch.float64 if student.out.dtype == torch.float64 else torch.float32
     kd = method.build(method.loss, env, **own(name, 'options', {})).to(dtype)
     if own(name, 'before'):  # in place of the row's
@@ -209,12 +217,12 @@ def test_arguments_have_the_names_of_the_field(name):
         'target prior index img epoch net_s net_t classifier teacher_tail sample_idx mask keep valid lam ramp'
     )
     rest += ' noise grid generator query_spatial query_frequency out_s_strong out_t_strong kd_weight weights'
-    rest += ' noise_t'
+    rest += ' noise_t out_t_key'
     sides += ['img', 'txt', 'scale']  # pairs of image and text
     # of one network, or of several that are equals
     equals = 'out out_pair out_a out_b feat_a feat_b out_1 out_2 outs_1 outs_2 outs peers feat feats feat_mid'
     equals += ' out_leader joint_out fm fm_next out_prev_now out_prev_then target_prev maps outs_mix'
-    equals += ' fm_s1 fm_s2 fm_t1 fm_t2 out_dist'
+    equals += ' fm_s1 fm_s2 fm_t1 fm_t2 out_dist out_key out_adv out_rand'
     rest, equals = rest.split(), equals.split()
     known = [f'{x}_s' for x in sides] + [f'{x}_t' for x in sides] + rest + equals
     signature = inspect.signature(METHODS[name].loss.forward)

@@ -11,7 +11,8 @@ import textwrap
 import pytest
 
 from methods import KA as KA_METHODS
-from methods import METHODS
+from methods import LM, METHODS
+from methods.dfkd import DFKD
 from report import refresh
 from report.pages import parser_of
 from tests.conftest import ROOT
@@ -92,7 +93,7 @@ def test_the_commands_are_right(words):
         if module == 'report':
             module, rest = f'report.{rest[0]}', rest[1:]
         args = parser_of(module).parse_args(rest)
-        if module == 'train_kd':
+        if module in ('train_kd', 'train_lm'):
             importlib.import_module(module).read_methods(args)
     else:
         assert words[0] in ('bash', 'export', 'python', 'sbatch', 'torchrun')
@@ -113,7 +114,7 @@ def test_links_and_files_exist(page):
 def test_every_link_to_a_difference_has_its_line():
     there = set(re.findall(r'<a id="(\w+)">', TEXT[ROOT / 'docs' / 'differences.md']))
     assert set(re.findall(r'differences\.md#(\w+)\)', TEXT[ROOT / 'docs' / 'methods.md'])) <= there
-    assert there <= METHODS.keys() | KA_METHODS.keys()
+    assert there <= METHODS.keys() | KA_METHODS.keys() | LM.keys() | DFKD.keys()
 
 
 def test_the_followed_step_exists():
@@ -138,6 +139,8 @@ LISTS = [
     ('train_kd', '--kd_mode', 'rkd'),
     ('train_dml', '--kd_mode', 'dml'),
     ('train_ka', '--ka_mode', 'cfl'),
+    ('train_lm', '--kd_mode', 'gkd'),
+    ('train_dfkd', '--kd_mode', 'cmi'),
 ]
 
 

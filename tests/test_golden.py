@@ -64,7 +64,7 @@ class Vector:
 
 
 # loss files: each has a vector, or says why not
-FILES = methods.files('kd_losses') + methods.files('ka_losses')
+FILES = [file for folder in ('kd_losses', 'ka_losses', 'dfkd_losses') for file in methods.files(folder)]
 
 
 def vectors_of(file: str) -> dict:
@@ -103,7 +103,7 @@ def test_golden(name):
 
 
 def test_vectors_without_a_row_are_listed():
-    folders = [Path(ELSEWHERE)] if ELSEWHERE else [methods.HERE, methods.HERE / 'ka']
+    folders = [Path(ELSEWHERE)] if ELSEWHERE else [methods.HERE, methods.HERE / 'ka', methods.HERE / 'dfkd']
     found = [p.stem for folder in folders for p in folder.glob('*.npz')]
     spare = sorted(name for name in found if name not in [*VECTORS, 'scenes'])
     if spare:

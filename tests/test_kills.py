@@ -31,6 +31,7 @@ KINDS = {
     'peers and adversaries': ['onadvfd'],
     'many at once': ['at', 'rkd', 'pkt+st', 'ab', 'sla'],
     'amalgamation': ['cfl', 'soka', 'customize_target'],
+    'data-free': ['dafl', 'cmi', 'fastdfkd'],
 }
 
 
@@ -45,6 +46,9 @@ def command(kind, words, teacher, img_root, root, note):
         pair = ['--t_name', 'resnet8', '--t_model', *halves]
         return [sys.executable, 'train_ka.py', '--ka_mode', *words, *pair, *data, *place]
     pair = ['--t_name', 'resnet8', '--t_model', str(teacher), '--s_name', 'resnet8']
+    if kind == 'data-free':
+        small = '--ep_steps 4 --kd_steps 2 --g_steps 2 --synth_batch_size 16 --width 4 --warmup 1'.split()
+        return [sys.executable, 'train_dfkd.py', '--kd_mode', *words, *pair, *data, *place, *small]
     return [sys.executable, 'train_kd.py', '--kd_mode', *words, *pair, *data, *place]
 
 

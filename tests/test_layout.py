@@ -4,7 +4,8 @@ import ast
 import subprocess
 import sys
 
-from methods import METHODS
+from methods import LM, METHODS
+from methods.dfkd import DFKD
 from tests import methods
 from tests.conftest import ROOT
 
@@ -19,10 +20,11 @@ def test_ruff_is_clean():
 
 def test_every_method_is_a_file_of_its_name():
     files = {p.stem for p in (ROOT / 'kd_losses').glob('*.py')} - {'__init__'}
-    used = {m.loss.__module__.split('.')[-1] for m in METHODS.values()}
+    every = METHODS | LM
+    used = {m.loss.__module__.split('.')[-1] for name, m in every.items() if name != 'ce'}
     # losses that no script trains say in tests/methods how they are called; dot.py is an optimiser
     alone = {f for f in methods.files('kd_losses') if methods.exists(f) and hasattr(methods.of(f), 'cases')}
-    assert files == used | {'dot'} | alone and files - alone <= set(METHODS)
+    assert files == used | {'dot'} | alone and files - alone <= set(every)
     for name, method in METHODS.items():  # mlkd_strong is a row of mlkd.py
         assert name == 'dot' or name.startswith(method.loss.__module__.split('.')[-1])
 
@@ -32,10 +34,19 @@ def test_the_scripts_know_no_method():
     for path in ROOT.glob('train_*.py'):
         tree = ast.parse(path.read_text())
         words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-        assert not words & set(METHODS), f'{path.name} names {words & set(METHODS)}'
+        named = words & {*METHODS, *DFKD}
+        assert not named, f'{path.name} names {named}'
+
+
+def test_every_data_free_loss_has_a_row():
+    files = {p.stem for p in (ROOT / 'dfkd_losses').glob('[!_]*.py')}
+    assert files == {row.loss.__module__.split('.')[-1] for name, row in DFKD.items() if name != 'kd_pool'}
 
 
 def test_the_package_is_the_losses_only():
     """pip install . must offer kd_losses and nothing that would clash, like models or utils."""
     pyproject = (ROOT / 'pyproject.toml').read_text()
-    assert 'include = ["kd_losses", "ka_losses"]' in pyproject and 'dependencies = ["torch>=' in pyproject
+    assert (
+        'include = ["kd_losses", "ka_losses", "dfkd_losses"]' in pyproject
+        and 'dependencies = ["torch>=' in pyproject
+    )

@@ -567,9 +567,9 @@ def test_a_teacher_of_other_statistics(tmp_path):
     x = next(data.test_batches(8))[0]
     pixels = x * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
     wanted = net((pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None], True)
-    args = SimpleNamespace(t_name=['resnet8'], t_model=[tmp_path / 'net.pt'], t_mean=mean, t_std=std)
+    args = SimpleNamespace(t_name=['resnet8'], t_model=[tmp_path / 'net.pt'])
     amp = autocast(torch.device('cpu'), 'off')
-    (teacher,), _ = load_teachers(args, 10, data, amp, print)
+    (teacher,), _ = load_teachers(args, 10, data, amp, print, mean, std)
     seen = Teachers([teacher], amp, [], x)(x, torch.zeros(len(x)), None, {}).all_t[0]
     for f in (teacher(x, True), copy.deepcopy(teacher)(x, True), seen):
         torch.testing.assert_close(f.out, wanted.out, rtol=1e-4, atol=1e-4)

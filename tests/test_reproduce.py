@@ -107,14 +107,16 @@ def test_weights_arguments_and_flags_of_a_method(reproduce, tmp_path):
     (table,) = json.loads((tmp_path / 'grid.json').read_text())
     own = {'name': 'tiny-own', 'seeds': [2], 'epochs': 1, 'methods': ['st', 'at', 'dkd', 'rkd+st'],
            'weights': {'st': 0.9, 'dkd': 2}, 'args': {'dkd': {'beta': 2.0}, 'st': {'T': 3.0}},
-           'method_flags': {'st': '--lambda_ce 0.1', 'dkd': '--ramp_epochs 1'}, 'recipe': 'own'}  # fmt: skip
+           'layers': {'at': '1:0.5,3'}, 'method_flags': {'st': '--lambda_ce 0.1', 'dkd': '--ramp_epochs 1'},
+           'recipe': 'own'}  # fmt: skip
     (tmp_path / 'grid.json').write_text(json.dumps([table | own, table]))
     planned = reproduce('--dry_run', '--only', 'tiny-own', '--table').stdout.splitlines()
     teacher, student, st, at, dkd, made = planned
     assert '-own' in student and '--lambda_ce' not in teacher + student
     assert '--kd_mode st --t_name' in st and st.endswith('--lambda_ce 0.1')
     assert '--lambda_kd st=0.9 --kd_args st.T=3.0 ' in st
-    assert '--kd_mode at rkd+st' in at and '--lambda_kd st=0.9 --kd_args st.T=3.0 ' in at
+    assert '--kd_mode at rkd+st' in at
+    assert '--lambda_kd st=0.9 --kd_args st.T=3.0 --kd_layers at=1:0.5,3 ' in at
     assert '--lambda_kd dkd=2 --kd_args dkd.beta=2.0 ' in dkd and dkd.endswith('--ramp_epochs 1')
     assert made.startswith('python -m report table')
     done = reproduce('--only', 'tiny-own', '--table')
@@ -122,8 +124,13 @@ def test_weights_arguments_and_flags_of_a_method(reproduce, tmp_path):
     place = tmp_path / 'results' / 'tiny-own'
     st = json.loads((place / 'st-s2.json').read_text())['recipe']
     assert st['methods'] == [['st', 0.9, {'T': 3.0}]] and st['ce'] == 0.1
+    at = json.loads((place / 'at-s2.json').read_text())['recipe']
+    assert at['methods'] == [['at', 1000.0, {}, '1:0.5,3']]
     assert '| rkd+st |' in (place / 'table.md').read_text()
     assert reproduce('--dry_run', '--only', 'tiny-own').stdout == ''
+    (tmp_path / 'grid.json').write_text(json.dumps([table | own | {'layers': {}}, table]))
+    *_, todo = reproduce('--dry_run', '--only', 'tiny-own').stdout.splitlines()
+    assert '--kd_mode at --t_name' in todo, 'a result of other stages is another result'
     assert '--save_root' in reproduce('--dry_run', '--only', 'tiny').stdout, 'tiny itself is not there yet'
 
 
@@ -173,8 +180,8 @@ def test_plain_momentum(tmp_path):
 
 GRID = json.loads((ROOT / 'results' / 'grid.json').read_text())
 KNOWN = {'name', 'note', 'recipe', 'data', 'teacher', 'teacher_file', 'student', 'nets', 'epochs', 'seeds',
-         'methods', 'weights', 'args', 'method_flags', 'flags', 'kd_flags', 'group', 'teacher_epochs',
-         'teacher_seed', 'teacher_flags'}  # fmt: skip
+         'methods', 'weights', 'args', 'layers', 'method_flags', 'flags', 'kd_flags', 'group',
+         'teacher_epochs', 'teacher_seed', 'teacher_flags'}  # fmt: skip
 
 
 def test_the_grid_of_the_project_parses():
@@ -183,7 +190,7 @@ def test_the_grid_of_the_project_parses():
     for table in GRID:
         assert table.keys() <= KNOWN, table['name']
         assert table['methods'] == 'all' or set(table['methods']) <= set(METHODS), table['name']
-        for of_methods in ('weights', 'args', 'method_flags'):
+        for of_methods in ('weights', 'args', 'layers', 'method_flags'):
             assert set(table.get(of_methods, {})) <= set(table['methods']), (table['name'], of_methods)
 
 
@@ -209,6 +216,7 @@ def test_every_table_is_one_command(name, tmp_path):
                 for term in terms:
                     assert term.weight == table.get('weights', {}).get(term.name, term.weight)
                     assert term.options == table.get('args', {}).get(term.name, {})
+                    assert str(term.stages) == table.get('layers', {}).get(term.name, str(term.stages))
         if script == 'train_dml.py':
             _, weight, _ = module.read_method(args)
             assert weight > 0

@@ -20,7 +20,7 @@ from tests import methods
 ROOT = Path(__file__).parent.parent
 FILES = [
     p
-    for folder in ('kd_losses', 'ka_losses')
+    for folder in ('kd_losses', 'ka_losses', 'dfkd_losses')
     for p in sorted((ROOT / folder).glob('*.py'))
     if p.stem != '__init__'
 ]
@@ -34,7 +34,7 @@ module = importlib.import_module(sys.argv[1])
 classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
            and issubclass(c, (torch.nn.Module, torch.optim.Optimizer)) and not c.__name__.startswith('_')]
 assert classes
-ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'engine', 'methods')
+ours = ('kd_losses', 'ka_losses', 'dfkd_losses', 'models', 'dataset', 'engine', 'methods')
 foreign = [m for m in sys.modules if m.split('.')[0] in ours]
 assert not foreign, foreign
 
@@ -100,7 +100,7 @@ print('ran', classes[0].__name__)
 GIVEN = """
 import importlib, sys, torch
 m = importlib.import_module(sys.argv[1])
-ours = ('kd_losses', 'ka_losses', 'models', 'dataset', 'engine', 'methods')
+ours = ('kd_losses', 'ka_losses', 'dfkd_losses', 'models', 'dataset', 'engine', 'methods')
 foreign = [name for name in sys.modules if name.split('.')[0] in ours]
 assert not foreign, foreign
 torch.manual_seed(0)
@@ -111,8 +111,9 @@ def S(*shape):
     return learnt[-1]
 def T(*shape):
     return torch.randn(shape)
+C = T
 exec(sys.argv[2])
-value = loss(**inputs)
+value = globals().get('call', loss)(**inputs)
 value.backward()
 assert torch.isfinite(value) and all(torch.isfinite(x.grad).all() for x in learnt if x.grad is not None)
 assert any(x.grad is not None for x in learnt)
@@ -174,7 +175,7 @@ def test_runs_alone(path, tmp_path, server):
 
 def given(path) -> str | None:
     """The text that builds and calls it, where it is not to be guessed."""
-    file = 'ka/' * (path.parent.name == 'ka_losses') + path.stem
+    file = methods.name_of(path)
     own = methods.of(file) if methods.exists(file) else None
     return own.cases[path.stem] if hasattr(own, 'cases') else getattr(own, 'alone', None)
 

@@ -32,7 +32,7 @@ def same(a: dict, b: dict) -> bool:
 
 def rows(folder) -> list[dict]:
     with open(folder / 'metrics.csv') as file:
-        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if not k.startswith('seconds')} for row in csv.DictReader(file)]
 
 
 def test_base_writes_everything(script, tmp_path):
@@ -81,15 +81,16 @@ PEERS = [name for name, m in METHODS.items() if m.own.peers]
 KINDS = (
     'st vid ofd fitnet pkt+st rkd crd ab ft quest sobolev lwm bss cskd ddgsd mlkd_strong sla simkd norm dot'
 )
-KINDS = f'{KINDS} mhgd fcfd semckd pskd dlb mgd dgkd'.split()
+KINDS = f'{KINDS} mhgd fcfd semckd pskd dlb mgd dgkd camkd aekd'.split()
 SMALL = ('--kd_args', 'quest.num_words=50')
 GENTLE = ('--lambda_kd', 'semckd=1')  # its weight is for larger batches of real images
 
 
-def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
+def test_every_method_trains_and_alone_equals_together(train_kd, teacher, tmp_path):
     """All methods and a sum in one process, then one of each kind alone: equal bit for bit."""
     tokens = [*STUDENTS, 'pkt+st']
-    together = train_kd(*tokens, '--note', 'all', *SMALL, *GENTLE)
+    two = ('--t_name', 'resnet8', 'resnet8', '--t_model', teacher, teacher)
+    together = train_kd(*tokens, '--note', 'all', *SMALL, *GENTLE, *two)
     assert together.code == 0, together.err
     assert 'teacher resnet8: top-1' in together.out
     for token in tokens:
@@ -108,6 +109,7 @@ def test_every_method_trains_and_alone_equals_together(train_kd, tmp_path):
     assert all(torch.isfinite(x).all() for net in states.values() for x in net.values())
     for token in KINDS:
         extra = [*(SMALL if token == 'quest' else ()), *(GENTLE if token == 'semckd' else ())]
+        extra += two if token in METHODS and METHODS[token].needs.all_teachers else ()
         assert train_kd(token, '--note', 'alone', *extra).code == 0
         a, b = weights(tmp_path / 'all' / token), weights(tmp_path / 'alone' / token)
         for part in ('net', 'opt'):
@@ -258,6 +260,42 @@ def test_peers_of_other_kinds(script, tmp_path):
     assert mistake.code == 2 and '--val_split' in mistake.err
 
 
+def test_a_student_that_stops_distilling(script, train_kd, teacher, tmp_path, monkeypatch):
+    """--kd_stop 0 is the baseline, a late stop changes nothing, and after the stop no teacher is asked."""
+    import engine.teachers
+
+    assert script('train_base', '--net_name', 'resnet8', '--note', 'b', *TINY).code == 0
+    asked, real = [], engine.teachers.Teachers.teachers_on
+    monkeypatch.setattr(
+        engine.teachers.Teachers, 'teachers_on', lambda self, img: asked.append(len(img)) or real(self, img)
+    )
+    counts = {}
+    for note, more in (('0', ['0']), ('1', ['1']), ('9', ['9']), ('never', [])):
+        asked.clear()
+        words = ['--kd_stop', *more] if more else []
+        done = train_kd('st', 'vid', '--lambda_ce', '0.5', '--note', note, *words)
+        assert done.code == 0, done.err
+        counts[note] = len(asked)
+    steps = 96 // 32
+    start = counts['0']  # a look at a few images, before the training
+    assert {note: count - start for note, count in counts.items()} == {
+        '0': 0, '1': steps, '9': 2 * steps, 'never': 2 * steps
+    }  # fmt: skip
+    assert same(weights(tmp_path / '0' / 'st')['net'], weights(tmp_path / 'b')['net'])
+    for token in ('st', 'vid'):
+        states = {note: weights(tmp_path / note / token)['net'] for note in counts}
+        assert same(states['9'], states['never']) and not same(states['1'], states['never'])
+    result = json.loads((tmp_path / '1' / 'st' / 'results.json').read_text())
+    assert result['kd_stop'] == 1 and 'kd_stop' not in json.loads(
+        (tmp_path / 'never' / 'st' / 'results.json').read_text()
+    )
+
+
+def test_a_method_of_several_teachers_names_what_it_lacks(train_kd):
+    done = train_kd('ebkd', '--note', 'one')
+    assert done.code == 2 and 'outs_t must hold 2 or more tensors, got 1' in done.err
+
+
 def test_weight_zero_is_the_baseline(script, train_kd, tmp_path):
     """train_kd with lambda 0 and train_base see the same initial weights and batches: equal bit for bit."""
     assert train_kd('st', '--lambda_kd', '0', '--note', 'k').code == 0
@@ -293,6 +331,63 @@ def test_weights_and_arguments_reach_the_loss(train_kd, tmp_path):
     assert rows(tmp_path / 'v' / 'st') == rows(tmp_path / 'w' / 'st')
     assert train_kd('st', '--note', 'u', '--lambda_kd', '0.5', '--kd_args', 'T=3').code == 0
     assert rows(tmp_path / 'v' / 'st') != rows(tmp_path / 'u' / 'st')
+
+
+def test_stages_are_chosen(train_kd, tmp_path):
+    """Of the step: fm after fm by hand. Of the files: the stages stand there if they are not the row's."""
+    from engine.batch import Batch, InFloat32, Probe
+    from engine.stages import Stages
+    from engine.student import Term
+
+    torch.manual_seed(0)
+    net_s, net_t, img = build('resnet8', 10), build('resnet20', 10).eval(), torch.randn(4, 3, 32, 32)
+    s, t, b = net_s(img, True), net_t(img, True), Batch(img, torch.arange(4), torch.arange(4), {})
+
+    def value(name, numbers, weights=()):
+        torch.manual_seed(1)
+        term = Term(name, METHODS[name], 1.0, {}, None, Stages(numbers, weights))
+        term.build(Probe(s, t, net_s, net_t, None, 4, 1, 10))
+        return term, term.method.feed(term.loss, *(term.stages.of(InFloat32(f)) for f in (s, t)), b)
+
+    at, maps = METHODS['at'].loss(), list(zip(s.fms, t.fms))
+    one, two, three = (at(*maps[k]) for k in (1, 2, 3))
+    for numbers, weights, wanted in (
+        ((), (), (one + two + three) / 3),
+        ((2,), (), two),
+        ((-3, -1), (), (one + three) / 2),
+        ((1, 2, 3), (0.25, 0.5, 1.0), (one / 4 + two / 2 + three) / 3),
+    ):
+        term, got = value('at', numbers, weights)
+        assert torch.allclose(got, wanted, rtol=1e-6) and (term.recipe[3:] == []) == (not numbers)
+    nst = METHODS['nst'].loss()
+    assert (
+        torch.equal(value('nst', (-1,))[1], nst(*maps[3]))
+        and Term('nst', METHODS['nst'], 1, {}).recipe[3:] == []
+    )
+    assert torch.allclose(value('nst', ())[1], sum(nst(*maps[k]) for k in (1, 2, 3)) / 3)
+    assert torch.equal(value('fitnet', (2,))[1], (s.fms[2] - t.fms[2]).square().mean())
+    ofd, got = value(
+        'ofd', (2, 3), (0.5, 1.0)
+    )  # of two networks of equal width: margins of the right batch norm
+    bns = net_t.bn_before_relu()
+    for loss, bn in zip(ofd.loss, bns[1:], strict=True):
+        assert torch.equal(loss.loss.margin.flatten(), loss.loss.margin_from_bn(bn.weight, bn.bias))
+    parts = [loss.loss(s.pres[k], t.pres[k]) for k, loss in zip((2, 3), ofd.loss)]
+    assert torch.allclose(got, (parts[0] / 2 + parts[1]) / 2)
+
+    flags = ('--kd_layers', 'ofd=1:0.25,2:0.5,3', 'nst=-1', 'ft=2', 'fsp=1,3', 'sp=-1', '--epochs', '1')
+    flags += TINY[:4]
+    done = train_kd('ofd', 'nst', 'ft', 'fsp', 'sp', '--note', 'k', *flags)
+    assert done.code == 0, done.err
+    said = {}
+    for name in ('ofd', 'nst', 'ft', 'fsp', 'sp'):
+        (entry,) = json.loads((tmp_path / 'k' / name / 'results.json').read_text())['recipe']['methods']
+        said[name] = entry[3:]
+    assert said == {'ofd': ['1:0.25,2:0.5,3'], 'nst': [], 'ft': ['2'], 'fsp': ['1,3'], 'sp': ['-1']}
+    for again, code in ((flags, 0), (flags[6:], 2)):  # a resume with others is refused
+        done = train_kd('ofd', 'nst', 'ft', 'fsp', 'sp', '--note', 'k', '--resume', 'auto', *again)
+        assert done.code == code
+    assert "methods was [['ofd', 0.5, {}, '1:0.25,2:0.5,3']]" in done.err
 
 
 def test_the_ramp_follows_the_epochs():

@@ -32,7 +32,7 @@ def wanted(script: str, token: str | None, words: list[str]) -> dict:
     elif hasattr(args, 's_name'):
         parts = module.read_methods(args)[token]
         recipe |= {'student': args.s_name, 'teacher': '+'.join(args.t_name),
-                   'methods': [[part.name, part.weight, part.options] for part in parts]}  # fmt: skip
+                   'methods': [part.recipe for part in parts]}  # fmt: skip
     else:
         _, weight, options = module.read_method(args)
         recipe |= {'nets': args.net_names, 'method': [token, weight, options]}

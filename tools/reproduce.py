@@ -11,6 +11,7 @@ The grid is a list of tables: {"name", "data", "teacher" (one name, or a list fo
 instead of teacher and student. Tables of the same name are parts of one. Where it is needed, a table has also
     "weights"       {method: weight of its loss}, otherwise the default of --lambda_kd
     "args"          {method: {argument of its loss: value}}
+    "layers"        {method: its stages, as --kd_layers has them}
     "kd_flags"      flags besides "flags" that train_base.py does not know
     "method_flags"  {method: flags besides "flags"}; methods with different flags train in different processes
     "teacher_epochs", "teacher_seed", "teacher_flags"    if the teachers are not trained like the students
@@ -201,12 +202,14 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
 
 
 def losses(table: dict, tokens: list[str | None]) -> list[str]:
-    """--lambda_kd and --kd_args of these students, where the table says them; None: a base network."""
+    """--lambda_kd, --kd_args, --kd_layers of these students, as the table says; None: a base network."""
     names = dict.fromkeys(name for token in tokens if token for name in token.split('+'))
     weights, given = table.get('weights', {}), table.get('args', {})
     weights = [f'{name}={weights[name]}' for name in names if name in weights]
     given = [f'{name}.{key}={value!r}' for name in names for key, value in given.get(name, {}).items()]
-    return [*(['--lambda_kd', *weights] if weights else []), *(['--kd_args', *given] if given else [])]
+    layers = [f'{name}={stages}' for name, stages in table.get('layers', {}).items() if name in names]
+    flags = {'--lambda_kd': weights, '--kd_args': given, '--kd_layers': layers}
+    return [word for flag, values in flags.items() if values for word in (flag, *values)]
 
 
 def own_flags(table: dict, token: str | None) -> list[str]:

@@ -1,4 +1,5 @@
-"""What the tests know of one method: NAME.py beside its vector NAME.npz; of amalgamation, in ka/.
+"""What the tests know of one method: NAME.py beside its vector NAME.npz; of amalgamation in ka/, of data-free
+distillation in dfkd/.
 
 A file holds, as plain names of the module, what it needs of these:
 
@@ -18,7 +19,7 @@ arrange(s, t)   changes random features that say nothing to the loss
 arguments(w)    those of forward, where the trainer calls a part of the loss only
 alone           text like that of cases: how it is called where test_standalone.py cannot guess it
 
-Of amalgamation also:
+Of amalgamation and data-free losses also:
 cases           {name: text that builds the loss and its inputs}, see ka_cases.py
 one_logit(inputs): the same with one class
 to_float64(inputs): the same with what is neither of S nor of T in float64
@@ -64,6 +65,11 @@ def files(folder: str) -> list[str]:
     """'at', ... of kd_losses and 'ka/afk', ... of ka_losses: names for of()."""
     prefix = '' if folder == 'kd_losses' else folder.split('_')[0] + '/'
     return [prefix + path.stem for path in sorted((ROOT / folder).glob('[!_]*.py'))]
+
+
+def name_of(path: Path) -> str:
+    """The name of a loss file for of()."""
+    return next(file for file in files(path.parent.name) if Path(file).name == path.stem)
 
 
 def exists(file: str) -> bool:

@@ -1,0 +1,267 @@
+"""From the flags of train_dfkd.py to its students."""
+
+import copy
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+import models
+from dataset import Resident, pictures
+from engine.device import precision
+from engine.dfkd_source import SOURCES, Setting, Source
+from engine.errors import UserError, user_errors
+from engine.flags import key_values
+from engine.meter import Meter
+from engine.optimise import set_learning_rate, sgd
+from engine.processes import processes
+from engine.record import Record, fingerprint, resume_point
+from engine.teachers import load_teachers
+from methods.dfkd import DFKD, Method, Recipe
+from models.checkpoint import read_checkpoint
+
+
+@dataclass
+class Wanted:
+    """A row with what the flags make of it."""
+
+    row: Method
+    recipe: Recipe
+    weights: dict[str, float]
+    options: dict
+
+
+@dataclass
+class Run:
+    """One student in training: everything that belongs to it and to no other."""
+
+    name: str
+    row: Method
+    recipe: Recipe
+    net: nn.Module
+    kd: nn.Module
+    opt: torch.optim.Optimizer
+    source: Source
+    record: Record
+    meter: Meter
+    net_t: nn.Module  # its teacher: hooks belong to one method
+    untouched: str  # fingerprint of it
+
+    def done(self, epoch: float) -> float:
+        """Share of the student's epochs that lie behind."""
+        length = self.recipe.epochs - self.recipe.warmup
+        now = epoch if self.recipe.per_step else math.floor(epoch)
+        return max(now - self.recipe.warmup, 0) / length
+
+    def factor(self, epoch: float) -> float:
+        """On the student's learning rate."""
+        done, recipe = self.done(epoch), self.recipe
+        if recipe.sched == 'cosine':
+            least = recipe.eta_min / recipe.lr
+            return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
+        return 0.1 ** sum(done >= share for share in recipe.milestones)
+
+    def set_rates(self, epoch: float) -> None:
+        factor = self.factor(epoch)
+        set_learning_rate(self.opt, self.recipe.lr * factor)
+        self.source.rate = factor if self.recipe.sched_g == 'student' else 1.0
+
+    def check_teacher(self) -> None:
+        """The teacher is what it was: not a weight, not a running statistic, not a gradient has changed."""
+        if fingerprint(self.net_t) != self.untouched or any(
+            p.grad is not None for p in self.net_t.parameters()
+        ):
+            raise RuntimeError(f'{self.name} has changed its teacher: this is a bug of the method')
+
+
+WEIGHTS = sorted({name for row in DFKD.values() for name in row.weights})
+
+
+def read_methods(args) -> dict[str, Wanted]:
+    """{word of --kd_mode: its row with the recipe, weights and options that the flags ask for}"""
+    names = args.kd_mode
+    for name in names:
+        if name not in DFKD:
+            raise UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(DFKD)}')
+        if processes() > 1:
+            raise UserError(f'{name} runs in one process only: {DFKD[name].limits.one_process}')
+    if len(set(names)) < len(names):
+        raise UserError(f'--kd_mode {" ".join(names)}: something is named twice')
+    if args.amp == 'fp16':
+        raise UserError('--amp fp16: distances to running statistics overflow; use bf16')
+    if len(args.t_name) != 1 or len(args.t_model) > 1 or not (args.t_model or args.dry_run):
+        raise UserError('--t_name and --t_model are needed: one teacher and its checkpoint')
+    weights = {name: getattr(args, name) for name in WEIGHTS if getattr(args, name) is not None}
+    for key in weights:
+        if not any(key in DFKD[name].weights for name in names):
+            having = ', '.join(name for name, row in DFKD.items() if key in row.weights)
+            raise UserError(f'--{key}: is a weight of {having}, not of {" ".join(names)}')
+    options = given_options(args)
+    given, made = {'ood': args.ood_name, 'pool': args.pool_init}, {}
+    for name in names:
+        row = DFKD[name]
+        for need, flag in (('ood', '--ood_name'), ('pool', '--pool_init')):
+            if getattr(row.needs, need) and not given[need]:
+                raise UserError(f'{flag}: {name} needs it')
+        own = {key: value for key, value in weights.items() if key in row.weights}
+        made[name] = Wanted(row, recipe_of(args, name), row.weights | own, row.options | options[name])
+    return made
+
+
+def recipe_of(args, name: str) -> Recipe:
+    """The preset, with what flags say otherwise."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(Recipe)}
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = replace(DFKD[name].recipe, **given)
+    if args.dry_run:
+        few, warmup = min(recipe.kd_steps, 3), min(recipe.warmup, 1)
+        recipe = replace(
+            recipe, kd_steps=few, ep_steps=3 * few, g_steps=min(recipe.g_steps, 3), batch_size=32,
+            synth_batch_size=32, warmup=warmup, epochs=warmup + 1,
+        )  # fmt: skip
+    if not recipe.synth_batch_size:
+        recipe = replace(recipe, synth_batch_size=recipe.batch_size)
+    if recipe.warmup >= recipe.epochs:
+        raise UserError(f'--epochs {recipe.epochs}: {name} has {recipe.warmup} of warm-up, --warmup, before')
+    if recipe.ep_steps and recipe.ep_steps < recipe.kd_steps:
+        raise UserError(f'--ep_steps {recipe.ep_steps}: {name} has {recipe.kd_steps} --kd_steps a round')
+    return recipe
+
+
+def given_options(args) -> dict[str, dict]:
+    """{method: what --kd_args says}"""
+    options = {name: {} for name in args.kd_mode}
+    for key, value in key_values(args.kd_args, '--kd_args').items():
+        name, _, key = key.rpartition('.')
+        if not name and len(args.kd_mode) > 1:
+            raise UserError(f'--kd_args {key}: with several methods say METHOD.{key}=VALUE')
+        name = name or args.kd_mode[0]
+        if name not in options:
+            raise UserError(f'--kd_args: {name!r} is not among --kd_mode {" ".join(args.kd_mode)}')
+        known = DFKD[name].options
+        if key not in known:
+            raise UserError(f'--kd_args: {name} has no {key!r}; it has {", ".join(known) or "none"}')
+        kind = type(known[key])
+        if not isinstance(value, (int, float) if kind is float else kind) or (
+            isinstance(value, bool) and kind is not bool
+        ):
+            raise UserError(
+                f'--kd_args: {key}={value!r} of {name} has the wrong type, its default is {known[key]!r}'
+            )
+        options[name][key] = value
+    return options
+
+
+def read_teacher(args, test, amp, log) -> tuple[list[nn.Module], dict]:
+    """The frozen teacher, and what the result files say of it."""
+    if args.t_model:
+        return load_teachers(args, test.num_classes, test, amp, log)
+    torch.manual_seed(args.seed)
+    with user_errors():
+        net = models.build(args.t_name[0], test.num_classes).eval().requires_grad_(False)
+    log('a random teacher: --dry_run without --t_model')
+    facts = {'teacher': args.t_name[0], 'teacher_top1': None}
+    return [net.to(test.device, memory_format=torch.channels_last)], facts
+
+
+def setting_of(args, test, device, amp) -> Setting:
+    """What may be known of the data: sizes, and how the teacher's images were normalised."""
+    size = next(test.test_batches(2))[0].shape[-1]
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (test.mean, test.std))
+    return Setting(mean, std, size, test.num_classes, device, amp)
+
+
+def other_domain(args, row: Method, wanted: Wanted, setting: Setting, net_t) -> Resident | None:
+    """Real images of another domain, for a row that needs them."""
+    if not row.needs.ood:
+        return None
+    with user_errors():
+        images = pictures(args.ood_name, args.img_root, setting.size)
+    mean, std = (x.flatten().tolist() for x in (setting.mean, setting.std))
+    targets = torch.zeros(len(images), dtype=torch.int64)
+    ood = Resident(images, targets, setting.num_classes, mean, std, setting.device)
+    ood.pad = 'zero'
+    count = wanted.options['ood_subset']
+    if 0 < count < len(ood):
+        ood = ood.subset(least_sure(net_t, ood, setting).topk(count).indices)
+    if len(ood) < max(wanted.recipe.batch_size, wanted.recipe.synth_batch_size):
+        raise UserError(f'--ood_name {args.ood_name}: has {len(ood)} images only, --batch_size is larger')
+    return ood
+
+
+@torch.no_grad()
+def least_sure(net_t, ood: Resident, setting: Setting) -> Tensor:
+    """(N,) entropy of what the teacher says."""
+    found = []
+    for img, _, _ in ood.test_batches(500):
+        with setting.amp():
+            p = net_t(img).float().softmax(dim=1)
+        found.append(-torch.xlogy(p, p).sum(dim=1))
+    return torch.cat(found)
+
+
+def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, setting: Setting) -> Run:
+    """A student with its image source, optimiser and record; the record's checkpoint if there is one."""
+    row, recipe, device = wanted.row, wanted.recipe, setting.device
+    torch.manual_seed(args.seed)  # nothing may depend on the runs built before it
+    net = copy.deepcopy(net_s)
+    initial = fingerprint(net)
+    net.to(device, memory_format=torch.channels_last)
+    setting = replace(setting, ood=other_domain(args, row, wanted, setting, net_t))
+    if not recipe.ep_steps:
+        rounds = len(setting.ood) // recipe.batch_size
+        recipe = replace(recipe, ep_steps=recipe.kd_steps * rounds)
+    if row.needs.statistics:  # of maps that folding would leave out
+        own_t = copy.deepcopy(net_t).eval()
+    else:
+        noise = torch.randn(2, 3, setting.size, setting.size, device=device)
+        own_t = models.folded(net_t, noise, precision(setting.amp, device))
+    with user_errors():
+        probe = SimpleNamespace(net_t=own_t)
+        kd = row.build(row.loss, probe, wanted.weights, wanted.options).to(device)
+        source = SOURCES[row.images.kind](
+            name, row, recipe, wanted.weights, wanted.options, kd, own_t, net, setting
+        )
+    if row.needs.pool or (args.pool_init and hasattr(source, 'fill')):
+        source.fill(read_pool(args.pool_init, setting))
+    opt = optimiser(net, recipe, device)
+    pool = args.pool_init and hasattr(source, 'fill') and fingerprint_of(source.pool.images)
+    math = {
+        'script': 'train_dfkd', 'data_name': args.data_name, 'seed': args.seed, 'amp': args.amp,
+        'student': args.s_name, 'initial': initial, 'teacher': args.t_name[0],
+        'teacher_weights': fingerprint(net_t), 'method': name, **asdict(recipe), 'weights': wanted.weights,
+        'options': wanted.options, 'ood': args.ood_name if row.needs.ood else None, 'pool_init': pool or None,
+    }  # fmt: skip
+    record = Record(folder / name, {'net': net, 'opt': opt, 'source': source}, math, origin, 'test')
+    record.resume(resume_point(args.resume, folder / name))
+    return Run(
+        name, row, recipe, net, kd, opt, source, record, Meter(name, 0, device), own_t, fingerprint(own_t)
+    )
+
+
+def optimiser(net: nn.Module, recipe: Recipe, device) -> torch.optim.Optimizer:
+    if recipe.optim == 'sgd':
+        how = SimpleNamespace(
+            lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=False
+        )
+        return sgd(net.parameters(), how)
+    cuda = device.type == 'cuda'
+    return torch.optim.Adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=cuda)
+
+
+def fingerprint_of(images: Tensor) -> str:
+    return fingerprint(SimpleNamespace(state_dict=lambda: {'images': images}))
+
+
+def read_pool(path: str, setting: Setting) -> Tensor:
+    """The images of --pool_save: (N, H, W, 3) bytes."""
+    with user_errors():
+        images = read_checkpoint(path).get('pool')
+    size = setting.size
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
+        raise UserError(
+            f"--pool_init {path}: wanted {{'pool': (N, {size}, {size}, 3) bytes}}, see --pool_save"
+        )
+    return images

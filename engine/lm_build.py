@@ -1,0 +1,114 @@
+"""From the flags of train_lm.py to its teachers and students."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from dataset import text as texts
+from engine import lm as parts
+from engine import session
+from engine.device import autocast
+from engine.errors import UserError
+from engine.meter import Meter
+from engine.record import fingerprint, resume_point
+from models import lm
+
+
+def make_world(args, text, device, views, root: Path, log) -> parts.World:
+    """Teachers and the weights that students start from, trained where no file has them."""
+    K, amp = len(text.symbols), autocast(device, args.amp)
+    of_text = f'{text.digest}{"" if args.t_steps == 2400 else f"_{args.t_steps}"}'
+
+    def train(size, kind, seed, steps, encode, K, what):
+        torch.manual_seed(seed)
+        net = lm.build(size, K)
+        bar = session.progress_bar(steps, 0, log)
+
+        def batches(step):
+            return encode(text.windows(parts.BATCH, parts.draw(kind, seed, step)))
+
+        def shown(step, loss):
+            bar.update()
+            if step % 50 == 0 and not bar.disable:
+                bar.set_postfix_str(f'{what}, loss {loss.item():.3f}')
+
+        net = parts.trained(net, batches, steps, device, shown)
+        bar.close()
+        return net
+
+    world = parts.World(text, device, amp, args.seed, args.steps, root, None, None)
+    if args.t_model:
+        net_t = parts.loaded(args.t_model)
+        if net_t.embed.num_embeddings != K:
+            raise UserError(
+                f'{args.t_model}: knows {net_t.embed.num_embeddings} symbols, {text.name} has {K}'
+            )
+    elif text.oracle:
+        net_t = text.oracle
+    else:
+        net_t = parts.kept_or_trained(
+            root / f'lm_teacher_{of_text}.pt', 'teacher', log,
+            lambda: train('teacher', 7, 0, args.t_steps, world.asked, K, 'teacher'),
+        )  # fmt: skip
+    if 'a second vocabulary' in views:
+        pairs = world.pairs = texts.Pairs(text)
+
+        def encode(windows):
+            return [part.to(device) for part in pairs.batch(windows)]
+
+        world.net_pairs = parts.kept_or_trained(
+            root / f'lm_teacher_{of_text}_pairs.pt', 'teacher of the second vocabulary', log,
+            lambda: train('teacher', 8, 0, args.t_steps, encode, pairs.K, 'second teacher'),
+        ).to(device).eval().requires_grad_(False)  # fmt: skip
+    start = parts.kept_or_trained(
+        root / f'lm_start_{text.digest}_{args.init_steps}_s{args.seed}.pt', 'initial student', log,
+        lambda: train('student', 9, args.seed, args.init_steps, world.asked, K, 'initial student'),
+    )  # fmt: skip
+    world.net_t, world.start = (net.to(device).eval().requires_grad_(False) for net in (net_t, start))
+    if not torch.isfinite(world.exam.out_t).all():
+        raise UserError(f'{args.t_model or "teacher"}: the teacher gives non-finite logits')
+    figures, _ = parts.measure(world.net_t, world)
+    world.facts = {key.removeprefix('val_'): value for key, value in figures.items()}
+    initial, _ = parts.measure(world.start, world)
+    world.start_loss = initial['val_loss']
+    log('held-out text: teacher ' + short(figures) + '; initial student ' + short(initial))
+    return world
+
+
+def share(args, method) -> float:
+    return method.when.ce if args.lambda_ce is None else args.lambda_ce
+
+
+def make_run(args, world, folder, origin, name, method, weight, options) -> parts.Run:
+    torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
+    net, seen = parts.student_of(world), parts.Look(world, 0)
+    probe = SimpleNamespace(s=world.look(net, seen.x), t=seen.t, steps=args.steps, second=None)
+    if world.pairs:
+        probe.second = seen.second
+    kd = parts.built(method, options, probe, name).to(world.device)
+    groups = [{'params': list(net.parameters()), 'base': args.lr}]
+    if maps := list(kd.parameters()):
+        groups.append({'params': maps, 'base': parts.MAPS_LR})
+    ce, generator = share(args, method), torch.Generator(world.device)
+    meter = Meter(name, 0, world.device)
+    run = parts.Run(name, method, kd, weight, ce, net, parts.adamw(groups, world.device), meter, world,
+                    args.lmbda, generator)  # fmt: skip
+    run.schedule.update(world.start_loss)
+    recipe = {key: getattr(args, key) for key in
+              ('seed', 'steps', 'init_steps', 'lr', 'eval_every', 'lmbda', 'amp')}  # fmt: skip
+    recipe |= {'script': 'train_lm', 'method': name, 'weight': weight, 'ce': ce, 'options': options,
+               'corpus': world.text.digest, 'teacher': fingerprint(world.net_t),
+               'initial': fingerprint(world.start),
+               'second_teacher': fingerprint(world.net_pairs) if probe.second else None}  # fmt: skip
+    state = {'net': net, 'kd': kd, 'opt': run.opt, 'memory': run.memory}
+    run.record = parts.StepRecord(folder / name, state, recipe, origin, 'val', 'loss')
+    run.record.resume(resume_point(args.resume, folder / name))
+    if run.record.epoch:
+        run.recall()
+    return run
+
+
+def short(row: dict) -> str:
+    names = ('loss', 'agreement', 'kl_ts', 'kl_st', 'gen_nll')
+    return '  '.join(f'{name} {row[f"val_{name}"]:.3f}' for name in names)

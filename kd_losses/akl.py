@@ -1,0 +1,223 @@
+"""AKL, adaptive KL: forward and reverse KL, weighed by where student and teacher disagree.
+
+T. Wu, C. Tao, J. Wang, R. Yang, Z. Zhao, N. Wong, "Rethinking Kullback-Leibler Divergence in Knowledge
+Distillation for Large Language Models", COLING 2025, arXiv:2404.02657.
+
+    p = softmax(out_t), q = softmax(out_s)
+    head = the top class of p, and its next ones while their summed probability stays <= mu; tail = the rest
+    g_h, g_t = sum of |p - q| over head, over tail;  w = g_h / (g_h + g_t), a constant; 1/2 if both are 0
+    loss = mean over positions of w * KL(p, q) + (1 - w) * KL(q, p)
+
+Tap: the logits of both networks on the same tokens. Authors: half of it beside half of cross-entropy.
+
+Differences: the authors' code as it runs (its head; the paper's text has one class more). Where student and
+teacher are equal the code gives NaN; here w is 1/2. It counts classes of -inf with a probability; here they
+have none. Tied classes come in the order of their numbers; on the CPU the head is first looked for among
+the 512 top classes. Positions of target -100 reach neither value nor gradient, whatever stands in their
+logits; a class of -inf in either network counts nothing. Memory: a chunk of positions at a time is in
+float32, in backward again.
+
+Source: wutaiqiang/LLM_KD_AKL, AKL.py; ghwang-s/abkd, distillation_llm/distillm/losses.py (AKL), which runs.
+
+Use:
+    >>> import torch
+    >>> from akl import AKL
+    >>> out_s, out_t = torch.randn(2, 5, 9, requires_grad=True), torch.randn(2, 5, 9)
+    >>> target = torch.tensor([[-100, -100, 1, 1, 1], [-100, 1, 1, 1, -100]])
+    >>> AKL()(out_s, out_t, target).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**21  # logits in float32 at a time
+
+
+class AKL(nn.Module):
+    """Adaptive KL divergence of two networks' next tokens.
+
+    Args:
+        mu: probability of the head, > 0; 0.5.
+
+    Shape:
+        out_s, out_t: (N, L, K) or (N, K) logits of the same tokens and classes, K >= 2.
+        target: (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of
+        -100 are left out, other numbers are not read; None: every position counts.
+        Returns a scalar. No gradient reaches out_t. Computed in float32, or in float64 as the student.
+        `terms` returns the means of w * KL(p, q) and of (1 - w) * KL(q, p); `head_ratio` w at every position.
+
+    Raises:
+        ValueError: mu is not positive; shapes that differ; K < 2.
+    """
+
+    def __init__(self, mu: float = 0.5) -> None:
+        super().__init__()
+        if not mu > 0:
+            raise ValueError(f'AKL: mu must be > 0, got {mu}')
+        self.mu = mu
+
+    def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor | None = None) -> Tensor:
+        head, tail = self.terms(out_s, out_t, target)
+        return head + tail
+
+    def terms(self, out_s: Tensor, out_t: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows, rows_t, counts = _tokens('AKL', out_s, out_t, target)
+        with torch.no_grad():
+            w = _by_position(self._ratio, rows, rows_t, counts)
+        terms = _mean(_by_position(self._divergences, rows, rows_t, counts, w), counts)
+        return terms[0], terms[1]
+
+    @torch.no_grad()
+    def head_ratio(self, out_s: Tensor, out_t: Tensor) -> Tensor:
+        rows, rows_t, _ = _tokens('AKL', out_s, out_t)
+        return _by_position(self._ratio, rows, rows_t, None).reshape(out_s.shape[:-1])
+
+    def _divergences(self, out_s: Tensor, out_t: Tensor, counts: Tensor | None, w: Tensor) -> Tensor:
+        log_q, log_p = _log_pair(out_s, out_t, counts)
+        forward, reverse = log_p.exp() * (log_p - log_q), log_q.exp() * (log_q - log_p)
+        return torch.stack([w * forward.sum(dim=1), (1 - w) * reverse.sum(dim=1)], dim=1)
+
+    def _ratio(self, out_s: Tensor, out_t: Tensor, counts: Tensor | None) -> Tensor:
+        q, p = (_filled(_full(x, out_s), counts).softmax(dim=1) for x in (out_s, out_t))
+        gap = (p - q).abs()
+        head, every = self._over_head(gap, p), gap.sum(dim=1)
+        same = every == 0
+        return torch.where(same, 0.5, head / torch.where(same, 1.0, every))
+
+    def _over_head(self, gap: Tensor, p: Tensor) -> Tensor:
+        """Sum of gap over the head of p. Sorting all classes is what costs."""
+        some = p.shape[1] > 2048 and p.device.type == 'cpu'  # elsewhere the look at the mass would wait
+        top, index = p.topk(512, dim=1) if some else p.sort(dim=1, descending=True, stable=True)
+        mass = top.cumsum(dim=1)
+        if some and not bool((mass[:, -1] > self.mu).all()):
+            top, index = p.sort(dim=1, descending=True, stable=True)
+            mass = top.cumsum(dim=1)
+        head = mass <= self.mu
+        head[:, 0] = True
+        return (gap.gather(1, index) * head).sum(dim=1)
+
+
+def _tokens(
+    who: str, out_s: Tensor, out_t: Tensor, target: Tensor | None = None, of: str = ''
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both logits as (positions, K), the teacher's detached, and which positions count; None: all."""
+    rows = out_s.flatten(0, 1) if out_s.dim() == 3 else out_s
+    _expect(who, f'out_s{of}', rows, 'N', 'K')
+    shape = tuple(out_s.shape)
+    if out_t.shape != out_s.shape:
+        raise ValueError(
+            f'{who}: out_t{of} must be {shape}, got {tuple(out_t.shape)}: the same tokens and classes; a '
+            'padded vocabulary is cut, out[..., :K], other tokenizers need ULD or DSKDCMA'
+        )
+    if target is not None and (target.shape != shape[:-1] or target.is_floating_point()):
+        raise ValueError(
+            f'{who}: target{of} must be {shape[:-1]} of integers, got {tuple(target.shape)} of '
+            f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
+        )
+    counts = None if target is None else target.reshape(-1) != -100
+    return rows, out_t.detach().reshape(rows.shape), counts
+
+
+def _filled(x: Tensor, counts: Tensor | None) -> Tensor:
+    """Positions that do not count become 0 before anything is computed: not even a NaN gets through."""
+    return x if counts is None else torch.where(counts[:, None], x, 0.0)
+
+
+def _log_pair(out_s: Tensor, out_t: Tensor, counts: Tensor | None, T: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log q and log p; both 0 at a class that either network forbids with -inf, which so counts nothing."""
+    s, t = (_filled(_full(x, out_s), counts) for x in (out_s, out_t))
+    log_q, log_p = (F.log_softmax(x if T == 1 else x / T, dim=1) for x in (s, t))
+    gone = (log_q == -torch.inf) | (log_p == -torch.inf)
+    return log_q.masked_fill(gone, 0.0), log_p.masked_fill(gone, 0.0)
+
+
+def _by_position(rows, *inputs: Tensor | None) -> Tensor:
+    """rows(*inputs), a value or more per position, with at most CHUNK logits in float32 at a time."""
+    n, k = inputs[0].shape
+    size = max(CHUNK // k, 1)
+    return rows(*inputs) if n <= size else _InChunks.apply(rows, size, *inputs)
+
+
+def _part(inputs: list, i: int, size: int) -> list:
+    return [x if x is None else x[i : i + size] for x in inputs]
+
+
+class _InChunks(torch.autograd.Function):
+    """rows(*inputs) over chunks of positions. Backward computes each chunk again, with its gradient: nothing
+    as large as the logits is kept but the gradient itself, in the precision of the logits."""
+
+    @staticmethod
+    def forward(ctx, rows, size, *inputs):
+        ctx.rows, ctx.size, learns = rows, size, ctx.needs_input_grad[2:]
+        ctx.save_for_backward(*(x for x, learn in zip(inputs, learns) if learn))
+        # a teacher's tensor may be of torch.inference_mode, which cannot be saved
+        ctx.rest = [None if learn else x for x, learn in zip(inputs, learns)]
+        return torch.cat([rows(*_part(inputs, i, size)) for i in range(0, len(inputs[0]), size)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        saved, learns = iter(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        inputs = [next(saved) if learn else x for x, learn in zip(ctx.rest, learns)]
+        grads = [torch.empty_like(x) if learn else None for x, learn in zip(inputs, learns)]
+        for i in range(0, len(inputs[0]), ctx.size):
+            part = _part(inputs, i, ctx.size)
+            with torch.enable_grad():
+                part = [x.detach().requires_grad_() if learn else x for x, learn in zip(part, learns)]
+                values = ctx.rows(*part)
+            leaves = [x for x, learn in zip(part, learns) if learn]
+            made = iter(
+                torch.autograd.grad(values, leaves, grad_out[i : i + ctx.size], materialize_grads=True)
+            )
+            for grad in grads:
+                if grad is not None:
+                    grad[i : i + ctx.size] = next(made)
+        return None, None, *grads
+
+
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
+    return x.clone() if not compiling and x.is_inference() else x

@@ -1,0 +1,238 @@
+"""DistiLLM: forward or reverse KL towards a mixture of both networks, which bounds its gradient.
+
+J. Ko, S. Kim, T. Chen, S.-Y. Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models",
+ICML 2024, arXiv:2402.03898.
+
+    p = softmax(out_t), q = softmax(out_s)
+    loss = mean over positions of KL(p, alpha * p + (1 - alpha) * q)                  skew KL
+    loss = mean over positions of KL(q, (1 - alpha) * p + alpha * q)                  reverse=True
+
+Tap: the logits of both networks on the same tokens. q in the mixture carries gradient. alpha = 0 is plain
+KL. The authors add a language-model loss on a plain corpus, start from a fine-tuned student, and let
+SampleSchedule decide when the student's own samples replace the data: more of them once the validation loss
+rises, fresh ones less and less, else from a buffer. Keep cross-entropy away from those samples (it would
+teach the student its own).
+
+Differences: the authors' skew KL leaves out the teacher's entropy; ours is the divergence, 0 for equal
+networks, with the same gradient. Their logarithm of mixed probabilities is NaN where both are 0; ours stays
+in logarithms. Their mask on sampled batches is one position late. Positions of target -100 reach neither
+value nor gradient, whatever stands in their logits; a class of -inf in either network counts nothing.
+Memory: a chunk of positions at a time is in float32, in backward again.
+
+Source: jongwooko/distillm, distillm/losses.py (skewed_forward_kl, skewed_reverse_kl), finetune.py.
+
+Use:
+    >>> import torch
+    >>> from distillm import DistiLLM
+    >>> out_s, out_t = torch.randn(2, 5, 9, requires_grad=True), torch.randn(2, 5, 9)
+    >>> target = torch.tensor([[-100, -100, 1, 1, 1], [-100, 1, 1, 1, -100]])
+    >>> DistiLLM()(out_s, out_t, target).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**21  # logits in float32 at a time
+
+
+class DistiLLM(nn.Module):
+    """Skew KL divergence of two networks' next tokens.
+
+    Args:
+        alpha: share of the skew, from 0 to below 1; 0.1.
+        reverse: skew reverse KL.
+
+    Shape:
+        out_s, out_t: (N, L, K) or (N, K) logits of the same tokens and classes, K >= 2.
+        target: (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of
+        -100 are left out, other numbers are not read; None: every position counts.
+        Returns a scalar. No gradient reaches out_t. Computed in float32, or in float64 as the student.
+
+    Raises:
+        ValueError: alpha out of its range; shapes that differ; K < 2.
+    """
+
+    def __init__(self, alpha: float = 0.1, reverse: bool = False) -> None:
+        super().__init__()
+        if not 0 <= alpha < 1:
+            raise ValueError(f'DistiLLM: alpha must be from 0 to below 1, got {alpha}')
+        self.alpha, self.reverse = alpha, reverse
+
+    def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor | None = None) -> Tensor:
+        rows, rows_t, counts = _tokens('DistiLLM', out_s, out_t, target)
+        return _mean(_by_position(self._divergence, rows, rows_t, counts), counts)
+
+    def _divergence(self, out_s: Tensor, out_t: Tensor, counts: Tensor | None) -> Tensor:
+        log_q, log_p = _log_pair(out_s, out_t, counts)
+        of, to = (log_q, log_p) if self.reverse else (log_p, log_q)
+        log_m = to
+        if self.alpha > 0:
+            log_m = torch.logaddexp(of + math.log(self.alpha), to + math.log1p(-self.alpha))
+        return (of.exp() * (of - log_m)).sum(dim=1)
+
+
+class SampleSchedule:
+    """When the student's own samples are trained on: two numbers, threshold and reference.
+
+    Args:
+        init: threshold at the start, 0.
+        eps: how much the validation loss must rise above the reference, 0.1.
+        step: what that adds to the threshold, 0.1.
+        capacity: samples in the buffer, the first in are the first out; 1000.
+    """
+
+    def __init__(self, init: float = 0.0, eps: float = 0.1, step: float = 0.1, capacity: int = 1000) -> None:
+        self.eps, self.step, self.capacity = eps, step, capacity
+        self.threshold, self.reference = float(init), None
+
+    def update(self, val_loss: float) -> float:
+        """After each validation, also one before the training; returns the threshold."""
+        if self.reference is None:
+            self.reference = float(val_loss)
+        elif val_loss >= self.reference + self.eps:  # an improvement leaves the reference where it is
+            self.threshold, self.reference = min(self.threshold + self.step, 1.0), float(val_loss)
+        return self.threshold
+
+    def source(self, u: float, progress: float, stored: int) -> str:
+        """Where a batch is from: 'student', a fresh sample that is stored as well; 'buffer'; 'data'.
+
+        u: drawn from [0, 1); progress: share of the training done; stored: samples in the buffer.
+        """
+        fresh = self.threshold * (1 - progress)
+        if u < fresh or (u < self.threshold and stored < self.capacity):
+            return 'student'
+        return 'buffer' if u < self.threshold else 'data'
+
+    def state_dict(self) -> dict:
+        return {'threshold': self.threshold, 'reference': self.reference}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.threshold, self.reference = state['threshold'], state['reference']
+
+
+def _tokens(
+    who: str, out_s: Tensor, out_t: Tensor, target: Tensor | None = None, of: str = ''
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both logits as (positions, K), the teacher's detached, and which positions count; None: all."""
+    rows = out_s.flatten(0, 1) if out_s.dim() == 3 else out_s
+    _expect(who, f'out_s{of}', rows, 'N', 'K')
+    shape = tuple(out_s.shape)
+    if out_t.shape != out_s.shape:
+        raise ValueError(
+            f'{who}: out_t{of} must be {shape}, got {tuple(out_t.shape)}: the same tokens and classes; a '
+            'padded vocabulary is cut, out[..., :K], other tokenizers need ULD or DSKDCMA'
+        )
+    if target is not None and (target.shape != shape[:-1] or target.is_floating_point()):
+        raise ValueError(
+            f'{who}: target{of} must be {shape[:-1]} of integers, got {tuple(target.shape)} of '
+            f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
+        )
+    counts = None if target is None else target.reshape(-1) != -100
+    return rows, out_t.detach().reshape(rows.shape), counts
+
+
+def _filled(x: Tensor, counts: Tensor | None) -> Tensor:
+    """Positions that do not count become 0 before anything is computed: not even a NaN gets through."""
+    return x if counts is None else torch.where(counts[:, None], x, 0.0)
+
+
+def _log_pair(out_s: Tensor, out_t: Tensor, counts: Tensor | None, T: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log q and log p; both 0 at a class that either network forbids with -inf, which so counts nothing."""
+    s, t = (_filled(_full(x, out_s), counts) for x in (out_s, out_t))
+    log_q, log_p = (F.log_softmax(x if T == 1 else x / T, dim=1) for x in (s, t))
+    gone = (log_q == -torch.inf) | (log_p == -torch.inf)
+    return log_q.masked_fill(gone, 0.0), log_p.masked_fill(gone, 0.0)
+
+
+def _by_position(rows, *inputs: Tensor | None) -> Tensor:
+    """rows(*inputs), a value or more per position, with at most CHUNK logits in float32 at a time."""
+    n, k = inputs[0].shape
+    size = max(CHUNK // k, 1)
+    return rows(*inputs) if n <= size else _InChunks.apply(rows, size, *inputs)
+
+
+def _part(inputs: list, i: int, size: int) -> list:
+    return [x if x is None else x[i : i + size] for x in inputs]
+
+
+class _InChunks(torch.autograd.Function):
+    """rows(*inputs) over chunks of positions. Backward computes each chunk again, with its gradient: nothing
+    as large as the logits is kept but the gradient itself, in the precision of the logits."""
+
+    @staticmethod
+    def forward(ctx, rows, size, *inputs):
+        ctx.rows, ctx.size, learns = rows, size, ctx.needs_input_grad[2:]
+        ctx.save_for_backward(*(x for x, learn in zip(inputs, learns) if learn))
+        # a teacher's tensor may be of torch.inference_mode, which cannot be saved
+        ctx.rest = [None if learn else x for x, learn in zip(inputs, learns)]
+        return torch.cat([rows(*_part(inputs, i, size)) for i in range(0, len(inputs[0]), size)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        saved, learns = iter(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        inputs = [next(saved) if learn else x for x, learn in zip(ctx.rest, learns)]
+        grads = [torch.empty_like(x) if learn else None for x, learn in zip(inputs, learns)]
+        for i in range(0, len(inputs[0]), ctx.size):
+            part = _part(inputs, i, ctx.size)
+            with torch.enable_grad():
+                part = [x.detach().requires_grad_() if learn else x for x, learn in zip(part, learns)]
+                values = ctx.rows(*part)
+            leaves = [x for x, learn in zip(part, learns) if learn]
+            made = iter(
+                torch.autograd.grad(values, leaves, grad_out[i : i + ctx.size], materialize_grads=True)
+            )
+            for grad in grads:
+                if grad is not None:
+                    grad[i : i + ctx.size] = next(made)
+        return None, None, *grads
+
+
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
+    return x.clone() if not compiling and x.is_inference() else x

@@ -1,0 +1,259 @@
+"""f-distill: total variation and Jensen-Shannon divergence over texts of the teacher and of the student.
+
+Y. Wen, Z. Li, W. Du, L. Mou, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL
+2023, arXiv:2307.15190.
+
+    p = softmax(out_t / T), q = softmax(out_s / T), m = beta * q + (1 - beta) * p
+    V, V' = positions of texts sampled from the teacher, and of texts sampled from the student
+    tvd: loss = T^2 * (1/2 mean over V + 1/2 mean over V') of 1/2 sum over k of |q - p|
+    js:  loss = T^2 * ((1 - beta) * mean over V of sum of p (log p - log(m + 1e-10))
+                       + beta * mean over V' of sum of q (log q - log(m + 1e-10)))
+    kl:  T^2 * mean over V of KL(p, q);   rkl:  T^2 * mean over V' of KL(q, p)
+
+Tap: the logits of both networks on both kinds of texts. The teacher's are drawn once, the student's at
+every step. With one kind only, tvd and js are their first term without its weight. Start from a trained
+student: total variation has no gradient where the networks disagree entirely.
+
+Differences: the authors' summa folder, with T^2 (their other folders leave it out). q log q is taken from
+logarithms; the code's is NaN where a probability is 0. Their chat folder's mask is one position late.
+Positions of target -100 reach neither value nor gradient, whatever stands in their logits; a class of -inf
+in either network counts nothing. Memory: a chunk of positions at a time is in float32, in backward again.
+
+Source: MANGA-UOFA/fdistill, summa/kd.py (SummarizationDistiller).
+
+Use:
+    >>> import torch
+    >>> from fdistill import FDistill
+    >>> out_s, out_t = torch.randn(2, 5, 9, requires_grad=True), torch.randn(2, 5, 9)
+    >>> target = torch.tensor([[-100, -100, 1, 1, 1], [-100, 1, 1, 1, -100]])
+    >>> FDistill('js')(out_s, out_t, target).backward()
+    >>> out_s.grad.norm() > 0
+    tensor(True)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**21  # logits in float32 at a time
+
+
+class FDistill(nn.Module):
+    """A divergence of two networks' next tokens over texts of both.
+
+    Args:
+        kind: 'tvd', total variation; 'js', Jensen-Shannon; 'kl', on the first texts; 'rkl', on the second.
+        beta: the student's share of the mixture of 'js', between 0 and 1; 0.5 (authors' scripts: 0.85).
+        T: temperature, > 0; 1.
+
+    Shape:
+        out_s, out_t: (N, L, K) or (N, K) logits on texts of the teacher or of the data, K >= 2; target:
+        (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of -100
+        are left out, other numbers are not read; None: every position counts. out_s_gen, out_t_gen,
+        target_gen: the same on texts that the student wrote, of another length maybe.
+        Returns a scalar. No gradient reaches out_t, out_t_gen. `terms` returns the means over the first
+        and the second texts, times T^2, without beta and 1/2, 0 for texts that are missing or not used.
+        Computed in float32, or in float64 as the student.
+
+    Raises:
+        ValueError: an argument out of its range; shapes that differ; K < 2; 'rkl' without the second texts.
+    """
+
+    def __init__(self, kind: str = 'tvd', beta: float = 0.5, T: float = 1.0) -> None:
+        super().__init__()
+        if kind not in ('tvd', 'js', 'kl', 'rkl'):
+            raise ValueError(f"FDistill: kind must be 'tvd', 'js', 'kl' or 'rkl', got {kind!r}")
+        if not 0 < beta < 1:
+            raise ValueError(f'FDistill: beta must be between 0 and 1, got {beta}')
+        if not T > 0:
+            raise ValueError(f'FDistill: T must be > 0, got {T}')
+        self.kind, self.beta, self.T = kind, beta, T
+
+    def forward(
+        self,
+        out_s: Tensor,
+        out_t: Tensor,
+        target: Tensor | None = None,
+        out_s_gen: Tensor | None = None,
+        out_t_gen: Tensor | None = None,
+        target_gen: Tensor | None = None,
+    ) -> Tensor:
+        first, second = self.terms(out_s, out_t, target, out_s_gen, out_t_gen, target_gen)
+        if self.kind in ('kl', 'rkl') or out_s_gen is None:
+            return first + second
+        w = 0.5 if self.kind == 'tvd' else self.beta
+        return w * second + (1 - w) * first
+
+    def terms(
+        self, out_s, out_t, target=None, out_s_gen=None, out_t_gen=None, target_gen=None
+    ) -> tuple[Tensor, Tensor]:
+        if (out_s_gen is None) != (out_t_gen is None):
+            raise ValueError(
+                'FDistill: out_s_gen and out_t_gen must both be given, got one: or leave both out'
+            )
+        if self.kind == 'rkl' and out_s_gen is None:
+            raise ValueError(
+                'FDistill: out_s_gen must be given for kind rkl, got None: the data may serve as such texts'
+            )
+        batches = [('', out_s, out_t, target, self.kind != 'rkl')]
+        if out_s_gen is not None:
+            batches.append(('_gen', out_s_gen, out_t_gen, target_gen, self.kind != 'kl'))
+        terms = []
+        for of, s, t, y, used in batches:
+            rows, rows_t, counts = _tokens('FDistill', s, t, y, of)
+            if used:
+                f = self._of_gen if of else self._of_first
+                terms.append(_mean(_by_position(f, rows, rows_t, counts), counts) * self.T**2)
+            else:
+                terms.append(torch.zeros((), dtype=_full(rows[:0]).dtype, device=s.device))
+        return terms[0], terms[1] if len(terms) > 1 else torch.zeros_like(terms[0])
+
+    def _of_first(self, out_s: Tensor, out_t: Tensor, counts: Tensor | None, gen: bool = False) -> Tensor:
+        if self.kind == 'tvd':
+            q, p = (_filled(_full(x, out_s), counts).div(self.T).softmax(dim=1) for x in (out_s, out_t))
+            return 0.5 * (q - p).abs().sum(dim=1)
+        log_q, log_p = _log_pair(out_s, out_t, counts, self.T)
+        of, to = (log_q, log_p) if gen else (log_p, log_q)
+        if self.kind == 'js':
+            to = (self.beta * log_q.exp() + (1 - self.beta) * log_p.exp() + 1e-10).log()
+        return (of.exp() * (of - to)).sum(dim=1)
+
+    def _of_gen(self, out_s: Tensor, out_t: Tensor, counts: Tensor | None) -> Tensor:
+        return self._of_first(out_s, out_t, counts, gen=True)
+
+
+def _tokens(
+    who: str, out_s: Tensor, out_t: Tensor, target: Tensor | None = None, of: str = ''
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both logits as (positions, K), the teacher's detached, and which positions count; None: all."""
+    rows = out_s.flatten(0, 1) if out_s.dim() == 3 else out_s
+    _expect(who, f'out_s{of}', rows, 'N', 'K')
+    shape = tuple(out_s.shape)
+    if out_t.shape != out_s.shape:
+        raise ValueError(
+            f'{who}: out_t{of} must be {shape}, got {tuple(out_t.shape)}: the same tokens and classes; a '
+            'padded vocabulary is cut, out[..., :K], other tokenizers need ULD or DSKDCMA'
+        )
+    if target is not None and (target.shape != shape[:-1] or target.is_floating_point()):
+        raise ValueError(
+            f'{who}: target{of} must be {shape[:-1]} of integers, got {tuple(target.shape)} of '
+            f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
+        )
+    counts = None if target is None else target.reshape(-1) != -100
+    return rows, out_t.detach().reshape(rows.shape), counts
+
+
+def _filled(x: Tensor, counts: Tensor | None) -> Tensor:
+    """Positions that do not count become 0 before anything is computed: not even a NaN gets through."""
+    return x if counts is None else torch.where(counts[:, None], x, 0.0)
+
+
+def _log_pair(out_s: Tensor, out_t: Tensor, counts: Tensor | None, T: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log q and log p; both 0 at a class that either network forbids with -inf, which so counts nothing."""
+    s, t = (_filled(_full(x, out_s), counts) for x in (out_s, out_t))
+    log_q, log_p = (F.log_softmax(x if T == 1 else x / T, dim=1) for x in (s, t))
+    gone = (log_q == -torch.inf) | (log_p == -torch.inf)
+    return log_q.masked_fill(gone, 0.0), log_p.masked_fill(gone, 0.0)
+
+
+def _by_position(rows, *inputs: Tensor | None) -> Tensor:
+    """rows(*inputs), a value or more per position, with at most CHUNK logits in float32 at a time."""
+    n, k = inputs[0].shape
+    size = max(CHUNK // k, 1)
+    return rows(*inputs) if n <= size else _InChunks.apply(rows, size, *inputs)
+
+
+def _part(inputs: list, i: int, size: int) -> list:
+    return [x if x is None else x[i : i + size] for x in inputs]
+
+
+class _InChunks(torch.autograd.Function):
+    """rows(*inputs) over chunks of positions. Backward computes each chunk again, with its gradient: nothing
+    as large as the logits is kept but the gradient itself, in the precision of the logits."""
+
+    @staticmethod
+    def forward(ctx, rows, size, *inputs):
+        ctx.rows, ctx.size, learns = rows, size, ctx.needs_input_grad[2:]
+        ctx.save_for_backward(*(x for x, learn in zip(inputs, learns) if learn))
+        # a teacher's tensor may be of torch.inference_mode, which cannot be saved
+        ctx.rest = [None if learn else x for x, learn in zip(inputs, learns)]
+        return torch.cat([rows(*_part(inputs, i, size)) for i in range(0, len(inputs[0]), size)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        saved, learns = iter(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        inputs = [next(saved) if learn else x for x, learn in zip(ctx.rest, learns)]
+        grads = [torch.empty_like(x) if learn else None for x, learn in zip(inputs, learns)]
+        for i in range(0, len(inputs[0]), ctx.size):
+            part = _part(inputs, i, ctx.size)
+            with torch.enable_grad():
+                part = [x.detach().requires_grad_() if learn else x for x, learn in zip(part, learns)]
+                values = ctx.rows(*part)
+            leaves = [x for x, learn in zip(part, learns) if learn]
+            made = iter(
+                torch.autograd.grad(values, leaves, grad_out[i : i + ctx.size], materialize_grads=True)
+            )
+            for grad in grads:
+                if grad is not None:
+                    grad[i : i + ctx.size] = next(made)
+        return None, None, *grads
+
+
+def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
+    """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
+    got = tuple(x.shape)
+    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    if len(got) == len(wanted) and all(right) and 0 not in got:
+        return
+    if 0 in got:
+        remedy = 'leave an empty batch out'
+    elif len(got) > len(wanted) and len(wanted) < 3:
+        remedy = (
+            'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
+        )
+        remedy += 'for (N, L, V), target.flatten()'
+    elif len(wanted) == 4 and len(got) in (3, 5):
+        remedy = 'x[..., None] makes a map of (N, C, L), x.flatten(3) one of (N, C, D, H, W)'
+    elif len(got) != len(wanted):
+        remedy = 'unsqueeze or flatten axes'
+    elif not right[0]:
+        remedy = 'all arguments need the samples of one batch (drop_last=True if the last one is smaller)'
+    elif got[1] == 1 and 'K' in wanted:
+        remedy = 'a sigmoid network has two classes, torch.cat([torch.zeros_like(z), z], 1)'
+    elif not right[1]:
+        remedy = 'give channels, widths or classes as the loss was built for, or as the other side has them'
+    else:
+        remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
+    shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
+    raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
+
+
+def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the rows (N, ...) that count; 0 if none does."""
+    if valid is None:
+        return rows.mean(dim=0)
+    counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """In float32, or float64 if the student (like) is. Inference tensors are copied, to serve backward."""
+    x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+    compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
+    return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """Texts of the teacher, drawn once; the present student continues their beginnings."""
+    w = batch.written()
+    g = batch.sampled(w.x)
+    return kd(batch.student(w.x).out, w.t.out, w.target, batch.student(g.x).out, g.t.out, g.target)
+
+
+def build(loss, probe, **options):
+    return loss(**{'kind': 'js', **options})

@@ -1,0 +1,111 @@
+"""Table and figure of data-free runs: `python -m report dfkd save/NOTE ... --out FOLDER`.
+
+    table.md      per method: how often student and teacher agree, top-1 of the last and best epoch, updates
+    images.png    the last images of every method, a strip each, and real test images below
+
+With --out a folder that has result files only, the table is written from those.
+"""
+
+import statistics
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, read_image
+from torchvision.utils import save_image
+
+import dataset
+from engine.errors import UserError, user_errors
+from engine.flags import Parser
+from engine.record import output_folder
+from methods.dfkd import DFKD
+from report.table import read_results
+
+
+def mine(results: list[dict]) -> list[dict]:
+    return [r for r in results if r.get('script') == 'train_dfkd']
+
+
+def table(results: list[dict]) -> str:
+    """A table for each data set, teacher and student; a row is a method with its seeds."""
+    groups, lines = {}, []
+    for r in mine(results):
+        groups.setdefault((r['data'], r['teacher'], r['student']), {}).setdefault(r['method'], []).append(r)
+    for (data, teacher, student), methods in groups.items():
+        top1 = [r['teacher_top1'] for runs in methods.values() for r in runs]
+        lines += [
+            f'**{data}: {teacher} (top-1 {spread(top1)}) to {student}, no training image**\n',
+            '| | agreement with the teacher | top-1, last epoch | best* | updates of the student | of images '
+            '| share of the time | seeds |',
+            '|---|---|---|---|---|---|---|---|',
+        ]
+        for name in [name for name in DFKD if name in methods]:
+            runs, recipe = methods[name], methods[name][0]['recipe']
+            rounds = recipe['ep_steps'] // recipe['kd_steps']
+            making = recipe['warmup' if DFKD[name].images.kind == 'fixed' else 'epochs'] * rounds
+            updates = (recipe['epochs'] - recipe['warmup']) * recipe['ep_steps']
+            cells = [
+                f'`{name}`',
+                spread([r['last']['agreement'] for r in runs]),
+                spread([r['last']['top1'] for r in runs]),
+                spread([r['best']['top1'] for r in runs]),
+                f'{updates:,}',
+                f'{making * recipe["g_steps"]:,}',
+                f'{360_000 * sum(r["hours_synth"] for r in runs) / sum(r["seconds"] for r in runs):.0f} %',
+                ', '.join(str(r['seed']) for r in sorted(runs, key=lambda r: r['seed'])),
+            ]
+            lines.append(f'| {" | ".join(cells)} |')
+        lines += [
+            '',
+            '\\* the best epoch, chosen on the test set, as published figures are. The share of time is what',
+            'making images takes.\n',
+        ]
+    return '\n'.join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the extremes of several."""
+    mean = f'{statistics.mean(values):.1f}'
+    return f'{mean} ({min(values):.1f} to {max(values):.1f})' if len(values) > 1 else mean
+
+
+def figure(folders: list[Path], data: str, root: str, path: Path) -> list[str]:
+    """A strip of 16 images per method, real ones last; returns what the strips are."""
+    strips, names = [], []
+    for folder in folders:
+        for results in sorted(folder.glob('*/results.json')):
+            grids = sorted(results.parent.glob('images/epoch*.png'))
+            if grids:
+                strips.append(cut(read_image(str(grids[-1]), ImageReadMode.RGB))[:16])
+                names.append(results.parent.name)
+    with user_errors():
+        test = dataset.load_test(data, root)
+    strips.append(test.images[:16].permute(0, 3, 1, 2))
+    images = torch.cat(strips).float() / 255
+    save_image(torch.nn.functional.interpolate(images, scale_factor=2), path, nrow=16)
+    return [*names, 'real']
+
+
+def cut(grid: Tensor, count: int = 8, border: int = 2) -> Tensor:
+    """The images of a grid of 8 x 8, as save_image draws it."""
+    size = (grid.shape[2] - border) // count - border
+    first = [border + k * (size + border) for k in range(count)]
+    return torch.stack([grid[:, y : y + size, x : x + size] for y in first for x in first])
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument('folders', nargs='+', help='of runs, or of result files')
+    parser.add_argument('--out', required=True, help='folder for table.md and images.png')
+    parser.add_argument('--img_root', default='./data', help='where the data lies, default ./data')
+    args = parser.parse_args()
+    results = mine(read_results(args.folders))
+    if not results:
+        raise UserError(f'no results of train_dfkd.py below {", ".join(args.folders)}')
+    out = output_folder(Path(args.out))
+    (out / 'table.md').write_text(table(results))
+    folders = [Path(folder) for folder in args.folders]
+    if any(list(folder.glob('*/images/*.png')) for folder in folders):
+        print('images.png:', *figure(folders, results[0]['data'], args.img_root, out / 'images.png'))
+    print(table(results))
+    return 0

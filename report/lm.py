@@ -1,0 +1,59 @@
+"""The table of docs/language-models.md, from the results of train_lm.py."""
+
+import statistics
+from pathlib import Path
+
+from report.speed import table
+from report.table import read_results
+
+FIGURES = {
+    'loss': 'loss',
+    'perplexity': 'perplexity',
+    'agreement': 'agreement',
+    'kl_ts': 'KL(teacher, student)',
+    'kl_st': 'KL(student, teacher)',
+    'gen_nll': 'gen_nll',
+}
+
+
+def text_of(folder: Path) -> str:
+    """Means over the seeds with their range; less is better in every column but agreement."""
+    results = [r for r in read_results([str(folder)]) if r['script'] == 'train_lm']
+    rows = {}
+    for result in results:
+        rows.setdefault(result['method'], []).append(result['last'])
+    teacher = results[0]['teacher']
+    seeds = sorted({r['seed'] for r in results})
+    ordered = sorted(rows.items(), key=lambda row: statistics.mean(last['loss'] for last in row[1]))
+    steps = {r['steps'] for r in results}
+    numbers, steps = (', '.join(map(str, sorted(x))) for x in (seeds, steps))
+    said = f'Seeds {numbers}; {steps} steps; mean (smallest to largest).\n\n'
+    alone = {r['seed']: r['last'] for r in results if r['method'] == 'ce'}
+    better = [
+        f'`{name}`'
+        for name in rows
+        if name != 'ce'
+        and all(ahead(r, alone) for r in results if r['method'] == name and r['seed'] in alone)
+    ]
+    if better:
+        said += (
+            f'Better than the student alone (`ce`) in every figure with every seed: {", ".join(better)}.\n\n'
+        )
+    return said + table(
+        ('', *FIGURES.values()),
+        ('teacher', *(f'{teacher[key]:.3f}' for key in FIGURES)),
+        *(
+            (f'`{name}`', *(cell([last[key] for last in lasts]) for key in FIGURES))
+            for name, lasts in ordered
+        ),
+    )
+
+
+def ahead(result: dict, alone: dict) -> bool:
+    other, own = alone[result['seed']], result['last']
+    return all(own[key] > other[key] if key == 'agreement' else own[key] < other[key] for key in FIGURES)
+
+
+def cell(values: list[float]) -> str:
+    mean = f'{statistics.mean(values):.3f}'
+    return mean if len(values) == 1 else f'{mean} ({min(values):.3f} to {max(values):.3f})'

@@ -1,0 +1,14 @@
+"""How abkd.npz feeds kd_losses/abkd.py."""
+
+from kd_losses.abkd import ABKD
+from tests.methods.shared import case
+
+
+def golden(z):
+    a, b, T = z.hp('alpha', 'beta', 'T').values()
+    variants = {
+        '': (a, b), '_fkl': (1, 0), '_rkl': (0, 1), '_zero': (0, 0), '_alpha0': (0, b), '_beta0': (a, 0),
+        '_sum0': (a, -a),
+    }  # fmt: skip
+    for suffix, powers in variants.items():
+        yield case(z, ABKD(*powers, T), 'out_s', 'out_t', 'target', suffix=suffix)

@@ -1,0 +1,217 @@
+"""Distil a small language model from a larger one, with any loss for next tokens of kd_losses.
+
+    python train_lm.py --kd_mode ce gkd distillm           three students at once, on Python's own reference
+    python train_lm.py --kd_mode fkl --data_name markov    a chain whose exact probabilities are the teacher
+    python train_lm.py --kd_mode gkd --lmbda 0.5           half of the steps on what the student writes itself
+    python train_lm.py --kd_mode taid --data_name my.txt --steps 2000
+
+Without --t_model a teacher is trained first and kept in SAVE_ROOT; markov needs none. All students start from
+the same weights, after --init_steps of cross-entropy, and see the same texts and the same teacher forward. A
+student's result is bit for bit (on the CPU) the one it gets when trained alone.
+
+Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each student a folder with last.pt, best.pt, student.pt
+(plain weights after the last step), metrics.csv, results.json.
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import engine.threads  # noqa: F401  before torch
+
+from torch import nn
+
+from dataset import text as texts
+from engine import errors, listing, session
+from engine import lm as parts
+from engine.device import setup
+from engine.errors import UserError, user_errors
+from engine.flags import (
+    Parser,
+    add_machine_flags,
+    positive_float,
+    positive_int,
+    seed_number,
+    share_of_ce,
+    weights_and_options,
+    whole_number,
+)
+from engine.lm_build import make_run, make_world, share, short
+from engine.processes import processes
+from engine.record import output_folder, provenance, write_json
+from engine.session import Log, StopAfterEpoch
+from methods import LM
+
+
+def lmbda(text: str) -> float | str:
+    try:
+        if text == 'adaptive' or 0 <= float(text) <= 1:
+            return text if text == 'adaptive' else float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f'expected a share from 0 to 1, or adaptive, got {text!r}')
+
+
+def parse_args(words=None):
+    parser = Parser(__doc__)
+    # fmt: off
+    flag = parser.add_argument_group('distillation').add_argument
+    flag('--kd_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(LM),
+         help='one student per word; list: print all methods, what they need, their weights and arguments')
+    flag('--lambda_kd', nargs='+', default=[], metavar='W',
+         help="weight of the loss: a number, or METHOD=number with several methods; default: the method's, "
+              'see --kd_mode list')
+    flag('--lambda_ce', type=share_of_ce, metavar='W',
+         help='weight of cross-entropy; default: 0, or what the method says')
+    flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
+         help='arguments of the loss, e.g. beta=0.1, or METHOD.KEY=VALUE with several methods')
+    flag('--lmbda', type=lmbda, default=0.0, metavar='SHARE',
+         help='share of the steps whose text the student writes itself, after prompts of the data, the '
+              "teacher correcting it; adaptive: as DistiLLM's schedule says; default 0")
+    flag('--t_model', metavar='FILE',
+         help='weights of the teacher, a decoder of models/lm.py; default: see above')
+    flag = parser.add_argument_group('text').add_argument
+    flag('--data_name', default='pydoc', metavar='NAME',
+         help="pydoc (the language reference that Python carries), markov or markov:K (a chain over 8 or K "
+              'symbols), or a file of UTF-8 text; the last tenth is held out; default pydoc')
+    flag = parser.add_argument_group('recipe').add_argument
+    flag('--steps', type=positive_int, default=600, help='steps of each student, default 600')
+    flag('--init_steps', type=whole_number, default=500,
+         help='steps of cross-entropy before, once for all students; default 500')
+    flag('--t_steps', type=positive_int, default=2400, help="the teacher's steps, default 2400")
+    flag('--lr', type=positive_float, default=2e-3,
+         help='highest learning rate of the students, default 0.002; 0.003 before, and for the teacher')
+    flag('--eval_every', type=positive_int, default=200, metavar='N',
+         help='look at the held-out text and write last.pt every N steps: a kill loses up to N; default 200')
+    flag('--seed', type=seed_number, default=2, help='of weights, texts and samples, default 2')
+    # fmt: on
+    add_machine_flags(parser)
+    # fmt: off
+    flag = parser.add_argument_group('output').add_argument
+    flag('--save_root', default='./save', help='where output folders go, default ./save')
+    flag('--note', help='name of the output folder, default made from the flags')
+    flag('--resume', metavar='auto|never|PATH',
+         help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
+              'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
+    flag('--dry_run', action='store_true', help='say what would be trained, and end')
+    # fmt: on
+    return parser.parse_args(words)
+
+
+def read_methods(args) -> dict[str, tuple]:
+    """{name: (row, weight, options)}"""
+    for name in args.kd_mode:
+        if name not in LM:
+            raise UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(LM)}')
+        if args.lmbda and LM[name].needs.views:
+            raise UserError(f'--lmbda: {name} trains on {LM[name].needs.views[0]} by itself')
+    if len(set(args.kd_mode)) < len(args.kd_mode):
+        raise UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
+    if processes() > 1:
+        raise UserError(
+            'train_lm.py runs in one process: students draw texts of their own, which would differ'
+        )
+    if args.amp == 'fp16':
+        raise UserError('--amp fp16: gradients are not scaled here; use bf16')
+    weights, options = weights_and_options(args, args.kd_mode, LM)
+    return {name: (LM[name], weights[name], options[name]) for name in args.kd_mode}
+
+
+def main():
+    args = parse_args()
+    wanted = read_methods(args)
+    device = setup(args)
+    with user_errors():
+        text = texts.load(args.data_name)
+    views = {view for method, *_ in wanted.values() for view in method.needs.views}
+    if 'hidden states' in views and text.oracle and not args.t_model:
+        raise UserError(f'--data_name {args.data_name}: its teacher has no hidden states; give --t_model')
+    facts = f'{text.name}: {len(text.ids)} symbols, {len(text.symbols)} different ones, hash {text.digest}'
+    if args.dry_run:
+        print(f'{facts}; {args.init_steps} + {args.steps} steps, seed {args.seed}')
+        for name, (method, weight, options) in wanted.items():
+            print(f'{name:12s} weight {weight:g}, cross-entropy {share(args, method):g}  {options or ""}')
+        return
+    root = Path(args.save_root)
+    name = f'lm-{Path(text.name).name.replace(":", "")}-s{args.seed}'
+    folder = output_folder(root / (args.note or name))
+    log, origin = Log(folder), provenance(device)
+    log(facts)
+
+    world = make_world(args, text, device, views, root, log)
+    runs = [make_run(args, world, folder, origin, name, *row) for name, row in wanted.items()]
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
+    args.save_every, segments = 1, -(-args.steps // args.eval_every)
+    start = min(run.record.epoch for run in runs)
+    before = min(start * args.eval_every, args.steps)
+    log(f'{len(runs)} students, {before} of {args.steps} steps done, output in {folder}')
+    bar = session.progress_bar(args.steps, before, log)
+    live = session.Session(args, log, bar, None, StopAfterEpoch(), segments)
+    for segment in range(start, segments):
+        started = time.time()
+        begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead
+        for run in active:
+            run.net.train()
+            run.kd.train()
+            run.meter.reset(segment)
+        last = min((segment + 1) * args.eval_every, args.steps)
+        for step in range(segment * args.eval_every, last):
+            seen = parts.Look(world, step)
+            for run in active:
+                train_student(run, seen)
+            bar.update()
+            active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
+        rows = {run.name: {'epoch': segment + 1, 'step': last, **run.meter.read(run.net)} for run in begun}
+        session.drop_failed(live, begun, runs)
+        done = []
+        for run in begun:
+            run.net.eval()
+            figures, run.shown = parts.measure(run.net, world)
+            run.schedule.update(figures['val_loss'])
+            run.remember()
+            row = rows[run.name] | figures | {'seconds': time.time() - started}
+            done.append((run.record, row, partial(line, run, args.steps), f'{run.name}/'))
+        if code := session.end_epoch(live, segment, segment + 1 == segments, done):
+            return code
+        if not runs:
+            break
+
+    done = []
+    for run in runs:
+        if not hasattr(run, 'shown'):  # finished before
+            run.shown = parts.measure(run.net.eval(), world)[1]
+        facts = {'script': 'train_lm', 'method': run.name, 'student': 'decoder', 'data': text.name,
+                 'corpus': text.digest, 'entropy': text.entropy, 'seed': args.seed, 'steps': args.steps,
+                 'teacher': world.facts, 'trained_with': list(wanted), 'sample': run.shown}  # fmt: skip
+        done.append((run.record, 'student.pt', facts, run.name, f'{run.name} writes: {run.shown!r}'))
+    session.finish(live, done)
+
+
+def train_student(run: parts.Run, seen: parts.Look) -> None:
+    """One step of one student: its text, forward, backward, update."""
+    data, own = run.data(seen)
+    s = run.look(data.x)
+    ce = parts.cross_entropy(s.out, data.target)
+    loss, terms = 0.0, {'ce': ce}
+    if run.ce and not own:  # its own text is no label
+        loss = run.ce * ce
+    if run.weight:
+        terms['kd'] = run.method.feed(run.kd, s, data.t, parts.Batch(run, seen, data))
+        loss = loss + run.weight * terms['kd']
+    if not run.meter.guard(loss, run.opt, data.t.out if run.weight else None):
+        return
+    run.opt.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in run.opt.param_groups for p in group['params']], 1.0)
+    parts.set_rates(run.opt, parts.share_of_rate(seen.step, run.world.steps))
+    run.opt.step()
+    run.meter.add(None, data.target, **terms)
+
+
+def line(run: parts.Run, steps: int, row: dict) -> str:
+    return f'step {row["step"]}/{steps}  {run.name:12s} {short(row)}  {row["seconds"]:.0f} s'
+
+
+if __name__ == '__main__':
+    errors.run(main)
