@@ -39,6 +39,7 @@ KINDS = {
     'any_rank': 'maps with an axis more or less are refused',
     'any_size': 'a tensor of another size is refused; {argument: reason}',
     'coarse': 'autocast does not change the value (networks, or parts of them, round inside it)',
+    'empty_is_legal': 'no rows at all are refused (of boxes and anchors there may be none: the loss is 0)',
     'equal_channels': 'student and teacher may have different channels',
     'gradient_not_of_value': 'gradcheck (something is a constant by definition)',
     'labels_in_feed': 'labels reach the loss through forward',
