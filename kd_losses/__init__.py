@@ -8,6 +8,7 @@ from .abkd import ABKD
 from .adain import AdaINKD
 from .aekd import AEKD
 from .afd import AFD
+from .afdcd import AfDCD
 from .akl import AKL
 from .at import AT
 from .bss import BSS, BSSAttacker
@@ -17,11 +18,14 @@ from .camkd import CAMKD, FeatureAdapters
 from .catkd import CATKD
 from .cc import CC
 from .cd import CD, GuidedKD
+from .cirkd import CIRKD
 from .clipkd import CLIPKD
 from .crd import CRD
 from .crld import CRLD
+from .crosskd import CrossKD
 from .cskd import CSKD
 from .ctkd import CTKD
+from .cwd import CWD
 from .dcd import DCD
 from .dcm import DCM, DCMStudent
 from .ddgsd import DDGSD
@@ -38,28 +42,35 @@ from .dkl import DKL, ClassPrior
 from .dlb import DLB
 from .dml import DML
 from .dot import DOT
+from .dsd import DSD
 from .dskd import DSKD, DSKDCMA
 from .eakd import EAKD
 from .ebkd import EBKD
 from .eel import EEL
 from .fcfd import FCFD
 from .fdistill import FDistill
+from .fgd import FGD
+from .fgfi import FGFI
 from .fitnet import FitNet
 from .fkd_labels import SoftCE, SoftKL
+from .freekd import FreeKD
 from .fsp import FSP
 from .ft import FT, FactorTransfer, Paraphraser, Translator
 from .gkd import GKD
 from .graftkd import GraftKD
 from .ickd import ICKD
+from .ifvd import IFVD
 from .ikd import IKD
 from .irg import IRG
 from .kdcl import KDCL
 from .kdsvd import KDSVD
+from .ld import LD
 from .libs import LIBS
 from .logits import Logits
 from .lskd import LSKD
 from .lsp import LSP
 from .lwm import LwM
+from .maskd import MasKD
 from .mgd import MGD
 from .mhgd import MHGD
 from .minillm import MiniLLM, ReverseKL
@@ -74,6 +85,7 @@ from .okddip import OKDDip
 from .onadvfd import Adversaries, Discriminator, OnAdvFD, TransferLayer
 from .one import ONE, Branches
 from .pad import PAD
+from .pkd import PKD
 from .pkt import PKT
 from .pld import PLD
 from .pskd import PSKD
@@ -129,11 +141,13 @@ __all__ = [
     'CATKD',
     'CC',
     'CD',
+    'CIRKD',
     'CLIPKD',
     'CRD',
     'CRLD',
     'CSKD',
     'CTKD',
+    'CWD',
     'DCD',
     'DCM',
     'DDGSD',
@@ -145,6 +159,7 @@ __all__ = [
     'DML',
     'DOT',
     'DSA',
+    'DSD',
     'DSKD',
     'DSKDCMA',
     'EAKD',
@@ -152,15 +167,19 @@ __all__ = [
     'EEL',
     'ESA',
     'FCFD',
+    'FGD',
+    'FGFI',
     'FSP',
     'FT',
     'GKD',
     'HCL',
     'ICKD',
+    'IFVD',
     'IKD',
     'IRG',
     'KDCL',
     'KDSVD',
+    'LD',
     'LIBS',
     'LSKD',
     'LSP',
@@ -175,6 +194,7 @@ __all__ = [
     'ONE',
     'PAD',
     'PHIS',
+    'PKD',
     'PKT',
     'PLD',
     'PSKD',
@@ -203,10 +223,12 @@ __all__ = [
     'WSLD',
     'AdaINKD',
     'Adversaries',
+    'AfDCD',
     'BSSAttacker',
     'BYOTStudent',
     'Branches',
     'ClassPrior',
+    'CrossKD',
     'DCMStudent',
     'DISTPlus',
     'DeiT',
@@ -220,12 +242,14 @@ __all__ = [
     'FeatureAdapters',
     'FeatureTransform',
     'FitNet',
+    'FreeKD',
     'GraftKD',
     'GraphKD',
     'GuidedKD',
     'Holistic',
     'Logits',
     'LwM',
+    'MasKD',
     'MiniLLM',
     'MultiTeacherKD',
     'NORMStudent',
