@@ -77,7 +77,8 @@ def load_checkpoint(path: Path, math_args: dict) -> dict:
     if not isinstance(content.get('args'), dict) or 'epoch' not in content:
         raise UserError(f'{path}: is not a checkpoint of this script')
     old = content['args']
-    differ = [f'{k} was {old.get(k)!r}, is {v!r}' for k, v in math_args.items() if old.get(k) != v]
+    new = math_args | {k: default for k, default in NEWER.items() if k in old and k not in math_args}
+    differ = [f'{k} was {old.get(k, NEWER.get(k))!r}, is {v!r}' for k, v in new.items() if old.get(k) != v]
     if differ:
         hint = ''
         weights = {'--init': path.with_name('net.pt'), '--s_init': path.with_name('student.pt')}
@@ -249,14 +250,15 @@ def deployed(net: nn.Module) -> nn.Module:
     return net.deployed() if hasattr(net, 'deployed') else net
 
 
+# flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
+NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
+         'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None}  # fmt: skip
+
+
 def math_args(args: argparse.Namespace, **more) -> dict:
     """The flags that change the numbers of a run, as plain values."""
     names = ('data_name', 'image_size', 'val_split', 'epochs', 'batch_size', 'lr', 'milestones', 'lr_decay',
              'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
-    # older checkpoints do not know these
-    newer = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None,
-             'nesterov': True, 'pad': 'reflect', 't_mean': None, 't_std': None,
-             'kd_stop': None}  # fmt: skip
-    chosen = {name: getattr(args, name) for name, default in newer.items()
+    chosen = {name: getattr(args, name) for name, default in NEWER.items()
               if getattr(args, name, default) != default}  # fmt: skip
     return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | more

@@ -17,7 +17,8 @@ gamma 5e-5, lambd 5e-7 on the first four levels. RepPoints, FCOS: 1.6e-3, 8e-4, 
 
 Differences: the authors scale boxes by the size before padding, which stretches their masks, and a box that
 starts left of the picture indexes from its right end; here boxes are cut. Their class has another default of
-gamma than all their configurations; ours is RetinaNet's. A box covers one cell more than it needs, as theirs.
+gamma than all their configurations; ours is RetinaNet's. A box covers one cell more than it needs, as in
+the authors' code.
 
 Source: yzd-v/FGD, mmdet/distillation/losses/fgd.py (FeatureLoss).
 

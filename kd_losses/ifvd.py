@@ -15,7 +15,8 @@ is learnt.
 
 Differences: the authors take every label outside 0..K-1 as unlabelled; here only `ignore` and -100 are,
 others are refused. They compare an unlabelled vector with itself; here it is left out, which is the same but
-for zero vectors. A zero vector has no direction: cosine 0 and no gradient, where theirs is a hundred million.
+for zero vectors. A zero vector has no direction: cosine 0 and no gradient, where the code's is a
+hundred million.
 
 Source: YukangWang/IFVD, utils/criterion.py (CriterionIFV).
 

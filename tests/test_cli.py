@@ -799,6 +799,7 @@ def test_what_is_in_results_is_not_trained_again(tmp_path):
     for changed in (('12', '13'), ('bf16', 'off'), ('resnet8', 'resnet14'), ('seed 2', 'seed 3')):
         assert missing('at', words=words.replace(*changed)) == ['at']
     assert missing('at', words=words.replace('--amp bf16', '--amp bf16 --lr 0.05')) == ['at']
+    assert missing('at', words=words.replace('--amp bf16', '--amp bf16 --pad zero')) == ['at']
 
 
 def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):

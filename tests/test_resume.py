@@ -170,6 +170,13 @@ def test_other_mathematics_are_refused(train_kd, flag, value, named):
     assert done.code == 2 and 'cannot resume' in done.err and named in done.err and done.err.count('\n') == 1
 
 
+def test_a_flag_that_is_missing_now_is_refused(train_kd):
+    """A recipe names some flags only where they are set."""
+    assert train_kd('st', '--note', 'm', *FOUR, '--pad', 'zero').code == 0
+    done = train_kd('st', '--note', 'm', *FOUR, '--resume', 'auto')
+    assert done.code == 2 and "pad was 'zero', is 'reflect'" in done.err and done.err.count('\n') == 1
+
+
 def test_another_teacher_is_refused(train_kd, teacher):
     assert train_kd('st', '--note', 'm', *FOUR).code == 0
     state = torch.load(teacher, weights_only=True)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.flags import Parser  # noqa: E402
-from engine.record import math_args  # noqa: E402
+from engine.record import NEWER, math_args  # noqa: E402
 from report.table import read_json  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -40,8 +40,9 @@ def wanted(script: str, token: str | None, words: list[str]) -> dict:
 
 
 def done(recipe: dict, results: list[dict]) -> bool:
-    """Older results do not know newer flags; what they know must agree."""
-    return any(all(r.get(key, value) == value for key, value in recipe.items()) for r in results)
+    """Older results do not know newer flags: those that are named only where they are set were not."""
+    wanted = NEWER | recipe
+    return any(all(r.get(k, NEWER.get(k, v)) == v for k, v in wanted.items()) for r in results)
 
 
 def main():
