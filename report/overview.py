@@ -54,7 +54,7 @@ def rows(results: list[dict]) -> list[tuple[str, str, float, str]]:
         table.append((f'{r["student"]} with {r["method"]}', learns, accuracy(r), gain))
     for r in base:
         if r['classes']:
-            learns = f'labels of {", ".join(r["class_names"])}'
+            learns = f'labels of {", ".join(r.get("class_names") or map(str, r["classes"]))}'
             table.append(
                 (f'teacher of {len(r["classes"])} classes, {r["student"]}', learns, accuracy(r), 'on these')
             )

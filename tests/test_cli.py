@@ -816,3 +816,34 @@ def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):
         ['bash', str(ROOT / 'example_train_script.sh'), '--help'], capture_output=True, text=True
     )
     assert done.returncode == 0 and 'quick' in done.stdout
+
+
+def test_an_overview_of_what_quick_trained(tmp_path):
+    """One table and one figure of results of four scripts: who learnt from what, and how that compares."""
+    for name in ('cifar10-resnet20-resnet8-12epochs', 'ka-cifar10-two', 'dfkd-patterns'):
+        for path in (ROOT / 'results' / name).glob('*.json'):
+            shutil.copy(path, tmp_path / f'{name}-{path.name}')
+    done = subprocess.run(
+        [sys.executable, '-m', 'report', 'overview', str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    alone = json.loads((tmp_path / 'cifar10-resnet20-resnet8-12epochs-baseline-resnet8-s2.json').read_text())
+    taught = json.loads((tmp_path / 'cifar10-resnet20-resnet8-12epochs-st-s2.json').read_text())
+    lines = {
+        cells[0]: cells[1:]
+        for line in done.stdout.splitlines()
+        if line.startswith('| ')
+        for cells in [[cell.strip() for cell in line.split('|')[1:-1]]]
+    }
+    gain = taught['last']['top1'] - alone['last']['top1']
+    assert lines['resnet8 with st'] == [
+        "labels, teacher's soft outputs", f'{taught["last"]["top1"]:.1f} %', f'{gain:+.1f} points',
+    ]  # fmt: skip
+    assert lines['these teachers together'][2].endswith('% of the last row')
+    assert lines['resnet8 with fastdfkd'][0].startswith('no image')
+    assert (tmp_path / 'overview.png').stat().st_size > 10_000 and (tmp_path / 'overview.md').exists()
+    done = subprocess.run(
+        [sys.executable, '-m', 'report', 'overview', str(tmp_path / 'nothing')],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
