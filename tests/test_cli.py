@@ -806,7 +806,7 @@ def test_quick_and_mistakes_of_the_example_script(tmp_path, monkeypatch):
     calls = commands(tmp_path, 'quick')
     scripts = [parsed(call, monkeypatch) for call in calls if call[0].startswith('train_')]
     assert all(a.data_name.startswith(('shapes', 'patterns')) for a in scripts)
-    assert len(scripts[2].methods) >= 3 and set(scripts[-1].methods) == {'concat', 'cfl', 'scratch'}
+    assert len(scripts[2].methods) >= 3 and set(scripts[-1].methods) == {'layerwise', 'scratch'}
     for words in ([], ['nonsense']):
         done = subprocess.run(
             ['bash', str(ROOT / 'example_train_script.sh'), *words], capture_output=True, text=True
