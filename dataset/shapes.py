@@ -2,8 +2,11 @@
 
 Each 32x32 colour image shows one large shape under random pose, colours, surface patterns and light, among
 small distractors of any shape, partly hidden by a bar, with noise. Colours and patterns are drawn
-independently of the class, and all shapes have the same area, so only the outline tells the class. It is made
-to leave a gap: small networks stay clearly below larger ones, so there is something to distil.
+independently of the class, and all shapes have the same area, so only the outline tells the class. How much
+clutter there is differs from image to image: the plain ones let a network begin to learn within an epoch,
+the cluttered ones leave a gap between small and larger networks, so there is something to distil. Shapes that
+are easily taken for each other stand in the same half of the list: teachers of one half each tell what they
+know from what they do not.
 """
 
 import math

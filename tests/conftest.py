@@ -14,6 +14,8 @@ import torch
 
 import engine.errors
 
+# rows that two convolutional networks cannot have: they compare tokens
+TRANSFORMERS = {'vitkd'}
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 

@@ -89,6 +89,7 @@ ORDERED = {
     'mgd': 'draws a mask per sample',
     'semckd': 'its attention reads rows of an N x N matrix',
     'tekap': 'draws noise per sample',
+    'vitkd': 'draws a mask per sample',
 }
 
 

@@ -13,7 +13,7 @@ import engine.evaluate
 import engine.optimise
 from methods import METHODS
 from models import build, load_weights
-from tests.conftest import TINY
+from tests.conftest import TINY, TRANSFORMERS
 
 
 def weights(folder) -> dict:
@@ -73,7 +73,7 @@ def test_base_writes_everything(script, tmp_path):
     assert measured['top1'] == pytest.approx(result['last']['top1'])
 
 
-STUDENTS = [name for name, m in METHODS.items() if not m.own.peers]
+STUDENTS = [name for name, m in METHODS.items() if not m.own.peers and name not in TRANSFORMERS]
 PEERS = [name for name, m in METHODS.items() if m.own.peers]
 # one of each kind of need: plain, adapters, maps before the ReLU, a sum, memory, a phase first, modules that
 # learn first, a vocabulary, image gradients, map gradients, attacked images, a partner, two views, a strong
@@ -118,6 +118,18 @@ def test_every_method_trains_and_alone_equals_together(train_kd, teacher, tmp_pa
             token
         )
         assert rows(tmp_path / 'all' / token) == rows(tmp_path / 'alone' / token)
+
+
+@pytest.mark.parametrize('name', sorted(TRANSFORMERS))
+def test_transformers_teach_transformers(train_kd, script, tmp_path, name):
+    """What compares tokens trains between transformers, and refuses other networks in one line."""
+    teacher = ('--t_name', 'vit_64_3', '--t_model', tmp_path / 't' / 'net.pt')
+    assert script('train_base', '--net_name', 'vit_64_3', '--note', 't', *TINY).code == 0
+    vit = ('--s_name', 'vit_64_3')
+    assert script('train_kd', '--kd_mode', name, *teacher, *vit, '--note', 'v', *TINY).code == 0
+    assert all(float(row[name]) > 0 for row in rows(tmp_path / 'v' / name))
+    done = script('train_kd', '--kd_mode', name, *teacher, '--s_name', 'resnet8', '--note', 'r', *TINY)
+    assert done.code == 2 and done.err.count('\n') == 1 and 'vision transformer' in done.err
 
 
 def tensors(state: dict) -> dict:
