@@ -32,6 +32,8 @@ from engine.flags import (
     add_machine_flags,
     positive_float,
     positive_int,
+    refuse_repeated,
+    refuse_unknown,
     seed_number,
     share_of_ce,
     weights_and_options,
@@ -101,13 +103,11 @@ def parse_args(words=None):
 
 def read_methods(args) -> dict[str, tuple]:
     """{name: (row, weight, options)}"""
+    refuse_unknown('--kd_mode', args.kd_mode, LM)
+    refuse_repeated('--kd_mode', args.kd_mode)
     for name in args.kd_mode:
-        if name not in LM:
-            raise UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(LM)}')
         if args.lmbda and LM[name].needs.views:
             raise UserError(f'--lmbda: {name} trains on {LM[name].needs.views[0]} by itself')
-    if len(set(args.kd_mode)) < len(args.kd_mode):
-        raise UserError(f'--kd_mode {" ".join(args.kd_mode)}: something is named twice')
     if processes() > 1:
         raise UserError(
             'train_lm.py runs in one process: students draw texts of their own, which would differ'

@@ -13,10 +13,9 @@ from dataset import Resident, pictures
 from engine.device import precision
 from engine.dfkd_source import SOURCES, Setting, Source
 from engine.errors import UserError, user_errors
-from engine.flags import key_values
+from engine.flags import key_values, refuse_many_processes, refuse_repeated, refuse_unknown
 from engine.meter import Meter
 from engine.optimise import set_learning_rate, sgd
-from engine.processes import processes
 from engine.record import Record, fingerprint, resume_point
 from engine.teachers import load_teachers
 from methods.dfkd import DFKD, Method, Recipe
@@ -82,13 +81,9 @@ WEIGHTS = sorted({name for row in DFKD.values() for name in row.weights})
 def read_methods(args) -> dict[str, Wanted]:
     """{word of --kd_mode: its row with the recipe, weights and options that the flags ask for}"""
     names = args.kd_mode
-    for name in names:
-        if name not in DFKD:
-            raise UserError(f'--kd_mode: no method is called {name!r}; there are {", ".join(DFKD)}')
-        if processes() > 1:
-            raise UserError(f'{name} runs in one process only: {DFKD[name].limits.one_process}')
-    if len(set(names)) < len(names):
-        raise UserError(f'--kd_mode {" ".join(names)}: something is named twice')
+    refuse_unknown('--kd_mode', names, DFKD)
+    refuse_many_processes(names, DFKD)
+    refuse_repeated('--kd_mode', names)
     if args.amp == 'fp16':
         raise UserError('--amp fp16: distances to running statistics overflow; use bf16')
     if len(args.t_name) != 1 or len(args.t_model) > 1 or not (args.t_model or args.dry_run):
@@ -179,10 +174,7 @@ def other_domain(args, row: Method, wanted: Wanted, setting: Setting, net_t) -> 
         return None
     with user_errors():
         images = pictures(args.ood_name, args.img_root, setting.size)
-    mean, std = (x.flatten().tolist() for x in (setting.mean, setting.std))
-    targets = torch.zeros(len(images), dtype=torch.int64)
-    ood = Resident(images, targets, setting.num_classes, mean, std, setting.device)
-    ood.pad = 'zero'
+    ood = setting.in_memory(images)
     count = wanted.options['ood_subset']
     if 0 < count < len(ood):
         ood = ood.subset(least_sure(net_t, ood, setting).topk(count).indices)

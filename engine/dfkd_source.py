@@ -39,6 +39,14 @@ class Setting:
     def normalise(self, pixels: Tensor) -> Tensor:
         return (pixels - self.mean) / self.std
 
+    def in_memory(self, images: Tensor) -> Resident:
+        """images: (N, H, W, 3) bytes, without labels."""
+        mean, std = (x.flatten().tolist() for x in (self.mean, self.std))
+        targets = torch.zeros(len(images), dtype=torch.int64)
+        data = Resident(images, targets, self.num_classes, mean, std, self.device)
+        data.pad = 'zero'
+        return data
+
     def pixels(self, x: Tensor) -> Tensor:
         return (x * self.std + self.mean).clamp(0, 1)
 
@@ -363,10 +371,7 @@ class Pool(Source):
 
     def fill(self, images: Tensor) -> None:
         """images: (N, H, W, 3) bytes."""
-        mean, std = (x.flatten().tolist() for x in (self.setting.mean, self.setting.std))
-        targets = torch.zeros(len(images), dtype=torch.int64)
-        self.pool = Resident(images, targets, self.setting.num_classes, mean, std, self.setting.device)
-        self.pool.pad = 'zero'
+        self.pool = self.setting.in_memory(images)
 
     def sample(self) -> Tensor:
         index = next(self.order, None)
