@@ -25,6 +25,7 @@ from torch import nn
 from dataset import text as texts
 from engine import errors, listing, session
 from engine import lm as parts
+from engine import lm_networks as networks
 from engine.device import setup
 from engine.errors import UserError, user_errors
 from engine.flags import (
@@ -167,7 +168,7 @@ def main():
         done = []
         for run in begun:
             run.net.eval()
-            figures, run.shown = parts.measure(run.net, world)
+            figures, run.shown = networks.measure(run.net, world)
             run.schedule.update(figures['val_loss'])
             run.remember()
             row = rows[run.name] | figures | {'seconds': time.time() - started}
@@ -180,7 +181,7 @@ def main():
     done = []
     for run in runs:
         if not hasattr(run, 'shown'):  # finished before
-            run.shown = parts.measure(run.net.eval(), world)[1]
+            run.shown = networks.measure(run.net.eval(), world)[1]
         facts = {'script': 'train_lm', 'method': run.name, 'student': 'decoder', 'data': text.name,
                  'corpus': text.digest, 'entropy': text.entropy, 'seed': args.seed, 'steps': args.steps,
                  'teacher': world.facts, 'trained_with': list(wanted), 'sample': run.shown}  # fmt: skip

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import models
 from dataset import Resident, pictures
 from engine.device import precision
-from engine.dfkd_source import SOURCES, Setting, Source
+from engine.dfkd_kinds import SOURCES
+from engine.dfkd_source import Setting, Source
 from engine.errors import UserError, user_errors
 from engine.flags import key_values, refuse_many_processes, refuse_repeated, refuse_unknown
 from engine.meter import Meter

@@ -7,6 +7,7 @@ import torch
 
 from dataset import text as texts
 from engine import lm as parts
+from engine import lm_networks as networks
 from engine import session
 from engine.device import autocast
 from engine.errors import UserError
@@ -33,13 +34,13 @@ def make_world(args, text, device, views, root: Path, log) -> parts.World:
             if step % 50 == 0 and not bar.disable:
                 bar.set_postfix_str(f'{what}, loss {loss.item():.3f}')
 
-        net = parts.trained(net, batches, steps, device, shown)
+        net = networks.trained(net, batches, steps, device, shown)
         bar.close()
         return net
 
     world = parts.World(text, device, amp, args.seed, args.steps, root, None, None)
     if args.t_model:
-        net_t = parts.loaded(args.t_model)
+        net_t = networks.loaded(args.t_model)
         if net_t.embed.num_embeddings != K:
             raise UserError(
                 f'{args.t_model}: knows {net_t.embed.num_embeddings} symbols, {text.name} has {K}'
@@ -47,7 +48,7 @@ def make_world(args, text, device, views, root: Path, log) -> parts.World:
     elif text.oracle:
         net_t = text.oracle
     else:
-        net_t = parts.kept_or_trained(
+        net_t = networks.kept_or_trained(
             root / f'lm_teacher_{of_text}.pt', 'teacher', log,
             lambda: train('teacher', 7, 0, args.t_steps, world.asked, K, 'teacher'),
         )  # fmt: skip
@@ -57,20 +58,20 @@ def make_world(args, text, device, views, root: Path, log) -> parts.World:
         def encode(windows):
             return [part.to(device) for part in pairs.batch(windows)]
 
-        world.net_pairs = parts.kept_or_trained(
+        world.net_pairs = networks.kept_or_trained(
             root / f'lm_teacher_{of_text}_pairs.pt', 'teacher of the second vocabulary', log,
             lambda: train('teacher', 8, 0, args.t_steps, encode, pairs.K, 'second teacher'),
         ).to(device).eval().requires_grad_(False)  # fmt: skip
-    start = parts.kept_or_trained(
+    start = networks.kept_or_trained(
         root / f'lm_start_{text.digest}_{args.init_steps}_s{args.seed}.pt', 'initial student', log,
         lambda: train('student', 9, args.seed, args.init_steps, world.asked, K, 'initial student'),
     )  # fmt: skip
     world.net_t, world.start = (net.to(device).eval().requires_grad_(False) for net in (net_t, start))
     if not torch.isfinite(world.exam.out_t).all():
         raise UserError(f'{args.t_model or "teacher"}: the teacher gives non-finite logits')
-    figures, _ = parts.measure(world.net_t, world)
+    figures, _ = networks.measure(world.net_t, world)
     world.facts = {key.removeprefix('val_'): value for key, value in figures.items()}
-    initial, _ = parts.measure(world.start, world)
+    initial, _ = networks.measure(world.start, world)
     world.start_loss = initial['val_loss']
     log('held-out text: teacher ' + short(figures) + '; initial student ' + short(initial))
     return world
@@ -86,7 +87,7 @@ def make_run(args, world, folder, origin, name, method, weight, options) -> part
     probe = SimpleNamespace(s=world.look(net, seen.x), t=seen.t, steps=args.steps, second=None)
     if world.pairs:
         probe.second = seen.second
-    kd = parts.built(method, options, probe, name).to(world.device)
+    kd = networks.built(method, options, probe, name).to(world.device)
     groups = [{'params': list(net.parameters()), 'base': args.lr}]
     if maps := list(kd.parameters()):
         groups.append({'params': maps, 'base': parts.MAPS_LR})
@@ -102,7 +103,7 @@ def make_run(args, world, folder, origin, name, method, weight, options) -> part
                'initial': fingerprint(world.start),
                'second_teacher': fingerprint(world.net_pairs) if probe.second else None}  # fmt: skip
     state = {'net': net, 'kd': kd, 'opt': run.opt, 'memory': run.memory}
-    run.record = parts.StepRecord(folder / name, state, recipe, origin, 'val', 'loss')
+    run.record = networks.StepRecord(folder / name, state, recipe, origin, 'val', 'loss')
     run.record.resume(resume_point(args.resume, folder / name))
     if run.record.epoch:
         run.recall()

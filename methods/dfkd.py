@@ -60,7 +60,7 @@ class Recipe:
 class Images:
     """Where they come from.
 
-    kind: 'online', 'pool' or 'fixed', see engine/dfkd_source.py.
+    kind: 'online', 'pool' or 'fixed', see engine/dfkd_kinds.py.
     generator: (recipe, setting, options) -> network; None in a pool: the pixels themselves are optimised.
     judge: (options) -> a discriminator of real images of another domain and generated ones.
     decoder: (recipe, setting, options) -> from images to noise.

@@ -16,7 +16,8 @@ from dataset.cifar import read_cifar
 from dfkd_losses import CMI, DFAD, DFQ, ZSKT, BatchNormDistance, BNStatistics, Embedding, MemoryBank
 from dfkd_losses.deepinversion import js_divergence
 from engine.dfkd_build import Run
-from engine.dfkd_source import SOURCES, Setting
+from engine.dfkd_kinds import SOURCES
+from engine.dfkd_source import Setting
 from engine.record import fingerprint
 from methods.dfkd import DFKD, Recipe
 from models import Feats

@@ -1,0 +1,125 @@
+"""The networks of train_lm.py: how teachers and warm starts are trained and kept, students measured."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.errors import UserError, user_errors
+from engine.lm import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
+from engine.record import Record, save_checkpoint, tested, write_json
+from methods import Method
+from models import lm
+from models.checkpoint import read_checkpoint
+
+# ---------------------------------------------------------------------------------- teachers, and warm starts
+
+
+def trained(
+    net: nn.Module,
+    batches: Callable,
+    steps: int,
+    device: torch.device,
+    bar: Callable,
+    rate: float = TEACHER_LR,
+) -> nn.Module:
+    """net after so many steps of cross-entropy; batches: step -> (x, target)."""
+    net.to(device).train()
+    opt = adamw([{'params': list(net.parameters()), 'base': rate}], device)
+    for step in range(steps):
+        x, target = batches(step)
+        set_rates(opt, share_of_rate(step, steps))
+        opt.zero_grad(set_to_none=True)
+        loss = cross_entropy(net(x), target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        bar(step, loss)
+    return net.eval().requires_grad_(False)
+
+
+def kept_or_trained(path: Path, what: str, log: Callable, make: Callable) -> nn.Module:
+    """The network of a file of an earlier training, or make(), which is written there."""
+    if path.exists():
+        log(f'{what}: {path}')
+        return loaded(path)
+    net = make()
+    save_checkpoint(path, net.state_dict())
+    log(f'{what}: trained, {path}')
+    return loaded(path)
+
+
+def loaded(path: str | Path) -> nn.Module:
+    with user_errors():
+        state = read_checkpoint(path)
+        try:
+            return lm.from_state(state)
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}') from None
+
+
+# ---------------------------------------------------------------------------------------- figures and records
+
+
+@torch.no_grad()
+def measure(net: nn.Module, world: World) -> tuple[dict[str, float], str]:
+    """Figures of the held-out text, and what the student makes of its first prompt."""
+    exam, first = world.exam, world.text.first
+    sums, count = torch.zeros(4, dtype=torch.float64, device=world.device), 0
+    for x, target, out_t in zip(exam.x.split(128), exam.target.split(128), exam.out_t.split(128)):
+        log_q = F.log_softmax(world.look(net, x).out[:, first:].float(), dim=2)
+        log_p = F.log_softmax(out_t[:, first:], dim=2)
+        sums += torch.stack([
+            -log_q.gather(2, target[:, first:, None]).double().sum(),
+            (log_q.argmax(dim=2) == log_p.argmax(dim=2)).double().sum(),
+            (log_p.exp() * (log_p - log_q)).double().sum(),
+            (log_q.exp() * (log_q - log_p)).double().sum(),
+        ])  # fmt: skip
+        count += log_q[..., 0].numel()
+    loss, agreement, kl_ts, kl_st = (sums / count).tolist()
+    generator = torch.Generator(world.device).manual_seed(0)
+    whole = lm.sample(net, exam.prompts, PROMPT, generator)
+    out_t = world.look(world.net_t, whole[:, :-1]).out[:, PROMPT - 1 :].float()
+    gen_nll = cross_entropy(out_t, whole[:, PROMPT:]).item()
+    figures = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'agreement': agreement}
+    figures |= {'kl_ts': kl_ts, 'kl_st': kl_st, 'gen_nll': gen_nll}
+    shown = [world.text.show(part.tolist()) for part in whole[0].split(PROMPT)]
+    return {f'val_{key}': value for key, value in figures.items()}, '|'.join(shown)
+
+
+class StepRecord(Record):
+    """A record whose rows are evaluations, and whose figure is a loss: less is better."""
+
+    @property
+    def best(self) -> dict:
+        return min(self.history, key=lambda row: row[self.key])
+
+    def finish(self, weights: str, facts: dict) -> str:
+        save_checkpoint(self.folder / weights, self._weights())
+        last, best = (
+            {k.replace('val_', 'test_'): v for k, v in row.items()} for row in (self.history[-1], self.best)
+        )
+        figures = [tested(row) | {'step': row['step']} for row in (last, best)]
+        for row in figures:
+            del row['epoch']
+        write_json(self.folder / 'results.json', facts | {
+            'last': figures[0],
+            'best': figures[1] | {'selected_on': 'held-out text'},
+            'curve': [round(row['val_loss'], 4) for row in self.history],
+            'seconds': round(sum(row['seconds'] for row in self.history), 1),
+            'recipe': self.math_args,
+            **self.origin,
+        })  # fmt: skip
+        return ', '.join(f'{key} {figures[0][key]:.3f}' for key in figures[0] if key != 'step')
+
+
+def built(method: Method, options: dict, probe: SimpleNamespace, name: str) -> nn.Module:
+    try:
+        with user_errors():
+            return method.build(method.loss, probe, **options)
+    except (TypeError, IndexError) as error:
+        raise UserError(f'--kd_args: {name}: {error}') from None
