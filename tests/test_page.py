@@ -221,9 +221,16 @@ def read(x) -> str:
         marks = {'∥': '||', '←': '<-', '→': '->', '≤': '<=', '≥': '>=', '≠': '!=', '∼': '~', '·': '*'}
         if x.text in marks or x.text in '=<>+/':
             return f' {marks.get(x.text, x.text)} '
-        return {'∑': 'sum of', '∏': 'product of', '⋅': '.', '‖': '||', ',': ', ', '…': '...'}.get(
-            x.text, x.text
-        )
+        return {
+            '∑': 'sum of',
+            '∏': 'product of',
+            '⋅': '.',
+            '‖': '||',
+            ',': ', ',
+            '…': '...',
+            '′': "'",
+            '′′': "''",
+        }.get(x.text, x.text)
     if x.tag == 'mfrac':
         return f'({inside[0]}) / ({inside[1]})'
     if x.tag == 'msqrt':
@@ -234,8 +241,7 @@ def read(x) -> str:
         return f'{inside[0]}_' + (inside[1].replace(', ', '_') if re.fullmatch(r'[\w, ]+', inside[1]) else
                                   f'({inside[1]})')  # fmt: skip
     if x.tag == 'msup':
-        primes = inside[1].count('′')
-        return inside[0] + "'" * primes if primes else f'{inside[0]}^({inside[1]})'
+        return f'{inside[0]}^({inside[1]})'
     raise AssertionError(x.tag)
 
 

@@ -414,7 +414,7 @@ def name(word: str) -> str:
         shown = f'<msub>{letter(head)}{row("<mo>,</mo>".join(map(subscript, subs)))}</msub>'
     else:
         shown = letter(plain)
-    return f'<msup>{shown}<mo>{"′" * len(primes)}</mo></msup>' if primes else shown
+    return row(f'{shown}<mo lspace="0" rspace="0">{"′" * len(primes)}</mo>') if primes else shown
 
 
 def letter(word: str) -> str:

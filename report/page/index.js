@@ -38,7 +38,7 @@ function gains() {
     b.className = g[0] < 0 ? 'down' : 'up';
     b.textContent = sign + Math.abs(g[0]).toFixed(digits);
     const small = document.createElement('small');
-    small.textContent = g[1] === null ? (g[2] > 1 ? '' : 'one seed') : `± ${g[1].toFixed(digits)}, ${g[2]} seeds`;
+    small.textContent = g[1] === null ? 'one seed' : `± ${g[1].toFixed(digits)}, ${g[2]} seeds`;
     cell.append(b, ' ', small);
   }
   $('about').textContent = `${e.label}: last value, against ${e.reference}; ${e.metric}.` +

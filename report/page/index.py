@@ -71,7 +71,7 @@ def page(entries: list[Entry], found: list[Experiment]) -> str:
         differ=', '.join(map(unlike, PAIRS)),
         years=options({year: year for year in years}),
         head=''.join(heading(*column) for column in COLUMNS),
-        body=''.join(map(line, entries)),
+        body=''.join(line(entry, found[0] if found else None) for entry in entries),
         data=json.dumps({'runs': runs}, separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c'),
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def rounded(values) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def line(entry: Entry) -> str:
+def line(entry: Entry, first: Experiment | None) -> str:
     """A row of the table; what it is searched and sorted by stands in data-."""
     pairs, cost = entry.pairs or {}, entry.cost or {}
     works = [kind for kind, said in pairs.items() if said in ('works', 'adapter')]
@@ -136,13 +136,25 @@ def line(entry: Entry) -> str:
         cell('needs', 'tags', 'Needs', ''.join(chip(NEEDS[key]) for key in needs)),
         cell('verified', 'wide', 'Verified against', text(VERIFIED[entry.verified[1]])),
         cell('unlike', 'wide', 'Unlike networks', marks(pairs)),
-        cell('gain', 'num gain', 'Gain', ''),
+        cell('gain', 'num gain', 'Gain', gained(entry, first)),
         cell('cost', 'num', 'Step', f'{cost["ratio"]:.2f}×' if cost else ''),
         cell('memory', 'num', 'MiB', f'{cost["mib"]:.0f}' if cost else ''),
         cell('lines', 'num', 'Lines', str(entry.lines)),
     ]
     data = ''.join(f' data-{key}="{escape(str(value))}"' for key, value in known.items())
     return f'<tr{data}>{"".join(cells)}</tr>\n'
+
+
+def gained(entry: Entry, e: Experiment | None) -> str:
+    """The gain in the table that is shown first, as the page's script writes it for the others."""
+    gain = e.gain(entry.name) if e in entry.runs else None
+    if not gain:
+        return ''
+    mean, deviation, seeds = gain
+    digits = 3 if e.better < 0 else 2
+    spread = f'± {deviation:.{digits}f}, {seeds} seeds' if deviation is not None else 'one seed'
+    sign, kind = ('−', 'down') if mean < 0 else ('+', 'up')
+    return f'<b class="{kind}">{sign}{abs(mean):.{digits}f}</b> <small>{spread}</small>'
 
 
 def cell(fact: str, kind: str, label: str, inside: str) -> str:

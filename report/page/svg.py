@@ -9,7 +9,7 @@ from report.page.facts import STAGES, Entry
 COLUMNS = {
     'image': ('images', 'stem', 'stage 1', 'stage 2', 'stage 3', 'embedding', 'logits'),
     'lm': ('tokens', 'embed', 'block 1', 'block 2', 'block 3', 'hidden', 'logits'),
-    'dfkd': ('made images', 'stem', 'stage 1', 'stage 2', 'stage 3', 'embedding', 'logits'),
+    'dfkd': ('images', 'stem', 'stage 1', 'stage 2', 'stage 3', 'embedding', 'logits'),
 }
 KEYS = (None, None, 1, 2, 3, 'feat', 'out')  # what taps.py calls the columns
 NAMES = {1: 'stage 1', 2: 'stage 2', 3: 'stage 3', 'feat': 'the embedding', 'out': 'the logits'}
@@ -55,7 +55,8 @@ def diagram(entry: Entry) -> str:
     height = 228 if entry.paradigm == 'self' else 290
     lines, dots = [], []
     for who, side, top, copies in nets:
-        made.append(f'<text class="who" x="{LEFT}" y="{top - 10}">{who}</text>')
+        start = LEFT + STEP * (entry.paradigm == 'dfkd')  # where images come from is drawn on the left
+        made.append(f'<text class="who" x="{start}" y="{top - 10}">{who}</text>')
         below = top > bar[0]
         for column, (word, key) in enumerate(zip(names, KEYS)):
             x = LEFT + column * STEP
@@ -78,8 +79,10 @@ def diagram(entry: Entry) -> str:
                 dots.append(f'<circle class="dot" cx="{x + BOX / 2:g}" cy="{end}" r="4.5"/>')
     left, right = LEFT + STEP, LEFT + 6 * STEP + BOX
     if entry.paradigm == 'dfkd':
+        images = getattr(entry.row, 'images', None)
+        maker = 'generator' if getattr(images, 'generator', None) else 'pixels'
         made.append(f'<rect class="box" x="{LEFT}" y="{bar[0] - 5}" width="{BOX}" height="44" rx="7"/>'
-                    f'<text x="{LEFT + BOX / 2:g}" y="{bar[0] + 21}">maker</text>')  # fmt: skip
+                    f'<text x="{LEFT + BOX / 2:g}" y="{bar[0] + 21}">{maker}</text>')  # fmt: skip
         for end in (80, 204):
             start = bar[0] - 5 if end < bar[0] else bar[0] + 39
             end += 3 if end < bar[0] else -3
