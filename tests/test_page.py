@@ -13,7 +13,7 @@ import pytest
 from methods import KA, KD, LM, PEERS
 from methods.dfkd import DFKD
 from report import page, refresh
-from report.page import facts, formula, method, outcomes
+from report.page import facts, formula, index, method, outcomes
 from tests import browser
 from tests.conftest import ROOT
 
@@ -68,6 +68,7 @@ class Tree(HTMLParser):
 
 def test_every_method_and_every_file_has_a_page(made, entries):
     rows = {*KD, *PEERS, *LM, *KA, *DFKD} - {'ce', 'scratch', 'kd_pool'}  # references without a loss
+    assert sum(len(table) for _, table in facts.tables()) >= len(rows)
     assert rows <= entries.keys()
     assert {e.path for e in entries.values()} == {*ROOT.glob('*_losses/[!_]*.py')}
     assert made.keys() == {INDEX} | {page.DOCS / 'page' / f'{key}.html' for key in entries}
@@ -120,12 +121,16 @@ def test_a_further_table_and_a_file_without_a_row(monkeypatch):
         needs=SimpleNamespace(), limits=SimpleNamespace(),
     )  # fmt: skip
     tables = facts.tables()
-    assert 'cwd' not in {name for _, rows in tables for name in rows} and 'dense' not in dict(tables)
-    monkeypatch.setattr(facts, 'tables', lambda: [*tables, ('dense', {'cwd': row, 'at': row})])
-    found = {entry.key: entry for entry in facts.entries()}
-    assert found['cwd'].paradigm == 'dense' and found['cwd'].taps == {'s': {3}, 't': {3}}
-    assert found['at-dense'].place == 'kd_losses/cwd.py' and found['at-kd'].place == 'kd_losses/at.py'
-    assert found['fgd'].paradigm == 'copy' and found['fgd'].row is None
+    monkeypatch.setattr(facts, 'tables', lambda: [*tables, ('further', {'mine': row, 'at': row})])
+    made = facts.entries()
+    found = {entry.key: entry for entry in made}
+    outcomes.attach(made)
+    assert found['mine'].paradigm == 'further' and found['mine'].taps == {'s': {3}, 't': {3}}
+    assert found['at'].place == 'kd_losses/at.py' and found['at'].runs
+    assert found['at-further'].place == 'kd_losses/cwd.py' and not found['at-further'].runs
+    text = method.page(found['at-further'], made[0], made[1])
+    assert 'No script trains with it' in text and 'further' in index.page(made, [])
+    assert {entry.paradigm for entry in made if entry.row is None} <= {'copy', 'ka', 'dfkd'}
 
 
 # -------------------------------------------------------------------------------------- what it says of them
@@ -154,7 +159,7 @@ def test_pairs_and_arguments_are_those_of_their_sources(made, entries):
     assert entries['fsp'].pairs == dict(
         channels='refuses', size='works', depth='refuses', networks='refuses', transformer='refuses'
     )
-    assert entries['dml'].pairs is None and entries['cwd'].pairs is None
+    assert entries['dml'].pairs is None
     ((name, rows),) = facts.constructor(entries['crd'])
     known = {names: default for names, default, _ in rows}
     assert name == 'CRD' and known['nce_n'] == '16384' and known['nce_t'] == '0.07'

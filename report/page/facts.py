@@ -133,16 +133,19 @@ def entries(pairs_text: str | None = None) -> list[Entry]:
         if path.name not in used:
             paradigm = path.parent.name.removesuffix('_losses')
             made.append(Entry(path.stem, path.stem, 'copy' if paradigm == 'kd' else paradigm, path))
-    names = [entry.key for entry in made]
+    seen = set()
     for entry in made:
-        if names.count(entry.key) > 1:
+        if entry.key in seen:  # the first table keeps the name
             entry.key = f'{entry.name}-{entry.paradigm}'
+        seen.add(entry.key)
         entry.doc = parts_of(entry.path)
         entry.needs = needs_of(entry)
         entry.taps = taps_of(entry)
         text, entry.difference = verified.get(entry.name) or verified.get(entry.place) or ('', '')
+        if other := re.match(r'as (\w+)$', text):
+            text = verified.get(other[1], (text,))[0]
         entry.verified = (text or said_by_source(entry.doc), kind_of(text, entry.doc))
-        entry.pairs = dict(zip(PAIRS, said[entry.name])) if entry.name in said and entry.row else None
+        entry.pairs = dict(zip(PAIRS, said[entry.name])) if entry.key in said and entry.row else None
     return made
 
 
@@ -223,7 +226,7 @@ def needs_of(entry: Entry) -> set[str]:
             and name not in ('targets', 'feats')
             and (name, entry.paradigm) != ('tokens', 'lm')
         }
-        needed, limits = entry.row.needs, entry.row.limits
+        needed, limits = (getattr(entry.row, part, None) for part in ('needs', 'limits'))
         views = [view for view in getattr(needed, 'views', ()) if view in listing.VIEWS]
         if views or re.search(r'batch\.(teacher|student|written|sampled|rollouts)\(|another_view', feed):
             found.add('views')
@@ -231,8 +234,10 @@ def needs_of(entry: Entry) -> set[str]:
             found.add('memory')
         if getattr(needed, 'image_gradient', False) or re.search(r'attack|grad|net_t\.(?!head)', feed):
             found.add('gradient')
-        if entry.paradigm == 'dfkd':
-            found.add('gradient')
+        found |= {'gradient'} if entry.paradigm == 'dfkd' else set()
+        found |= {'labels'} if getattr(entry.row, 'labels', False) else set()
+        if entry.paradigm == 'dense' and re.search(r'\.(feat|pyramid|heads)\b', feed):
+            found = found - {'embeddings'} | {'maps'}
     if not found & {'logits', 'maps', 'embeddings'}:
         words = {re.sub(r'_?\d*(_s|_t)?(_strong|_pair|_weak)?$', '', name) for name in arguments_of(entry)}
         known = FIELDS | OTHERS
@@ -255,14 +260,14 @@ def taps_of(entry: Entry) -> dict:
         text = feed_of(entry)
         text = text if entry.paradigm != 'lm' else text.replace('.tokens', '')
         for before, name, index in re.findall(
-            r'([\w\])]*)\.(outs?|feats?|hid|fms|pres|tokens|extra)\b(\[[^\]]*\])?', text
+            r'([\w\])]*)\.(outs?|feats?|hid|fms|pres|pyramid|tokens|extra)\b(\[[^\]]*\])?', text
         ):
             side = {'s': 's', 'raw': 's', 't': 't'}.get(before, 'st')
             if before.endswith(')'):
                 side = 's' if 'student(' in text and 'teacher(' not in text else 'st'
             for which in side:
-                made[which] |= places(name, index, entry.row.needs)
-        if getattr(entry.row.needs, 'statistics', False):
+                made[which] |= places(name, index, getattr(entry.row, 'needs', None))
+        if getattr(getattr(entry.row, 'needs', None), 'statistics', False):
             made['t'] |= {1, 2, 3}
     if 'extra' in feed_of(entry) if entry.row is not None else False:
         if 'logits' not in entry.needs:  # what was added to the student are maps

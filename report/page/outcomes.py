@@ -9,6 +9,7 @@ from report import table
 
 RESULTS = Path(__file__).parent.parent.parent / 'results'
 HEADLINE = 'cifar10-resnet20-resnet8-12epochs'  # what README shows, too
+PLACES = {('kd', 'self', 'peers'): 0, ('dense',): 1, ('lm',): 2, ('ka', 'copy'): 3, ('dfkd',): 4}
 DATA = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'digits': 'digits'}
 
 
@@ -21,6 +22,7 @@ class Experiment:
     metric: str = 'top-1, %'
     better: int = 1  # -1: less is better
     reference: str = 'the student alone'
+    paradigms: tuple = ('kd', 'self', 'peers')  # of the rows that it is about
     values: dict = field(default_factory=dict)
     curves: dict = field(default_factory=dict)
     alone: dict = field(default_factory=dict)  # {method: {seed: value}} of its reference
@@ -50,10 +52,14 @@ def experiments() -> list[Experiment]:
         scripts = {r.get('script') for r in results}
         if scripts & {'train_kd', 'train_dml'}:
             made += distilled(folder.name, results)
-        elif scripts & {'train_ka', 'train_lm', 'train_dfkd'}:
-            made += others(folder.name, [r for r in results if r['script'] != 'train_base'])
+        elif scripts & {'train_ka', 'train_lm', 'train_dfkd', 'train_dense'}:
+            mine = [r for r in results if r['script'] != 'train_base']
+            for task in sorted({r.get('task', '') for r in mine}):
+                made += others(folder.name, [r for r in mine if r.get('task', '') == task])
     made = [e for e in made if e.values]
-    return sorted(made, key=lambda e: (e.key != HEADLINE, e.smoke, -len(e.values), e.key))
+    return sorted(
+        made, key=lambda e: (e.key != HEADLINE, e.smoke, PLACES[e.paradigms], -len(e.values), e.key)
+    )
 
 
 def distilled(name: str, results: list[dict]) -> list[Experiment]:
@@ -97,11 +103,21 @@ def others(name: str, results: list[dict]) -> list[Experiment]:
     if script == 'train_lm':
         figure, alone = 'loss', 'ce'
         e.metric, e.better, e.reference = 'held-out loss, nats', -1, 'cross-entropy alone'
+        e.paradigms = ('lm',)
         e.label = f'{data}, {first["steps"]} steps'
+    elif script == 'train_dense':
+        figure, alone, e.paradigms = (
+            ('miou' if first['task'] == 'segmentation' else 'ap'),
+            'alone',
+            ('dense',),
+        )
+        e.key, e.metric = f'{name}-{first["task"]}', {'miou': 'mIoU, %', 'ap': 'AP'}[figure]
+        e.label = f'{first["task"]}, {first["student"]}, {first["steps"]} steps'
     elif script == 'train_dfkd':
+        e.paradigms = ('dfkd',)
         e.label = f'{data} without data, {first["teacher"]} → {first["student"]}'
     else:
-        alone, e.reference = 'scratch', 'a network that reads labels'
+        alone, e.reference, e.paradigms = 'scratch', 'a network that reads labels', ('ka', 'copy')
         many = len(first.get('teachers') or first.get('parts') or '')
         e.label = f'{data}, amalgamation of {many or "several"} teachers, {first["epochs"]} epochs'
     e.epochs = first.get('epochs', 0)
@@ -111,7 +127,10 @@ def others(name: str, results: list[dict]) -> list[Experiment]:
             continue
         same = [r for r in groups.get(alone, []) if r.get('classes') == runs[0].get('classes')]
         fill(e, method, runs, figure, [r for r in same if figure in r['last']])
-        teachers = [r['teacher'][figure] if script == 'train_lm' else r.get('teacher_top1') for r in runs]
+        said = [r.get('teacher') for r in runs]
+        teachers = [
+            t.get(figure) if isinstance(t, dict) else r.get('teacher_top1') for t, r in zip(said, runs)
+        ]
         e.teachers[method] = sorted({t for t in teachers if t is not None})
     return [e]
 
@@ -133,7 +152,7 @@ def attach(entries: list) -> list[Experiment]:
     steps = {r['row']: r for r in read('benchmarks-steps.json')}
     losses, lm = read('benchmarks-losses.json'), read('benchmarks-lm.json')
     for entry in entries:
-        entry.runs = [e for e in found if entry.name in e.values]
+        entry.runs = [e for e in found if entry.name in e.values and entry.paradigm in e.paradigms]
         if entry.paradigm in ('kd', 'self'):
             entry.cost = steps.get(entry.name)
         if entry.paradigm != 'lm':

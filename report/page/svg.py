@@ -9,6 +9,7 @@ from report.page.facts import STAGES, Entry
 COLUMNS = {
     'image': ('images', 'stem', 'stage 1', 'stage 2', 'stage 3', 'embedding', 'logits'),
     'lm': ('tokens', 'embed', 'block 1', 'block 2', 'block 3', 'hidden', 'logits'),
+    'dense': ('picture', 'stem', 'stage 1', 'stage 2', 'stage 3', 'features', 'output'),
     'dfkd': ('images', 'stem', 'stage 1', 'stage 2', 'stage 3', 'embedding', 'logits'),
 }
 KEYS = (None, None, 1, 2, 3, 'feat', 'out')  # what taps.py calls the columns
