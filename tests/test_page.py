@@ -181,6 +181,29 @@ def test_numbers_are_those_of_the_results(made, entries):
     assert n == 3 and mean == pytest.approx(sum(gains) / 3) and deviation > 0
 
 
+def test_costs_are_shown_where_they_were_measured(monkeypatch):
+    row = {
+        'row': 'at',
+        'ms': 100.0,
+        'ms_alone': 60.0,
+        'ratio': 1.67,
+        'ratio_low': 1.6,
+        'ratio_high': 1.7,
+        'mib': 22.4,
+    }
+    read = outcomes.read
+    monkeypatch.setattr(outcomes, 'read', lambda name: [row] if 'steps' in name else read(name))
+    found = facts.entries()
+    outcomes.attach(found)
+    at = next(entry for entry in found if entry.key == 'at')
+    line = index.line(at, None)
+    assert 'data-c="1.67" data-m="22.4"' in line and '>1.67×<' in line and '>22<' in line
+    text = method.page(at, at, at)
+    assert 'takes 1.67 times the student’s own (1.60 to 1.70 over rounds) and 22 MiB more' in text
+    speed = next(r['speed'] for r in read('benchmarks-losses.json') if r['loss'] == 'at')
+    assert f'{speed:.2f} times as fast as the plain form' in text
+
+
 def test_only_repositories_are_linked(entries):
     found = {
         repository
