@@ -108,8 +108,8 @@ class ViT(nn.Module):
             return self.pos_embed
         if self.times > 1:
             raise ValueError(
-                f'vit: with {self.times} tokens per patch, images must be {self.grid * self.patch} pixels high '
-                f'and wide, got {h * self.patch} and {w * self.patch}'
+                f'vit: with {self.times} tokens per patch, images must have {self.grid * self.patch} pixels '
+                f'a side, got {h * self.patch} and {w * self.patch}'
             )
         front, patches = self.pos_embed[:, : self.prefix], self.pos_embed[:, self.prefix :]
         patches = patches.mT.unflatten(2, (self.grid, self.grid))
