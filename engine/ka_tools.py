@@ -85,11 +85,13 @@ def train(
     args,
     log,
     epochs: int | None = None,
+    rate: Callable[[float], float] | None = None,
 ) -> None:
-    """Epochs until there are as many as wanted; the learning rate follows a cosine to 0 over all of them.
+    """Epochs until there are as many as wanted.
 
-    batches: epoch -> what step is called with, one after another. step: makes its own updates and returns
-    {'loss': ..., its terms}; a loss that is not finite ends the tool before the checkpoint.
+    rate: share done -> factor of the learning rates; default a cosine to 0. batches: epoch -> what step is
+    called with, one after another. step: makes its own updates and returns {'loss': ..., its terms}; a loss
+    that is not finite ends the tool before the checkpoint.
     """
     epochs, opts = epochs or args.epochs, list(opts)
     rates = [[group['lr'] for group in opt.param_groups] for opt in opts]
@@ -99,7 +101,7 @@ def train(
     for epoch in range(record.epoch, epochs):
         started, meter = time.time(), Meter(name, epoch, torch.device('cpu'))
         for k, batch in enumerate(batches(epoch)):
-            factor = 0.5 * (1 + math.cos(math.pi * (epoch + k / steps) / epochs))
+            factor = (rate or cosine)((epoch + k / steps) / epochs)
             for opt, base in zip(opts, rates):
                 for group, lr in zip(opt.param_groups, base):
                     group['lr'] = lr * factor
@@ -123,6 +125,10 @@ def train(
         )
         log(f'{name}: epoch {epoch + 1}/{epochs}  loss {row["loss"]:.4f}  {shown}  {row["seconds"]:.0f} s')
     bar.close()
+
+
+def cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def write_table(folder: Path, facts: dict, rows: list[dict], origin: dict, log) -> None:

@@ -73,7 +73,6 @@ def main():
     data, _, test = load_data(args, device, log)
     split, teachers, known = class_teachers(args, data, test, amp, log)
     data, test = in_order(data, split), in_order(test, split)
-    size = data.images.shape[1] if hasattr(data, 'images') else args.image_size
     with user_errors():
         slimming.groups(teachers[0])  # refuses other networks
         loss = SoftFocal(args.gamma, args.alpha)
@@ -84,7 +83,7 @@ def main():
     target, full = args.target or count(rival), count(joined)
     if not least(joined) <= target < full:
         raise UserError(
-            f'--target {target}: must be from {least(joined)} to less than {full}, what the teachers have joined'
+            f'--target {target}: must be from {least(joined)} to less than the {full} of the joined teachers'
         )
     origin = provenance(device) | class_names_of(data)
     recipe = math_args(
@@ -115,8 +114,11 @@ def main():
             opt.step()
             return {'loss': value, **terms}
 
-        train(record, place, [opt], lambda epoch: data.train_batches(args.batch_size, args.seed, first + epoch),
-              data.steps(args.batch_size), step, lambda: measured(net), args, log, epochs)  # fmt: skip
+        def batches(epoch):
+            return data.train_batches(args.batch_size, args.seed, first + epoch)
+
+        train(record, place, [opt], batches, data.steps(args.batch_size), step, lambda: measured(net), args,
+              log, epochs)  # fmt: skip
         last = record.history[-1]
         row |= {'joint top-1': last['test_top1'], 'each part, if known': last['test_known'],
                 'epochs': first + epochs}  # fmt: skip

@@ -3,11 +3,12 @@
     python tools/subtask.py --t_name resnet20 --t_model net.pt --s_name resnet8 --data_name cifar10 \\
         --sub 0-4 --lambda_adv 0 0.5 --adv_cap 2
 
-A student per value of --lambda_adv learns the wanted classes from the teacher's logits, without a label, while
-a linear head on its embedding tries to read the others and the student moves away from what it reads (0: no
-unlearning). How much is left is then measured by somebody who wants the other classes back: from --attack_share
-of their training images with labels, once with a new classifier on the frozen network, once with the whole
-network. Beside the students stand the teacher and a network of random weights, attacked in the same way.
+A student per value of --lambda_adv learns the wanted classes from the teacher's logits, without a label,
+while a linear head on its embedding tries to read the others and the student moves away from what it reads
+(0: no unlearning). How much is left is then measured by somebody who wants the other classes back: from
+--attack_share of their training images with labels, once with a new classifier on the frozen network, once
+with the whole network. Beside the students stand the teacher and a network of random weights, attacked in the
+same way.
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, results.json with the table, and per student a folder with
 last.pt (continued by --resume auto), best.pt, student.pt, metrics.csv, results.json.
@@ -88,6 +89,9 @@ def main():
                        **{key: getattr(args, key) for key in flags})  # fmt: skip
     write_json(folder / 'args.json', {'args': vars(args), **origin})
 
+    def batches(epoch):
+        return all_train.train_batches(args.batch_size, args.seed, epoch)
+
     def attacked(net, name: str, row: str) -> dict:
         found = {way: attack(net, name, stolen, lost, args, amp, way == 'classifier')
                  for way in ('classifier', 'network')}  # fmt: skip
@@ -99,6 +103,7 @@ def main():
     rows.append(attacked(fresh(args.s_name, len(sub), args.seed).to(device), args.s_name, 'random weights'))
     facts = {'script': 'subtask', 'method': 'subtask', 'student': args.s_name, 'teacher': args.t_name,
              'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs}  # fmt: skip
+    steps = all_train.steps(args.batch_size)
     for lam, loss in losses.items():
         net = fresh(args.s_name, len(sub), args.seed).to(device)
         with torch.no_grad():
@@ -132,8 +137,7 @@ def main():
         def measure(net=net):
             return {'test_top1': evaluate(net, kept, amp)['top1']}
 
-        train(record, name, opts.values(), lambda epoch: all_train.train_batches(args.batch_size, args.seed, epoch),
-              all_train.steps(args.batch_size), step, measure, args, log)  # fmt: skip
+        train(record, name, opts.values(), batches, steps, step, measure, args, log)
         log(f'{name}: {record.finish("student.pt", facts | {"lambda_adv": lam})}')
         last = record.history[-1]
         rows.append(attacked(net, args.s_name, f'student, lambda {lam:g}') | {
@@ -173,7 +177,7 @@ def fresh(name: str, num_classes: int, seed: int) -> nn.Module:
 
 
 def attack(net: nn.Module, name: str, stolen, lost, args, amp, frozen: bool) -> float:
-    """Accuracy on the unlearnt classes after a new classifier, or everything, has learnt the stolen images."""
+    """Accuracy on the unlearnt classes when a new classifier, or everything, has learnt the stolen images."""
     thief = fresh(name, lost.num_classes, args.seed).to(lost.device)
     classifier = {f'{path}.{key}' for path, module in thief.named_modules()
                   if module is thief.classifier_layer() for key in ('weight', 'bias')}  # fmt: skip
