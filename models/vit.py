@@ -3,8 +3,8 @@
 A. Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv:2010.11929; deit_D_L has a second
 token with a head of its own, H. Touvron et al., "Training data-efficient image transformers & distillation
 through attention", ICML 2021, arXiv:2012.12877; vit_D_LxT has T times as many tokens, made of the patches
-by a linear map along the sequence (ka_losses/ka_vit.py). Patches are 4 x 4; heads are 64 wide, as in DeiT.
-Parameter names are timm's.
+by a linear map along the sequence (ka_losses/ka_vit.py), vit_D_LxT_S for images of S pixels a side. Patches
+are 4 x 4; heads are 64 wide, as in DeiT. Parameter names are timm's.
 """
 
 import torch
@@ -81,6 +81,11 @@ class ViT(nn.Module):
             raise ValueError(
                 f'vit: height and width of the images must be multiples of {self.patch}, got {tuple(x.shape)}'
             )
+        if self.times > 1 and (h, w) != (self.grid, self.grid):
+            raise ValueError(
+                f'vit: with {self.times} tokens per patch, images must have {self.grid * self.patch} pixels '
+                f'a side, got {h * self.patch} and {w * self.patch}'
+            )
         x = self.patch_embed['proj'](x).flatten(2).mT
         if self.expand is not None:
             x = self.expand(x)
@@ -106,11 +111,6 @@ class ViT(nn.Module):
         """(1, tokens, dim) for a grid of h x w patches."""
         if (h, w) == (self.grid, self.grid):
             return self.pos_embed
-        if self.times > 1:
-            raise ValueError(
-                f'vit: with {self.times} tokens per patch, images must have {self.grid * self.patch} pixels '
-                f'a side, got {h * self.patch} and {w * self.patch}'
-            )
         front, patches = self.pos_embed[:, : self.prefix], self.pos_embed[:, self.prefix :]
         patches = patches.mT.unflatten(2, (self.grid, self.grid))
         patches = F.interpolate(patches, (h, w), mode='bicubic', align_corners=False)

@@ -1,4 +1,4 @@
-"""Tables of the amalgamation tools, whose results hold their rows: tools/subtask.py, recombination.py and others.
+"""Tables of the amalgamation tools, whose results hold their rows: tools/subtask.py and others.
 
 A row is {"row": name, column: number, ...}. Runs that differ in the seed only are joined, mean +- deviation.
 """
