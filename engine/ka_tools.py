@@ -24,11 +24,21 @@ from engine.session import Log, progress_bar
 from engine.teachers import load_teacher
 from ka_settings.classes import SideBySide
 
+# flags of all scripts that mean nothing here, and their defaults
+NOT_HERE = {'val_split': 0.0, 'schedule': 'steps', 'milestones': [0.5, 0.75], 'lr_decay': 0.1, 'momentum': 0.9,
+            'nesterov': True, 'compile': False, 'tensorboard': False}  # fmt: skip
 
-def begin(args, name: str) -> tuple[Path, Log]:
-    """The output folder and its log."""
+
+def begin(args, name: str, **more) -> tuple[Path, Log]:
+    """The output folder and its log. more: further flags that mean nothing here, and their defaults."""
     if processes() > 1:
         raise UserError('this tool runs in one process only')
+    for key, default in (NOT_HERE | more).items():
+        if getattr(args, key) != default:
+            flag = '--no_nesterov' if key == 'nesterov' else f'--{key}'
+            raise UserError(f'{flag}: not for this tool, which has Adam and a schedule of its own')
+    if args.amp == 'fp16':
+        raise UserError('--amp fp16: this tool scales no gradients; --amp bf16 needs none')
     folder = output_folder(Path(args.save_root) / (args.note or name))
     return folder, Log(folder)
 

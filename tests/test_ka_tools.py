@@ -106,6 +106,9 @@ def test_what_unlearning_refuses(tool, tmp_path):
         (('--sub', '0-4', '--lambda_adv', 1, 1), 'named twice'),
         (('--sub', '0-4', '--attack_share', 0.01), 'less than two'),
         (('--sub', '0-4', '--s_name', 'resnet9'), '6n + 2'),
+        (('--sub', '0-4', '--schedule', 'onecycle'), '--schedule: not for this tool'),
+        (('--sub', '0-4', '--no_nesterov'), '--no_nesterov: not for this tool'),
+        (('--sub', '0-4', '--amp', 'fp16'), 'scales no gradients'),
     ):
         done = tool(*words, *more)
         assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err
@@ -169,9 +172,12 @@ def test_amalgamation_without_data(tool, halves, monkeypatch, tmp_path):
     made = rows(tmp_path / 'whole' / 'made')[0]
     assert {'g_adv', 'g_bn', 'g_sim', 'loss_d', 'kd', 'amal', 'recons'} <= made.keys()
     states = {name: weights(tmp_path / 'whole' / name) for name in ('made', 'ood', 'own')}
+    assert not same(states['own']['net'], states['ood']['net'])
     assert not same(states['made']['generator'], states['ood']['generator'])  # it was trained there only
     assert same(states['own']['generator'], states['ood']['generator'])
-    resumed_equals_undisturbed(tool, monkeypatch, tmp_path, words, 2, ['made', 'ood', 'own'])
+    words = (*words, '--images', 'made')
+    assert tool(*words, '--note', 'whole', '--resume', 'auto').code == 0
+    resumed_equals_undisturbed(tool, monkeypatch, tmp_path, words, 2, ['made'])
     for more, said in (
         (('--ood', 'svhn'), "no data set is called 'svhn'"),
         (('--ood', 'shapes:40'), 'its images have 32 pixels a side, wanted 16'),
@@ -208,8 +214,12 @@ def test_detectors_are_amalgamated_by_the_tool(tool, monkeypatch, tmp_path):
     assert all({f'AP50 {kind}' for kind in KINDS} <= row.keys() for row in table.values())
     sa, ta = (weights(tmp_path / 'whole' / name) for name in ('sa_ta', 'ta'))
     assert len(sa['more']) == 6 and not ta['more']  # scale and shift of three levels
-    networks = ['teacher1', 'teacher2', 'sa_ta', 'ta', 'agg_ta', 'labels']
-    resumed_equals_undisturbed(tool, monkeypatch, tmp_path, words, 6, networks)
+    for less in (('sa_ta',), ('agg_ta', 'labels')):  # the others are done
+        assert tool(*words, '--students', *less, '--note', 'whole', '--resume', 'auto').code == 0
+    assert list(table_of(tmp_path / 'whole'))[1:] == ['agg_ta (no labels)', 'labels (reads labels)']
+    words = (*words, '--students', 'sa_ta')
+    assert tool(*words, '--note', 'whole', '--resume', 'auto').code == 0
+    resumed_equals_undisturbed(tool, monkeypatch, tmp_path, words, 6, ['teacher1', 'teacher2', 'sa_ta'])
     for more, said in (
         (('--kinds', 'box'), 'two words or more'),
         (('--kinds', 'box', 'box,sphere'), 'different kinds'),

@@ -67,7 +67,8 @@ def main():
     tasks, n = read_kinds(args.kinds), rooms_of(args)
     names = [KINDS[k] for k in sorted(sum(tasks, []))]  # classes of the student
     blocks = [[names.index(KINDS[k]) for k in task] for task in tasks]
-    folder, log = begin(args, f'transformer_ka-{args.data_name.replace(":", "")}-s{args.seed}')
+    folder, log = begin(args, f'transformer_ka-{args.data_name.replace(":", "")}-s{args.seed}',
+                        amp='off', pad='reflect')  # fmt: skip
     labelled, plain, test = load_boxes(n, args.size)
     log(f'{n} rooms with labels, {n} without, {len(test)} to measure on')
     every = [KINDS.index(name) for name in names]
