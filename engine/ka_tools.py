@@ -25,8 +25,8 @@ from engine.teachers import load_teacher
 from ka_settings.classes import SideBySide
 
 # flags of all scripts that mean nothing here, and their defaults
-NOT_HERE = {'val_split': 0.0, 'schedule': 'steps', 'milestones': [0.5, 0.75], 'lr_decay': 0.1, 'momentum': 0.9,
-            'nesterov': True, 'compile': False, 'tensorboard': False}  # fmt: skip
+NOT_HERE = {'val_split': 0.0, 'schedule': 'steps', 'milestones': [0.5, 0.75], 'lr_decay': 0.1,
+            'momentum': 0.9, 'nesterov': True, 'compile': False, 'tensorboard': False}  # fmt: skip
 
 
 def begin(args, name: str, **more) -> tuple[Path, Log]:
