@@ -1,8 +1,8 @@
 """Tables of amalgamation runs: `python -m report ka FOLDER... --out FOLDER`.
 
 Reads every result file of train_ka.py and of the tools for single losses (tools/subtask.py ...) below the
-folders, joins runs that differ in the seed only, and writes table.md and table.csv, a table per experiment.
-With --readme FILE the tables also replace what stands between
+folders, joins runs that differ in the seed only, and writes table.md and table.csv, a table per experiment,
+and rounds.png where a tool has measured after rounds. With --readme FILE the tables also replace what stands between
 `<!-- NAME:begin -->` and `<!-- NAME:end -->` there.
 """
 
@@ -182,6 +182,7 @@ def main() -> int:
     out = output_folder(Path(args.out))
     (out / 'table.md').write_text(text)
     (out / 'table.csv').write_bytes(csv_of(made).encode())
+    ka_rows.figure(results, out / 'rounds.png')
     if args.readme:
         insert(Path(args.readme), args.name, text)
     print(text)

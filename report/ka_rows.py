@@ -3,6 +3,8 @@
 A row is {"row": name, column: number, ...}. Runs that differ in the seed only are joined, mean +- deviation.
 """
 
+from pathlib import Path
+
 from report.table import spread
 
 
@@ -45,3 +47,38 @@ def cell(values: list) -> str:
     if all(isinstance(x, int) for x in values) and len(set(values)) == 1:
         return f'{values[0]:,}'
     return spread(values)
+
+
+def figure(results: list[dict], path: Path) -> bool:
+    """What rows reach after each round, mean over seeds and every seed; False where no table has rounds."""
+    curves, flat = {}, {}
+    for r in filter(is_of_a_tool, results):
+        for row in r['table']:
+            rounds = {int(key.split()[1]): value for key, value in row.items() if key.startswith('round ')}
+            if rounds:
+                curves.setdefault(row['row'], {})[r['seed']] = rounds
+            elif 'top-1 at the end' in row:
+                flat.setdefault(row['row'], {})[r['seed']] = row['top-1 at the end']
+    if not curves:
+        return False
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(6.4, 4))
+    for k, (name, seeds) in enumerate(curves.items()):
+        for rounds in seeds.values():
+            axes.plot(*zip(*sorted(rounds.items())), color=f'C{k}', alpha=0.25, linewidth=1)
+        common = sorted(set.intersection(*(set(rounds) for rounds in seeds.values())))
+        mean = [sum(rounds[x] for rounds in seeds.values()) / len(seeds) for x in common]
+        axes.plot(common, mean, color=f'C{k}', label=f'{name}, {len(seeds)} seeds', marker='o', markersize=3)
+    for name, seeds in flat.items():
+        axes.axhline(sum(seeds.values()) / len(seeds), color='0.4', linestyle='--', label=name)
+    axes.set_xlabel('round')
+    axes.set_ylabel('top-1 after adaptation, %')
+    axes.legend(fontsize=8, frameon=False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return True

@@ -384,3 +384,8 @@ def test_the_report_reads_the_tools(tool, script, tmp_path):
     assert done.code == 0, done.err
     text = (tmp_path / 'table' / 'table.md').read_text()
     assert '**fedka, shapes: clients**' in text and '| alone | 50.00 | 1 |' in text
+    assert not (tmp_path / 'table' / 'rounds.png').exists()
+    rounds = {'row': 'all clients', 'round 2': 50.0, 'round 4': 60.0, 'top-1 at the end': 60.0}
+    (place / 'results.json').write_text(json.dumps(result | {'table': [rounds]}))
+    assert script('report.ka', place, '--out', tmp_path / 'table').code == 0
+    assert (tmp_path / 'table' / 'rounds.png').stat().st_size > 5000
