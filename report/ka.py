@@ -2,8 +2,8 @@
 
 Reads every result file of train_ka.py and of the tools for single losses (tools/subtask.py ...) below the
 folders, joins runs that differ in the seed only, and writes table.md and table.csv, a table per experiment,
-and rounds.png where a tool has measured after rounds. With --readme FILE the tables also replace what stands between
-`<!-- NAME:begin -->` and `<!-- NAME:end -->` there.
+and rounds.png where a tool has measured after rounds. With --readme FILE the tables also replace what stands
+between `<!-- NAME:begin -->` and `<!-- NAME:end -->` there.
 """
 
 import csv
