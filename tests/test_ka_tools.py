@@ -225,6 +225,7 @@ def test_detectors_are_amalgamated_by_the_tool(tool, monkeypatch, tmp_path):
         (('--kinds', 'box', 'box,sphere'), 'different kinds'),
         (('--kinds', 'box', 'cone'), 'different kinds of box, sphere, cylinder'),
         (('--size', 40), 'multiples of 16'),
+        (('--device', 'cuda'), 'run on the CPU'),
         (('--data_name', 'shapes'), 'there are scenes'),
     ):
         done = tool(*words, *more)

@@ -61,9 +61,10 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.device not in (None, 'cpu'):
+        raise UserError(f'--device {args.device}: these detectors are small and run on the CPU')
+    args.device = 'cpu'
     device = setup(args)
-    if device.type != 'cpu':
-        raise UserError(f'--device {device}: the detectors are small and run on the CPU, --device cpu')
     tasks, n = read_kinds(args.kinds), rooms_of(args)
     names = [KINDS[k] for k in sorted(sum(tasks, []))]  # classes of the student
     blocks = [[names.index(KINDS[k]) for k in task] for task in tasks]
