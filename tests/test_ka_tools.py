@@ -197,7 +197,7 @@ def test_who_is_drawn_in_a_federation(tool, halves, tmp_path):
     drawn = [[json.loads(row['clients']) for row in rows(tmp_path / how)] for how in ('all', 'uniform')]
     assert drawn[0] == [[0, 1], [0, 1]] and all(len(clients) == 3 for clients in drawn[1])
     table = table_of(tmp_path / 'all')
-    assert {'round 1', 'round 2', 'top-1 at the end'} == set(table['federation, all clients'])
+    assert {'round 1', 'round 2', 'top-1 at the end'} == set(table['all clients every round'])
     done = tool(*words, '--select', 'all', '--note', 'uniform', '--resume', 'auto')
     assert done.code == 2 and "select was 'uniform', is" in done.err, done.err
 

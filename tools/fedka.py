@@ -137,9 +137,13 @@ def main():
              'probe': len(probe), 'probe_alone': alone, 'select': args.select,
              'title': f'{clients} private teachers, {len(probe)} labelled images at the server'}  # fmt: skip
     curve = {f'round {row["epoch"]}': row['test_top1'] for row in record.history if 'test_top1' in row}
-    how = {'saliency': 'drawn by saliency', 'uniform': 'drawn blindly', 'all': 'all clients'}[args.select]
+    how = {
+        'saliency': f'{args.topk} clients a round, drawn by saliency',
+        'uniform': f'{args.topk} clients a round, drawn blindly',
+        'all': 'all clients every round',
+    }
     facts['table'] = [{'row': 'the same student on the probe set alone', 'top-1 at the end': alone},
-                      {'row': f'federation, {how}', 'top-1 at the end': record.history[-1]['test_top1'],
+                      {'row': how[args.select], 'top-1 at the end': record.history[-1]['test_top1'],
                        **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
 
