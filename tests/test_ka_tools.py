@@ -95,6 +95,13 @@ def test_unlearning_and_its_attack(tool, monkeypatch, tmp_path):
     torch.manual_seed(2)  # with lambda 0 the head's loss is 0: only weight decay moves it, as the student's
     assert not same(one['net'], other['net']) and not same(one['head'], other['head'])
     resumed_equals_undisturbed(tool, monkeypatch, tmp_path, words, 3, ['lambda-0', 'lambda-1'])
+    done = tool(*words, '--s_init', tmp_path / 't.pt', '--lambda_adv', 0, '--lr', '1e-9', '--weight_decay', 0,
+                '--note', 'begun')  # fmt: skip
+    assert done.code == 0, done.err
+    net, teacher = (torch.load(path, weights_only=True) for path in
+                    (tmp_path / 'begun' / 'lambda-0' / 'student.pt', tmp_path / 't.pt'))  # fmt: skip
+    torch.testing.assert_close(net['conv1.weight'], teacher['conv1.weight'], rtol=0, atol=1e-6)
+    assert net['fc.weight'].shape[0] == 4
 
 
 def test_what_unlearning_refuses(tool, tmp_path):

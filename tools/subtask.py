@@ -45,6 +45,9 @@ def parse_args():
     flag('--t_name', required=True, metavar='NAME', help=f'the teacher of all classes: {models.NAMES}')
     flag('--t_model', required=True, metavar='FILE', help='its checkpoint')
     flag('--s_name', required=True, metavar='NAME', help='students, one of the same names')
+    flag('--s_init', metavar='FILE',
+         help="what students begin with; all but the classifier, e.g. the teacher's file; default: fresh "
+              'weights')
     flag('--sub', required=True, metavar='LIST', help='the classes to keep, e.g. 0-4')
     flag('--lambda_adv', nargs='+', type=float, default=[0.0, 0.5], metavar='W',
          help='weights of unlearning; a student each, default 0 0.5')
@@ -74,7 +77,7 @@ def main():
         teacher = models.build_for(args.t_model, args.t_name, all_train.num_classes)
         kept, lost = dataset.take_classes(all_test, sub), dataset.take_classes(all_test, others)
         known = dataset.take_classes(all_train, others)
-        fresh(args.s_name, len(sub), args.seed)
+        begun(args, len(sub), lambda line: None)
     if len(losses) < len(args.lambda_adv):
         raise UserError('--lambda_adv: a value is named twice')
     if args.attack_share * len(known) < 2:
@@ -105,7 +108,7 @@ def main():
              'data': args.data_name, 'seed': args.seed, 'epochs': args.epochs}  # fmt: skip
     steps = all_train.steps(args.batch_size)
     for lam, loss in losses.items():
-        net = fresh(args.s_name, len(sub), args.seed).to(device)
+        net = begun(args, len(sub), log).to(device)
         with torch.no_grad():
             width = net(kept.crops(*first_images(kept)), True).feat.shape[1]
         torch.manual_seed(args.seed)
@@ -151,7 +154,8 @@ def main():
         'divergence of the head',
     )
     rows = [{key: row[key] for key in columns if key in row} for row in rows]
-    title = f'{args.t_name} to {args.s_name}, classes {args.sub} kept'
+    start = ', which begins with weights that knew all' if args.s_init else ''
+    title = f'{args.t_name} to {args.s_name}{start}, classes {args.sub} kept'
     write_table(folder, facts | {'title': title, 'attack': len(stolen)}, rows, origin, log)
 
 
@@ -174,6 +178,15 @@ def first_images(data):
 def fresh(name: str, num_classes: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return models.build(name, num_classes)
+
+
+def begun(args, num_classes: int, log) -> nn.Module:
+    """A student before its first step."""
+    net = fresh(args.s_name, num_classes, args.seed)
+    if args.s_init:
+        with user_errors():
+            log(f'student: {models.load_weights(net, args.s_init, new_head=True)}')
+    return net
 
 
 def attack(net: nn.Module, name: str, stolen, lost, args, amp, frozen: bool) -> float:
