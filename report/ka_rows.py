@@ -66,7 +66,7 @@ def figure(results: list[dict], path: Path) -> bool:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(6.4, 4))
+    fig, axes = plt.subplots(figsize=(6.4, 4.6))
     for k, (name, seeds) in enumerate(curves.items()):
         for rounds in seeds.values():
             axes.plot(*zip(*sorted(rounds.items())), color=f'C{k}', alpha=0.25, linewidth=1)
@@ -77,7 +77,7 @@ def figure(results: list[dict], path: Path) -> bool:
         axes.axhline(sum(seeds.values()) / len(seeds), color='0.4', linestyle='--', label=name)
     axes.set_xlabel('round')
     axes.set_ylabel('top-1 after adaptation, %')
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc='upper center', bbox_to_anchor=(0.5, -0.14), ncol=2)
     fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)
