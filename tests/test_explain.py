@@ -143,9 +143,10 @@ def test_graft_killed_between_phases_ends_alike(tool, teacher, tmp_path, monkeyp
         ('graft --s_name resnet8 --shots 0', '--shots'),
         ('graft --s_name resnet8 --first 7', 'first must be 1 to 3'),
         ('kdexplainer --batch_size 4000', 'training images only'),
-        ('kdexplainer --blocks 2 2 2 2 2 2', 'too often'),
-        ('knowledge --s_name resnet8x4 --epochs 2', 'the teacher has'),
+        ('kdexplainer --batch_size 32 --blocks 2 2 2 2 2 2', 'too often'),
+        ('knowledge --batch_size 32 --s_name resnet8x4 --epochs 2', 'the teacher has'),
         ('knowledge --s_name resnet8 --epochs 2 --checkpoints 1 9', 'two or more'),
+        ('knowledge --s_name resnet8 --grid 5', '6 or more'),
     ],
 )
 def test_mistakes_with_these_tools(tool, teacher, words, said):
@@ -277,7 +278,7 @@ def test_concepts_of_a_made_up_training():
 
 
 KNOWLEDGE = ('--s_name', 'resnet8', '--epochs', 2, '--checkpoints', 0, 1, 2, '--batch_size', 32)
-KNOWLEDGE += ('--probes', 3, '--noise_steps', 24, '--noise_batch', 4, '--grid', 4)
+KNOWLEDGE += ('--probes', 3, '--noise_steps', 24, '--noise_batch', 4, '--grid', 6)
 
 
 def test_knowledge_killed_and_resumed(tool, teacher, tmp_path, monkeypatch):

@@ -87,6 +87,9 @@ def main():
     args.checkpoints = sorted({e for e in args.checkpoints if e <= args.epochs})
     if len(args.checkpoints) < 2:
         raise UserError(f'--checkpoints: two or more must lie within {args.epochs} epochs')
+    foreground = kn.central_square(args.grid, args.grid)
+    if foreground.all():
+        raise UserError(f'--grid {args.grid}: no cell is left outside the foreground; take 6 or more')
     device = setup(args)
     amp = autocast(device, args.amp)
     name = f'knowledge-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}'
@@ -173,7 +176,6 @@ def main():
     sigmas = {way: torch.stack(made, dim=1) for way, made in sigmas.items()}
 
     # -------------------------------------------------------------------------------------------- numbers
-    foreground = kn.central_square(args.grid, args.grid)
     settled = [m for m, e in enumerate(args.checkpoints) if e >= args.settled] or [-1]
     seen = [torch.isfinite(s).flatten(1).all(dim=1) for s in sigmas.values()]
     usable = [kn.effective(s[:, settled], foreground) for s in sigmas.values()]
@@ -218,14 +220,13 @@ def map_of(net: nn.Module, img: Tensor) -> Tensor:
 def last_convolution(net: nn.Module) -> nn.Conv2d:
     """The last one that is larger than 1x1 (shortcuts are not), else the last."""
     every = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    return [m for m in every if m.kernel_size != (1, 1)][-1:][0] if every else None
+    return ([m for m in every if m.kernel_size != (1, 1)] or every)[-1]
 
 
 def keep(folder: Path, net: nn.Module, epoch: int, args) -> None:
     """Plain weights of the epochs that are looked at."""
-    path = folder / f'epoch{epoch}.pt'
-    if epoch in args.checkpoints and not (epoch == 0 and path.exists() and args.resume == 'auto'):
-        save_checkpoint(path, dict(net.state_dict()))
+    if epoch in args.checkpoints:
+        save_checkpoint(folder / f'epoch{epoch}.pt', dict(net.state_dict()))
 
 
 def judged(net: nn.Module, teacher: nn.Module, way: str) -> nn.Module:
