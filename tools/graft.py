@@ -84,6 +84,7 @@ def parse_args():
     flag('--lr_alone', type=positive_float, default=1e-3, help="of the student alone, default 0.001")
     flag('--batch_size', type=positive_int, default=64,
          help='for 10 images per class; times S / 10 for S, at least 2; default 64')
+    flag('--test_images', type=positive_int, metavar='N', help='measure on the first N test images only')
     flag('--seed', type=seed_number, nargs='+', default=[2], metavar='N',
          help='of the images, the weights and the batches; each is a run of its own; default 2')
     # fmt: on
@@ -101,11 +102,13 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or f'graft-{args.t_name}-{args.s_name}'))
     log = Log(folder)
     train, test = read_data(args, device)
+    if args.test_images:
+        test = test.subset(torch.arange(min(args.test_images, len(test)), device=device))
     with user_errors():
         teacher = models.build_for(args.t_model, args.t_name, train.num_classes)
         start = grafted(args, train.num_classes, test, args.seed)
     measured = load_teacher(teacher, args.t_model, test, amp)
-    log(f'teacher {args.t_name}: top-1 {measured["top1"]:.2f} on the test set')
+    log(f'teacher {args.t_name}: top-1 {measured["top1"]:.2f} on {len(test)} test images')
     same_as_parts(teacher, start, args, test)
     least = int(torch.bincount(train.targets, minlength=train.num_classes).min())
     if max(args.shots) > least or len(set(args.shots)) < len(args.shots):
@@ -115,7 +118,7 @@ def main():
     work = [(seed, shots, phase) for seed in seeds for shots in args.shots for phase in phases]
     recipe = {key: getattr(args, key) for key in (
         't_name', 's_name', 'first', 'shots', 'block_epochs', 'net_epochs', 'lr_block', 'lr_adapter',
-        'lr_net', 'fixed_lr', 'lr_alone', 'batch_size', 'data_name', 'amp')}  # fmt: skip
+        'lr_net', 'fixed_lr', 'lr_alone', 'batch_size', 'test_images', 'data_name', 'amp')}  # fmt: skip
     recipe |= {'script': 'graft', 'seeds': seeds, 'teacher': fingerprint(teacher)}
     state = {'epoch': 0, 'args': recipe, 'origin': provenance(device), 'rows': [], 'net': None}
     if at := resume_point(args.resume, folder):
@@ -159,7 +162,7 @@ def main():
 
     result = {
         'script': 'graft', 'data': args.data_name, 'teacher': args.t_name, 'student': args.s_name,
-        'first': args.first, 'teacher_top1': measured['top1'], 'parameters': sizes(teacher, start),
+        'first': args.first, 'teacher_top1': measured['top1'], 'test_images': len(test), 'parameters': sizes(teacher, start),
         'rows': state['rows'], 'recipe': recipe, **state['origin'],
     }  # fmt: skip
     write_json(folder / 'results.json', result)
