@@ -94,7 +94,7 @@ def test_few_images_are_nested():
     assert not torch.equal(other.images, three.images)
 
 
-GRAFT = ('--s_name', 'resnet8', '--shots', 1, 2, '--block_epochs', 2, '--net_epochs', 2)
+GRAFT = ('--s_name', 'resnet8', '--shots', 1, 2, '--block_epochs', 2, '--net_epochs', 2, '--test_images', 10)
 
 
 def test_graft_killed_between_phases_ends_alike(tool, teacher, tmp_path, monkeypatch):

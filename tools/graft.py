@@ -162,8 +162,8 @@ def main():
 
     result = {
         'script': 'graft', 'data': args.data_name, 'teacher': args.t_name, 'student': args.s_name,
-        'first': args.first, 'teacher_top1': measured['top1'], 'test_images': len(test), 'parameters': sizes(teacher, start),
-        'rows': state['rows'], 'recipe': recipe, **state['origin'],
+        'first': args.first, 'teacher_top1': measured['top1'], 'test_images': len(test),
+        'parameters': sizes(teacher, start), 'rows': state['rows'], 'recipe': recipe, **state['origin'],
     }  # fmt: skip
     write_json(folder / 'results.json', result)
     draw(result, folder / 'few-shot.png', log)
