@@ -315,14 +315,15 @@ def draw(result: dict, images: Tensor, sigmas: dict[str, Tensor], folder: Path, 
     fig, axes = plt.subplots(
         rows, across, figsize=(1.15 * across, 1.15 * rows + 0.7), squeeze=False, layout='constrained'
     )
-    for line, img, *maps in zip(axes, images, *(kn.entropy(sigmas[way]) for way in WAYS)):
+    maps = torch.stack([kn.entropy(sigmas[way][:rows, shown]) for way in WAYS], dim=1).flatten(1, 2)
+    span = {'vmin': float(maps.min()), 'vmax': float(maps.max())}
+    titles = [f'{way}\nepoch {epochs[m]}' for way in WAYS for m in shown]
+    for row, (line, img) in enumerate(zip(axes, images)):
         line[0].imshow(img.permute(1, 2, 0).numpy())
-        for k, (way, h) in enumerate(zip(WAYS, maps)):
-            for j, m in enumerate(shown):
-                axis = line[1 + k * len(shown) + j]
-                picture = axis.imshow(h[m].numpy(), cmap='hot', vmin=-4.5, vmax=-2.3)
-                if line is axes[0]:
-                    axis.set_title(f'{way}\nepoch {epochs[m]}', fontsize=7)
+        for axis, h, title in zip(line[1:], maps[row], titles):
+            picture = axis.imshow(h.numpy(), cmap='hot', **span)
+            if row == 0:
+                axis.set_title(title, fontsize=7)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     bar = fig.colorbar(picture, ax=axes, shrink=0.8, aspect=30)
