@@ -5,6 +5,7 @@
     figures FOLDER --out FOLDER       figures of a run of train_ka.py
     dfkd FOLDER... --out FOLDER       table and images of train_dfkd.py: table.md, images.png
     overview FOLDER                   one table and one figure of all that was trained below a folder
+    explain FILE... --out PNG         accuracy against images per class of tools/graft.py
     refresh [--check]                 rewrite every generated file of the repository, or say which are stale
 
 `python -m report COMMAND --help` tells more.
@@ -16,7 +17,7 @@ import sys
 from engine import errors
 from engine.errors import UserError
 
-COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'overview', 'refresh')
+COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'overview', 'explain', 'refresh')
 
 
 def main() -> int | None:

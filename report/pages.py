@@ -16,7 +16,8 @@ TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm', 'trai
 OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.pseudo_labels',
           'tools.slim', 'tools.graft', 'tools.kdexplainer', 'tools.knowledge', 'tools.transferability',
           'tools.transferability_graph', 'dataset.download',
-          'report.table', 'report.ka', 'report.figures', 'report.dfkd', 'report.refresh')  # fmt: skip
+          'report.table', 'report.ka', 'report.figures', 'report.dfkd', 'report.explain',
+          'report.refresh')  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ methods
 

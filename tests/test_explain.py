@@ -97,7 +97,7 @@ def test_few_images_are_nested():
 GRAFT = ('--s_name', 'resnet8', '--shots', 1, 2, '--block_epochs', 2, '--net_epochs', 2, '--test_images', 10)
 
 
-def test_graft_killed_between_phases_ends_alike(tool, teacher, tmp_path, monkeypatch):
+def test_graft_killed_between_phases_ends_alike(tool, script, teacher, tmp_path, monkeypatch):
     done = tool('graft', teacher, *GRAFT, '--note', 'whole')
     assert done.code == 0, done.err
     whole = json.loads((tmp_path / 'whole' / 'results.json').read_text())
@@ -133,6 +133,11 @@ def test_graft_killed_between_phases_ends_alike(tool, teacher, tmp_path, monkeyp
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     net = Grafted(models.build('resnet8', 10), models.build('resnet8', 10)).merged()
     net.load_state_dict(a)
+    files = [tmp_path / note / 'results.json' for note in ('whole', 'cut')]
+    done = script('report.explain', *files, '--out', tmp_path / 'both.png')
+    assert done.code == 0 and (tmp_path / 'both.png').stat().st_size > 10_000, done.err
+    done = script('report.explain', tmp_path / 'cut' / 'last.pt', '--out', tmp_path / 'none.png')
+    assert done.code == 2 and done.err.count('\n') == 1 and 'cannot be read as JSON' in done.err
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ the same shape see the same images for as many steps: 'at once' trains all parts
 the same loss, beside the same parts of the teacher; 'alone' starts from random weights and learns the labels.
 
 Writes to SAVE_ROOT/NOTE: log.txt, last.pt (after every phase, continued by --resume auto), results.json,
-student-SHOTS-sSEED.pt (of the grafted students), few-shot.png.
+student-SHOTS-sSEED.pt (of the grafted students), few-shot.png. Results of several runs, of other seeds or
+numbers of images, make one figure: python -m report explain FILE... --out few-shot.png
 """
 
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -56,8 +56,7 @@ from engine.session import Log, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.graftkd import GraftKD  # noqa: E402
 from models.grafting import Grafted  # noqa: E402
-
-WAYS = {'grafted': 'grafted', 'at once': 'all parts at once', 'alone': 'alone, from labels'}
+from report.explain import few_shot_figure  # noqa: E402
 
 
 def parse_args():
@@ -166,7 +165,7 @@ def main():
         'parameters': sizes(teacher, start), 'rows': state['rows'], 'recipe': recipe, **state['origin'],
     }  # fmt: skip
     write_json(folder / 'results.json', result)
-    draw(result, folder / 'few-shot.png', log)
+    few_shot_figure([result], folder / 'few-shot.png', log)
 
 
 def phases_of(args, numbers: list[int]) -> list[dict]:
@@ -258,38 +257,6 @@ def sizes(teacher: nn.Module, net: Grafted) -> dict[str, int]:
         'teacher': sum(p.numel() for p in teacher.parameters()),
         'student': sum(p.numel() for p in net.merged().parameters()),
     }
-
-
-def draw(result: dict, path: Path, log) -> None:
-    """Accuracy against images per class; a dot per seed, a line through the means."""
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        log('no figure: matplotlib is not installed (pip install matplotlib)')
-        return
-    fig, axis = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-    level = result['teacher_top1']
-    axis.axhline(level, color='grey', linestyle='--', label=f'teacher, all images  {level:.1f}')
-    for (way, label), mark in zip(WAYS.items(), 'os^'):
-        rows = [row for row in result['rows'] if row['way'] == way and row['last']]
-        shots = sorted({row['shots'] for row in rows})
-        points = [[row['top1'] for row in rows if row['shots'] == n] for n in shots]
-        (line,) = axis.plot(shots, [statistics.mean(p) for p in points], marker=mark, label=label)
-        for n, values in zip(shots, points):
-            axis.scatter([n] * len(values), values, s=10, color=line.get_color(), alpha=0.5)
-    shots = sorted({row['shots'] for row in result['rows']})
-    axis.set(xscale='log', xlabel='images per class', ylabel='test top-1 (%)', ylim=(0, None))
-    axis.set_xticks(shots, list(map(str, shots)))
-    axis.minorticks_off()
-    axis.set_title(f'{result["student"]} in {result["teacher"]}, {result["data"]}', fontsize=11)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=9)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
-    log(f'figure: {path}')
 
 
 if __name__ == '__main__':
