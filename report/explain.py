@@ -93,7 +93,8 @@ def knowledge() -> str:
     counted = f'{made["images_that_count"]} of {made["images"]}'
     return table(
         ('', 'from labels', 'distilled'), head, *body, ('images that count', counted, counted),
-        ('epochs', made['epochs'], made['epochs']), ('seed', made['seed'], made['seed']),
+        *((name, made[key], made[key]) for name, key in (('epochs', 'epochs'), ('seed', 'seed'),
+          ('training images', 'train_images'), ('test images for the accuracy', 'test_images'))),
     )  # fmt: skip
 
 

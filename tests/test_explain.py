@@ -283,7 +283,7 @@ def test_concepts_of_a_made_up_training():
 
 
 KNOWLEDGE = ('--s_name', 'resnet8', '--epochs', 2, '--checkpoints', 0, 1, 2, '--batch_size', 32)
-KNOWLEDGE += ('--probes', 3, '--noise_steps', 24, '--noise_batch', 4, '--grid', 6)
+KNOWLEDGE += ('--probes', 3, '--noise_steps', 24, '--noise_batch', 4, '--grid', 6, '--test_images', 10)
 
 
 def test_knowledge_killed_and_resumed(tool, teacher, tmp_path, monkeypatch):

@@ -77,6 +77,7 @@ def parse_args():
     flag('--threshold', type=positive_float, default=0.2, help='of a concept, in nats; default 0.2')
     flag('--settled', type=whole_number, default=40, metavar='E',
          help='first epoch whose checkpoints say which images count; default 40; or the last, if earlier')
+    flag('--test_images', type=positive_int, metavar='N', help='accuracy on the first N test images only')
     # fmt: on
     add_common_flags(parser, epochs=150)
     return parser.parse_args()
@@ -98,12 +99,15 @@ def main():
     train, _, test = load_data(args, device, log)
     if not hasattr(test, 'images'):
         raise UserError('--data_name folder: not here, images in memory only')
+    measured_on = test
+    if args.test_images:
+        measured_on = test.subset(torch.arange(min(args.test_images, len(test)), device=device))
     with user_errors():
         teacher = models.build_for(args.t_model, args.t_name, train.num_classes)
         torch.manual_seed(args.seed)
         start = models.build(args.s_name, train.num_classes)
-    measured = load_teacher(teacher, args.t_model, test, amp)
-    log(f'teacher {args.t_name}: top-1 {measured["top1"]:.2f} on the test set')
+    measured = load_teacher(teacher, args.t_model, measured_on, amp)
+    log(f'teacher {args.t_name}: top-1 {measured["top1"]:.2f} on {len(measured_on)} test images')
     shapes = [
         tuple(map_of(net.eval().to(device), test.crops(*one(test)))[0].shape) for net in (start, teacher)
     ]
@@ -111,7 +115,7 @@ def main():
         raise UserError(f'--s_name {args.s_name}: its last map is {shapes[0]}, the teacher has {shapes[1]}')
     origin = provenance(device) | class_names_of(train)
     recipe = math_args(args, script='knowledge', student=args.s_name, teacher=fingerprint(teacher),
-                       checkpoints=args.checkpoints)  # fmt: skip
+                       checkpoints=args.checkpoints, test_images=args.test_images)  # fmt: skip
     torch.manual_seed(args.seed)
     initial = {k: v.clone() for k, v in models.build(args.s_name, train.num_classes).state_dict().items()}
     stop = StopAfterEpoch()
@@ -137,7 +141,7 @@ def main():
                 net, teacher, way, opt, layer, train, args, epoch, amp, bar
             )
             row['path'] /= length
-            tested = evaluate(judged(net, teacher, way), test, amp)
+            tested = evaluate(judged(net, teacher, way), measured_on, amp)
             row |= {'test_top1': tested['top1'], 'test_top5': tested['top5']}
             keep(folder / way, net, epoch + 1, args)
             record.epoch_done(row | {'seconds': time.time() - started})
@@ -199,7 +203,8 @@ def main():
     result = {
         'script': 'knowledge', 'data': args.data_name, 'teacher': args.t_name, 'student': args.s_name,
         'teacher_top1': measured['top1'], 'seed': args.seed, 'epochs': args.epochs,
-        'checkpoints': args.checkpoints, 'images': len(images), 'images_that_count': int(chosen.sum()),
+        'checkpoints': args.checkpoints, 'train_images': len(train),
+        'test_images': len(measured_on), 'images': len(images), 'images_that_count': int(chosen.sum()),
         'side': side, 'foreground_cells': int(foreground.sum()), 'threshold': args.threshold,
         'settled': args.settled, **facts, 'recipe': settings, **records['labels'].origin,
     }  # fmt: skip
