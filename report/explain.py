@@ -85,7 +85,7 @@ def knowledge() -> str:
         'back_share': 'of those of the background',
     }
     ways = ('labels', 'distilled')
-    body = [(label, *(f'{made[way][key]:.2f}' for way in ways)) for key, label in names.items()]
+    body = [(label, *(f'{made[way][key]:.3f}' for way in ways)) for key, label in names.items()]
     head = (
         'top-1 (distilled: with the classifier of the teacher)',
         *(f'{made[w]["top1"]:.2f}' for w in ways),
