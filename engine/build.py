@@ -128,8 +128,10 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
         step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast, args.kd_stop)
-        optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [sgd]
-        opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
+        parameters = [p for p in step.parameters() if p.requires_grad]
+        own = [term for term in terms if term.method.own.optimiser]
+        with user_errors():
+            opt = own[0].method.own.optimiser(own[0].loss, parameters, args) if own else sgd(parameters, args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         recipe = math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),

@@ -238,15 +238,21 @@ def weights_and_options(
         name = name or names[0]
         if name not in names:
             raise UserError(f'{flag}: {name!r} is not among {mode} {" ".join(chosen)}')
-        check_option(name, methods[name].loss, key, value, flag)
+        check_option(name, methods[name], key, value, flag)
         options[name][key] = value
     return weights, options
 
 
-def check_option(name: str, loss: type, key: str, value, flag: str) -> None:
-    """A key and its type against the constructor's signature, before anything else happens."""
-    signature = inspect.signature(loss)
-    shown = f'the signature is {loss.__name__}{str(signature).replace(" -> None", "")}'
+def check_option(name: str, method, key: str, value, flag: str) -> None:
+    """A key and its type against the constructor's signature, before anything else happens.
+
+    What the row's build takes besides, with a default, counts, too: it goes elsewhere, into an optimiser.
+    """
+    signature = inspect.signature(method.loss)
+    more = inspect.signature(method.build).parameters.items()
+    more = [p for k, p in more if p.empty not in (p.default, p.annotation) and k not in signature.parameters]
+    signature = signature.replace(parameters=[*signature.parameters.values(), *more])
+    shown = f'the signature is {method.loss.__name__}{str(signature).replace(" -> None", "")}'
     if key not in signature.parameters:
         raise UserError(f'{flag}: {name} has no argument {key!r}; {shown}')
     kind = signature.parameters[key].annotation

@@ -138,7 +138,7 @@ def arguments(row) -> str:
     """The constructor's arguments that have a default, as the row's build sets them: 'T=4.0, p=2'."""
     if hasattr(row, 'images'):
         return _preset(row)
-    parameters = inspect.signature(row.loss).parameters.values()
+    parameters = [p for made in (row.loss, row.build) for p in inspect.signature(made).parameters.values()]
     values = {p.name: repr(p.default) for p in parameters if p.default not in (inspect.Parameter.empty, None)}
     values |= {key: value for key, value in told(row.build).items() if key in values}
     return ', '.join(f'{key}={value}' for key, value in values.items() if value)

@@ -59,7 +59,7 @@ class Own:
     pretrain: (kd, t, batch) -> what the loss's own modules minimise in their epochs, see When.pretrain.
     before: (kd, teacher, probe), once, before the training; teacher: images -> Feats.
     once_per_batch: (net_t, t, batch) -> what the feed reads as batch.from_teacher, once for all students.
-    optimiser: (parameters, args) -> instead of SGD.
+    optimiser: (kd, parameters, args) -> instead of SGD.
     update: (opt, loss_ce, loss_kd, epoch) -> instead of one backward pass and a step.
 
     Networks that learn from each other (train_dml.py):

@@ -174,7 +174,7 @@ KD = {
     'dlb':      Method(dlb.DLB,                1.0, dlb.feed,            plain,              When(ce=0),
                        Needs(teacher=False, views=('second',)),
                        limits=Limits(BANK, 'what it keeps of a batch is another tensor at every step')),
-    'dot':      Method(st.SoftTarget,          0.9, shared.logits,       plain,              When(ce=0.1),
+    'dot':      Method(st.SoftTarget,          0.9, shared.logits,       dot.build,          When(ce=0.1),
                        own=Own(optimiser=dot.optimiser, update=dot.update),
                        limits=Limits(STEP, 'its optimiser cannot skip a step on the device')),
     'eakd':     Method(eakd.EAKD,              0.9, shared.logits,       when=When(ce=0.1)),

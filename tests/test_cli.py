@@ -168,6 +168,8 @@ def test_peers_that_start_equal_are_refused(fails, teacher):
         ('--kd_mode norm+simkd', 'norm and simkd change the student'),
         ('--kd_mode dot+mhgd', 'training step of their own'),
         ('--kd_mode dot --amp fp16', 'use bf16'),
+        ('--kd_mode dot --kd_args delta=0.5', 'delta < 1 - momentum are needed'),
+        ('--kd_mode dot --kd_args gamma=1', 'no argument'),
         ('--kd_mode byot+sla', 'change the student'),
         ('--kd_mode ab --init_epochs -1', '--init_epochs'),
         ('--kd_mode semckd --kd_args factor=64', 'at least factor'),
