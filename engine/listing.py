@@ -128,6 +128,7 @@ def _of_distillation(row) -> list[str]:
         *(['relations in the batch'] if needed.relations else []),
         *(['full batches'] if needed.full_batches else []),
         *(['the gradient in the image'] if needed.image_gradient else []),
+        *(['vision transformers'] if needed.tokens else []),
         *(['one process'] if row.limits.one_process else []),
         *([f'{when.alone} of 200 epochs alone'] if when.alone else []),
         *([f'{when.pretrain} of 200 epochs for its own modules'] if when.pretrain else []),
