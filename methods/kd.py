@@ -127,6 +127,7 @@ related = Needs(relations=True)
 team = Needs(all_teachers=True)
 stages = Needs(stages=())
 last = Needs(stages=(-1,))
+tokens = Needs(tokens=True)
 
 # fmt: off
 #                         loss              weight  fed by               built by            only what differs
@@ -257,7 +258,7 @@ KD = {
     'ttm':      Method(ttm.TTM,               45.0, shared.logits),
     'uskd':     Method(uskd.USKD,              1.0, uskd.feed,           uskd.build,         needs=alone),
     'vid':      Method(vid.VID,                1.0, each_map,            per_stage_channels, needs=stages),
-    'vitkd':    Method(vitkd.ViTKD,            1.0, vitkd.feed,          vitkd.build,        needs=Needs(tokens=True)),
+    'vitkd':    Method(vitkd.ViTKD,            1.0, vitkd.feed,          vitkd.build,        needs=tokens),
     'vkd':      Method(vkd.VkD,                1.0, embeddings,          widths,
                        limits=Limits(no_graph=SOLVER)),
     'wkd':      Method(wkd.WKDLogit,           1.0, wkd.feed,            wkd.build,
