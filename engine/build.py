@@ -13,16 +13,12 @@ from engine import side_by_side
 from engine.batch import Batch, Probe
 from engine.device import PRECISIONS
 from engine.errors import UserError, user_errors
-from engine.flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.meter import Meter
+from engine.method_flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.optimise import phase_epochs, sgd
 from engine.processes import distributed, gather_batches, rank
-from engine.record import (
-    Record,
-    fingerprint,
-    math_args,
-    resume_point,
-)
+from engine.recipe import math_args, resume_point
+from engine.record import Record, fingerprint
 from engine.stages import read_stages
 from engine.student import Run, Student, Term
 from methods import KD, PEERS, Method, schedules

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from engine.errors import UserError, user_errors
-from engine.flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.ka_student import Batch, Probe, Run, Student, Term
 from engine.meter import Meter
+from engine.method_flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.optimise import sgd
 from engine.processes import distributed
-from engine.record import Record, fingerprint, math_args, resume_point
+from engine.recipe import math_args, resume_point
+from engine.record import Record, fingerprint
 from ka_losses import ConcatKD
 from ka_settings import setting_for
 from methods.ka import KA, Method

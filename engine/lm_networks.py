@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError, user_errors
-from engine.lm import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
+from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
 from engine.record import Record, save_checkpoint, tested, write_json
 from methods import Method
 from models import lm

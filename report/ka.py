@@ -12,7 +12,7 @@ from pathlib import Path
 
 import models
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import output_folder
 from report.table import insert, read_json, spread
 
