@@ -147,7 +147,8 @@ def main():
     before = min(start * args.eval_every, args.steps)
     log(f'{len(runs)} students, {before} of {args.steps} steps done, output in {folder}')
     bar = session.progress_bar(args.steps, before, log)
-    live = session.Session(args, log, bar, None, StopAfterEpoch(), segments)
+    stop = StopAfterEpoch('the next evaluation')
+    live = session.Session(args, log, bar, None, stop, segments, 'evaluation')
     for segment in range(start, segments):
         started = time.time()
         begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead

@@ -14,7 +14,13 @@ from engine.batch import Batch, Probe
 from engine.device import PRECISIONS
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
-from engine.method_flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
+from engine.method_flags import (
+    built_from,
+    refuse_many_processes,
+    refuse_repeated,
+    refuse_unknown,
+    weights_and_options,
+)
 from engine.optimise import phase_epochs, sgd
 from engine.processes import distributed, gather_batches, rank
 from engine.recipe import math_args, resume_point
@@ -174,12 +180,9 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
 def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
     """Build the loss of a method, and return the network that this method trains."""
     method = term.method
-    try:
-        with user_errors():
-            term.build(probe)
-            term.loss.to(device)
-            if method.own.student:
-                net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
-    except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels
-        raise UserError(f'--kd_args: {term.name}: {error}') from None
+    with built_from('--kd_args', term.name):
+        term.build(probe)
+        term.loss.to(device)
+        if method.own.student:
+            net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
     return net

@@ -13,6 +13,7 @@ from engine.device import autocast
 from engine.errors import UserError
 from engine.lm_world import BATCH, MAPS_LR, Look, World, adamw, draw
 from engine.meter import Meter
+from engine.method_flags import built_from
 from engine.recipe import resume_point
 from engine.record import fingerprint
 from models import lm
@@ -89,12 +90,13 @@ def make_run(args, world, folder, origin, name, method, weight, options) -> part
     probe = SimpleNamespace(s=world.look(net, seen.x), t=seen.t, steps=args.steps, second=None)
     if world.pairs:
         probe.second = seen.second
-    kd = networks.built(method, options, probe, name).to(world.device)
+    with built_from('--kd_args', name):
+        kd = method.build(method.loss, probe, **options).to(world.device)
     groups = [{'params': list(net.parameters()), 'base': args.lr}]
     if maps := list(kd.parameters()):
         groups.append({'params': maps, 'base': MAPS_LR})
     ce, generator = share(args, method), torch.Generator(world.device)
-    meter = Meter(name, 0, world.device)
+    meter = Meter(name, 0, world.device, 'before evaluation')
     run = parts.Run(name, method, kd, weight, ce, net, adamw(groups, world.device), meter, world,
                     args.lmbda, generator)  # fmt: skip
     run.schedule.update(world.start_loss)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterable
 
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
 from engine.processes import processes
 
 
@@ -95,3 +95,13 @@ def check_option(name: str, method, key: str, value, flag: str) -> None:
         legal = isinstance(value, int | float if kind is float else kind)
     if not legal or (isinstance(value, bool) and kind is not bool):
         raise UserError(f'{flag}: {key}={value!r} of {name} has the wrong type; {shown}')
+
+
+@contextlib.contextmanager
+def built_from(flag: str, name: str):
+    """Where a loss is built: an argument that the table fills, e.g. s_channels, is the user's mistake, too."""
+    try:
+        with user_errors():
+            yield
+    except (TypeError, IndexError) as error:
+        raise UserError(f'{flag}: {name}: {error}') from None

@@ -253,7 +253,7 @@ def test_what_is_not_finite_stops(script, fails, tmp_path):
     )
     words = ('--kd_mode', 'gkd', 'fkl', '--lambda_kd', 'gkd=1e999', '--steps', 2, '--note', 'a')
     done = script('train_lm', *QUICK, *words)
-    assert done.code == 1 and 'gkd: the loss is not finite at epoch 1, step 1' in done.err
+    assert done.code == 1 and 'gkd: the loss is not finite before evaluation 1, step 1' in done.err
     assert (tmp_path / 'a' / 'fkl' / 'results.json').exists()
     assert not (tmp_path / 'a' / 'gkd' / 'student.pt').exists()
 
