@@ -99,7 +99,7 @@ def check_option(name: str, method, key: str, value, flag: str) -> None:
 
 @contextlib.contextmanager
 def built_from(flag: str, name: str):
-    """Where a loss is built: an argument that the table fills, e.g. s_channels, is the user's mistake, too."""
+    """Where a loss is built: an argument that the table fills, e.g. s_channels, is a user error, too."""
     try:
         with user_errors():
             yield

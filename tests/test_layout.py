@@ -1,6 +1,7 @@
 """The house keeps its shape: files and rows agree, scripts know no method names, the code is clean."""
 
 import ast
+import importlib
 import subprocess
 import sys
 
@@ -50,3 +51,9 @@ def test_the_package_is_the_losses_only():
         'include = ["kd_losses", "ka_losses", "dfkd_losses"]' in pyproject
         and 'dependencies = ["torch>=' in pyproject
     )
+
+
+def test_every_benchmark_can_be_imported():
+    """They are run by hand, and so break unseen when a name moves."""
+    for path in (ROOT / 'benchmarks').glob('[!_]*.py'):
+        importlib.import_module(f'benchmarks.{path.stem}')
