@@ -778,24 +778,16 @@ def test_every_method_has_its_block(tmp_path, monkeypatch, name):
     assert args.methods == {name: [(name, METHODS[name].weight, {})]}, "the block's weight is the table's"
 
 
-def test_what_is_in_results_is_not_trained_again(tmp_path):
+def test_what_is_in_results_is_not_trained_again(script):
     """The committed short schedule: its methods are there, others and other recipes are missing."""
     words = (
         '--t_name resnet20 --t_model x --s_name resnet8 --data_name cifar10 --epochs 12 --amp bf16 --seed 2'
     )
 
     def missing(*tokens, words=words):
-        command = [
-            sys.executable,
-            ROOT / 'tools' / 'missing.py',
-            *tokens,
-            '--',
-            'train_kd.py',
-            *words.split(),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
+        done = script('tools.missing', *tokens, '--', 'train_kd.py', *words.split())
+        assert done.code == 0, done.err
+        return done.out.split()
 
     assert missing('at', 'rkd', 'crd', 'st') == ['crd']
     assert missing('at', words=words + ' --lambda_kd 5') == ['at']
