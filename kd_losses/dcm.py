@@ -68,7 +68,7 @@ class DCM(nn.Module):
         outs_1, outs_2 = ([_full(z, outs_1[0]) for z in outs] for outs in (outs_1, outs_2))
         hard = sum(_ce(z, target, valid) for z in (*outs_1, *outs_2))
         q_1, q_2 = (self._smooth(torch.stack(outs)) for outs in (outs_1, outs_2))
-        return hard, _per_sample(self._pairs(q_1, q_2) + self._pairs(q_2, q_1), valid)
+        return hard, self._pairs(q_1, q_2, valid) + self._pairs(q_2, q_1, valid)
 
     def _smooth(self, outs: Tensor) -> Tensor:
         """(L, N, K) logits -> smoothed log-probabilities."""
@@ -76,12 +76,12 @@ class DCM(nn.Module):
             return F.log_softmax(outs, dim=2)
         return ((outs.softmax(dim=2) + self.eps) / (1 + outs.shape[2] * self.eps)).log()
 
-    def _pairs(self, log_a: Tensor, log_b: Tensor) -> Tensor:
-        """(N, K), over all (a, b) KL(a, b) summed: L sum of a log a - (sum of a) (sum of log b)."""
+    def _pairs(self, log_a: Tensor, log_b: Tensor, valid: Tensor | None) -> Tensor:
+        """Over all (a, b), KL(a, b) summed: L sum of a log a - (sum of a) (sum of log b)."""
         log_a = log_a.detach()
         a = log_a.exp()
-        entropy = torch.where(a == 0, 0.0, a * log_a).sum(dim=0) * len(log_b)
-        return entropy - a.sum(dim=0) * log_b.sum(dim=0)
+        entropy = _per_sample(torch.where(a == 0, 0.0, a * log_a), valid, 1) * len(log_b)
+        return entropy - _per_sample(a.sum(dim=0) * log_b.sum(dim=0), valid)
 
 
 class DCMStudent(nn.Module):
