@@ -1,7 +1,7 @@
 """Tables, figures and pages: `python -m report COMMAND ...`.
 
     table FOLDER... --out FOLDER      accuracies of base, kd and dml runs: table.md, accuracy.png
-    ka FOLDER... --out FOLDER         accuracies of train_ka.py: table.md, table.csv
+    ka FOLDER... --out FOLDER         train_ka.py and the tools of its losses: table.md, table.csv
     figures FOLDER --out FOLDER       figures of a run of train_ka.py
     dfkd FOLDER... --out FOLDER       table and images of train_dfkd.py: table.md, images.png
     overview FOLDER                   one table and one figure of all that was trained below a folder

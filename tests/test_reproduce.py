@@ -156,7 +156,7 @@ def test_plain_momentum(tmp_path):
 
     import train_base
     from engine.optimise import sgd
-    from engine.record import math_args
+    from engine.recipe import math_args
 
     def steps(opt, p):
         for _ in range(3):
