@@ -122,6 +122,8 @@ def test_the_flags_are_frozen(monkeypatch):
         '--size',
         '--labelled',
         '--epochs_ft',
+        '--attributes',
+        '--t_attributes',
     }
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
     text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
