@@ -37,7 +37,9 @@ KA_EPOCHS=${KA_EPOCHS:-100}       # ka: epochs of the students
 KA_FLAGS=${KA_FLAGS:-}            # ka: anything else for train_ka.py
 ROOM_EPOCHS=${ROOM_EPOCHS:-10}    # ka: epochs on the rooms, and half as many of fine-tuning
 FACES=${FACES:-faces}            # ka: faces or celeba, attributes
-FACE_EPOCHS=${FACE_EPOCHS:-12}    # ka: epochs on the faces
+FACE_EPOCHS=${FACE_EPOCHS:-12}    # ka: epochs on the faces: sources, streams, backbones
+FACE_KA_EPOCHS=${FACE_KA_EPOCHS:-30} # ka: of customized students
+FACE_SIZE=${FACE_SIZE:-32}        # ka: side of the images
 FACE_NET=${FACE_NET:-resnet8}     # ka: their networks, and of one wider teacher:
 WIDE_NET=${WIDE_NET:-MobileNetV2}
 LM_MODES=${LM_MODES:-ce fkl gkd distillm rkl}    # lm: methods
@@ -304,9 +306,11 @@ faces() {
     learn_face source2 scratch "$b"
     learn_face source3 scratch "$c"
     learn_face source4 scratch "$d"
-    learn_face bangs customize Bangs "$FACE_NET" source1/scratch "$a" "$FACE_NET" source2/scratch "$b"
-    learn_face eyeglasses customize Eyeglasses "$FACE_NET" source3/scratch "$c" "$FACE_NET" source4/scratch "$d"
-    learn_face both 'customize_target each_attribute scratch' Bangs,Eyeglasses \
+    FACE_EPOCHS=$FACE_KA_EPOCHS learn_face bangs customize Bangs \
+        "$FACE_NET" source1/scratch "$a" "$FACE_NET" source2/scratch "$b"
+    FACE_EPOCHS=$FACE_KA_EPOCHS learn_face eyeglasses customize Eyeglasses \
+        "$FACE_NET" source3/scratch "$c" "$FACE_NET" source4/scratch "$d"
+    FACE_EPOCHS=$FACE_KA_EPOCHS learn_face both 'customize_target each_attribute scratch' Bangs,Eyeglasses \
         "$FACE_NET" bangs/customize Bangs "$FACE_NET" eyeglasses/customize Eyeglasses
     learn_face streams 'afk each_attribute scratch' "$a,$c" \
         "$FACE_NET" source1/scratch "$a" "$FACE_NET" source3/scratch "$c"
@@ -318,7 +322,8 @@ faces() {
 
 # NOTE MODES ATTRIBUTES, then of every teacher its name, its file and its attributes.
 learn_face() {
-    local note=$1 modes=$2 wanted=$3 nets=() models=() lists=() flags=(--size 32 --schedule onecycle --lr 4e-3)
+    local note=$1 modes=$2 wanted=$3 nets=() models=() lists=()
+    local flags=(--size "$FACE_SIZE" --batch_size 32 --schedule onecycle --lr 4e-3)
     shift 3
     while [ $# -gt 0 ]; do
         nets+=("$1") models+=("$SAVE_ROOT/$FACE_RUN/$2/student.pt") lists+=("$3")
@@ -331,7 +336,7 @@ learn_face() {
     if [ -n "$wanted" ]; then flags+=(--attributes ${wanted//,/ }); fi
     # shellcheck disable=SC2086
     DATA=$FACES EPOCHS=$FACE_EPOCHS run train_ka.py --ka_mode $modes --s_name "${FACE_STUDENT:-$FACE_NET}" \
-        --batch_size 64 --note "$FACE_RUN/$note" "${flags[@]}"
+        --note "$FACE_RUN/$note" "${flags[@]}"
 }
 
 # Students without data: a teacher, then a student of each method from images that are made. On the embedded

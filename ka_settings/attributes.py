@@ -1,5 +1,6 @@
 """Teachers that know some yes-or-no attributes each, of faces; the student gets those that are wanted."""
 
+import copy
 import math
 
 import torch
@@ -46,8 +47,6 @@ class Attributes:
 
     def __init__(self, args, wanted: dict, device, log) -> None:
         self.args, self.amp = args, autocast(device, args.amp)
-        if args.s_init:
-            raise UserError(f'--s_init: not for {args.data_name}')
         references = all(method.needs.labels for method in wanted.values())
         with user_errors():
             train, self.val, test = dataset.load_attributes(
@@ -79,6 +78,7 @@ class Attributes:
         if alike := [name for name, share in usual.items() if share == 100]:
             log(f'no balanced accuracy of {", ".join(alike)}: all test images are alike')
         self.tasks, self.student_name = (), args.s_name or (names or ['resnet20'])[0]
+        self.initial = self._initial(args, log)
         self.shown = ('accuracy', 'balanced')
         self.streams = any(method.own.student for method in wanted.values())
         self.facts = {'teacher': '+'.join(names) or None, 'attributes': list(self.attributes),
@@ -127,11 +127,20 @@ class Attributes:
         return [first, first + second] if second and self.streams else [first]
 
     def student(self, method) -> nn.Module:
+        if not method.own.student:
+            return copy.deepcopy(self.initial)
         torch.manual_seed(self.args.seed)
         with user_errors():
-            if method.own.student:
-                return method.own.student(self.nets, self.columns)
-            return models.build(self.student_name, self.train.num_classes)
+            return method.own.student(self.nets, self.columns)
+
+    def _initial(self, args, log) -> nn.Module:
+        """What all students start from, but for those that are made of their teachers."""
+        torch.manual_seed(args.seed)
+        with user_errors():
+            net = models.build(self.student_name, self.train.num_classes)
+            if args.s_init:
+                log(f'initial student: {models.load_weights(net, args.s_init, new_head=args.new_head)}')
+        return net
 
     def forward(self, net: nn.Module, batch):
         return net(batch.img) if isinstance(net, StreamNet) else net(batch.img, True)

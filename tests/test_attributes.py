@@ -290,7 +290,7 @@ def test_mistakes_with_attributes_are_one_line(script, sources, tmp_path):
     refused('customize', '--attributes', 'Bangs', *swapped, said='teacher 1')
     refused('scratch', '--attributes', 'Glasses', said="no attribute is called 'Glasses'")
     refused('scratch', '--t_classes', '0', said='--t_classes: not for')
-    refused('scratch', '--s_init', 'x.pt', said='--s_init')
+    refused('scratch', '--attributes', 'Bangs', '--s_init', sources[third], said='x')
 
 
 def test_backbones_learn_from_unlike_teachers(script, tmp_path):
