@@ -136,7 +136,7 @@ def attributes_table(results: list[dict]) -> list[list[str]]:
     if all(r['method'] == 'scratch' for r in results):  # networks that become sources
         return rows
     usual = statistics.mean(results[0]['majority'].values())
-    rows.append(['who says what most images are', f'{usual:.2f}', '50.00', *[''] * (len(names) + 5)])
+    rows.append(['majority vote', f'{usual:.2f}', '50.00', *[''] * (len(names) + 5)])
     for runs in group([r for r in results if r['method'] == 'ensemble']).values():
         sources = [key for key in runs[0]['ensembles'] if key.startswith('source')]
         for i, teacher in enumerate(runs[0]['teachers']):

@@ -262,7 +262,7 @@ def test_two_rounds_of_attributes(script, sources, tmp_path, monkeypatch):
     assert script('report.ka', *(tmp_path / x for x in 'abc'), '--out', tmp_path / 'table').code == 0
     text = (tmp_path / 'table' / 'table.md').read_text()
     for word in (
-        'who says what most images are',
+        'majority vote',
         'the surest source',
         'streams leave after block',
         'Balanced',
@@ -290,7 +290,16 @@ def test_mistakes_with_attributes_are_one_line(script, sources, tmp_path):
     refused('customize', '--attributes', 'Bangs', *swapped, said='teacher 1')
     refused('scratch', '--attributes', 'Glasses', said="no attribute is called 'Glasses'")
     refused('scratch', '--t_classes', '0', said='--t_classes: not for')
-    refused('scratch', '--attributes', 'Bangs', '--s_init', sources[third], said='x')
+    refused(
+        'scratch',
+        '--attributes',
+        'Bangs',
+        '--s_name',
+        'resnet8',
+        '--s_init',
+        sources[first],
+        said='--new_head',
+    )
 
 
 def test_backbones_learn_from_unlike_teachers(script, tmp_path):
