@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ka_losses import afk, cfl, concat_kd, customize, layerwise, sbm, soka
+from ka_losses import afk, cfl, concat_kd, customize, ka_vit, layerwise, sbm, soka
 from kd_losses import radio, unic
 from models.streams import StreamNet
 
@@ -121,6 +121,7 @@ KA = {
                                limits=Limits(one_process=STATISTICS)),
     'sbm':              Method(sbm.SBM,               1.0, sbm.feed, sbm.build, alone, Needs(setting='dense'),
                                Own(forward=sbm.forward, begin_phase=sbm.begin_phase)),
+    'ka_vit':           Method(ka_vit.TokenAmalgamation, 1.0, ka_vit.feed),
     'scratch':          Method(nn.Identity,           1.0, with_labels, no_module, alone,
                                Needs(setting='', labels=True)),
 }

@@ -745,11 +745,12 @@ def test_the_amalgamation_commands_parse(tmp_path, monkeypatch):
     assert [t.part for t in teachers] == [0, 1] and all(t.num_parts == 2 for t in teachers)
     assert parts.t_model == [f'./save/{t.note}/net.pt' for t in teachers]
     of_classes = [n for n, m in KA_METHODS.items() if not m.needs.setting or 'classes' in m.needs.setting]
-    assert set(parts.methods) == {name for name in of_classes if not KA_METHODS[name].needs.shared_classes}
+    fitting = {name for name in of_classes if not KA_METHODS[name].needs.shared_classes}
+    assert set(parts.methods) == fitting - {'ka_vit'}  # which has networks of its own, below
     assert [room.tasks for room in rooms] == [['seg'], ['depth'], ['normal']]
     assert joint.t_model == [f'./save/{room.note}/scratch/student.pt' for room in rooms]
     assert set(joint.methods) == {'sbm', 'scratch'} and joint.epochs_ft == 5
-    notes = {run.note: run for run in scripts[7:]}
+    notes = {run.note: run for run in scripts if run.note.startswith('ka-faces')}
     for run in notes.values():  # every teacher was trained before, for the attributes that it is said to have
         for path, names in zip(run.t_model, run.t_attributes):
             folder, note, word, _ = path.removeprefix('./save/').split('/')
