@@ -30,11 +30,12 @@ ENSEMBLE = 'ensemble'  # a word of --ka_mode that trains nothing
 
 def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
     """{word of --ka_mode: its row}, {word: the row with what the other flags make of it}."""
-    names, setting = [name for name in args.ka_mode if name != ENSEMBLE], setting_for(args.data_name)
+    names = [name for name in args.ka_mode if name != ENSEMBLE]
     refuse_unknown('--ka_mode', names, KA)
+    setting = chosen_setting(args)
     for name in names:
-        if KA[name].needs.setting not in ('', setting.name):
-            fitting = ', '.join(key for key, m in KA.items() if m.needs.setting in ('', setting.name))
+        if not fits(KA[name], setting):
+            fitting = ', '.join(key for key, m in KA.items() if fits(m, setting))
             raise UserError(f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}')
     refuse_many_processes(names, KA)
     refuse_repeated('--ka_mode', args.ka_mode)
@@ -45,6 +46,16 @@ def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
         for name, method in rows.items()
     }
     return rows, terms
+
+
+def chosen_setting(args):
+    """The setting of --data_name, and of --ka_mode where the data set has several."""
+    words = [word for name in args.ka_mode if name in KA for word in KA[name].needs.setting.split()]
+    return setting_for(args.data_name, words)
+
+
+def fits(method: Method, setting) -> bool:
+    return not method.needs.setting or setting.name in method.needs.setting.split()
 
 
 def soft_targets(method: Method, args) -> float:

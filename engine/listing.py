@@ -95,7 +95,8 @@ def needs(row) -> list[str]:
     words += ['teachers that share classes'] * needed.shared_classes
     words += [f'by default at rb{" rb".join(map(str, needed.layers))}'] * bool(needed.layers)
     words += [f'beside soft targets at {soft:g}'] * bool(soft)
-    return words + ['dense tasks'] * (needed.setting == 'dense')
+    only = {'dense': 'dense tasks', 'attributes': 'attributes', 'backbones': 'several tasks, no logits'}
+    return words + ([only[needed.setting]] if needed.setting in only else [])
 
 
 def _without_data(row) -> list[str]:

@@ -122,6 +122,8 @@ def test_the_flags_are_frozen(monkeypatch):
         '--size',
         '--labelled',
         '--epochs_ft',
+        '--attributes',
+        '--t_attributes',
     }
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
     text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
@@ -738,18 +740,30 @@ def test_the_example_commands_parse(tmp_path, monkeypatch):
 
 
 def test_the_amalgamation_commands_parse(tmp_path, monkeypatch):
-    """Teachers of all parts, every mode for parts that do not overlap; then the rooms."""
+    """Teachers of all parts, every mode for parts that do not overlap; then the rooms and the faces."""
     calls = [call for call in commands(tmp_path, 'ka') if call[0].startswith('train_')]
     scripts = [parsed(call, monkeypatch) for call in calls]
     teachers, parts, rooms, joint = scripts[:2], scripts[2], scripts[3:6], scripts[6]
     assert [t.part for t in teachers] == [0, 1] and all(t.num_parts == 2 for t in teachers)
     assert parts.t_model == [f'./save/{t.note}/net.pt' for t in teachers]
-    of_classes = [name for name, m in KA_METHODS.items() if m.needs.setting != 'dense']
+    of_classes = [n for n, m in KA_METHODS.items() if not m.needs.setting or 'classes' in m.needs.setting]
     fitting = {name for name in of_classes if not KA_METHODS[name].needs.shared_classes}
     assert set(parts.methods) == fitting - {'ka_vit'}  # which has networks of its own, below
     assert [room.tasks for room in rooms] == [['seg'], ['depth'], ['normal']]
     assert joint.t_model == [f'./save/{room.note}/scratch/student.pt' for room in rooms]
     assert set(joint.methods) == {'sbm', 'scratch'} and joint.epochs_ft == 5
+    notes = {run.note: run for run in scripts if run.note.startswith('ka-faces')}
+    for run in notes.values():  # every teacher was trained before, for the attributes that it is said to have
+        for path, names in zip(run.t_model, run.t_attributes):
+            folder, note, word, _ = path.removeprefix('./save/').split('/')
+            maker = notes[f'{folder}/{note}']
+            assert list(notes).index(maker.note) < list(notes).index(run.note) and word in maker.methods
+            assert names.split(',') == maker.attributes
+    trained = {name for run in notes.values() for name in run.methods}
+    others = {
+        name for name, m in KA_METHODS.items() if {'attributes', 'backbones'} & {*m.needs.setting.split()}
+    }
+    assert trained == others | {'scratch'}
 
 
 def test_the_language_model_command_parses(tmp_path, monkeypatch):
