@@ -1,7 +1,7 @@
 """Digit strings, seen and heard: the smallest task in which one sense can teach another, made here.
 
 A sample is a string of 4 to 7 digits, each lasting 2 to 4 frames of a video. The video shows it in 8x8
-pixels, at a new place in every frame, faint, under noise: a lip reader's lot. The sound plays it as a
+pixels, never quite at the same place, faint, under noise: a lip reader's lot. The sound plays it as a
 telephone does, two tones per digit, two frames of sound to one of the video, and is easy to understand. Both
 have the same timing, so what is heard at a moment tells what is seen there.
 """
@@ -47,7 +47,7 @@ class Digits:
         return Digits(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def digits(n: int, seed: int, noise: float = 0.5) -> Digits:
+def digits(n: int, seed: int, noise: float = 0.3) -> Digits:
     """n strings, the same for the same n, seed and noise (deviation, beside 1 of a stroke at its boldest)."""
     rng = np.random.default_rng([7, seed, n])
     strings, lasting = [], []
@@ -72,7 +72,7 @@ def digits(n: int, seed: int, noise: float = 0.5) -> Digits:
 def _seen(frames: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
     """(frames, 64)."""
     picture = np.zeros((len(frames), SIZE, SIZE))
-    top, left = rng.integers(SIZE - 4, size=len(frames)), rng.integers(SIZE - 2, size=len(frames))
+    top, left = rng.integers(1, 3, size=len(frames)), rng.integers(2, 4, size=len(frames))
     bold = rng.uniform(0.6, 1.0, (len(frames), 1, 1))
     for k, digit in enumerate(frames):
         picture[k, top[k] : top[k] + 5, left[k] : left[k] + 3] = _GLYPHS[digit]

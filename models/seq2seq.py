@@ -42,7 +42,8 @@ class Seq2Seq(nn.Module):
                 f'Seq2Seq: width must be even and a multiple of {heads} heads, got {width}; take 32'
             )
         self.width, self.symbols = width, symbols
-        self.frame, self.symbol = nn.Linear(features, width), nn.Embedding(symbols, width)
+        self.frame = nn.Sequential(nn.Linear(features, 128), nn.ReLU(), nn.Linear(128, width))
+        self.symbol = nn.Embedding(symbols, width)
         self.encoder = nn.ModuleList(Layer(width, heads, False) for _ in range(layers))
         self.decoder = nn.ModuleList(Layer(width, heads, True) for _ in range(layers))
         self.norm_frm, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)

@@ -61,14 +61,14 @@ def parse_args(words=None):
          help="c2kd: least weight of cross-entropy; the paper's falls to 0 as soon as three in ten symbols "
               'are right; default 0')
     flag('--train', type=positive_int, default=2000, metavar='N', help='training strings, default 2000')
-    flag('--test', type=positive_int, default=1000, metavar='N', help='test strings, default 1000')
-    flag('--noise', type=share_of_ce, default=0.5, help="deviation of the video's noise, default 0.5")
+    flag('--test', type=positive_int, default=500, metavar='N', help='test strings, default 500')
+    flag('--noise', type=share_of_ce, default=0.3, help="deviation of the video's noise, default 0.3")
     flag('--s_width', type=positive_int, default=32, help="width of the student's layers, default 32")
     flag('--t_width', type=positive_int, default=48, help="width of the teacher's layers, default 48")
-    flag('--epochs', type=positive_int, default=30, help='default 30')
+    flag('--epochs', type=positive_int, default=12, help='default 12')
     flag('--batch_size', type=positive_int, default=64, help='default 64')
-    flag('--lr', type=positive_float, default=2e-3, help="Adam's; up over a tenth of the run, then "
-         'down to 0; default 0.002')
+    flag('--lr', type=positive_float, default=4e-3, help="Adam's; up over a tenth of the run, then "
+         'down to 0; default 0.004')
     flag('--seed', type=seed_number, default=1, help='of initial weights and batches, default 1')
     # fmt: on
     add_machine_flags(parser)
