@@ -22,7 +22,7 @@ BLOCKS = {title: text for title, text in re.findall(r'## (.*?)\n(.*?)(?=\n## |\Z
 def small(words: list[str], save, root) -> list[str]:
     """The same command on 96 shapes, for one epoch, with resnet8."""
     made = [re.sub(r'^save/', f'{save}/', 'resnet8' if word.startswith('resnet') else word) for word in words]
-    for flag, value in {'--real': '9', '--select': '20', '--label_epochs': '1', '--epochs': '1',
+    for flag, value in {'--real': '17', '--select': '20', '--label_epochs': '1', '--epochs': '1',
                         '--batch_size': '16'}.items():  # fmt: skip
         if flag in made:
             made[made.index(flag) + 1] = value

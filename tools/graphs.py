@@ -5,7 +5,8 @@
 
 The data is embedded (dataset/graphs.py): communities of nodes whose own features hardly tell where they
 belong. teacher trains the large network, alone the small one from labels only, lsp the small one from labels
-and from the teacher's last layer of features; students start from the same weights and see the same batches.
+and from the teacher's layer before the last, as the authors do it; students start from the same weights and
+see the same batches.
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each network a folder with last.pt (continued by
 --resume auto), best.pt, net.pt, metrics.csv, results.json.
@@ -172,7 +173,7 @@ def train_step(run: Run, batch, teacher, args) -> None:
     if run.name == 'lsp':
         with torch.no_grad():
             out_t, seen_t = teacher(batch.feat, batch.edge_index)
-        terms['lsp'] = run.kd(seen[-1], seen_t[-1], batch.edge_index)
+        terms['lsp'] = run.kd(middle(seen), middle(seen_t), batch.edge_index)
         loss = ce + args.lambda_kd * terms['lsp']
     if not run.meter.guard(loss, run.opt, out_t):
         return
@@ -180,6 +181,11 @@ def train_step(run: Run, batch, teacher, args) -> None:
     loss.backward()
     run.opt.step()
     run.meter.add(out, batch.target, **terms)
+
+
+def middle(seen: list) -> torch.Tensor:
+    """The output of the layer before the last, as the authors have it."""
+    return seen[-min(2, len(seen))]
 
 
 def load_teacher(args, device) -> nn.Module:
