@@ -20,8 +20,8 @@ SCRIPTS = {
 def groups_of(results: list[dict]) -> dict[str, list[dict]]:
     """{name of the row: its runs, one per seed}, in the order of the script's methods."""
     made = {}
-    order = [method for *_, methods in SCRIPTS.values() for method in methods]
-    for r in sorted(results, key=lambda r: (order.index(r['method']), r['seed'])):
+    order = SCRIPTS[results[0]['script']][2]
+    for r in sorted(results, key=lambda r: (order.index(r['method']), name_of(r), r['seed'])):
         made.setdefault(name_of(r), []).append(r)
     return made
 
@@ -32,6 +32,7 @@ def name_of(result: dict) -> str:
     usual = {
         'lambda_kd': 100.0 if method == 'lsp' else 1.0,
         'ce_floor': 0.0,
+        'w_frame': 10.0,
         'kernel': 'l1exp',
         'gamma': 0.01,
     }

@@ -57,6 +57,8 @@ def parse_args(words=None):
     flag('--t_model', metavar='FILE', help='net.pt of an earlier audio, for libs and c2kd')
     flag('--lambda_kd', type=share_of_ce, default=1.0, metavar='W',
          help="factor on the loss of libs and on the two of c2kd; 1: the papers' weights; default 1")
+    flag('--w_frame', type=share_of_ce, default=10.0, metavar='W',
+         help="libs: weight of its frames; default 10, the paper's")
     flag('--ce_floor', type=share_of_ce, default=0.0, metavar='W',
          help="c2kd: least weight of cross-entropy; the paper's falls to 0 as soon as three in ten symbols "
               'are right; default 0')
@@ -146,10 +148,15 @@ class Run:
         self.teacher = facts_t if name in ('libs', 'c2kd') else {}
         names = ('train', 'test', 'noise', 's_width', 't_width', 'epochs', 'batch_size', 'lr', 'seed')
         names += ('lambda_kd',) * bool(self.teacher) + ('ce_floor',) * (name == 'c2kd')
+        names += ('w_frame',) * (name == 'libs' and args.w_frame != 10)  # older checkpoints do not know it
         recipe = {key: getattr(args, key) for key in names} | self.teacher
         recipe |= {'script': 'sequences', 'method': name, 'initial': fingerprint(net)}
         torch.manual_seed(args.seed + 1)  # the maps of libs, whatever is trained beside it
-        self.kd = LIBS(args.s_width, args.t_width) if name == 'libs' else nn.ModuleList([DSA(), ESA()])
+        self.kd = (
+            LIBS(args.s_width, args.t_width, w_frame=args.w_frame)
+            if name == 'libs'
+            else nn.ModuleList([DSA(), ESA()])
+        )
         self.kd.to(next(net.parameters()).device)
         self.opt = torch.optim.Adam([*net.parameters(), *self.kd.parameters()], args.lr)
         self.meter = Meter(name, 0, next(net.parameters()).device)
