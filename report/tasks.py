@@ -71,9 +71,9 @@ def figure(folder: Path) -> Path:
 
     results = mine(str(folder))
     _, what, _ = SCRIPTS[results[0]['script']]
-    chart, axes = pyplot.subplots(figsize=(6.4, 4), layout='constrained')
+    chart, axes = pyplot.subplots(figsize=(8.4, 4), layout='constrained')
     for k, (name, runs) in enumerate(groups_of(results).items()):
-        colour = 'grey' if name in ('audio', 'teacher') else f'C{k}'
+        colour = 'black' if name in ('audio', 'teacher') else f'C{k}'
         epochs = range(1, len(runs[0]['curve']) + 1)
         for run in runs:
             axes.plot(epochs, run['curve'], color=colour, alpha=0.3, linewidth=0.8)
@@ -81,7 +81,7 @@ def figure(folder: Path) -> Path:
         axes.plot(epochs, mean, color=colour, label=f'{name} ({len(runs)})')
     axes.set(xlabel='epoch', ylabel=f'{what}, test set, %')
     axes.grid(alpha=0.3)
-    axes.legend(title='network (seeds)')
+    chart.legend(loc='outside right upper', title='network (seeds)')
     path = folder / 'curves.png'
     chart.savefig(path, dpi=130)
     pyplot.close(chart)
