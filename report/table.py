@@ -130,12 +130,13 @@ def table(results: list[dict]) -> str:
         '| ' + ' | '.join(COLUMNS) + ' |',
         '|---' * len(COLUMNS) + '|',
     ]
-    groups = group(results)
+    groups, several = group(results), len({r['data'] for r in results}) > 1
     for key, runs in groups.items():
-        _, teacher, student, method, _ = key
+        data, teacher, student, method, _ = key
         alone = baseline_of(groups, key)
         gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
         pair = f'{teacher} -> {student}' if teacher else student
+        pair += f', {data}' if several else ''
         if method == 'baseline' and student not in students_of(groups):
             method = 'teacher'
         last, best = (spread([r[which]['top1'] for r in runs]) for which in ('last', 'best'))
