@@ -13,7 +13,7 @@ from .cifar import NAMES, read_cifar, read_cifar_test
 from .dense import Dense
 from .folder import MEAN, STD, BadImage, Folder
 from .nyu import read_nyu
-from .parts import ClassParts, read_classes, split_classes, take_classes
+from .parts import ClassParts, few_per_class, read_classes, split_classes, take_classes
 from .patterns import CLASSES as PATTERNS
 from .patterns import patterns
 from .resident import Resident
@@ -26,6 +26,7 @@ __all__ = [
     'ClassParts',
     'Folder',
     'Resident',
+    'few_per_class',
     'load',
     'load_dense',
     'load_test',

@@ -6,6 +6,7 @@
     dfkd FOLDER... --out FOLDER       table and images of train_dfkd.py: table.md, images.png
     page                              docs/index.html and a page per method: what the page shows, made anew
     overview FOLDER                   one table and one figure of all that was trained below a folder
+    explain FILE... --out PNG         accuracy against images per class of tools/graft.py
     refresh [--check]                 rewrite every generated file of the repository, or say which are stale
 
 `python -m report COMMAND --help` tells more.
@@ -17,7 +18,11 @@ import sys
 from engine import errors
 from engine.errors import UserError
 
+<<<<<<< HEAD
 COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'overview', 'page', 'refresh')
+=======
+COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'overview', 'explain', 'refresh')
+>>>>>>> explain
 
 
 def main() -> int | None:

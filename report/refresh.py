@@ -17,7 +17,11 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.flags import Parser
 from engine.record import write_atomic
+<<<<<<< HEAD
 from report import code, dfkd, ka, lm, page, pages, pairs, speed, table, transfer
+=======
+from report import code, dfkd, explain, ka, lm, pages, pairs, speed, table, transfer
+>>>>>>> explain
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r'<!-- ([\w/-]+):begin -->')
@@ -66,7 +70,7 @@ def tables_of(folder: Path) -> dict[Path, str]:
 def part(name: str) -> str:
     """What belongs between the marks of this name."""
     kind, _, folder = name.rpartition('/')
-    if name in (made := speed.PARTS | transfer.PARTS):
+    if name in (made := speed.PARTS | transfer.PARTS | explain.PARTS):
         return made[name]()
     results = ROOT / 'results' / folder
     if not results.is_dir():

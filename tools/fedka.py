@@ -91,7 +91,7 @@ def main():
         log(f'client {part}: {read["said"]}, top-1 there {read["top1"]:.2f}')
     if args.local_images:
         homes = [home.subset(torch.arange(min(args.local_images, len(home)))) for home in homes]
-    probe = probe_set(train, args.probe, args.seed)
+    probe = dataset.few_per_class(train, args.probe, args.seed)
     probe_img, _, _ = next(probe.test_batches(min(len(probe), 200)))
     with torch.no_grad():
         c_s, c_t = (net.eval()(probe_img[:2], True).fms[-1].shape[1] for net in (student, teachers[0]))
@@ -146,13 +146,6 @@ def main():
                       {'row': how[args.select], 'top-1 at the end': record.history[-1]['test_top1'],
                        **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
-
-
-def probe_set(train, per_class: int, seed: int):
-    """per_class labelled images of every class."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
-    labels = train.targets[order]
-    return train.subset(torch.cat([order[labels == c][:per_class] for c in range(train.num_classes)]))
 
 
 def select(student: nn.Module, teachers: list, probe_img, args, number: int) -> list[int]:
