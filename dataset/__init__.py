@@ -15,7 +15,7 @@ from .dense import Dense
 from .folder import MEAN, STD, BadImage, Folder
 from .labels import forget_labels, only_labelled
 from .nyu import read_nyu
-from .parts import ClassParts, read_classes, split_classes, take_classes
+from .parts import ClassParts, few_per_class, read_classes, split_classes, take_classes
 from .patterns import CLASSES as PATTERNS
 from .patterns import patterns
 from .resident import Resident
@@ -28,6 +28,7 @@ __all__ = [
     'ClassParts',
     'Folder',
     'Resident',
+    'few_per_class',
     'forget_labels',
     'load',
     'load_dense',

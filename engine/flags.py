@@ -102,14 +102,9 @@ def add_label_flag(flag) -> None:
 
 
 def add_output_flags(parser: Parser) -> None:
-    """Where results go, and how a run goes on."""
+    """Where results go, how a run goes on, and what it shows meanwhile."""
     # fmt: off
-    flag = parser.add_argument_group('output').add_argument
-    flag('--save_root', default='./save', help='where output folders go, default ./save')
-    flag('--note', help='name of the output folder; default: made from the flags')
-    flag('--resume', metavar='auto|never|PATH',
-         help='auto: continue, or start; what is in the output folder; never: start afresh and overwrite; '
-              'PATH: continue from this folder or last.pt; default: refuse to overwrite')
+    flag = add_place_flags(parser)
     flag('--save_every', type=positive_int, default=1, metavar='N',
          help='epochs between checkpoints; last.pt and best.pt, which are also written after the last: '
               'a kill '
@@ -118,6 +113,18 @@ def add_output_flags(parser: Parser) -> None:
     flag('--print_freq', type=positive_int, default=50,
          help='steps between shown losses, default 50')
     flag('--tensorboard', action='store_true', help='also write TensorBoard scalars')
+
+
+def add_place_flags(parser: Parser):
+    """Where results go, and how a run goes on; returns what adds further flags to the same group."""
+    # fmt: off
+    flag = parser.add_argument_group('output').add_argument
+    flag('--save_root', default='./save', help='where output folders go, default ./save')
+    flag('--note', help='name of the output folder; default: made from the flags')
+    flag('--resume', metavar='auto|never|PATH',
+         help='auto: continue, or start; what is in the output folder; never: start afresh and overwrite; '
+              'PATH: continue from this folder or last.pt; default: refuse to overwrite')
+    return flag
 
 
 def add_data_flags(parser: Parser, more: str = '') -> None:

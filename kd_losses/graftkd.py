@@ -10,7 +10,7 @@ Summed over the batch, not averaged, as the authors do. No labels.
 
 Tap: logits. In the paper out_s is of the teacher with blocks of the student in the place of its own, between
 1x1 convolutions: first each block by itself (the rest frozen), then more and more of them together, with 1 to
-50 images per class. train_kd.py has the loss alone, for whole students.
+50 images per class (tools/graft.py). train_kd.py has the loss alone, for whole students.
 
 Differences: none in value. A zero row of logits gets no gradient.
 
