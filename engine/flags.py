@@ -253,18 +253,20 @@ def weights_and_options(
         name = name or names[0]
         if name not in names:
             raise UserError(f'{flag}: {name!r} is not among {mode} {" ".join(chosen)}')
-        check_option(name, methods[name].loss, key, value, flag)
+        check_option(name, methods[name].loss, key, value, flag, getattr(methods[name], 'build', None))
         options[name][key] = value
     return weights, options
 
 
-def check_option(name: str, loss: type, key: str, value, flag: str) -> None:
-    """A key and its type against the constructor's signature, before anything else happens."""
+def check_option(name: str, loss: type, key: str, value, flag: str, build=None) -> None:
+    """A key and its type against the constructor's signature, and the build's, before anything else."""
     signature = inspect.signature(loss)
     shown = f'the signature is {loss.__name__}{str(signature).replace(" -> None", "")}'
-    if key not in signature.parameters:
+    own = inspect.signature(build).parameters if build else {}
+    legal = {k: p for k, p in own.items() if p.default is not p.empty} | dict(signature.parameters)
+    if key not in legal:
         raise UserError(f'{flag}: {name} has no argument {key!r}; {shown}')
-    kind = signature.parameters[key].annotation
+    kind = legal[key].annotation
     legal = True
     with contextlib.suppress(TypeError):  # a list of something: the constructor says more
         legal = isinstance(value, int | float if kind is float else kind)

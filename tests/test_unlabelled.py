@@ -206,6 +206,9 @@ def test_what_a_box_and_a_policy_do_inside(script, train_kd, teacher, tmp_path, 
     facts = json.loads((tmp_path / 'out' / 'box.json').read_text())
     assert set(facts['box']) == {'plain images', 'its key', 'another key'}
     assert facts['students']['with the key']['top1'] == json.loads(result.read_text())['last']['top1']
+    assert train_kd('sdb_student', '--kd_args', 'key=7', '--note', 'other').code == 0
+    done = train_kd('sdb_student', '--kd_args', 'key=x', '--note', 'bad')
+    assert done.code == 2 and "key='x' of sdb_student has the wrong type" in done.err
     for name in ('box', 'spots'):
         assert (tmp_path / 'out' / f'{name}.png').stat().st_size > 3000
     done = script('tools.box', *box, *data, '--results', 'nothing')
