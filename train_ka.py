@@ -27,18 +27,12 @@ import engine.threads  # noqa: F401  before torch
 
 from engine import errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
-from engine.flags import (
-    Parser,
-    add_common_flags,
-    add_head_flag,
-    add_thread_flag,
-    check_head,
-    positive_float,
-)
+from engine.flags import add_common_flags, add_head_flag, add_thread_flag, check_head, positive_float
 from engine.ka_build import ENSEMBLE, build_run, read_methods
 from engine.ka_student import Batch, Moment, Run
 from engine.meter import Meter
 from engine.optimise import one_cycle
+from engine.parser import Parser
 from engine.processes import processes
 from engine.record import (
     class_names_of,

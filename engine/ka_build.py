@@ -8,12 +8,19 @@ import torch
 from torch import nn
 
 from engine.errors import UserError, user_errors
-from engine.flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.ka_student import Batch, Probe, Run, Student, Term
 from engine.meter import Meter
+from engine.method_flags import (
+    built_from,
+    refuse_many_processes,
+    refuse_repeated,
+    refuse_unknown,
+    weights_and_options,
+)
 from engine.optimise import sgd
 from engine.processes import distributed
-from engine.record import Record, fingerprint, math_args, resume_point
+from engine.recipe import math_args, resume_point
+from engine.record import Record, fingerprint
 from ka_losses import ConcatKD
 from ka_settings import setting_for
 from methods.ka import KA, Method
@@ -56,11 +63,8 @@ def build_run(args, term: Term, setting, folder, origin) -> Run:
     if layers:
         check_stages(name, probe)
     torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
-    try:
-        with user_errors():
-            ka = method.build(method.loss, probe, **term.options).to(device)
-    except TypeError as error:  # an argument that the table fills
-        raise UserError(f'--ka_args: {name}: {error}') from None
+    with built_from('--ka_args', name):
+        ka = method.build(method.loss, probe, **term.options).to(device)
     step = Student(net, ka, term, setting, args.T)
     opts = {update: optimiser(args, *both) for update, both in method.own.parameters(net, ka).items()}
     trial = Student(*copy.deepcopy((net, ka)), term, setting, args.T).train()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import output_folder
 from ka_settings import setting_for
 from methods.ka import KA as METHODS

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import models
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import output_folder
 from report import ka_rows
 from report.ka_rows import is_of_a_tool

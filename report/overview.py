@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.shapes import CLASSES, shapes
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 
 from . import ka as ka_report
 from .table import read_results

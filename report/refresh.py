@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import write_atomic
 from report import code, dfkd, explain, ka, lm, page, pages, pairs, speed, table, tasks, transfer
 

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from report.table import read_results, spread
 
 SCRIPTS = {

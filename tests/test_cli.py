@@ -168,6 +168,8 @@ def test_peers_that_start_equal_are_refused(fails, teacher):
         ('--kd_mode norm+simkd', 'norm and simkd change the student'),
         ('--kd_mode dot+mhgd', 'training step of their own'),
         ('--kd_mode dot --amp fp16', 'use bf16'),
+        ('--kd_mode dot --kd_args delta=0.5', 'delta < 1 - momentum are needed'),
+        ('--kd_mode dot --kd_args gamma=1', 'no argument'),
         ('--kd_mode byot+sla', 'change the student'),
         ('--kd_mode ab --init_epochs -1', '--init_epochs'),
         ('--kd_mode semckd --kd_args factor=64', 'at least factor'),
@@ -777,24 +779,16 @@ def test_every_method_has_its_block(tmp_path, monkeypatch, name):
     assert args.methods == {name: [(name, METHODS[name].weight, {})]}, "the block's weight is the table's"
 
 
-def test_what_is_in_results_is_not_trained_again(tmp_path):
+def test_what_is_in_results_is_not_trained_again(script):
     """The committed short schedule: its methods are there, others and other recipes are missing."""
     words = (
         '--t_name resnet20 --t_model x --s_name resnet8 --data_name cifar10 --epochs 12 --amp bf16 --seed 2'
     )
 
     def missing(*tokens, words=words):
-        command = [
-            sys.executable,
-            ROOT / 'tools' / 'missing.py',
-            *tokens,
-            '--',
-            'train_kd.py',
-            *words.split(),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
+        done = script('tools.missing', *tokens, '--', 'train_kd.py', *words.split())
+        assert done.code == 0, done.err
+        return done.out.split()
 
     assert missing('at', 'rkd', 'crd', 'st') == ['crd']
     assert missing('at', words=words + ' --lambda_kd 5') == ['at']

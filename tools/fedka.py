@@ -31,17 +31,10 @@ from engine import errors  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import measure, measured  # noqa: E402
-from engine.flags import Parser, add_common_flags, positive_int  # noqa: E402
-from engine.record import (
-    Record,
-    class_names_of,
-    fingerprint,
-    math_args,  # noqa: E402
-    output_folder,
-    provenance,
-    resume_point,
-    write_json,
-)
+from engine.flags import add_common_flags, positive_int  # noqa: E402
+from engine.parser import Parser  # noqa: E402
+from engine.recipe import math_args, resume_point
+from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
 from engine.session import Log, load_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.fedka import FedKA, fed_average, saliency, selection_prob, transferability  # noqa: E402

@@ -43,15 +43,8 @@ from engine.flags import (  # noqa: E402
     positive_int,
     seed_number,
 )
-from engine.record import (  # noqa: E402
-    fingerprint,
-    load_checkpoint,
-    output_folder,
-    provenance,
-    resume_point,
-    save_checkpoint,
-    write_json,
-)
+from engine.recipe import load_checkpoint, resume_point  # noqa: E402
+from engine.record import fingerprint, output_folder, provenance, save_checkpoint, write_json  # noqa: E402
 from engine.session import Log, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.graftkd import GraftKD  # noqa: E402

@@ -38,15 +38,8 @@ from engine.flags import (  # noqa: E402
     positive_int,
     seed_number,
 )
-from engine.record import (  # noqa: E402
-    Record,
-    class_names_of,
-    fingerprint,
-    output_folder,
-    provenance,
-    resume_point,
-    write_json,
-)
+from engine.recipe import resume_point  # noqa: E402
+from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json  # noqa: E402
 from engine.session import Log, StopAfterEpoch, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.st import SoftTarget  # noqa: E402

@@ -37,18 +37,16 @@ from engine.flags import (  # noqa: E402
     positive_int,
     whole_number,
 )
-from engine.record import (  # noqa: E402
+from engine.recipe import load_checkpoint, math_args, resume_point  # noqa: E402
+from engine.record import (
     Record,
     class_names_of,
     fingerprint,
-    load_checkpoint,
-    math_args,
     output_folder,
     provenance,
-    resume_point,
     save_checkpoint,
     write_json,
-)
+)  # noqa: E402
 from engine.session import Log, StopAfterEpoch, load_data, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 

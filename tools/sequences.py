@@ -29,17 +29,18 @@ from engine import errors, session  # noqa: E402
 from engine.device import setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import (  # noqa: E402
-    Parser,
     add_machine_flags,
     add_output_flags,
     positive_float,
     positive_int,
-    refuse_repeated,
     seed_number,
     share_of_ce,
 )
 from engine.meter import Meter  # noqa: E402
-from engine.record import Record, fingerprint, output_folder, provenance, resume_point  # noqa: E402
+from engine.method_flags import refuse_repeated  # noqa: E402
+from engine.parser import Parser  # noqa: E402
+from engine.recipe import resume_point  # noqa: E402
+from engine.record import Record, fingerprint, output_folder, provenance  # noqa: E402
 from kd_losses.c2kd import DSA, ESA, smoothed_ce  # noqa: E402
 from kd_losses.libs import LIBS, lcs_pairs  # noqa: E402
 from models.checkpoint import read_checkpoint  # noqa: E402
