@@ -69,8 +69,8 @@ def parse_args(words=None):
     flag = parser.add_argument_group('networks').add_argument
     flag('--s_name', metavar='NAME',
          help="student: a name of torchvision's, deeplabv3_resnet50, fasterrcnn_resnet50_fpn, or a small "
-              'one, HEAD:BACKBONE; heads lraspp, fcn, deeplabv3; fasterrcnn, retinanet, fcos; backbones resnet10, '
-              'resnet18 ..., mobilenet_v2, mobilenet_v3_small@0.5 ...; default '
+              'one, HEAD:BACKBONE; heads lraspp, fcn, deeplabv3; fasterrcnn, retinanet, fcos; backbones '
+              'resnet10, resnet18 ..., mobilenet_v2, mobilenet_v3_small@0.5 ...; default '
               + ', '.join(pair[1] for pair in NETWORKS.values()))
     flag('--t_name', metavar='NAME',
          help='teacher, a name likewise; default ' + ', '.join(pair[0] for pair in NETWORKS.values()))

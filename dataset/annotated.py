@@ -216,7 +216,7 @@ class Steps(torch.utils.data.Dataset):
 
     steps[k] gives {'labelled': (images, targets)} and, if there are any, {'unlabelled': (images, None)},
     lists. In each step every picture has the same chance, and none comes twice. Mirrored by chance; with
-    crop, at half to twice its size a square of that side is cut out, black and without labels beside the picture.
+    crop, at half to twice its size a square of that side is cut out, black and without labels beside it.
     """
 
     def __init__(self, labelled, unlabelled, batch_size: int, seed: int, crop: int | None = None) -> None:

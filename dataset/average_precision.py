@@ -55,7 +55,8 @@ def by_pycocotools(truth: list[dict], found: list[dict]) -> np.ndarray:
     for i, (one, seen) in enumerate(zip(truth, found)):
         for box, label, crowd in zip(_sizes(one['boxes']), one['labels'], _crowd(one)):
             boxes.append({'id': len(boxes) + 1, 'image_id': i, 'category_id': int(label),
-                          'bbox': box.tolist(), 'area': float(box[2] * box[3]), 'iscrowd': int(crowd)})  # fmt: skip
+                          'bbox': box.tolist(), 'area': float(box[2] * box[3]),
+                          'iscrowd': int(crowd)})  # fmt: skip
         for box, label, score in zip(_sizes(seen['boxes']), seen['labels'], seen['scores']):
             detections.append({'image_id': i, 'category_id': int(label), 'bbox': box.tolist(),
                                'score': float(score)})  # fmt: skip

@@ -22,6 +22,7 @@ READS = {
     r'\.tokens\b': 'patch tokens',
     r'\.extra\b': 'layers added to the student',
     r'\.target\b': 'labels',
+    r'\.boxes\b': 'boxes',
     r'\.index\b': 'image numbers',
     r'\.views\b': '',  # the row says which
     r'classifier_layer|\.after\(': 'parts of the networks themselves',
@@ -130,8 +131,15 @@ def _of_distillation(row) -> list[str]:
         *(['the gradient in the image'] if needed.image_gradient else []),
         *(['one process'] if row.limits.one_process else []),
         *([f'{when.alone} of 200 epochs alone'] if when.alone else []),
+        *dense(row),
         *([f'{when.pretrain} of 200 epochs for its own modules'] if when.pretrain else []),
     ]
+
+
+def dense(row) -> list[str]:
+    """What a row of train_dense.py is for."""
+    task = getattr(row, 'task', '')
+    return [f'for {task}'] * bool(task) + [f'only {head}' for head in getattr(row, 'heads', ())]
 
 
 def arguments(row) -> str:

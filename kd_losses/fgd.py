@@ -220,7 +220,8 @@ def feed(kd, s, t, batch):
 
 
 def build(loss, probe, **options):
-    weights = {'alpha': 5e-5, 'beta': 2.5e-5, 'gamma': 5e-5, 'lambd': 5e-7} if probe.s.two_stage else {}
+    of_two_stages = zip(('alpha', 'beta', 'gamma', 'lambd'), (5e-5, 2.5e-5, 5e-5, 5e-7))
+    weights = dict(of_two_stages) if probe.s.two_stage else {}
     return nn.ModuleList(
         loss(x.shape[1], y.shape[1], **{**weights, **options}) for x, y in zip(probe.s.fms, probe.t.fms)
     )

@@ -204,7 +204,7 @@ def _small_detector(head: str, body: nn.Module, levels: tuple, K: int, size: int
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------- what losses may read
+# --------------------------------------------------------------------------------------- what losses may read
 
 
 @dataclass

@@ -4,6 +4,7 @@
     ka FOLDER... --out FOLDER         accuracies of train_ka.py: table.md, table.csv
     figures FOLDER --out FOLDER       figures of a run of train_ka.py
     dfkd FOLDER... --out FOLDER       table and images of train_dfkd.py: table.md, images.png
+    dense FOLDER... --out FOLDER      table and pictures of train_dense.py: table.md, panels-TASK.png
     overview FOLDER                   one table and one figure of all that was trained below a folder
     refresh [--check]                 rewrite every generated file of the repository, or say which are stale
 
@@ -16,7 +17,7 @@ import sys
 from engine import errors
 from engine.errors import UserError
 
-COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'overview', 'refresh')
+COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'dense', 'overview', 'refresh')
 
 
 def main() -> int | None:

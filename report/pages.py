@@ -9,13 +9,15 @@ from unittest import mock
 
 from engine import listing
 from methods import KA, KD, LM, PEERS
+from methods.dense import DENSE
 from methods.dfkd import DFKD
 
 ROOT = Path(__file__).parent.parent
-TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm', 'train_dfkd')
+TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm', 'train_dfkd', 'train_dense')
 OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.pseudo_labels',
           'tools.slim', 'tools.transferability', 'tools.transferability_graph', 'dataset.download',
-          'report.table', 'report.ka', 'report.figures', 'report.dfkd', 'report.refresh')  # fmt: skip
+          'report.table', 'report.ka', 'report.figures', 'report.dfkd', 'report.dense',
+          'report.refresh')  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ methods
 
@@ -38,6 +40,7 @@ GROUPS = {
     'Self-distillation, no teacher (`train_kd.py`)': {n: m for n, m in KD.items() if n not in TAUGHT},
     'Networks that learn from each other (`train_dml.py`)': PEERS,
     'Language models (`train_lm.py`)': LM,
+    'Segmentation and detection (`train_dense.py`)': DENSE,
     'Amalgamation: several teachers that know different things, no labels (`train_ka.py`)':
         KA,
     'Without data: images are made from what the teacher knows (`train_dfkd.py`)': DFKD,
@@ -96,8 +99,8 @@ Written by `python -m report refresh` from the scripts' own parsers: what `--hel
 
 ## The training scripts
 
-`base`, `kd`, `dml`, `ka`, `lm`, `dfkd`: train_base.py, train_kd.py, train_dml.py, train_ka.py, train_lm.py,
-train_dfkd.py.
+`base`, `kd`, `dml`, `ka`, `lm`, `dfkd`, `dense`: train_base.py, train_kd.py, train_dml.py, train_ka.py,
+train_lm.py, train_dfkd.py, train_dense.py.
 
 | flag | of | meaning |
 |---|---|---|

@@ -16,7 +16,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.flags import Parser
 from engine.record import write_atomic
-from report import code, dfkd, ka, lm, pages, pairs, speed, table, transfer
+from report import code, dense, dfkd, ka, lm, pages, pairs, speed, table, transfer
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r'<!-- ([\w/-]+):begin -->')
@@ -72,6 +72,8 @@ def part(name: str) -> str:
         raise UserError(f'<!-- {name}:begin -->: there is no results/{folder}')
     if kind == 'lm':
         return lm.text_of(results)
+    if kind == 'dense':
+        return dense.text_of(dense.mine(table.read_results([str(results)])))
     if kind == 'summary':
         return table.summary(table.read_results([str(results)]))
     return tables_of(results)[results / 'table.md']
