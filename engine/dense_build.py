@@ -76,7 +76,9 @@ def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[part
         torch.manual_seed(args.seed)
         start = build(args.task, args.s_name, K, args.size, frozen=bool(args.s_init))
         net_t = (
-            build(args.task, args.t_name, K, args.size, frozen=bool(args.t_model)) if needs_teacher else None
+            build(args.task, args.t_name, K, args.size, frozen=frozen_in(args.t_model))
+            if needs_teacher
+            else None
         )
     if args.s_init:
         log(f'--s_init: {started(start, args.s_init)}')
@@ -89,6 +91,14 @@ def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[part
         world.net_t = the_teacher(args, world, net_t, everything if rooms else None, root, log)
     log(f'{args.data_name}: {n} labelled and {free} other pictures to learn from, {len(test)} for the test')
     return world, start
+
+
+def frozen_in(path: str | None) -> bool:
+    """Whether the batch norms of these weights were frozen: they count no batches."""
+    if not path:
+        return False
+    content = read_checkpoint(path)
+    return not any(name.endswith('num_batches_tracked') for name in content.get('net', content))
 
 
 def started(net: nn.Module, path: str) -> str:

@@ -143,17 +143,12 @@ def _detector(name: str, K: int, size: int, frozen: bool) -> nn.Module:
     if backbone and head in HEADS['detection']:
         return _small_detector(head, *_backbone('detection', name, backbone), K, size)
     found = re.fullmatch(r'(fasterrcnn|retinanet|fcos)_(resnet\d+|mobilenet_v2)_fpn', name)
+    if not name.startswith(HEADS['detection']):
+        raise _unknown('detection', name)
     if backbone or not found and name not in torchvision.models.list_models(module=detection):
         raise _unknown('detection', name)
     if not found:
-        net = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=K)
-        if not isinstance(net, (detection.FasterRCNN, detection.RetinaNet, detection.FCOS)) or not isinstance(
-            net.backbone, BackboneWithFPN
-        ):
-            raise ValueError(
-                f'{name}: not for this; detectors with a pyramid are Faster R-CNN, RetinaNet, FCOS'
-            )
-        return net
+        return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=K)
     head, kind = found.groups()
     extra = {} if head == 'fasterrcnn' else {'extra_blocks': LastLevelP6P7(256, 256)}
     if kind == 'mobilenet_v2':  # strides 4, 8, 16, 32
@@ -171,9 +166,10 @@ def _detector(name: str, K: int, size: int, frozen: bool) -> nn.Module:
             norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d,
             returned_layers=[2, 3, 4] if extra else [1, 2, 3, 4], **extra,
         )  # fmt: skip
-    return {'fasterrcnn': detection.FasterRCNN, 'retinanet': detection.RetinaNet, 'fcos': detection.FCOS}[
+    made = {'fasterrcnn': detection.FasterRCNN, 'retinanet': detection.RetinaNet, 'fcos': detection.FCOS}[
         head
-    ](backbone, K)
+    ]
+    return made(backbone, K, min_size=(640, 672, 704, 736, 768, 800))  # by chance; the last in evaluation
 
 
 def _small_detector(head: str, body: nn.Module, levels: tuple, K: int, size: int) -> nn.Module:
