@@ -375,7 +375,15 @@ def columns(folder) -> dict:
         return list(csv.DictReader(file))[-1]
 
 
-def test_every_row_trains(run, tmp_path):
+def reported(script, folder, out):
+    done = script('report.dense', folder, '--out', out)
+    assert done.code == 0, done.err
+    (picture,) = out.glob('panels-*.png')
+    assert picture.stat().st_size > 5000
+    return (out / 'table.md').read_text()
+
+
+def test_every_row_trains(run, script, tmp_path):
     """Of segmentation: a step changes the student, and not as labels alone do."""
     out = run('--kd_mode', 'alone', *SEG, 'cwd+ifvd', '--steps', 2, '--note', 'a')
     assert 'teacher lraspp:resnet18' in out and '6 labelled and 24 other pictures' in out
@@ -390,9 +398,12 @@ def test_every_row_trains(run, tmp_path):
     with np.load(tmp_path / 'a' / 'panels.npz') as file:
         assert {'image', 'truth', 'of teacher', 'of alone', 'of cwd+ifvd'} <= set(file.files)
         assert file['of alone'].shape == file['truth'].shape == (4, 32, 32)
+    text = reported(script, tmp_path / 'a', tmp_path / 'r')
+    assert 'Segmentation, lraspp:resnet18 teaches lraspp:mobilenet_v3_small@0.5: 6 labelled' in text
+    assert text.count('\n| `') == len(SEG) + 2 and '| teacher |' in text
 
 
-def test_every_row_of_detection_trains(run, tmp_path):
+def test_every_row_of_detection_trains(run, script, tmp_path):
     one = ['crosskd', *(name for name in DET if not DENSE[name].heads)]
     for note, words in {
         'two': ['alone', *(name for name in DET if name != 'crosskd'), 'pkd+dkd'],
@@ -408,6 +419,7 @@ def test_every_row_of_detection_trains(run, tmp_path):
         weighed = {name: weight for name, weight, _ in made['recipe']['methods']}
     assert weighed == {'reviewkd': 1.0} and results(tmp_path / 'one' / 'pkd')['recipe']['methods'][0][1] == 10
     assert results(tmp_path / 'two' / 'pkd')['recipe']['methods'][0][1] == 6, 'of two stages'
+    assert 'AP75' in reported(script, tmp_path / 'two', tmp_path / 'r')
 
 
 def test_alone_or_beside_others_it_is_the_same(run, tmp_path):
