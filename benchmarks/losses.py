@@ -45,11 +45,11 @@ from kd_losses import (
     LwM,
     QuEST,
     Sobolev,
-    grad_cam,
-    input_gradient,
 )
 from kd_losses.bss import choose, sample_attack_class
 from kd_losses.crd import _unit
+from kd_losses.lwm import grad_cam
+from kd_losses.sobolev import input_gradient
 
 
 @dataclass

@@ -102,12 +102,16 @@ class CastTogether(torch.autograd.Function):
         return None, *(None if g is None else next(cast) for g in gradients)
 
 
-def cast_weights(net: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """{name: weight} of the layers that autocast would cast one by one, for torch.func.functional_call."""
+def cast_weights(net: nn.Module, dtype: torch.dtype, losses: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
+    """{name: weight} of the layers that autocast would cast one by one, for torch.func.functional_call.
+
+    losses: those whose layers, which take no part in autocast, may belong to the network too (simkd).
+    """
+    exact = {layer for loss in losses for layer in loss.modules()}
     names = [
         f'{path}.{name}' if path else name
         for path, module in net.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in exact
         for name, weight in module.named_parameters(recurse=False)
         if weight.dtype == torch.float32
     ]

@@ -101,7 +101,8 @@ class Student(nn.Module):
     def raw(self, img: Tensor):
         with self.amp():
             if self.cast:
-                return torch.func.functional_call(self.net, cast_weights(self.net, self.cast), (img, True))
+                weights = cast_weights(self.net, self.cast, self.losses)
+                return torch.func.functional_call(self.net, weights, (img, True))
             return self.net(img, True)
 
     def inner(self, epoch: int, epochs: int) -> dict[str, float]:

@@ -128,7 +128,8 @@ def _run(module: nn.Module, x: Tensor, *more):
     y = torch.func.functional_call(module, state, (x, *more))
     with torch.no_grad():
         for name, b in module.named_buffers():  # running statistics
-            b.copy_(state[name])
+            if b is not state[name]:  # a copy onto itself is a change, which backward would refuse
+                b.copy_(state[name])
     return y
 
 

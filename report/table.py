@@ -132,7 +132,10 @@ def table(results: list[dict]) -> str:
 
 
 def summary(results: list[dict]) -> str:
-    """A short table: each method's last epoch, and what it gains over the student alone."""
+    """A short table: each method's last epoch, and what it gains over the student alone.
+
+    Of more than twelve methods the best six and the last three, and how many lie between.
+    """
     groups = group(results)
     lines = ['| | top-1, last epoch | against the student alone |', '|---|---|---|']
     for key, runs in groups.items():
@@ -141,6 +144,9 @@ def summary(results: list[dict]) -> str:
         kind = 'student alone' if key[2] in students_of(groups) else 'teacher'
         name = f'{kind}, {key[2]}' if key[3] == 'baseline' else f'`{key[3]}`'
         lines.append(f'| {name} | {spread([r["last"]["top1"] for r in runs])} | {gain} |')
+    first = next((k for k, line in enumerate(lines) if line.startswith('| `')), len(lines))
+    if (between := len(lines) - first - 9) > 3:
+        lines[first + 6 : -3] = [f'| {between} more between these | | |']
     return '\n'.join(lines) + '\n'
 
 

@@ -730,6 +730,22 @@ def test_the_loss_in_another_precision(name, dtype):
         torch.testing.assert_close(mine.float(), other.float(), rtol=1e-2, atol=1e-2)
 
 
+def test_a_loss_whose_norms_alone_are_float32():
+    """As mixed-precision tools leave it: running statistics must not be written onto themselves."""
+    seen = []
+    for name in ROWS:
+        w = world(name)
+        kd = build(name, w)
+        norms = [m for m in kd.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        if norms and not any(p.dtype != torch.float32 for p in kd.parameters()):
+            kd.bfloat16()
+            for norm in norms:
+                norm.float()
+            healthy(name, w, kd)
+            seen.append(name)
+    assert 'simkd' in seen and len(seen) > 5
+
+
 @pytest.mark.parametrize(
     'name', [name for name in rows_but('coarse') if not METHODS[name].own.once_per_batch]
 )

@@ -1,8 +1,11 @@
 """The house keeps its shape: files and rows agree, scripts know no method names, the code is clean."""
 
 import ast
+import importlib
 import subprocess
 import sys
+
+import pytest
 
 from methods import LM, METHODS
 from methods.dense import DENSE
@@ -51,3 +54,9 @@ def test_the_package_is_the_losses_only():
         'include = ["kd_losses", "ka_losses", "dfkd_losses"]' in pyproject
         and 'dependencies = ["torch>=' in pyproject
     )
+
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'benchmarks').glob('[a-z]*.py')))
+def test_benchmarks_can_be_imported(name):
+    """They are run by hand: a name that moved would be noticed last."""
+    importlib.import_module(f'benchmarks.{name}')

@@ -649,3 +649,19 @@ def test_deterministic_settings(monkeypatch):
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.parametrize('name', ['st', *(name for name in EVERY if METHODS[name].own.student)])
+def test_casting_all_weights_at_once_changes_nothing(name):
+    """--cuda_graphs casts them in one kernel; layers of a loss, which autocast leaves alone, stay exact."""
+    ends = []
+    for cast in (None, torch.bfloat16):
+        train = cuda.data(32)
+        (run,), teachers, args = cuda.students_of([name], 'resnet14', train, 'bf16', 16)
+        run.step.cast = cast
+        train_kd.begin_epoch(run, 0, args)
+        for batch in train.train_batches(16, 0, 0, teachers.views):
+            train_kd.train_student(run, teachers(*batch))
+        assert not run.meter.failure
+        ends.append(run.step.state_dict())
+    assert all(torch.equal(ends[0][key], value) for key, value in ends[1].items())

@@ -1,7 +1,9 @@
-"""A borrowed GPU, second command (ten minutes): the other half of the data, a teacher beside the checks, then
-as many students as fit, group after group. docs/gpu.md says how to use it.
+"""A borrowed GPU, second command (ten minutes): the other half of the data, a teacher (unless there is one)
+beside the checks, then as many students as fit, group after group. docs/gpu.md says how to use it.
 
     python tools/gpu/second.py
+    python tools/gpu/second.py --first 6 --checks 0 --more 170       for this command and 170 s of another
+    python tools/gpu/second.py --first 6 --checks 0 --deadline 165   that other: it goes on
     python tools/gpu/second.py --device cpu --data shapes:100 --epochs 5 --first 4 --checks 0 --keep keep \\
         --out out --flags "--batch_size 32"                    a rehearsal
 
@@ -25,7 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.cuda import ROWS  # noqa: E402
 from dataset.cifar import bad_files  # noqa: E402
 
-STUDENTS = 'st logits at sp pkt rkd cc fitnet ofd nst vid irg afd crd lwm fsp ab ft'  # sobolev, bss: dear
+TEACHER = 'results/cifar10-resnet20-resnet20-200epochs'
+STUDENTS = (
+    'logits at sp pkt rkd cc fitnet ofd nst vid irg afd crd lwm fsp ab ft'  # st: done; sobolev, bss: dear
+)
 
 
 def parse_args():
@@ -35,13 +40,21 @@ def parse_args():
     flag = parser.add_argument
     flag('--device', default='cuda')
     flag('--data', default='cifar10', help='default cifar10')
-    flag('--packed', type=Path, default='.gpu', help='what pack.py made, or a teacher (net.pt); default .gpu')
+    flag('--packed', type=Path, default='.gpu', help='what pack.py made; default .gpu')
+    flag(
+        '--teacher',
+        type=Path,
+        metavar='FOLDER',
+        default=TEACHER,
+        help=f'PREFIX-resnet20-s2.pt and .json of a teacher are there; default {TEACHER}; none: train one',
+    )
     flag('--keep', type=Path, default=Path.home() / 'keep', help='data, checkpoints; in memory if possible')
     flag('--out', type=Path, default=os.environ.get('OUT', 'out'), help='archives, default $OUT or out')
     flag('--epochs', type=int, default=200, help='default 200')
     flag('--deadline', type=float, default=575, help='seconds for everything, default 575')
     flag('--students', nargs='+', default=STUDENTS.split(), help='methods, in this order')
-    flag('--first', type=int, default=10, help='students of the first group, default 10')
+    flag('--more', type=float, default=0, help='seconds of a further command that goes on; default 0')
+    flag('--first', type=int, default=4, help='students of the first group, default 4')
     flag('--checks', type=int, default=4, help='processes of benchmarks.cuda beside the teacher, default 4')
     flag('--rows', nargs='+', default=ROWS, help='methods they check, default all')
     flag('--flags', default='', help='more flags for the training scripts')
@@ -59,7 +72,7 @@ class Lease:
             folder.mkdir(parents=True, exist_ok=True)
         self.common = ['--data_name', args.data, '--img_root', args.keep / 'data', '--save_root', self.save,
                        '--device', args.device, '--amp', 'bf16', '--epochs', args.epochs, '--cuda_graphs',
-                       '--deterministic', '--save_every', 25, '--resume', 'never',
+                       '--deterministic', '--save_every', 25, '--resume', 'auto',
                        *args.flags.split()]  # fmt: skip
 
     @property
@@ -138,10 +151,13 @@ def main() -> int:
 
 
 def train_teacher(lease: Lease) -> bool:
-    folder, given = lease.save / 'teacher', lease.args.packed
-    if (given / 'net.pt').exists():  # trained beforehand, with its initial.pt and results.json
-        ignored = shutil.ignore_patterns('*.webp', '*.labels')
-        shutil.copytree(given, folder, ignore=ignored, dirs_exist_ok=True)
+    folder, given = lease.save / 'teacher', lease.args.teacher
+    parts = {'net.pt': 'baseline-resnet20-s2.pt', 'initial.pt': 'initial-resnet20-s2.pt',
+             'results.json': 'baseline-resnet20-s2.json'}  # fmt: skip
+    if all((given / part).exists() for part in parts.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            shutil.copy(given / part, folder / name)
         return True
     words = ['train_base.py', '--net_name', 'resnet20', '--note', 'teacher', *lease.common]
     code = lease.start('teacher', *words).wait()
@@ -154,10 +170,10 @@ def train_teacher(lease: Lease) -> bool:
 
 def train_students(lease: Lease) -> None:
     """Groups of as many students as the time left allows; what does not fit is tried again, smaller."""
-    todo, size, number = lease.args.students, lease.args.first, 0
+    todo, size = lease.args.students, lease.args.first
     while todo and size >= 1 and lease.left > 30:
-        names, number = todo[:size], number + 1
-        group, born = f'group{number}', time.time()
+        names, born = todo[:size], time.time()
+        group = f'{names[0]}-{len(names)}'  # the same in a further command, which finds its checkpoints
         teacher = lease.save / 'teacher'
         words = ['train_kd.py', '--kd_mode', *names, '--t_name', 'resnet20', '--t_model', teacher / 'net.pt',
                  '--s_name', 'resnet20', '--s_init', teacher / 'initial.pt', '--note', group]  # fmt: skip
@@ -185,10 +201,10 @@ def students_that_fit(lease: Lease, process, group: str, names: list[str]) -> in
     while process.poll() is None and len(lease.rows(group, names[-1])) < 3 and lease.left > 0:
         time.sleep(1)
     rows = lease.rows(group, names[-1])
-    if len(rows) < 3:
+    if not 3 <= len(rows) <= 5:  # stopped, or a former command has judged
         return len(names)
     need = float(rows[2]['seconds']) * (lease.args.epochs - len(rows))
-    left = lease.left - 8
+    left = lease.left - 8 + lease.args.more
     lease.say(
         group, f'{len(names)} students, {rows[2]["seconds"]} s per epoch, needs {need:.0f} of {left:.0f} s'
     )
