@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.scenes import CLASSES
 from engine.errors import UserError
 from engine.flags import Parser
 from engine.record import output_folder
@@ -109,7 +110,7 @@ def draw(arrays: dict, path: Path) -> None:
                              layout='constrained', squeeze=False)  # fmt: skip
     for line, k in zip(axes, range(len(images))):
         for axis, (title, key) in zip(line, columns.items()):
-            if key is None or arrays[key].ndim == 4 or arrays[key].dtype != np.int16:
+            if key is None or arrays[key].dtype != np.int16:
                 axis.imshow(images[k], interpolation='nearest')
             else:
                 axis.imshow(COLOURS[arrays[key][k].clip(0) % len(COLOURS)], interpolation='nearest')
@@ -118,6 +119,10 @@ def draw(arrays: dict, path: Path) -> None:
             if k == 0:
                 axis.set_title(title, fontsize=11)
             axis.set(xticks=[], yticks=[])
+    names = CLASSES[3:] if arrays['truth'].dtype != np.int16 else CLASSES
+    colours = KINDS[1:] if len(names) == 3 else COLOURS / 255
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in zip(names, colours)]
+    fig.legend(handles=patches, loc='outside lower center', ncols=len(names), frameon=False)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
