@@ -121,13 +121,12 @@ def parse_args(words=None):
               'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
     flag('--dry_run', action='store_true', help='say what would be trained, and end')
     # fmt: on
-    args = parser.parse_args(words)
-    args.t_name, args.s_name = (a or b for a, b in zip((args.t_name, args.s_name), NETWORKS[args.task]))
-    return args
+    return parser.parse_args(words)
 
 
 def read_methods(args) -> dict[str, dict]:
-    """{word: {method: (row, weight, options)}}"""
+    """{word: {method: (row, weight, options)}}; names of networks are filled in."""
+    args.t_name, args.s_name = (a or b for a, b in zip((args.t_name, args.s_name), NETWORKS[args.task]))
     rows = rows_for(DENSE, args.task, args.s_name)
     names = list(dict.fromkeys(name for word in args.kd_mode for name in word.split('+')))
     other = {name: f'is for --task {row.task}' for name, row in DENSE.items() if name not in rows}

@@ -17,7 +17,8 @@ from methods import Method
 READS = {
     r'\.out\b|\bouts?\b': 'logits',
     r'\.feat\b': 'embeddings',
-    r'\.fms\b': 'maps',
+    r'\.(fms|pyramid)\b': 'maps',
+    r'\.towers\b': 'maps inside the head',
     r'\.pres\b': 'maps before the ReLU',
     r'\.tokens\b': 'patch tokens',
     r'\.extra\b': 'layers added to the student',
@@ -90,6 +91,8 @@ def needs(row) -> list[str]:
     words = [word for pattern, word in READS.items() if word and re.search(pattern, source)]
     if 'maps' in words and 'maps before the ReLU' in words:
         words.remove('maps')
+    if getattr(row, 'task', ''):  # a feat of theirs is a map
+        words = list(dict.fromkeys('maps' if word == 'embeddings' else word for word in words))
     if isinstance(row, Method):
         return words + _of_distillation(row)
     needed, soft = row.needs, row.when.soft  # an amalgamation
