@@ -17,6 +17,7 @@ and for each student a folder with last.pt, best.pt, student.pt (plain weights a
 metrics.csv, results.json.
 """
 
+import io
 import time
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from pathlib import Path
 import engine.threads  # noqa: F401  before torch
 
 import numpy as np
-from torch.utils.data import DataLoader
 
+from dataset import annotated
 from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
@@ -45,7 +46,7 @@ from engine.flags import (
     whole_number,
 )
 from engine.processes import processes
-from engine.record import output_folder, provenance, write_json
+from engine.record import output_folder, provenance, write_atomic, write_json
 from engine.session import Log, StopAfterEpoch
 from methods.dense import DENSE
 
@@ -178,9 +179,7 @@ def main():
             run.meter.reset(segment)
         last = min((segment + 1) * args.eval_every, args.steps)
         numbers = range(segment * args.eval_every, last)
-        for step, pictures in zip(
-            numbers, DataLoader(world.batches, None, sampler=numbers, num_workers=args.workers)
-        ):
+        for step, pictures in zip(numbers, annotated.in_order(world.batches, numbers, args.workers)):
             seen = parts.Look(world, step, pictures)
             for run in active:
                 train_student(run, seen, args)
@@ -249,8 +248,9 @@ def keep_panels(world: parts.World, runs: list, path: Path) -> None:
     nets = {'teacher': world.net_t} if world.net_t else {}
     for name, net in (nets | {run.name: run.net for run in runs}).items():
         arrays[f'of {name}'] = np.stack([world.task.example(net.eval(), i) for i in chosen])
-    with open(path, 'wb') as file:
-        np.savez_compressed(file, **arrays)
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    write_atomic(path, file.getvalue())
 
 
 def line(run: parts.Run, steps: int, row: dict) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree.ElementTree import ParseError
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scenes
+from .folder import BadImage
 
 TASKS = ('segmentation', 'detection')
 SMALLEST = 4  # pixels: smaller objects of the rooms are left out, nobody finds them
@@ -143,7 +145,7 @@ class Voc:
                 return _picture(image), torch.where(seg == 255, -1, seg)
             return _picture(image), self._target(label['annotation'])
         except (OSError, KeyError, ValueError, ParseError) as error:
-            raise ValueError(f'{self.data.images[i]}: cannot be read ({error})') from None
+            raise BadImage(f'{self.data.images[i]}, or its label: cannot be read ({error})') from None
 
     def _target(self, annotation: dict) -> dict:
         boxes, labels, crowd = [], [], []
@@ -194,7 +196,7 @@ class Coco:
             with Image.open(path) as image:
                 return _picture(image), _boxes(*self.targets[i])
         except OSError as error:
-            raise ValueError(f'{path}: cannot be read ({error})') from None
+            raise BadImage(f'{path}: cannot be read ({error})') from None
 
 
 def _picture(image) -> Tensor:
@@ -231,6 +233,14 @@ class Steps(torch.utils.data.Dataset):
             images, targets = zip(*(augmented(*data[i], g, self.crop) for i in chosen))
             made[name] = list(images), list(targets) if name == 'labelled' else None
         return made
+
+
+def in_order(steps: Steps, numbers: range, workers: int) -> Iterator[dict]:
+    """The pictures of these steps, prepared by so many processes."""
+    try:
+        yield from torch.utils.data.DataLoader(steps, None, sampler=numbers, num_workers=workers)
+    except BadImage as error:  # a worker's exception arrives with its traceback as text in front
+        raise BadImage(str(error).strip().splitlines()[-1].split('BadImage: ')[-1]) from None
 
 
 def augmented(image: Tensor, target, g: torch.Generator, crop: int | None) -> tuple:

@@ -175,16 +175,20 @@ class Look:
         """Which pictures a loss is fed: those without labels where there are some and it can do with them."""
         return 'labelled' if method.labels or 'unlabelled' not in self.parts else 'unlabelled'
 
+    @property
+    def number(self) -> int:
+        return ((self.world.seed * 1_000_003 + 7) * 1_000_003 + self.step) % 2**63
+
     def seed(self) -> None:
         """For all that draws in a student's step, torchvision's samplers, say: a function of the step."""
-        number = (self.world.seed * 1_000_003 + 7) * 1_000_003 + self.step
-        torch.manual_seed(number % 2**63)
-        self.generator.manual_seed(number % 2**63)
+        torch.manual_seed(self.number)
+        self.generator.manual_seed(self.number)
 
     def given(self, part: str) -> Given:
         if part not in self._given:
-            self.seed()
-            self._given[part] = self.world.task.given(*self.parts[part])
+            with torch.random.fork_rng(devices=[]):  # once for all students: it must not move what they draw
+                torch.manual_seed(self.number)
+                self._given[part] = self.world.task.given(*self.parts[part])
         return self._given[part]
 
     def teacher(self, part: str):

@@ -424,10 +424,11 @@ def test_every_row_of_detection_trains(run, script, tmp_path):
 
 def test_alone_or_beside_others_it_is_the_same(run, tmp_path):
     for task, every, some in (
-        ('segmentation', ('alone', 'afdcd', 'cirkd', 'maskd_seg'), ('alone', 'cirkd')),
+        ('segmentation', ('alone', 'cwd', 'cirkd+afdcd'), ('alone', 'cirkd+afdcd')),
         ('detection', ('pkd', 'dkd'), ('dkd',)),
     ):
-        words = ('--task', task, '--steps', 2, '--note')
+        student = ('--s_name', 'fcn:resnet10') if task == 'segmentation' else ()  # it has a dropout
+        words = ('--task', task, *student, '--steps', 2, '--note')
         run('--kd_mode', *every, *words, f'{task}all')
         for name in some:
             run('--kd_mode', name, *words, f'{task}{name}')
@@ -487,6 +488,16 @@ def test_voc_and_coco_train(script, tmp_path):
     assert done.code == 0 and 'ap50' in results(tmp_path / 'c' / 'alone')['last'], done.err
     done = script('train_dense', *seg, *common[:-1], 'cwd', '--note', 'n')
     assert done.code == 2 and '--t_model: needed with voc' in done.err and '--kd_mode alone' in done.err
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_damaged_picture_is_named(script, tmp_path, workers):
+    write_coco(tmp_path)
+    path = tmp_path / 'coco' / 'train2017' / '9.jpg'
+    path.write_bytes(path.read_bytes()[:100])
+    done = script('train_dense', '--task', 'detection', '--data_name', 'coco', '--img_root', tmp_path,
+                  '--steps', 1, '--batch_size', 2, '--kd_mode', 'alone', '--workers', workers)  # fmt: skip
+    assert done.code == 2 and done.err.count('\n') == 1 and '9.jpg: cannot be read' in done.err, done.err
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
