@@ -39,7 +39,7 @@ def mine(results: list[dict]) -> list[dict]:
 def text_of(results: list[dict]) -> str:
     """A table per task: means over the seeds with their range, more is better in every column."""
     parts = [of_task(task, found) for task in FIGURES if (found := [r for r in results if r['task'] == task])]
-    return '\n\n'.join(parts)
+    return '\n\n'.join(part.rstrip('\n') for part in parts) + '\n'
 
 
 def of_task(task: str, results: list[dict]) -> str:
@@ -61,12 +61,13 @@ def of_task(task: str, results: list[dict]) -> str:
         f'seeds {said["seed"]}: mean (smallest to largest). '
         f'Above the student alone with every seed: {", ".join(above) or "none"}.\n\n'
     )
-    lines = [('teacher', *(f'{teacher[key]:.1f}' for key in figures), '')] if teacher else []
+    lines = [('teacher', *(f'{teacher[key]:.1f}' for key in figures), '', '')] if teacher else []
     for name in ordered:
         gains = [r['last'][main] - alone[r['seed']] for r in rows[name] if r['seed'] in alone]
         gain = f'{statistics.mean(gains):+.1f}' if gains and name != 'alone' else ''
-        lines.append((f'`{name}`', *(cell([r['last'][key] for r in rows[name]]) for key in figures), gain))
-    return text + table(('', *figures.values(), f'{figures[main]} against alone'), *lines)
+        shown = (cell([r['last'][key] for r in rows[name]]) for key in figures)
+        lines.append((f'`{name}`', *shown, gain, str(len(rows[name]))))
+    return text + table(('', *figures.values(), f'{figures[main]} against alone', 'seeds'), *lines)
 
 
 def mean(results: list[dict], key: str) -> float:
@@ -145,7 +146,7 @@ def main() -> int:
         raise UserError(f'no results of train_dense.py below {", ".join(args.folders)}')
     out = output_folder(Path(args.out))
     text = text_of(results)
-    (out / 'table.md').write_text(text + '\n')
+    (out / 'table.md').write_text(text)
     print(text)
     for folder in map(Path, args.folders):
         if (folder / 'panels.npz').exists():

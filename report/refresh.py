@@ -59,6 +59,8 @@ def tables_of(folder: Path) -> dict[Path, str]:
         return {folder / 'table.md': table.table(results)}
     if dfkd.mine(results):
         return {folder / 'table.md': dfkd.table(results)}
+    if dense.mine(results):
+        return {folder / 'table.md': dense.text_of(dense.mine(results))}
     return {}
 
 
@@ -72,8 +74,6 @@ def part(name: str) -> str:
         raise UserError(f'<!-- {name}:begin -->: there is no results/{folder}')
     if kind == 'lm':
         return lm.text_of(results)
-    if kind == 'dense':
-        return dense.text_of(dense.mine(table.read_results([str(results)])))
     if kind == 'summary':
         return table.summary(table.read_results([str(results)]))
     return tables_of(results)[results / 'table.md']
