@@ -24,6 +24,7 @@ FIGURES = {
 COLOURS = np.array(
     [(118, 132, 148), (214, 208, 196), (240, 228, 150), (205, 90, 60), (70, 140, 200), (90, 165, 90)]
 )
+SETTING = ('task', 'data', 'size', 'student', 'labelled', 'unlabelled', 'steps')
 KINDS = (
     '',
     '#cd5a3c',
@@ -37,12 +38,16 @@ def mine(results: list[dict]) -> list[dict]:
 
 
 def text_of(results: list[dict]) -> str:
-    """A table per task: means over the seeds with their range, more is better in every column."""
-    parts = [of_task(task, found) for task in FIGURES if (found := [r for r in results if r['task'] == task])]
+    """A table per setting: means over the seeds with their range, more is better in every column."""
+    settings = {}
+    for result in results:
+        settings.setdefault(tuple(str(result[key]) for key in SETTING), []).append(result)
+    ordered = sorted(settings.values(), key=lambda found: (-len(found[0]['task']), found[0]['steps']))
+    parts = [of_setting(found[0]['task'], found) for found in ordered]
     return '\n\n'.join(part.rstrip('\n') for part in parts) + '\n'
 
 
-def of_task(task: str, results: list[dict]) -> str:
+def of_setting(task: str, results: list[dict]) -> str:
     figures = FIGURES[task]
     main = next(iter(figures))
     rows = {}
@@ -51,7 +56,7 @@ def of_task(task: str, results: list[dict]) -> str:
     alone = {r['seed']: r['last'][main] for r in rows.get('alone', [])}
     ordered = sorted(rows, key=lambda name: (name != 'alone', -mean(rows[name], main)))
     said = {key: ', '.join(str(x) for x in sorted({r[key] for r in results}))
-            for key in ('student', 'labelled', 'unlabelled', 'steps', 'seed')}  # fmt: skip
+            for key in (*SETTING, 'seed')}  # fmt: skip
     teacher = next((r['teacher'] for r in results if r['teacher']), None)
     above = [f'`{name}`' for name in ordered if name != 'alone' and alone
              and all(r['last'][main] > alone.get(r['seed'], np.inf) for r in rows[name])]  # fmt: skip
