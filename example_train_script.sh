@@ -11,6 +11,7 @@
 #                                             results/ lacks of it, then write its table.md
 #   bash example_train_script.sh dfkd         without data: teacher, then students from images that are made
 #   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, tables, figures
+#   bash example_train_script.sh ka_tools     ... its losses with a trainer of their own, embedded data, CPU
 #   bash example_train_script.sh lm           language models on Python's own reference, CPU, a few minutes
 #   bash example_train_script.sh dense        segmentation and detection of embedded rooms, CPU, a few minutes
 #   bash example_train_script.sh METHOD       ... the block of one method
@@ -71,6 +72,7 @@ names() {
     DML_RUN=$DATA-$S_NAME-s$SEED
     KA_RUN=ka-$DATA-$PARTS-$T_NAME-$S_NAME-s$SEED
     ROOM_RUN=ka-rooms-s$SEED
+    TOOL_RUN=ka-tools-s$SEED
 }
 names
 
@@ -294,6 +296,41 @@ rooms() {
     ka_report "$ROOM_RUN"
 }
 
+# Losses with a trainer of their own, and transformers that amalgamate tokens, on the embedded patterns and rooms: ten
+# minutes of one core.
+ka_tools() {
+    local part halves=() quarters=() vits=() fast=(--batch_size 50 --schedule onecycle --lr 0.05)
+    DATA=patterns:1000 EPOCHS=8
+    run train_base.py --net_name resnet8 --note "$TOOL_RUN-all" "${fast[@]}"
+    for part in 0 1; do
+        halves+=("$SAVE_ROOT/$TOOL_RUN-half$part/net.pt")
+        run train_base.py --net_name resnet8 --num_parts 2 --part "$part" --note "$TOOL_RUN-half$part" "${fast[@]}"
+        vits+=("$SAVE_ROOT/$TOOL_RUN-vit$part/net.pt")
+        DATA=patterns:400 EPOCHS=15 run train_base.py --net_name vit_64_3 --num_parts 2 --part "$part" \
+            --note "$TOOL_RUN-vit$part" --batch_size 20 --schedule onecycle --lr 0.02
+    done
+    for part in 0 1 2 3; do
+        quarters+=("$SAVE_ROOT/$TOOL_RUN-quarter$part/net.pt")
+        run train_base.py --net_name resnet8 --num_parts 4 --part "$part" --note "$TOOL_RUN-quarter$part" "${fast[@]}"
+    done
+    DATA=patterns:400 EPOCHS=10 run train_ka.py --ka_mode ka_vit concat scratch --t_name vit_64_3 \
+        --t_model "${vits[@]}" --s_name vit_64_3x2_16 --note "$TOOL_RUN/vit" --batch_size 20
+    EPOCHS=10 run tools/subtask.py --t_name resnet8 --t_model "$SAVE_ROOT/$TOOL_RUN-all/net.pt" --s_name resnet8 \
+        --sub 0,2,4,6,8 --lambda_adv 0 0.5 2 --adv_cap 2 --attack_epochs 20 --note "$TOOL_RUN/subtask" \
+        --batch_size 50 --lr 2e-3
+    EPOCHS=2 run tools/recombination.py --t_name resnet8 --t_model "${halves[@]}" --rounds 4 \
+        --note "$TOOL_RUN/recombination" --batch_size 50
+    EPOCHS=6 run tools/ood_ka.py --t_name resnet8 --t_model "${halves[@]}" --s_name resnet8 --ood scenes:400 \
+        --width 16 --s_steps 3 --note "$TOOL_RUN/ood" --batch_size 64 --lr 2e-3
+    for part in saliency uniform all; do
+        EPOCHS=8 run tools/fedka.py --t_name resnet8 --t_model "${quarters[@]}" --s_name resnet8 --select "$part" \
+            --probe 2 --local_epochs 2 --select_every 2 --adapt_every 1 --adapt_epochs 10 \
+            --note "$TOOL_RUN/fedka-$part" --batch_size 50
+    done
+    DATA=scenes:500 EPOCHS=20 run tools/transformer_ka.py --note "$TOOL_RUN/detectors" --batch_size 32
+    py -m report ka "$SAVE_ROOT/$TOOL_RUN" --out "$SAVE_ROOT/$TOOL_RUN"
+}
+
 # Students without data: a teacher, then a student of each method from images that are made. On the embedded
 # patterns by default, with small settings; DFKD_DATA=cifar10 takes the authors' presets, hours of a GPU each.
 dfkd() {
@@ -446,9 +483,9 @@ say() {    # a heading for who watches
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, lm, dense, or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, ka_tools, lm, dense, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd table dfkd ka rooms lm dense $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd table dfkd ka rooms ka_tools lm dense $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in
@@ -487,6 +524,7 @@ cd) cd_ ;;    # cd is the shell's own word
 ka)
     data
     ka
-    rooms ;;
+    rooms
+    ka_tools ;;
 *) "$command" ;;
 esac

@@ -8,7 +8,7 @@ Data-free Knowledge Transfer via DeepInversion", CVPR 2020, arXiv:1912.08795.
     d_i = differences to the right, lower, lower left, lower right pixel
     TV1 = sum over i of mean |d_i|,   TV2 = sum over i of ||d_i||_2 of the batch
     L2 = mean over n of ||x_n||_2
-    js = mean over n of sum over k of M log(M / P) / 2 + M log(M / Q) / 2
+    js = mean over n of sum over k of [M log(M / P) / 2 + M log(M / Q) / 2]
     P, Q = softmax(out / T) of student and teacher, M = (P + Q) / 2, each clamped to 0.01 ... 0.99
     loss = ce * CE(out_t, target) + bn * bn_loss + tv_l1 * TV1 + tv_l2 * TV2 + l2 * L2
            + compete * (1 - clamp(js, 0, 1))

@@ -7,7 +7,7 @@ Distillation", CVPR Workshops 2020, arXiv:2005.04136.
     oh_loss = mean over n of cross-entropy(out_t, its own argmax)
     balance_loss = sum over k of pbar * log(pbar)
     adv_loss = - mean over n of KL(p || softmax(out_s))
-    bn_loss = sum over batch norms of ||running_var - var||_2 + ||running_mean - mean||_2
+    bn_loss = sum over batch norms of [||running_var - var||_2 + ||running_mean - mean||_2]
     loss = bn * bn_loss + oh * oh_loss + balance * balance_loss + adv * adv_loss
 
 Tap: on the generated batch the logits of both networks, and what enters each batch norm of the teacher

@@ -5,7 +5,8 @@ Distillation", AAAI 2022, arXiv:2112.06253.
 
     mu, v = mean and biased variance of what enters a batch norm
     a = 0 before the first update(), momentum afterwards
-    loss = sum over batch norms of ||running_var - (1 - a) v - a s||_2 + ||running_mean - (1 - a) mu - a m||_2
+    loss = sum over batch norms of [||running_var - (1 - a) v - a s||_2
+           + ||running_mean - (1 - a) mu - a m||_2]
     update():  m <- a m + (1 - a) mu,  s <- a s + (1 - a) v           of the last forward pass
     masked_adversarial = - sum of KL(softmax(out_t) || softmax(out_s)) where both say the same class, / N
 

@@ -25,7 +25,8 @@ def provenance(device: torch.device) -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git('rev-parse', 'HEAD') or os.environ.get('SOURCE_COMMIT')  # a copy without its history
-    if commit and git('status', '--porcelain', '--untracked-files=no'):
+    # results are written by runs, and change none
+    if commit and git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!results'):
         commit += '-dirty'
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name

@@ -252,7 +252,8 @@ def deployed(net: nn.Module) -> nn.Module:
 
 # flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
-         'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None}  # fmt: skip
+         'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None,
+         'select': 'saliency'}  # fmt: skip
 
 
 def math_args(args: argparse.Namespace, **more) -> dict:

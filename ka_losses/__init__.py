@@ -1,7 +1,7 @@
 """Amalgamation losses, one method a file: `from ka_losses import CFL`.
 
-How train_ka.py uses them is in methods/ka.py. transformer_ka, ka_vit, afk, fedka, subtask, recombination and
-ood_ka have no row there: they need networks, rounds or generators that this trainer does not have.
+How train_ka.py uses them is in methods/ka.py. transformer_ka, fedka, subtask, recombination and ood_ka have
+no row there: they need networks, rounds or generators that this trainer does not have, and a tool each has.
 """
 
 from .afk import AFK, Filter

@@ -134,3 +134,15 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    if not all(len(f.levels) for f in (s, *all_t)):
+        raise ValueError(
+            'ka_vit: compares tokens, so teachers must be vision transformers, e.g. vit_64_3, and the '
+            f'student one of {len(all_t)} times as many tokens, e.g. vit_64_3x{len(all_t)}; got others'
+        )
+    return ka(s.levels, [t.levels for t in all_t], return_terms=True)

@@ -4,7 +4,7 @@ No publication was found; KamalEngine (2024) names it "Amalgamating Knowledge in
 Fang et al., NeurIPS 2021, arXiv:2110.15094) with two teachers, beside the layer-wise block.
 
     local   = sum of BCE(d_fake, 1) / N                    patches that look real (d: patch logits)
-    bn      = sum over batch norms of ||running_var - var||_2 + ||running_mean - mean||_2
+    bn      = sum over batch norms of [||running_var - var||_2 + ||running_mean - mean||_2]
     adv   = - KL(softmax of both teachers' logits || softmax(out_s))    images the student does not know yet
     oh      = sum over teachers of cross-entropy(out_t, its own argmax)      surely some class
     balance = sum over teachers and classes of p * log2 p, p the batch mean of softmax(out_t)    all classes

@@ -6,7 +6,7 @@ Distillation for Large Language Models", COLING 2025, arXiv:2404.02657.
     p = softmax(out_t), q = softmax(out_s)
     head = the top class of p, and its next ones while their summed probability stays <= mu; tail = the rest
     g_h, g_t = sum of |p - q| over head, over tail;  w = g_h / (g_h + g_t), a constant; 1/2 if both are 0
-    loss = mean over positions of w * KL(p, q) + (1 - w) * KL(q, p)
+    loss = mean over positions of [w * KL(p, q) + (1 - w) * KL(q, p)]
 
 Tap: the logits of both networks on the same tokens. Authors: half of it beside half of cross-entropy.
 

@@ -6,7 +6,7 @@ Convolutional Neural Networks via Self Distillation", ICCV 2019, arXiv:1905.0809
     index 0: the deepest classifier, 1, 2, ...: exits, shallower and shallower
     H_i = - mean over n of sum over k of softmax(outs[0] / T) * log softmax(outs[i] / T)
     F_i = Euclidean length, over the whole batch, of (A_i * feats[i] - feats[0]);  A_i is learned
-    loss = CE(outs[0]) + sum over i > 0 of (1 - alpha) * CE(outs[i]) + alpha * H_i + beta * F_i
+    loss = CE(outs[0]) + sum over i > 0 of [(1 - alpha) * CE(outs[i]) + alpha * H_i + beta * F_i]
 
 Tap: logits and pooled features of all classifiers. What comes from index 0 is a target and gets no gradient
 in H and F. No teacher. Contains its cross-entropy. The exits may be kept or dropped.

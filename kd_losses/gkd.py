@@ -4,7 +4,7 @@ R. Agarwal, N. Vieillard, Y. Zhou, P. Stanczyk, S. Ramos, M. Geist, O. Bachem, "
 Language Models: Learning from Self-Generated Mistakes", ICLR 2024, arXiv:2306.13649.
 
     p = softmax(out_t / temperature), q = softmax(out_s / temperature), m = beta * p + (1 - beta) * q
-    loss = mean over positions of beta * KL(p, m) + (1 - beta) * KL(q, m)        for 0 < beta < 1
+    loss = mean over positions of [beta * KL(p, m) + (1 - beta) * KL(q, m)]      for 0 < beta < 1
     beta = 0: KL(p, q), forward;  beta = 1: KL(q, p), reverse
 
 Tap: the logits of both networks on the same tokens: of the data, or of samples of the student (on-policy:

@@ -6,7 +6,7 @@ Y. Jin, J. Wang, D. Lin, "Multi-Level Logit Distillation", CVPR 2023.
     instance = T^2 * mean over n of KL(q_n || p_n)
     batch = 1 / N * ||q * q^T - p * p^T||^2                                      (N x N, between samples)
     class = 1 / K * ||q^T * q - p^T * p||^2                                      (K x K, between classes)
-    loss = sum over T in temps of instance + batch + class
+    loss = sum over T in temps of [instance + batch + class]
 
 Tap: the logits. The authors add 0.9 times this to 0.1 cross-entropy.
 

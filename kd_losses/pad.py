@@ -5,7 +5,7 @@ arXiv:2008.01458.
 
     f = feat_s, through a linear connector where the widths differ
     v = batch norm of a linear map of f: the predicted logarithm of the variance, per dimension
-    loss = mean over n and dimensions of (feat_t - f)^2 / (exp(v) + eps) + v
+    loss = mean over n and dimensions of [(feat_t - f)^2 / (exp(v) + eps) + v]
 
 Tap: the pooled embedding. Connector and variance branch are trained with the student. The authors warm up
 with the plain squared error, the function `l2` of this file, before they switch to this.

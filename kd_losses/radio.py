@@ -10,7 +10,7 @@ Catanzaro, A. Tao, "PHI-S: Distribution Balancing for Label-Free Multi-Teacher D
     y_i = PHIS_i(fms_t[i]), student's map and y_i at the smaller size, a = head'_i(student's positions)
     feature 'balanced': F_i = (1 - w_l1) * (1 - mean cos(a, y_i)) + w_l1 * mean smooth L1(a - y_i, beta 2)
     feature 'mse':      F_i = mean (a - y_i)^2
-    loss = sum over i of w_summary_i * S_i + w_feature_i * F_i
+    loss = sum over i of [w_summary_i * S_i + w_feature_i * F_i]
     PHIS(x) = W (x - mean), W = Hadamard / sqrt(C) * V' / sqrt(mean of L), V diag(L) V' = covariance of x
 
 After PHI-S all channels have variance 1 over the calibration images, and distances are only scaled.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ka_losses import cfl, concat_kd, customize, layerwise, sbm, soka
+from ka_losses import cfl, concat_kd, customize, ka_vit, layerwise, sbm, soka
 
 from .columns import Limits
 from .ka_shared import everything, no_module, with_labels
@@ -103,6 +103,7 @@ KA = {
                                alone, Needs(layers=(1, 2, 3))),
     'sbm':              Method(sbm.SBM,               1.0, sbm.feed, sbm.build, alone, Needs(setting='dense'),
                                Own(forward=sbm.forward, begin_phase=sbm.begin_phase)),
+    'ka_vit':           Method(ka_vit.TokenAmalgamation, 1.0, ka_vit.feed),
     'scratch':          Method(nn.Identity,           1.0, with_labels, no_module, alone,
                                Needs(setting='', labels=True)),
 }

@@ -58,8 +58,8 @@ MODELS |= {f'vit_{dim}_6': partial(ViT, dim, 6) for dim in (128, 192)}
 MODELS |= {'deit_128_6': partial(ViT, 128, 6, distilled=True)}
 
 NAMES = (
-    f'{", ".join(MODELS)}, any resnetN or resnetNx4 (N = 6n + 2), wrn_N_K (N = 6n + 4), vit_D_L and deit_D_L '
-    f'(D = 64n), torchvision:NAME'
+    f'{", ".join(MODELS)}, any resnetN or resnetNx4 (N = 6n + 2), wrn_N_K (N = 6n + 4), vit_D_L, '
+    f'vit_D_LxT, vit_D_LxT_S and deit_D_L (D = 64n), torchvision:NAME'
 )
 
 
@@ -81,6 +81,9 @@ def build(name: str, num_classes: int = 100) -> nn.Module:
         return wrn(int(m[1]), int(m[2]), num_classes=num_classes)
     if m := re.fullmatch(r'(vit|deit)_(\d+)_(\d+)', name):
         return ViT(int(m[2]), int(m[3]), num_classes, distilled=m[1] == 'deit')
+    # T times as many tokens, for ka_vit, of images of S pixels a side, 32 where the name does not say
+    if m := re.fullmatch(r'vit_(\d+)_(\d+)x([2-9])(?:_(\d+))?', name):
+        return ViT(int(m[1]), int(m[2]), num_classes, image_size=int(m[4] or 32), times=int(m[3]))
     raise ValueError(f'no network is called {name!r}; there are {NAMES}')
 
 

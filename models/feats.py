@@ -15,6 +15,8 @@ class Feats(NamedTuple):
         transformer with a distillation token [logits of the class head, of the distillation head].
     tokens: of a vision transformer, its patch tokens (N, H * W, D) after each block, at least the first two,
         and last those after the final layer norm.
+    levels: of ours (models/vit.py), the patches as tokens before positions are added, then the tokens after
+        each block, without the final layer norm.
     """
 
     out: Tensor
@@ -23,3 +25,4 @@ class Feats(NamedTuple):
     pres: list[Tensor]
     extra: Any = None
     tokens: list[Tensor] | tuple = ()
+    levels: list[Tensor] | tuple = ()

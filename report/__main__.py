@@ -1,10 +1,11 @@
 """Tables, figures and pages: `python -m report COMMAND ...`.
 
     table FOLDER... --out FOLDER      accuracies of base, kd and dml runs: table.md, accuracy.png
-    ka FOLDER... --out FOLDER         accuracies of train_ka.py: table.md, table.csv
+    ka FOLDER... --out FOLDER         train_ka.py and the tools of its losses: table.md, table.csv
     figures FOLDER --out FOLDER       figures of a run of train_ka.py
     dfkd FOLDER... --out FOLDER       table and images of train_dfkd.py: table.md, images.png
     dense FOLDER... --out FOLDER      table and pictures of train_dense.py: table.md, panels-TASK.png
+    page                              docs/index.html and a page per method: what the page shows, made anew
     overview FOLDER                   one table and one figure of all that was trained below a folder
     refresh [--check]                 rewrite every generated file of the repository, or say which are stale
 
@@ -17,7 +18,7 @@ import sys
 from engine import errors
 from engine.errors import UserError
 
-COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'dense', 'overview', 'refresh')
+COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'dense', 'overview', 'page', 'refresh')
 
 
 def main() -> int | None:

@@ -1,8 +1,9 @@
 """Tables of amalgamation runs: `python -m report ka FOLDER... --out FOLDER`.
 
-Reads every result file of train_ka.py below the folders, joins runs that differ in the seed only, and writes
-table.md and table.csv, a table per experiment. With --readme FILE the tables also replace what stands between
-`<!-- NAME:begin -->` and `<!-- NAME:end -->` there.
+Reads every result file of train_ka.py and of the tools for single losses (tools/subtask.py ...) below the
+folders, joins runs that differ in the seed only, and writes table.md and table.csv, a table per experiment,
+and rounds.png where a tool has measured after rounds. With --readme FILE the tables also replace what stands
+between `<!-- NAME:begin -->` and `<!-- NAME:end -->` there.
 """
 
 import csv
@@ -14,6 +15,8 @@ import models
 from engine.errors import UserError
 from engine.flags import Parser
 from engine.record import output_folder
+from report import ka_rows
+from report.ka_rows import is_of_a_tool
 from report.table import insert, read_json, spread
 
 NOTE = (
@@ -28,7 +31,7 @@ def read_results(folders: list[str]) -> list[dict]:
     for folder in map(Path, folders):
         for path in sorted(folder.rglob('*.json')):
             content = read_json(path)
-            if isinstance(content, dict) and content.get('script') == 'train_ka':
+            if isinstance(content, dict) and (content.get('script') == 'train_ka' or is_of_a_tool(content)):
                 place = path.parent.parent if path.name == 'results.json' else path.parent
                 results.append(content | {'experiment': place.name})
     return results
@@ -134,7 +137,8 @@ def markdown(rows: list[list]) -> str:
 
 def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
     """[(title, rows)]: one per experiment."""
-    made = []
+    made = ka_rows.tables(results)
+    results = [r for r in results if not is_of_a_tool(r)]
     experiments = dict.fromkeys((r['data'], r.get('teacher') or '', r['experiment']) for r in results)
     for data, teacher, experiment in experiments:
         mine = [
@@ -178,6 +182,7 @@ def main() -> int:
     out = output_folder(Path(args.out))
     (out / 'table.md').write_text(text)
     (out / 'table.csv').write_bytes(csv_of(made).encode())
+    ka_rows.figure(results, out / 'rounds.png')
     if args.readme:
         insert(Path(args.readme), args.name, text)
     print(text)

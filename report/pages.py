@@ -15,6 +15,7 @@ from methods.dfkd import DFKD
 ROOT = Path(__file__).parent.parent
 TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm', 'train_dfkd', 'train_dense')
 OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.pseudo_labels',
+          'tools.subtask', 'tools.recombination', 'tools.ood_ka', 'tools.transformer_ka',
           'tools.slim', 'tools.transferability', 'tools.transferability_graph', 'dataset.download',
           'report.table', 'report.ka', 'report.figures', 'report.dfkd', 'report.dense',
           'report.refresh')  # fmt: skip
@@ -61,16 +62,18 @@ def methods_page() -> str:
             shown.add(facts['module'])
             lines.append(methods_line(name, row, facts, written))
     lines += [
-        '\n## Losses to copy, which no script trains\n',
-        '| file | what it does | paper |',
-        '|---|---|---|',
+        '\n## Losses to copy, and losses with a tool of their own\n',
+        '| file | what it does | paper | trained by |',
+        '|---|---|---|---|',
     ]
     for path in sorted(ROOT.glob('*_losses/[!_]*.py')):
         if f'{path.parent.name}.{path.stem}' not in shown:
             title, paper, *_ = ast.get_docstring(ast.parse(path.read_text())).split('\n\n')
             paper = ' '.join(paper.split())
             title = ' '.join(title.split()).rstrip('.')
-            lines.append(f'| {link(path)} | {title} | {listing.short(paper)} |')
+            tool = ROOT / 'tools' / path.name
+            trained = link(tool) if path.parent.name == 'ka_losses' and tool.exists() else ''
+            lines.append(f'| {link(path)} | {title} | {listing.short(paper)} | {trained} |')
     return '\n'.join(lines) + '\n'
 
 

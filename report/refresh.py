@@ -3,6 +3,7 @@
     imports and __all__ of kd_losses/, ka_losses/ ...      from their files
     the block of methods in example_train_script.sh        from the rows
     docs/methods.md, docs/pairs.md, docs/flags.md          from rows, trials, parsers
+    docs/index.html, docs/page/*.html                      from rows, loss files, docs/ and results/
     results/*/table.md, table.csv, accuracy.png            from the result files beside them
     what stands between <!-- NAME:begin --> and <!-- NAME:end --> in README.md and docs/
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.flags import Parser
 from engine.record import write_atomic
-from report import code, dense, dfkd, ka, lm, pages, pairs, speed, table, transfer
+from report import code, dense, dfkd, ka, lm, page, pages, pairs, speed, table, transfer
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r'<!-- ([\w/-]+):begin -->')
@@ -33,12 +34,12 @@ def texts(trust: bool) -> dict[Path, str]:
     made[docs / 'pairs.md'] = pairs.page(*([known_verdict(docs / 'pairs.md')] if trust else []))
     for folder in result_folders():
         made |= tables_of(folder)
-    for page in (ROOT / 'README.md', *sorted(docs.glob('*.md'))):
-        text = made.get(page) or page.read_text()
+    for path in (ROOT / 'README.md', *sorted(docs.glob('*.md'))):
+        text = made.get(path) or path.read_text()
         for name in MARK.findall(text):
-            text = table.between(text, name, part(name), page.name)
-        made[page] = text
-    return made
+            text = table.between(text, name, part(name), path.name)
+        made[path] = text
+    return made | page.texts(made[docs / 'pairs.md'])
 
 
 def known_verdict(page: Path):
@@ -99,13 +100,16 @@ def main() -> int:
     check = parser.parse_args().check
     made = texts(trust=check)
     stale = [path for path, text in made.items() if not path.exists() or path.read_bytes() != text.encode()]
-    figures = stale_figures()
-    for path in [*stale, *figures]:
+    figures, left = stale_figures(), page.left_over(made)
+    for path in [*stale, *figures, *left]:
         print(f'{"stale" if check else "written"}: {path.relative_to(ROOT)}')
     if check:
-        return 1 if stale or figures else 0
+        return 1 if stale or figures or left else 0
     for path in stale:
+        path.parent.mkdir(exist_ok=True)
         write_atomic(path, made[path].encode())
+    for path in left:
+        path.unlink()
     for path in figures:
         table.figure(table.read_results([str(path.parent)]), path)
     return 0

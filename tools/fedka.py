@@ -6,12 +6,12 @@
 Client i has teacher i and the images of its part of the classes, without labels. The server has --probe
 labelled images of every class. A round: the drawn clients train a copy of the student each, its last map
 against the teacher's through a translator of their own; the server averages. Every --select_every rounds
-clients are drawn again, by how alike student and teacher look at the probe images; every --adapt_every rounds
-a copy of the student gets a new classifier, learns the probe set, and is measured. The reference: a fresh
-student on the probe set.
+clients are drawn again, by how alike student and teacher look at the probe images (--select uniform draws
+blindly, all takes every client: plain averaging); every --adapt_every rounds a copy of the student gets a new
+classifier, learns the probe set, and is measured. The reference: a fresh student on the probe set.
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, last.pt (continued by --resume auto), best.pt, student.pt,
-metrics.csv, results.json.
+metrics.csv, results.json, whose table has the accuracy after each measured round.
 """
 
 import copy
@@ -57,6 +57,9 @@ def parse_args():
     flag('--split', choices=('contiguous', 'interleaved', 'random'), default='contiguous',
          help='how the classes go to the clients, as for train_base.py')
     flag('--probe', type=positive_int, default=5, help='labelled images per class, default 5')
+    flag('--select', choices=('saliency', 'uniform', 'all'), default='saliency',
+         help='who trains in a round; saliency, rather those that look where the student looks; uniform, '
+              'drawn blindly; all, every client; default saliency')
     flag('--topk', type=positive_int, default=2, help='clients drawn per round, default 2')
     flag('--local_epochs', type=positive_int, default=10, help='of a client per round, default 10')
     flag('--select_every', type=positive_int, default=10, help='rounds between selections, default 10')
@@ -113,7 +116,7 @@ def main():
         copies, loss = [], 0.0
         for turn, i in enumerate(drawn):
             one, value = at_home(copy.deepcopy(student), losses[i], teachers[i], homes[i], args, amp,
-                                 number * args.topk + turn)  # fmt: skip
+                                 number * len(drawn) + turn)  # fmt: skip
             copies.append(one.state_dict())
             loss += value / len(drawn)
         student.load_state_dict(fed_average(copies, [1 / len(copies)] * len(copies)))
@@ -131,7 +134,17 @@ def main():
     log(f'the same student on the probe set alone: top-1 {alone:.2f}')
     facts = {'script': 'fedka', 'method': 'fedka', 'student': args.s_name, 'teacher': args.t_name,
              'data': args.data_name, 'parts': parts, 'seed': args.seed, 'epochs': args.epochs,
-             'probe': len(probe), 'probe_alone': alone}  # fmt: skip
+             'probe': len(probe), 'probe_alone': alone, 'select': args.select,
+             'title': f'{clients} private teachers, {len(probe)} labelled images at the server'}  # fmt: skip
+    curve = {f'round {row["epoch"]}': row['test_top1'] for row in record.history if 'test_top1' in row}
+    how = {
+        'saliency': f'{args.topk} clients a round, drawn by saliency',
+        'uniform': f'{args.topk} clients a round, drawn blindly',
+        'all': 'all clients every round',
+    }
+    facts['table'] = [{'row': 'the same student on the probe set alone', 'top-1 at the end': alone},
+                      {'row': how[args.select], 'top-1 at the end': record.history[-1]['test_top1'],
+                       **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
 
 
@@ -144,11 +157,15 @@ def probe_set(train, per_class: int, seed: int):
 
 def select(student: nn.Module, teachers: list, probe_img, args, number: int) -> list[int]:
     """Clients of the next rounds, drawn with replacement: rather those that look where the student looks."""
+    if args.select == 'all':
+        return list(range(len(teachers)))
     maps = [saliency_of(net, probe_img) for net in (student, *teachers)]
     size = max(m.shape[1] for m in maps)
     if any(m.shape[1] != size for m in maps):
         raise UserError('student and teachers must have last maps of one size')
     prob = selection_prob(transferability(maps[0], torch.stack(maps[1:])))
+    if args.select == 'uniform':
+        prob = torch.ones_like(prob)
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
     return torch.multinomial(prob.cpu(), args.topk, replacement=True, generator=generator).tolist()
 
