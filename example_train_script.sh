@@ -10,7 +10,7 @@
 #   bash example_train_script.sh table NAME   a table of results/grid.json, e.g. kd-zoo-cifar10: train what
 #                                             results/ lacks of it, then write its table.md
 #   bash example_train_script.sh dfkd         without data: teacher, then students from images that are made
-#   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, tables, figures
+#   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, faces, tables, figures
 #   bash example_train_script.sh ka_tools     ... its losses with a trainer of their own, embedded data, CPU
 #   bash example_train_script.sh lm           language models on Python's own reference, CPU, a few minutes
 #   bash example_train_script.sh dense        segmentation and detection of embedded rooms, CPU, a few minutes
@@ -38,6 +38,12 @@ SPLIT=${SPLIT:-contiguous}        # ka: which classes go together: contiguous, i
 KA_EPOCHS=${KA_EPOCHS:-100}       # ka: epochs of the students
 KA_FLAGS=${KA_FLAGS:-}            # ka: anything else for train_ka.py
 ROOM_EPOCHS=${ROOM_EPOCHS:-10}    # ka: epochs on the rooms, and half as many of fine-tuning
+FACES=${FACES:-faces:1000}       # ka: faces, faces:N or celeba; the defaults of FACE_ are for two CPU cores
+FACE_EPOCHS=${FACE_EPOCHS:-12}    # ka: epochs on the faces: sources, streams, backbones
+FACE_KA_EPOCHS=${FACE_KA_EPOCHS:-24} # ka: of customized students
+FACE_SIZE=${FACE_SIZE:-24}        # ka: side of the images
+FACE_NET=${FACE_NET:-resnet8}     # ka: their networks, and of one wider teacher:
+WIDE_NET=${WIDE_NET:-wrn_10_2}
 LM_MODES=${LM_MODES:-ce fkl gkd distillm rkl}    # lm: methods
 TEXT=${TEXT:-pydoc}               # lm: pydoc, markov or a file
 SEG_MODES=${SEG_MODES:-alone st cwd ifvd}        # dense: methods of segmentation
@@ -72,6 +78,7 @@ names() {
     DML_RUN=$DATA-$S_NAME-s$SEED
     KA_RUN=ka-$DATA-$PARTS-$T_NAME-$S_NAME-s$SEED
     ROOM_RUN=ka-rooms-s$SEED
+    FACE_RUN=ka-${FACES%%:*}-s$SEED
     TOOL_RUN=ka-tools-s$SEED
 }
 names
@@ -296,6 +303,47 @@ rooms() {
     ka_report "$ROOM_RUN"
 }
 
+# Attributes of faces: sources that share one attribute, a component for each, one network for both; multi-label
+# teachers in one network with a stream for each; one backbone for teachers of different tasks and widths.
+faces() {
+    local a=Bangs,Smiling,Wearing_Hat b=Bangs,Pale_Skin c=Eyeglasses,Goatee,Oval_Face d=Eyeglasses,Bushy_Eyebrows
+    learn_face source1 scratch "$a"
+    learn_face source2 scratch "$b"
+    learn_face source3 scratch "$c"
+    learn_face source4 scratch "$d"
+    FACE_EPOCHS=$FACE_KA_EPOCHS learn_face bangs customize Bangs \
+        "$FACE_NET" source1/scratch "$a" "$FACE_NET" source2/scratch "$b"
+    FACE_EPOCHS=$FACE_KA_EPOCHS learn_face eyeglasses customize Eyeglasses \
+        "$FACE_NET" source3/scratch "$c" "$FACE_NET" source4/scratch "$d"
+    FACE_EPOCHS=$FACE_KA_EPOCHS learn_face both 'customize_target each_attribute scratch' Bangs,Eyeglasses \
+        "$FACE_NET" bangs/customize Bangs "$FACE_NET" eyeglasses/customize Eyeglasses
+    learn_face streams 'afk each_attribute scratch' "$a,$c" \
+        "$FACE_NET" source1/scratch "$a" "$FACE_NET" source3/scratch "$c"
+    FACE_STUDENT=$WIDE_NET learn_face wide scratch "$c"
+    learn_face backbone 'radio unic scratch' '' \
+        "$FACE_NET" source1/scratch "$a" "$WIDE_NET" wide/scratch "$c"
+    py -m report ka "$SAVE_ROOT/$FACE_RUN" --out "$SAVE_ROOT/$FACE_RUN"
+}
+
+# NOTE MODES ATTRIBUTES, then of every teacher its name, its file and its attributes.
+learn_face() {
+    local note=$1 modes=$2 wanted=$3 nets=() models=() lists=()
+    local flags=(--size "$FACE_SIZE" --batch_size 32 --schedule onecycle --lr 4e-3)
+    shift 3
+    while [ $# -gt 0 ]; do
+        nets+=("$1") models+=("$SAVE_ROOT/$FACE_RUN/$2/student.pt") lists+=("$3")
+        shift 3
+    done
+    if [ ${#nets[@]} -gt 0 ]; then
+        flags+=(--t_name "${nets[@]}" --t_model "${models[@]}" --t_attributes "${lists[@]}")
+    fi
+    # shellcheck disable=SC2086  # several modes
+    if [ -n "$wanted" ]; then flags+=(--attributes ${wanted//,/ }); fi
+    # shellcheck disable=SC2086
+    DATA=$FACES EPOCHS=$FACE_EPOCHS run train_ka.py --ka_mode $modes --s_name "${FACE_STUDENT:-$FACE_NET}" \
+        --note "$FACE_RUN/$note" "${flags[@]}"
+}
+
 # Losses with a trainer of their own, and transformers that amalgamate tokens, on the embedded patterns and rooms: ten
 # minutes of one core.
 ka_tools() {
@@ -483,9 +531,9 @@ say() {    # a heading for who watches
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, ka_tools, lm, dense, or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, faces, ka_tools, lm, dense, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd table dfkd ka rooms ka_tools lm dense $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd table dfkd ka rooms faces ka_tools lm dense $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in
@@ -525,6 +573,7 @@ ka)
     data
     ka
     rooms
+    faces
     ka_tools ;;
 *) "$command" ;;
 esac

@@ -28,7 +28,6 @@ from engine.device import PRECISIONS, autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
 from engine.evaluate import measure, measured
 from engine.flags import (
-    Parser,
     add_common_flags,
     add_graph_flag,
     add_head_flag,
@@ -38,17 +37,10 @@ from engine.flags import (
 )
 from engine.meter import Meter
 from engine.optimise import sgd
+from engine.parser import Parser
 from engine.processes import distributed
-from engine.record import (
-    Record,
-    class_names_of,
-    fingerprint,
-    math_args,
-    output_folder,
-    provenance,
-    resume_point,
-    save_checkpoint,
-)
+from engine.recipe import math_args, resume_point
+from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
 from engine.session import Log, load_data
 from engine.side_by_side import cast_weights
 

@@ -29,7 +29,6 @@ from engine.dfkd_build import WEIGHTS, Run, build_run, read_methods, read_teache
 from engine.errors import UserError, user_errors
 from engine.evaluate import classes, counted, figures
 from engine.flags import (
-    Parser,
     add_data_flags,
     add_machine_flags,
     add_output_flags,
@@ -40,6 +39,7 @@ from engine.flags import (
     share_of_ce,
     whole_number,
 )
+from engine.parser import Parser
 from engine.record import class_names_of, output_folder, provenance, save_checkpoint
 from engine.session import Log
 from methods.dfkd import DFKD

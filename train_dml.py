@@ -26,21 +26,14 @@ from engine.batch import Batch
 from engine.device import autocast, compile_networks, setup
 from engine.errors import NonFinite, user_errors
 from engine.evaluate import outputs
-from engine.flags import Parser, add_common_flags, add_head_flag, check_head
+from engine.flags import add_common_flags, add_head_flag, check_head
 from engine.meter import Meter
 from engine.optimise import sgd
+from engine.parser import Parser
 from engine.peers import Reading, build_networks, build_step, read_method
 from engine.processes import distributed, processes, rank
-from engine.record import (
-    Record,
-    class_names_of,
-    fingerprint,
-    math_args,
-    output_folder,
-    provenance,
-    resume_point,
-    save_checkpoint,
-)
+from engine.recipe import math_args, resume_point
+from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
 from engine.session import Log, load_data
 from methods import PEERS
 

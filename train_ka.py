@@ -27,18 +27,12 @@ import engine.threads  # noqa: F401  before torch
 
 from engine import errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
-from engine.flags import (
-    Parser,
-    add_common_flags,
-    add_head_flag,
-    add_thread_flag,
-    check_head,
-    positive_float,
-)
-from engine.ka_build import ENSEMBLE, build_run, read_methods
+from engine.flags import add_common_flags, add_head_flag, add_thread_flag, check_head, positive_float
+from engine.ka_build import ENSEMBLE, build_run, chosen_setting, read_methods
 from engine.ka_student import Batch, Moment, Run
 from engine.meter import Meter
 from engine.optimise import one_cycle
+from engine.parser import Parser
 from engine.processes import processes
 from engine.record import (
     class_names_of,
@@ -50,7 +44,7 @@ from engine.record import (
 )
 from engine.session import Log
 from ka_losses import ConcatKD
-from ka_settings import SETTINGS, refuse_flags_of_others, setting_for
+from ka_settings import SETTINGS, refuse_flags_of_others
 from methods import KA
 
 
@@ -109,7 +103,8 @@ def stage(text: str) -> int:
 def main():
     args = parse_args()
     check_head(args, '--s_init')
-    refuse_flags_of_others(args)
+    kind = chosen_setting(args)
+    refuse_flags_of_others(args, kind)
     rows, terms = read_methods(args)
     device = setup(args)
     name = f'ka-{args.data_name.replace(":", "")}-{args.s_name or "student"}-s{args.seed}'
@@ -117,7 +112,7 @@ def main():
     log = Log(folder)
     origin = provenance(device)
 
-    setting = setting_for(args.data_name)(args, rows, device, log)
+    setting = kind(args, rows, device, log)
     origin |= class_names_of(setting.train)
     if setting.nets:
         write_ensemble(folder, setting, args, origin)
@@ -186,7 +181,7 @@ def train_student(run: Run, seen: Batch, setting, now: Moment) -> None:
     reads = run.method.needs.labels  # nobody else gets to see them
     batch = replace(
         seen, target=seen.target if reads else None, epoch=now.epoch, epochs=now.epochs, phase=now.phase,
-        layers=run.layers, blocks=setting.blocks, rng=run.rng, soft=ConcatKD(),
+        done=now.done, layers=run.layers, blocks=setting.blocks, rng=run.rng, soft=ConcatKD(),
         supervised=setting.supervised,
     )  # fmt: skip
     said = {}
@@ -212,6 +207,8 @@ def begin_epoch(run: Run, epoch: int, phase: int, begins: bool, setting, args, l
     run.rng = random.Random(args.seed * 1_000_003 + epoch)
     run.meter = Meter(run.name, epoch, setting.train.device)  # a new one: updates differ in their terms
     own = run.method.own
+    if own.before and epoch == 0:
+        own.before(run.ka, setting.teachers_on, setting.sample)
     if begins:
         for opt in run.opts.values():
             opt.state.clear()

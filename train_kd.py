@@ -30,7 +30,6 @@ from engine.device import autocast, compile_networks, setup
 from engine.errors import user_errors
 from engine.evaluate import measure, measured
 from engine.flags import (
-    Parser,
     add_common_flags,
     add_graph_flag,
     add_head_flag,
@@ -40,6 +39,7 @@ from engine.flags import (
     share_of_ce,
     whole_number,
 )
+from engine.parser import Parser
 from engine.processes import processes, rank
 from engine.record import class_names_of, output_folder, provenance
 from engine.session import Log, load_data

@@ -29,18 +29,17 @@ from engine import lm_networks as networks
 from engine.device import setup
 from engine.errors import UserError, user_errors
 from engine.flags import (
-    Parser,
     add_machine_flags,
     positive_float,
     positive_int,
-    refuse_repeated,
-    refuse_unknown,
     seed_number,
     share_of_ce,
-    weights_and_options,
     whole_number,
 )
 from engine.lm_build import make_run, make_world, share, short
+from engine.lm_world import Look, cross_entropy, set_rates, share_of_rate
+from engine.method_flags import refuse_repeated, refuse_unknown, weights_and_options
+from engine.parser import Parser
 from engine.processes import processes
 from engine.record import output_folder, provenance, write_json
 from engine.session import Log, StopAfterEpoch
@@ -148,7 +147,8 @@ def main():
     before = min(start * args.eval_every, args.steps)
     log(f'{len(runs)} students, {before} of {args.steps} steps done, output in {folder}')
     bar = session.progress_bar(args.steps, before, log)
-    live = session.Session(args, log, bar, None, StopAfterEpoch(), segments)
+    stop = StopAfterEpoch('the next evaluation')
+    live = session.Session(args, log, bar, None, stop, segments, 'evaluation')
     for segment in range(start, segments):
         started = time.time()
         begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead
@@ -158,7 +158,7 @@ def main():
             run.meter.reset(segment)
         last = min((segment + 1) * args.eval_every, args.steps)
         for step in range(segment * args.eval_every, last):
-            seen = parts.Look(world, step)
+            seen = Look(world, step)
             for run in active:
                 train_student(run, seen)
             bar.update()
@@ -189,11 +189,11 @@ def main():
     session.finish(live, done)
 
 
-def train_student(run: parts.Run, seen: parts.Look) -> None:
+def train_student(run: parts.Run, seen: Look) -> None:
     """One step of one student: its text, forward, backward, update."""
     data, own = run.data(seen)
     s = run.look(data.x)
-    ce = parts.cross_entropy(s.out, data.target)
+    ce = cross_entropy(s.out, data.target)
     loss, terms = 0.0, {'ce': ce}
     if run.ce and not own:  # its own text is no label
         loss = run.ce * ce
@@ -205,7 +205,7 @@ def train_student(run: parts.Run, seen: parts.Look) -> None:
     run.opt.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_([p for group in run.opt.param_groups for p in group['params']], 1.0)
-    parts.set_rates(run.opt, parts.share_of_rate(seen.step, run.world.steps))
+    set_rates(run.opt, share_of_rate(seen.step, run.world.steps))
     run.opt.step()
     run.meter.add(None, data.target, **terms)
 

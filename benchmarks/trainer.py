@@ -97,23 +97,32 @@ def plain_loop(method: str, teacher: str, train: Resident):
 
 
 def students_of(methods, teacher: str, train: Resident, amp: str, batch_size: int = BATCH, **flags):
-    """(runs, teachers, flags) as train_kd.py has them, of untrained networks, before the first epoch."""
-    words = ['--kd_mode', *methods, '--t_name', teacher, '--t_model', '-', '--s_name', 'resnet20',
+    """(runs, teachers, flags) as train_kd.py has them, of untrained networks, before the first epoch.
+
+    Two teachers where a method wants several, and a transformer on both sides where it compares tokens.
+    """
+    needs = [METHODS[name].needs for words in methods for name in words.split('+')]
+    student = 'resnet20'
+    if any(needed.tokens for needed in needs):
+        student = teacher = 'vit_64_3'
+    names = [teacher] * (2 if any(needed.all_teachers for needed in needs) else 1)
+    words = ['--kd_mode', *methods, '--t_name', *names, '--t_model', *'-' * len(names), '--s_name', student,
              '--amp', amp, '--batch_size', str(batch_size), '--seed', '0', '--init_epochs', '0',
              '--pretrain_epochs', '0', '--resume', 'never']  # fmt: skip
     args = train_kd.parse_args(words)
     vars(args).update(flags)
     torch.manual_seed(0)
     device = train.device
-    net_t = models.build(teacher, 10).requires_grad_(False).eval()
-    net_t.to(device, memory_format=torch.channels_last)
+    nets_t = [models.build(name, 10).requires_grad_(False).eval() for name in names]
+    for net in nets_t:
+        net.to(device, memory_format=torch.channels_last)
     wanted = train_kd.read_methods(args)
     views = sorted({view for parts in wanted.values() for part in parts for view in part.method.needs.views})
     img = next(train.test_batches(2))[0]
-    teachers = Teachers([net_t], autocast(device, amp), views, img)
+    teachers = Teachers(nets_t, autocast(device, amp), views, img)
     with tempfile.TemporaryDirectory() as folder:
         origin = {'commit': None}
-        net_s = models.build('resnet20', 10)
+        net_s = models.build(student, 10)
         runs = train_kd.build_runs(args, wanted, Path(folder), origin, net_s, teachers, train, 'test', device)
     return runs, teachers, args
 

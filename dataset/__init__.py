@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .attributes import ATTRIBUTE_DATA, Attributes, load_attributes
 from .cifar import NAMES, read_cifar, read_cifar_test
 from .dense import Dense
 from .folder import MEAN, STD, BadImage, Folder
 from .nyu import read_nyu
-from .parts import ClassParts, read_classes, split_classes, take_classes
+from .parts import ClassParts, few_per_class, read_classes, split_classes, take_classes
 from .patterns import CLASSES as PATTERNS
 from .patterns import patterns
 from .resident import Resident
@@ -21,12 +22,16 @@ from .scenes import load_scenes
 from .shapes import CLASSES, cached_shapes, test_size
 
 __all__ = [
+    'ATTRIBUTE_DATA',
     'DATA',
+    'Attributes',
     'BadImage',
     'ClassParts',
     'Folder',
     'Resident',
+    'few_per_class',
     'load',
+    'load_attributes',
     'load_dense',
     'load_test',
     'mean_std',

@@ -134,3 +134,13 @@ class ClassParts:
 
 def _percent(hits: Tensor) -> float:
     return 100 * float(hits.double().mean())
+
+
+def few_per_class(data, per_class: int, seed: int):
+    """per_class images of every class (all that a class has, if fewer), chosen by the seed.
+
+    The choice of fewer images is part of the choice of more.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.device)
+    labels = data.targets[order]
+    return data.subset(torch.cat([order[labels == c][:per_class] for c in range(data.num_classes)]))

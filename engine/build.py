@@ -13,16 +13,18 @@ from engine import side_by_side
 from engine.batch import Batch, Probe
 from engine.device import PRECISIONS
 from engine.errors import UserError, user_errors
-from engine.flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.meter import Meter
+from engine.method_flags import (
+    built_from,
+    refuse_many_processes,
+    refuse_repeated,
+    refuse_unknown,
+    weights_and_options,
+)
 from engine.optimise import phase_epochs, sgd
 from engine.processes import distributed, gather_batches, rank
-from engine.record import (
-    Record,
-    fingerprint,
-    math_args,
-    resume_point,
-)
+from engine.recipe import math_args, resume_point
+from engine.record import Record, fingerprint
 from engine.stages import read_stages
 from engine.student import Run, Student, Term
 from methods import KD, PEERS, Method, schedules
@@ -128,8 +130,10 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
         step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast, args.kd_stop)
-        optimise = [term.method.own.optimiser for term in terms if term.method.own.optimiser] or [sgd]
-        opt = optimise[0]([p for p in step.parameters() if p.requires_grad], args)
+        parameters = [p for p in step.parameters() if p.requires_grad]
+        own = [term for term in terms if term.method.own.optimiser]
+        with user_errors():
+            opt = own[0].method.own.optimiser(own[0].loss, parameters, args) if own else sgd(parameters, args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         recipe = math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
@@ -176,12 +180,9 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
 def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
     """Build the loss of a method, and return the network that this method trains."""
     method = term.method
-    try:
-        with user_errors():
-            term.build(probe)
-            term.loss.to(device)
-            if method.own.student:
-                net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
-    except (TypeError, IndexError) as error:  # an argument that the table fills, e.g. s_channels
-        raise UserError(f'--kd_args: {term.name}: {error}') from None
+    with built_from('--kd_args', term.name):
+        term.build(probe)
+        term.loss.to(device)
+        if method.own.student:
+            net = method.own.student(net, term.loss, probe).to(device, memory_format=torch.channels_last)
     return net

@@ -14,10 +14,11 @@ from engine.device import precision
 from engine.dfkd_kinds import SOURCES
 from engine.dfkd_source import Setting, Source
 from engine.errors import UserError, user_errors
-from engine.flags import key_values, refuse_many_processes, refuse_repeated, refuse_unknown
 from engine.meter import Meter
+from engine.method_flags import key_values, refuse_many_processes, refuse_repeated, refuse_unknown
 from engine.optimise import set_learning_rate, sgd
-from engine.record import Record, fingerprint, resume_point
+from engine.recipe import resume_point
+from engine.record import Record, fingerprint
 from engine.teachers import load_teachers
 from methods.dfkd import DFKD, Method, Recipe
 from models.checkpoint import read_checkpoint

@@ -1,57 +1,9 @@
 """The flags that scripts share, and how the text of a flag becomes a value."""
 
 import argparse
-import ast
-import contextlib
-import inspect
-import sys
-from collections.abc import Iterable
 
 from engine.errors import UserError
-from engine.processes import processes
-
-
-class Short(argparse.RawDescriptionHelpFormatter):
-    """--help on a screen or two: the first clause of each text, and the default."""
-
-    def __init__(self, prog: str, **more) -> None:
-        super().__init__(prog, max_help_position=26, **more)
-
-    def _format_args(self, action, default_metavar: str) -> str:
-        if action.nargs in ('+', '*'):
-            return f'{self._metavar_formatter(action, default_metavar)(1)[0]} ...'
-        return super()._format_args(action, default_metavar)
-
-    def _get_default_metavar_for_optional(self, action) -> str:
-        return 'X'
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        first, *others = ' '.join(text.split()).split('; ')
-        default = [clause for clause in others if clause.startswith('default')]
-        return super()._split_lines('; '.join([first, *default[-1:]]), width)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the house's habits: --a-b means --a_b, no abbreviations, defaults shown by --help."""
-
-    def __init__(self, description: str) -> None:
-        super().__init__(
-            usage='%(prog)s FLAGS', description=description, allow_abbrev=False, formatter_class=Short,
-            epilog='docs/flags.md has what each flag means in full.',
-        )  # fmt: skip
-        self.add_argument(
-            '--debug', action='store_true', help='with an error message show where it was raised'
-        )
-
-    def parse_args(self, args=None):
-        def underscores(word):
-            flag, equals, value = word.partition('=')
-            return '--' + flag[2:].replace('-', '_') + equals + value if flag.startswith('--') else word
-
-        return super().parse_args([underscores(word) for word in (sys.argv[1:] if args is None else args)])
-
-    def error(self, message):
-        raise UserError(f'{message} (--help lists all flags)')
+from engine.parser import Parser
 
 
 def add_common_flags(
@@ -95,14 +47,9 @@ def add_common_flags(
 
 
 def add_output_flags(parser: Parser) -> None:
-    """Where results go, and how a run goes on."""
+    """Where results go, how a run goes on, and what it shows meanwhile."""
     # fmt: off
-    flag = parser.add_argument_group('output').add_argument
-    flag('--save_root', default='./save', help='where output folders go, default ./save')
-    flag('--note', help='name of the output folder; default: made from the flags')
-    flag('--resume', metavar='auto|never|PATH',
-         help='auto: continue, or start; what is in the output folder; never: start afresh and overwrite; '
-              'PATH: continue from this folder or last.pt; default: refuse to overwrite')
+    flag = add_place_flags(parser)
     flag('--save_every', type=positive_int, default=1, metavar='N',
          help='epochs between checkpoints; last.pt and best.pt, which are also written after the last: '
               'a kill '
@@ -111,6 +58,18 @@ def add_output_flags(parser: Parser) -> None:
     flag('--print_freq', type=positive_int, default=50,
          help='steps between shown losses, default 50')
     flag('--tensorboard', action='store_true', help='also write TensorBoard scalars')
+
+
+def add_place_flags(parser: Parser):
+    """Where results go, and how a run goes on; returns what adds further flags to the same group."""
+    # fmt: off
+    flag = parser.add_argument_group('output').add_argument
+    flag('--save_root', default='./save', help='where output folders go, default ./save')
+    flag('--note', help='name of the output folder; default: made from the flags')
+    flag('--resume', metavar='auto|never|PATH',
+         help='auto: continue, or start; what is in the output folder; never: start afresh and overwrite; '
+              'PATH: continue from this folder or last.pt; default: refuse to overwrite')
+    return flag
 
 
 def add_data_flags(parser: Parser, more: str = '') -> None:
@@ -174,87 +133,6 @@ def _number(kind, text, legal, wanted):
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f'expected {wanted}, got {text!r}')
-
-
-def key_values(items: Iterable[str], flag: str) -> dict:
-    """['T=4', 'kernel=linear'] -> {'T': 4, 'kernel': 'linear'}: values are Python literals, else strings."""
-    result = {}
-    for item in items:
-        key, equals, text = item.partition('=')
-        if not (key and equals):
-            raise UserError(f'{flag}: expected key=value, got {item!r}')
-        try:
-            result[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            result[key] = text
-    return result
-
-
-def refuse_unknown(
-    flag: str, names: Iterable[str], rows: dict, elsewhere: dict[str, str] | None = None
-) -> None:
-    """elsewhere: {a method of another script: what to do with it}"""
-    for name in sorted(set(names) - rows.keys()):
-        if name in (elsewhere or {}):
-            raise UserError(f'{flag} {name}: {elsewhere[name]}')
-        raise UserError(f'{flag}: no method is called {name!r}; there are {", ".join(rows)}')
-
-
-def refuse_repeated(flag: str, words: list[str]) -> None:
-    """Of students, and of the methods that one student joins with +."""
-    if any(len(set(names)) < len(names) for names in (words, *(word.split('+') for word in words))):
-        raise UserError(f'{flag} {" ".join(words)}: something is named twice')
-
-
-def refuse_many_processes(names: Iterable[str], rows: dict) -> None:
-    for name in sorted(names):
-        if processes() > 1 and rows[name].limits.one_process:
-            raise UserError(f'{name} runs in one process only: {rows[name].limits.one_process}')
-
-
-def weights_and_options(
-    args: argparse.Namespace, names: list[str], methods: dict, kind: str = 'kd'
-) -> tuple[dict, dict]:
-    """{name: weight} and {name: constructor arguments} from --lambda_kd and --kd_args (or another kind's)."""
-    mode, heavy, flag = f'--{kind}_mode', f'--lambda_{kind}', f'--{kind}_args'
-    chosen, wanted, given = (getattr(args, name[2:]) for name in (mode, heavy, flag))
-    weights = {name: methods[name].weight for name in names}
-    if len(wanted) == 1 and '=' not in wanted[0]:
-        if len(names) > 1:
-            raise UserError(f'{heavy} {wanted[0]}: with several methods say METHOD=number')
-        wanted = [f'{names[0]}={wanted[0]}']
-    for name, weight in key_values(wanted, heavy).items():
-        if name not in names:
-            raise UserError(f'{heavy}: {name!r} is not among {mode} {" ".join(chosen)}')
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-            raise UserError(f'{heavy}: the weight of {name} must be a number, got {weight!r}')
-        weights[name] = float(weight)
-
-    options = {name: {} for name in names}
-    for key, value in key_values(given, flag).items():
-        name, _, key = key.rpartition('.')
-        if not name and len(names) > 1:
-            raise UserError(f'{flag} {key}: with several methods say METHOD.{key}=VALUE')
-        name = name or names[0]
-        if name not in names:
-            raise UserError(f'{flag}: {name!r} is not among {mode} {" ".join(chosen)}')
-        check_option(name, methods[name].loss, key, value, flag)
-        options[name][key] = value
-    return weights, options
-
-
-def check_option(name: str, loss: type, key: str, value, flag: str) -> None:
-    """A key and its type against the constructor's signature, before anything else happens."""
-    signature = inspect.signature(loss)
-    shown = f'the signature is {loss.__name__}{str(signature).replace(" -> None", "")}'
-    if key not in signature.parameters:
-        raise UserError(f'{flag}: {name} has no argument {key!r}; {shown}')
-    kind = signature.parameters[key].annotation
-    legal = True
-    with contextlib.suppress(TypeError):  # a list of something: the constructor says more
-        legal = isinstance(value, int | float if kind is float else kind)
-    if not legal or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f'{flag}: {key}={value!r} of {name} has the wrong type; {shown}')
 
 
 def add_head_flag(flag, of: str) -> None:

@@ -8,12 +8,19 @@ import torch
 from torch import nn
 
 from engine.errors import UserError, user_errors
-from engine.flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.ka_student import Batch, Probe, Run, Student, Term
 from engine.meter import Meter
+from engine.method_flags import (
+    built_from,
+    refuse_many_processes,
+    refuse_repeated,
+    refuse_unknown,
+    weights_and_options,
+)
 from engine.optimise import sgd
 from engine.processes import distributed
-from engine.record import Record, fingerprint, math_args, resume_point
+from engine.recipe import math_args, resume_point
+from engine.record import Record, fingerprint
 from ka_losses import ConcatKD
 from ka_settings import setting_for
 from methods.ka import KA, Method
@@ -23,11 +30,12 @@ ENSEMBLE = 'ensemble'  # a word of --ka_mode that trains nothing
 
 def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
     """{word of --ka_mode: its row}, {word: the row with what the other flags make of it}."""
-    names, setting = [name for name in args.ka_mode if name != ENSEMBLE], setting_for(args.data_name)
+    names = [name for name in args.ka_mode if name != ENSEMBLE]
     refuse_unknown('--ka_mode', names, KA)
+    setting = chosen_setting(args)
     for name in names:
-        if KA[name].needs.setting not in ('', setting.name):
-            fitting = ', '.join(key for key, m in KA.items() if m.needs.setting in ('', setting.name))
+        if not fits(KA[name], setting):
+            fitting = ', '.join(key for key, m in KA.items() if fits(m, setting))
             raise UserError(f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}')
     refuse_many_processes(names, KA)
     refuse_repeated('--ka_mode', args.ka_mode)
@@ -38,6 +46,16 @@ def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
         for name, method in rows.items()
     }
     return rows, terms
+
+
+def chosen_setting(args):
+    """The setting of --data_name, and of --ka_mode where the data set has several."""
+    words = [word for name in args.ka_mode if name in KA for word in KA[name].needs.setting.split()]
+    return setting_for(args.data_name, words)
+
+
+def fits(method: Method, setting) -> bool:
+    return not method.needs.setting or setting.name in method.needs.setting.split()
 
 
 def soft_targets(method: Method, args) -> float:
@@ -56,11 +74,8 @@ def build_run(args, term: Term, setting, folder, origin) -> Run:
     if layers:
         check_stages(name, probe)
     torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
-    try:
-        with user_errors():
-            ka = method.build(method.loss, probe, **term.options).to(device)
-    except TypeError as error:  # an argument that the table fills
-        raise UserError(f'--ka_args: {name}: {error}') from None
+    with built_from('--ka_args', name):
+        ka = method.build(method.loss, probe, **term.options).to(device)
     step = Student(net, ka, term, setting, args.T)
     opts = {update: optimiser(args, *both) for update, both in method.own.parameters(net, ka).items()}
     trial = Student(*copy.deepcopy((net, ka)), term, setting, args.T).train()

@@ -31,6 +31,7 @@ class Batch:
     epoch: int = 0  # epochs done
     epochs: int = 0  # of the whole training
     phase: int = 0  # of the setting's phases, from 0
+    done: float = 0.0  # share of the whole training that lies behind
     layers: tuple[int, ...] = ()  # the stages that the loss attaches to
     blocks: list[list[int]] = ()  # of each teacher, where its classes are among the student's
     rng: random.Random | None = None  # for choices of the host

@@ -19,7 +19,8 @@ import models
 from engine.errors import NonFinite, UserError, user_errors
 from engine.meter import Meter
 from engine.processes import processes
-from engine.record import Record, fingerprint, output_folder, resume_point, write_json
+from engine.recipe import resume_point
+from engine.record import Record, fingerprint, output_folder, write_json
 from engine.session import Log, progress_bar
 from engine.teachers import load_teacher
 from ka_settings.classes import SideBySide

@@ -99,7 +99,8 @@ def needs(row) -> list[str]:
     words += ['teachers that share classes'] * needed.shared_classes
     words += [f'by default at rb{" rb".join(map(str, needed.layers))}'] * bool(needed.layers)
     words += [f'beside soft targets at {soft:g}'] * bool(soft)
-    return words + ['dense tasks'] * (needed.setting == 'dense')
+    only = {'dense': 'dense tasks', 'attributes': 'attributes', 'backbones': 'several tasks, no logits'}
+    return words + ([only[needed.setting]] if needed.setting in only else [])
 
 
 def _without_data(row) -> list[str]:
@@ -132,6 +133,7 @@ def _of_distillation(row) -> list[str]:
         *(['relations in the batch'] if needed.relations else []),
         *(['full batches'] if needed.full_batches else []),
         *(['the gradient in the image'] if needed.image_gradient else []),
+        *(['vision transformers'] if needed.tokens else []),
         *(['one process'] if row.limits.one_process else []),
         *([f'{when.alone} of 200 epochs alone'] if when.alone else []),
         *dense(row),
@@ -149,7 +151,7 @@ def arguments(row) -> str:
     """The constructor's arguments that have a default, as the row's build sets them: 'T=4.0, p=2'."""
     if hasattr(row, 'images'):
         return _preset(row)
-    parameters = inspect.signature(row.loss).parameters.values()
+    parameters = [p for made in (row.loss, row.build) for p in inspect.signature(made).parameters.values()]
     values = {p.name: repr(p.default) for p in parameters if p.default not in (inspect.Parameter.empty, None)}
     values |= {key: value for key, value in told(row.build).items() if key in values}
     return ', '.join(f'{key}={value}' for key, value in values.items() if value)

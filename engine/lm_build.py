@@ -11,12 +11,15 @@ from engine import lm_networks as networks
 from engine import session
 from engine.device import autocast
 from engine.errors import UserError
+from engine.lm_world import BATCH, MAPS_LR, Look, World, adamw, draw
 from engine.meter import Meter
-from engine.record import fingerprint, resume_point
+from engine.method_flags import built_from
+from engine.recipe import resume_point
+from engine.record import fingerprint
 from models import lm
 
 
-def make_world(args, text, device, views, root: Path, log) -> parts.World:
+def make_world(args, text, device, views, root: Path, log) -> World:
     """Teachers and the weights that students start from, trained where no file has them."""
     K, amp = len(text.symbols), autocast(device, args.amp)
     of_text = f'{text.digest}{"" if args.t_steps == 2400 else f"_{args.t_steps}"}'
@@ -27,7 +30,7 @@ def make_world(args, text, device, views, root: Path, log) -> parts.World:
         bar = session.progress_bar(steps, 0, log)
 
         def batches(step):
-            return encode(text.windows(parts.BATCH, parts.draw(kind, seed, step)))
+            return encode(text.windows(BATCH, draw(kind, seed, step)))
 
         def shown(step, loss):
             bar.update()
@@ -38,7 +41,7 @@ def make_world(args, text, device, views, root: Path, log) -> parts.World:
         bar.close()
         return net
 
-    world = parts.World(text, device, amp, args.seed, args.steps, root, None, None)
+    world = World(text, device, amp, args.seed, args.steps, root, None, None)
     if args.t_model:
         net_t = networks.loaded(args.t_model)
         if net_t.embed.num_embeddings != K:
@@ -83,17 +86,18 @@ def share(args, method) -> float:
 
 def make_run(args, world, folder, origin, name, method, weight, options) -> parts.Run:
     torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
-    net, seen = parts.student_of(world), parts.Look(world, 0)
+    net, seen = parts.student_of(world), Look(world, 0)
     probe = SimpleNamespace(s=world.look(net, seen.x), t=seen.t, steps=args.steps, second=None)
     if world.pairs:
         probe.second = seen.second
-    kd = networks.built(method, options, probe, name).to(world.device)
+    with built_from('--kd_args', name):
+        kd = method.build(method.loss, probe, **options).to(world.device)
     groups = [{'params': list(net.parameters()), 'base': args.lr}]
     if maps := list(kd.parameters()):
-        groups.append({'params': maps, 'base': parts.MAPS_LR})
+        groups.append({'params': maps, 'base': MAPS_LR})
     ce, generator = share(args, method), torch.Generator(world.device)
-    meter = Meter(name, 0, world.device)
-    run = parts.Run(name, method, kd, weight, ce, net, parts.adamw(groups, world.device), meter, world,
+    meter = Meter(name, 0, world.device, 'before evaluation')
+    run = parts.Run(name, method, kd, weight, ce, net, adamw(groups, world.device), meter, world,
                     args.lmbda, generator)  # fmt: skip
     run.schedule.update(world.start_loss)
     recipe = {key: getattr(args, key) for key in

@@ -3,16 +3,14 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.errors import UserError, user_errors
-from engine.lm import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
+from engine.errors import user_errors
+from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
 from engine.record import Record, save_checkpoint, tested, write_json
-from methods import Method
 from models import lm
 from models.checkpoint import read_checkpoint
 
@@ -115,11 +113,3 @@ class StepRecord(Record):
             **self.origin,
         })  # fmt: skip
         return ', '.join(f'{key} {figures[0][key]:.3f}' for key in figures[0] if key != 'step')
-
-
-def built(method: Method, options: dict, probe: SimpleNamespace, name: str) -> nn.Module:
-    try:
-        with user_errors():
-            return method.build(method.loss, probe, **options)
-    except (TypeError, IndexError) as error:
-        raise UserError(f'--kd_args: {name}: {error}') from None

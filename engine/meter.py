@@ -13,11 +13,12 @@ class Meter:
     that would drain the queue at every step: there the fused optimiser is told to skip the update, and the
     step is remembered and shows at the next reading. `failure` then is a sentence that names run and step.
 
+    at: how messages say where, before the number.
     Everything is changed in place, also by reset, so that a recorded step finds it where it was.
     """
 
-    def __init__(self, name: str, epoch: int, device: torch.device) -> None:
-        self.name, self.failure = name, ''
+    def __init__(self, name: str, epoch: int, device: torch.device, at: str = 'at epoch') -> None:
+        self.name, self.failure, self.at = name, '', at
         self.sums = {}
         self.zero = torch.zeros((), device=device)
         self.steps = torch.zeros_like(self.zero, dtype=torch.int64)
@@ -47,8 +48,8 @@ class Meter:
         return True
 
     def _fail(self, step: int, reason: str) -> None:
-        where = f'epoch {self.epoch + 1}, step {step + 1}'
-        self.failure = f'{self.name}: the loss is not finite at {where} ({reason})'
+        where = f'{self.at} {self.epoch + 1}, step {step + 1}'
+        self.failure = f'{self.name}: the loss is not finite {where} ({reason})'
 
     def add(self, out: Tensor | None, target: Tensor, **losses: Tensor | float) -> None:
         """out: logits for the training accuracy; None in phases without a student."""
@@ -73,9 +74,8 @@ class Meter:
         if not self.failure and (bad := int(self.bad_step)) >= 0:
             self._fail(bad, 'found at the next reading')
         if not self.failure and net is not None and not all_finite(net):
-            self.failure = (
-                f'{self.name}: a weight is not finite after epoch {self.epoch + 1}, step {int(self.steps)}'
-            )
+            where = f'after {self.at.split()[-1]} {self.epoch + 1}, step {int(self.steps)}'
+            self.failure = f'{self.name}: a weight is not finite {where}'
         if self.failure:
             return {}
         if not self.sums:

@@ -9,7 +9,7 @@ from torch import nn
 import models
 from engine.batch import Batch, Probe, as_float
 from engine.errors import UserError, user_errors
-from engine.flags import refuse_many_processes, refuse_unknown, weights_and_options
+from engine.method_flags import refuse_many_processes, refuse_unknown, weights_and_options
 from engine.record import fingerprint
 from methods import KD, PEERS
 

@@ -33,6 +33,7 @@ class Session:
     board: Any  # of TensorBoard, or None
     stop: 'StopAfterEpoch'
     epochs: int  # of the whole training
+    unit: str = 'epoch'  # what ends with a row
     failures: list[str] = field(default_factory=list)  # students that became non-finite
 
 
@@ -76,7 +77,7 @@ def end_epoch(session: Session, epoch: int, last: bool, done: Iterable[tuple]) -
         for record, *_ in done:
             record.save()
         session.bar.close()
-        session.log(f'stopped after epoch {epoch + 1}; --resume auto continues')
+        session.log(f'stopped after {session.unit} {epoch + 1}; --resume auto continues')
     return 128 + signal if signal else 0
 
 
@@ -94,8 +95,8 @@ def finish(session: Session, done: Iterable[tuple]) -> None:
 class StopAfterEpoch:
     """Ctrl-C and SIGTERM ask for a stop at the next checkpoint; a second one stops at once."""
 
-    def __init__(self) -> None:
-        self.signal = None
+    def __init__(self, unit: str = 'this epoch') -> None:
+        self.signal, self.unit = None, unit
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -105,7 +106,7 @@ class StopAfterEpoch:
         self.signal = number
         if rank() == 0:
             print(
-                '\nstopping after this epoch and its checkpoint; once more to stop at once', file=sys.stderr
+                f'\nstopping after {self.unit} and its checkpoint; once more to stop at once', file=sys.stderr
             )
 
     def agreed(self) -> int:

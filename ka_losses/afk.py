@@ -121,3 +121,38 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    """s: logits of every stream."""
+    return ka([_decisions(out) for out in s], [_decisions(t.out) for t in all_t], return_terms=True)
+
+
+def forward(net, batch):
+    """In the block phase every stream leaves the trunk at a random point."""
+    points = None if batch.phase else [batch.rng.randrange(net.levels) for _ in net.branches]
+    return net(batch.img, points)
+
+
+@torch.no_grad()
+def begin_phase(net, phase: int, ka, teachers_on, sample) -> str:
+    """After the block phase: choose where each stream leaves: least loss on unlabelled images."""
+    if phase == 0:
+        return ''
+    sums = torch.zeros(net.levels, len(net.branches))
+    net.eval()
+    for img, *_ in sample():
+        all_t = teachers_on(img)
+        for k in range(net.levels):
+            _, terms = feed(ka, net(img, [k] * len(net.branches)), all_t, None)
+            sums[k] += torch.stack(list(terms.values())).cpu() * len(img)
+    net.choose(sums.argmin(dim=0).tolist())
+    return f'branch points {net.points.tolist()}'
+
+
+def _decisions(out: Tensor) -> Tensor:
+    """Logits (no, yes, no, yes, ...) -> one logit per attribute."""
+    return out[:, 1::2] - out[:, ::2]

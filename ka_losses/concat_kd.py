@@ -131,6 +131,13 @@ def feed(ka, s, all_t, batch):
     return ka(s.out, [t.out for t in all_t], return_terms=True)
 
 
+def feed_each(ka, s, all_t, batch):
+    """Every pair of logits, no and yes of one attribute, is a part; several teachers of it have one each."""
+    outs_s = [pair for block in batch.blocks for pair in s.out[:, block].split(2, dim=1)]
+    outs_t = [pair for t in all_t for pair in t.out.split(2, dim=1)]
+    return ka(torch.cat(outs_s, dim=1), outs_t, return_terms=True)
+
+
 def build_parts(loss, probe, **options):
     return loss(mode='parts', **options)
 

@@ -12,27 +12,47 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 
+from .attributes import Attributes
+from .backbones import Backbones
 from .classes import Classes
 from .dense import Dense
 
-__all__ = ['SETTINGS', 'Classes', 'Dense', 'Setting', 'refuse_flags_of_others', 'setting_for']
+__all__ = [
+    'SETTINGS',
+    'Attributes',
+    'Backbones',
+    'Classes',
+    'Dense',
+    'Setting',
+    'refuse_flags_of_others',
+    'setting_for',
+]
 
-SETTINGS = (Classes, Dense)
+SETTINGS = (Classes, Dense, Attributes, Backbones)
 
 
-def setting_for(data_name: str) -> type['Setting']:
-    """The setting that has this data set; the first where none has, which then says what there is."""
+def setting_for(data_name: str, wanted: Iterable[str] = ()) -> type['Setting']:
+    """The setting that has this data set; the first where none has, which then says what there is.
+
+    wanted: what needs.setting of the rows says, which chooses where several settings have the data set.
+    """
     kind = data_name.partition(':')[0]
-    return next((setting for setting in SETTINGS if kind in setting.data), SETTINGS[0])
+    able = [setting for setting in SETTINGS if kind in setting.data] or SETTINGS
+    return next((setting for setting in able if setting.name in wanted), able[0])
 
 
-def refuse_flags_of_others(args: argparse.Namespace) -> None:
+def refuse_flags_of_others(args: argparse.Namespace, mine: type['Setting']) -> None:
     """A flag that only another setting reads would be ignored."""
-    mine = setting_for(args.data_name)
     for other in SETTINGS:
         parser = argparse.ArgumentParser(add_help=False)
         other.add_flags(parser)
-        given = [a for a in parser._actions if getattr(args, a.dest) != a.default and other is not mine]
+        given = [
+            a
+            for a in parser._actions
+            if getattr(args, a.dest) != a.default
+            and other is not mine
+            and a.dest not in getattr(mine, 'also_reads', ())
+        ]
         if given:
             raise UserError(f'{given[0].option_strings[0]}: not for --data_name {args.data_name}')
 
@@ -40,8 +60,9 @@ def refuse_flags_of_others(args: argparse.Namespace) -> None:
 class Setting(Protocol):
     """What a setting must offer. Settings need not inherit from this: it is here to be read.
 
-    One whose rows have own.begin_phase also offers sample(), batches (img,) of a few training images as they
-    are, on which such a row chooses something between two phases.
+    One whose rows have own.begin_phase or own.before also offers sample(), batches (img,) of a few training
+    images as they are, on which such a row chooses or measures something. One that reads flags which another
+    setting adds names them in also_reads.
     """
 
     name: str  # what needs.setting of a row (methods/ka.py) says

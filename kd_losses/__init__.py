@@ -1,5 +1,8 @@
 """Distillation losses, one method a file: `from kd_losses import RKD`.
 
+Here are all public classes of the files: each method's loss, and the modules that belong to some methods
+beside the networks, such as FT's Paraphraser or the exits of BYOTStudent; they stay importable from here.
+Functions come from their file, `from kd_losses.lwm import grad_cam`; so does a second name of a class.
 What the scripts train with them is in methods/; `python -m report refresh` rewrites this list.
 """
 

@@ -73,14 +73,13 @@ class BYOT(nn.Module):
         target, valid = self._check(outs, feats, target)
         with _no_autocast(outs[0]):
             outs, feats = [_full(x) for x in outs], [_full(x) for x in feats]
-            hard = _mean(F.cross_entropy(outs[0], target, reduction='none'), valid)
+            hard = _ce(outs[0], target, valid)
             soft, features = torch.zeros_like(hard), torch.zeros_like(hard)
             q = F.softmax(outs[0].detach() / self.T, dim=1)
             for i, (out, feat, adapt) in enumerate(zip(outs[1:], feats[1:], self.adapt), 1):
-                ce = F.cross_entropy(out, target, reduction='none')
-                hard = hard + (1 - self.alpha) * _mean(ce, valid)
+                hard = hard + (1 - self.alpha) * _ce(out, target, valid)
                 log_p = F.log_softmax(out / self.T, dim=1)
-                soft = soft - self.alpha * _mean((q * log_p).sum(dim=1), valid)
+                soft = soft - self.alpha * _per_sample(q * log_p, valid)
                 if i not in self.skip:
                     gap = _run(adapt, feat) - feats[0].detach()
                     gap = gap if valid is None else torch.where(valid[:, None], gap, 0.0)
@@ -185,14 +184,28 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -107,8 +107,7 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    dead = norm <= 1e-12  # NaN is not: it must show in the loss
-    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)  # NaN is not: it must show in the loss
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:

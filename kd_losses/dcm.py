@@ -66,9 +66,9 @@ class DCM(nn.Module):
                 _expect('DCM', f'{name}[{i}]', z, *(('N', 'K') if z is outs_1[0] else outs_1[0].shape))
         target, valid = _labels('DCM', target, *outs_1[0].shape)
         outs_1, outs_2 = ([_full(z, outs_1[0]) for z in outs] for outs in (outs_1, outs_2))
-        each = (F.cross_entropy(z, target, reduction='none') for z in (*outs_1, *outs_2))
+        hard = sum(_ce(z, target, valid) for z in (*outs_1, *outs_2))
         q_1, q_2 = (self._smooth(torch.stack(outs)) for outs in (outs_1, outs_2))
-        return _mean(sum(each), valid), _mean(self._pairs(q_1, q_2) + self._pairs(q_2, q_1), valid)
+        return hard, self._pairs(q_1, q_2, valid) + self._pairs(q_2, q_1, valid)
 
     def _smooth(self, outs: Tensor) -> Tensor:
         """(L, N, K) logits -> smoothed log-probabilities."""
@@ -76,12 +76,12 @@ class DCM(nn.Module):
             return F.log_softmax(outs, dim=2)
         return ((outs.softmax(dim=2) + self.eps) / (1 + outs.shape[2] * self.eps)).log()
 
-    def _pairs(self, log_a: Tensor, log_b: Tensor) -> Tensor:
-        """(N,) sums over all (a, b) of KL(a, b): L sum of a log a, minus (sum of a) times (sum of log b)."""
+    def _pairs(self, log_a: Tensor, log_b: Tensor, valid: Tensor | None) -> Tensor:
+        """Over all (a, b), KL(a, b) summed: L sum of a log a - (sum of a) (sum of log b)."""
         log_a = log_a.detach()
         a = log_a.exp()
-        entropy = torch.where(a == 0, 0.0, a * log_a).sum(dim=(0, 2)) * len(log_b)
-        return entropy - (a.sum(dim=0) * log_b.sum(dim=0)).sum(dim=1)
+        entropy = _per_sample(torch.where(a == 0, 0.0, a * log_a), valid, 1) * len(log_b)
+        return entropy - _per_sample(a.sum(dim=0) * log_b.sum(dim=0), valid)
 
 
 class DCMStudent(nn.Module):
@@ -159,14 +159,28 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

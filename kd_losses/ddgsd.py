@@ -64,17 +64,23 @@ class DDGSD(nn.Module):
         _expect('DDGSD', 'feat_b', feat_b, *feat_a.shape)
         target, valid = _labels('DDGSD', target, *out_a.shape)
         out_a, out_b, feat_a, feat_b = (_full(x, out_a) for x in (out_a, out_b, feat_a, feat_b))
-        ce = sum(F.cross_entropy(out, target, reduction='none') for out in (out_a, out_b))
-        kd = self._kl(out_a, out_b) + self._kl(out_b, out_a)
+        ce = sum(_ce(out, target, valid) for out in (out_a, out_b))
+        log_a, log_b = (F.log_softmax(out / self.T, dim=1) for out in (out_a, out_b))
+        kl = _kl(log_b.detach(), log_a, valid is None) + _kl(log_a.detach(), log_b, valid is None)
         mmd = _mean(feat_a - feat_b, valid).square().sum()
-        ce, kd = _mean(ce, valid), _mean(kd, valid)
-        return ce, kd, mmd
+        return ce, _per_sample(kl, valid) * self.T**2, mmd
 
-    def _kl(self, out: Tensor, goal: Tensor) -> Tensor:
-        log_p = F.log_softmax(out / self.T, dim=1)
-        log_q = F.log_softmax(goal.detach() / self.T, dim=1)
-        q = log_q.exp()
-        return torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1) * self.T**2
+
+def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
+    """p_t (log p_t - log p_s), and 0 where p_t is 0 whatever the logarithms are.
+
+    on_host: p_t may be looked at, as labels on the CPU were: the mask, a third of the time, only if needed.
+    """
+    p_t = log_p_t.exp()
+    kl = p_t * (log_p_t - log_p_s)
+    if on_host and p_t.amin().view(1).tolist()[0] > 0:  # not with NaN
+        return kl
+    return torch.where(p_t == 0, 0.0, kl)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -116,14 +122,28 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -75,15 +75,25 @@ class DGKD(nn.Module):
             _expect('DGKD', 'keep', keep, len(outs_t))
         out_s, outs_t = _full(out_s), torch.stack([_full(z.detach(), out_s) for z in outs_t])
         log_p, log_q = F.log_softmax(out_s / self.T, dim=1), F.log_softmax(outs_t / self.T, dim=2)
-        q = log_q.exp()
-        kl = _mean(torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=2).T, valid) * self.T**2
-        ce = _mean(F.cross_entropy(out_s, target, reduction='none'), valid)
-        return (1 - self.lam) * ce + self.lam * (keep.to(kl.dtype) * kl).sum()
+        kl = _mean(_kl(log_q, log_p, valid is None).sum(dim=2).T, valid) * self.T**2
+        return (1 - self.lam) * _ce(out_s, target, valid) + self.lam * (keep.to(kl.dtype) * kl).sum()
 
     def _draw(self, count: int, device, generator: torch.Generator | None) -> Tensor:
         dropped = min(self.drop, count - 1) if self.training else 0
         rank = torch.rand(count, device=device, generator=generator).argsort().argsort()
         return rank >= dropped
+
+
+def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
+    """p_t (log p_t - log p_s), and 0 where p_t is 0 whatever the logarithms are.
+
+    on_host: p_t may be looked at, as labels on the CPU were: the mask, a third of the time, only if needed.
+    """
+    p_t = log_p_t.exp()
+    kl = p_t * (log_p_t - log_p_s)
+    if on_host and p_t.amin().view(1).tolist()[0] > 0:  # not with NaN
+        return kl
+    return torch.where(p_t == 0, 0.0, kl)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -125,14 +135,21 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -135,9 +135,12 @@ class ClassPrior(nn.Module):
         _expect('ClassPrior', 'out_t', out_t, 'N', len(self.sums))
         target, valid = _labels('ClassPrior', target, *out_t.shape)
         p = F.softmax(_full(out_t) / T2, dim=1)
+        is_y = torch.zeros_like(p).scatter_(1, target[:, None], 1)
         if valid is not None:
-            p = torch.where(valid[:, None], p, 0.0)
-        self.sums.index_add_(0, target, p.to(self.sums.dtype))
+            is_y, p = (torch.where(valid[:, None], x, 0.0) for x in (is_y, p))
+        # a product: index_add_ sums in any order on a GPU, and two runs would differ in their last bits
+        with _no_autocast(p):
+            self.sums += (_exact(is_y).T @ _exact(p)).to(self.sums.dtype)
 
     @torch.no_grad()
     def close(self) -> Tensor:
@@ -192,10 +195,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
@@ -208,6 +211,28 @@ def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
         return rows.mean(dim=0)
     counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
     return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
+    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
+
+
+def _rounded() -> bool:
+    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
+    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    if mode is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != 'highest'
+    rounded = ('tf32', 'bf16')
+    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
+
+
+_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -73,20 +73,21 @@ class DLB(nn.Module):
         out = _full(out)
         given = [x is not None for x in (out_prev_now, out_prev_then, target_prev)]
         if not any(given):
-            return _mean(F.cross_entropy(out, y, reduction='none'), valid), out.new_zeros(())
+            return _ce(out, y, valid), out.new_zeros(())
         if not all(given):
             raise ValueError('DLB: give out_prev_now, out_prev_then and target_prev, or none of them')
         _expect('DLB', 'out_prev_now', out_prev_now, 'N', out.shape[1])
         _expect('DLB', 'out_prev_then', out_prev_then, *out_prev_now.shape)
-        _, valid_prev = _labels('DLB', target_prev, *out_prev_now.shape, 'target_prev')
-        both = torch.cat([target_prev, target])
-        y, valid = _labels('DLB', both, len(both), out.shape[1])
+        y_prev, valid_prev = _labels('DLB', target_prev, *out_prev_now.shape, 'target_prev')
+        both = None
+        if valid is not None or valid_prev is not None:
+            each = ((valid_prev, y_prev), (valid, y))
+            both = torch.cat([torch.ones_like(of, dtype=torch.bool) if v is None else v for v, of in each])
         now, then = _full(out_prev_now, out), _full(out_prev_then.detach(), out)
-        ce = F.cross_entropy(torch.cat([now, out]), y, reduction='none')
+        ce = _ce(torch.cat([now, out]), torch.cat([y_prev, y]), both)
         log_p, log_q = F.log_softmax(now / self.T, dim=1), F.log_softmax(then / self.T, dim=1)
-        q = log_q.exp()
-        kd = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=1)
-        return _mean(ce, valid), _mean(kd, valid_prev) * self.T**2
+        kd = _per_sample(_kl(log_q, log_p, valid_prev is None), valid_prev)
+        return ce, kd * self.T**2
 
     def remember(self, img: Tensor, target: Tensor, out: Tensor) -> None:
         """Keep this batch for the next step: its second view, labels, and logits of the first view."""
@@ -97,6 +98,18 @@ class DLB(nn.Module):
 
     def set_extra_state(self, state) -> None:
         self.last = state
+
+
+def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
+    """p_t (log p_t - log p_s), and 0 where p_t is 0 whatever the logarithms are.
+
+    on_host: p_t may be looked at, as labels on the CPU were: the mask, a third of the time, only if needed.
+    """
+    p_t = log_p_t.exp()
+    kl = p_t * (log_p_t - log_p_s)
+    if on_host and p_t.amin().view(1).tolist()[0] > 0:  # not with NaN
+        return kl
+    return torch.where(p_t == 0, 0.0, kl)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -138,14 +151,28 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

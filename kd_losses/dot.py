@@ -122,8 +122,15 @@ class DOT(torch.optim.Optimizer):
 # ------------------------------------------ how the training scripts use it; a copied file may drop this
 
 
-def optimiser(parameters, args):
-    return DOT(parameters, args.lr, args.momentum, weight_decay=args.weight_decay)
+def build(loss, probe, delta: float = 0.075, **options):
+    """The loss beside which this optimiser works; delta goes with it."""
+    kd = loss(**options)
+    kd.delta = delta
+    return kd
+
+
+def optimiser(kd, parameters, args):
+    return DOT(parameters, args.lr, args.momentum, kd.delta, args.weight_decay)
 
 
 def update(opt, loss_ce, loss_kd, epoch):

@@ -94,8 +94,7 @@ def _turns(fms: list[Tensor]) -> list[Tensor]:
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    dead = norm <= 1e-12  # NaN is not: it must show in the loss
-    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)  # NaN is not: it must show in the loss
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

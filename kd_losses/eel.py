@@ -68,8 +68,8 @@ class EEL(nn.Module):
         with _no_autocast(feat_s):
             s = _full(feat_s)
             s, t = _unit(s if self.map is None else _run(self.map, s)), _unit(_full(feat_t.detach(), feat_s))
-            alike = (_exact(s + t) @ _exact(t).T).to(s.dtype)
-            e = 4 * self.a * alike - 2 * (1 + self.a) * (s * t).sum(dim=1, keepdim=True)
+            alike = (_exact(4 * self.a * (s + t)) @ _exact(t).T).to(s.dtype)
+            e = alike - 2 * (1 + self.a) * (s * t).sum(dim=1, keepdim=True)
             same = target[:, None] == target
             e = e.masked_fill(same if valid is None else same | ~valid, -torch.inf)
             return _mean(torch.cat([torch.zeros_like(e[:, :1]), e], dim=1).logsumexp(dim=1), valid)
@@ -114,10 +114,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
@@ -171,8 +171,7 @@ _rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    dead = norm <= 1e-12  # NaN is not: it must show in the loss
-    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)  # NaN is not: it must show in the loss
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ Summed over the batch, not averaged, as the authors do. No labels.
 
 Tap: logits. In the paper out_s is of the teacher with blocks of the student in the place of its own, between
 1x1 convolutions: first each block by itself (the rest frozen), then more and more of them together, with 1 to
-50 images per class. train_kd.py has the loss alone, for whole students.
+50 images per class (tools/graft.py). train_kd.py has the loss alone, for whole students.
 
 Differences: none in value. A zero row of logits gets no gradient.
 
@@ -87,8 +87,7 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    dead = norm <= 1e-12  # NaN is not: it must show in the loss
-    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)  # NaN is not: it must show in the loss
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:

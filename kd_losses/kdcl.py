@@ -66,12 +66,10 @@ class KDCL(nn.Module):
         if weights is not None:
             _expect('KDCL', 'weights', weights, len(outs))
         z = torch.stack([_full(x, outs[0]) for x in outs])
-        hard = sum(F.cross_entropy(x, target, reduction='none') for x in z)
         log_q = F.log_softmax(self.combine(z, target, weights) / self.T, dim=1)
         log_p = F.log_softmax(z / self.T, dim=2)
-        q = log_q.exp()
-        soft = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=(0, 2))
-        return _mean(hard + self.lam * self.T**2 * soft, valid)
+        soft = _per_sample(_kl(log_q, log_p, valid is None), valid, 1)
+        return sum(_ce(x, target, valid) for x in z) + self.lam * self.T**2 * soft
 
     @torch.no_grad()
     def combine(self, outs: list[Tensor], target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -115,6 +113,18 @@ def _best_mixture(z: Tensor, target: Tensor, steps: int = 100) -> Tensor:
     return a
 
 
+def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
+    """p_t (log p_t - log p_s), and 0 where p_t is 0 whatever the logarithms are.
+
+    on_host: p_t may be looked at, as labels on the CPU were: the mask, a third of the time, only if needed.
+    """
+    p_t = log_p_t.exp()
+    kl = p_t * (log_p_t - log_p_s)
+    if on_host and p_t.amin().view(1).tolist()[0] > 0:  # not with NaN
+        return kl
+    return torch.where(p_t == 0, 0.0, kl)
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
@@ -154,10 +164,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
@@ -169,6 +179,20 @@ def _is(target: Tensor, K: int) -> Tensor:
     return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
         1, target[:, None], True
     )
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -65,7 +65,7 @@ class OFAKD(nn.Module):
         )
         is_y = _is(target, out_s.shape[1])
         weight = torch.where(is_y, (1 + q).pow(self.eps) - 1, q.pow(self.eps))
-        return -_mean((weight * log_p).sum(dim=1), valid)
+        return -_per_sample(weight * log_p, valid)
 
 
 class OFAExit(nn.Module):
@@ -155,10 +155,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
@@ -170,6 +170,13 @@ def _is(target: Tensor, K: int) -> Tensor:
     return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
         1, target[:, None], True
     )
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

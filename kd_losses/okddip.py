@@ -86,13 +86,12 @@ class OKDDip(nn.Module):
         target, valid = _labels('OKDDip', target, *out_leader.shape)
         with _no_autocast(out_leader):
             outs, leader = torch.stack([_full(z, outs[0]) for z in outs]), _full(out_leader, outs[0])
-            hard = sum(F.cross_entropy(z, target, reduction='none') for z in (*outs, leader))
+            hard = sum(_ce(z, target, valid) for z in (*outs, leader))
             goals = self.targets(outs, feats).permute(2, 0, 1)
             mean = outs.mean(dim=0)
             if self.detach:
                 goals, mean = goals.detach(), mean.detach()
-            kl = self._kl(outs, goals), self._kl(leader[None], mean[None])
-            return _mean(hard, valid), *(_mean(rows, valid) for rows in kl)
+            return hard, self._kl(outs, goals, valid), self._kl(leader[None], mean[None], valid)
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """(N, M, M): sample, learning peer, peer it listens to."""
@@ -104,10 +103,9 @@ class OKDDip(nn.Module):
         """(N, K, M): the logits that each peer learns from."""
         return torch.einsum('nab,bnk->nka', self.attention(feats).to(outs.dtype), outs)
 
-    def _kl(self, outs: Tensor, goals: Tensor) -> Tensor:
-        """(N,), summed over the leading axis."""
+    def _kl(self, outs: Tensor, goals: Tensor, valid: Tensor | None) -> Tensor:
         p = (goals / self.T).softmax(dim=2) + 1e-7
-        return (p * (p.log() - F.log_softmax(outs / self.T, dim=2))).sum(dim=(0, 2)) * self.T**2
+        return _per_sample(p * (p.log() - F.log_softmax(outs / self.T, dim=2)), valid, 1) * self.T**2
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -149,14 +147,28 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -78,16 +78,15 @@ class ONE(nn.Module):
             outs = torch.stack([_full(z, outs[0]) for z in outs])
             z = self.combine(outs, feat)
             self.ensemble = z.detach()
-            hard = sum(F.cross_entropy(out, target, reduction='none') for out in (*outs, z))
+            hard = sum(_ce(out, target, valid) for out in (*outs, z))
             q = (z.detach() / self.T).softmax(dim=1) + 1e-7
             log_p = F.log_softmax(outs / self.T, dim=2)
-            kd = (q * (q.log() - log_p)).sum(dim=(0, 2)) * self.T**2
-            return _mean(hard, valid), _mean(kd, valid)
+            return hard, _per_sample(q * (q.log() - log_p), valid, 1) * self.T**2
 
     def combine(self, outs: Tensor, feat: Tensor) -> Tensor:
         """Branches' logits (M, N, K) and trunk features (N, feat_dim) -> the ensemble's logits (N, K)."""
         with _no_autocast(feat):
-            outs = torch.stack([_full(z, outs[0]) for z in outs])
+            outs = _full(outs)
             x = _run(self.gate, _full(feat, outs[0]))
             if self.training and len(x) == 1:
                 n = self.norm
@@ -169,14 +168,28 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -72,7 +72,7 @@ class PSKD(nn.Module):
         unseen = past.sum(dim=1, keepdim=True) == 0
         past_or_label = torch.where(unseen, _is(known, out.shape[1]).to(past.dtype), past)
         alpha = max(0.0, self.alpha_T * (epoch + 1) / self.total_epochs)
-        loss = pskd_loss(out, past_or_label, target, alpha)
+        loss = _refined(out, past_or_label, known, valid, alpha)
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 now = _full(out).softmax(dim=1)
@@ -86,9 +86,13 @@ def pskd_loss(out: Tensor, prev_prob: Tensor, target: Tensor, alpha: float) -> T
     _expect('PSKD', 'out', out, 'N', 'K')
     _expect('PSKD', 'prev_prob', prev_prob, *out.shape)
     target, valid = _labels('PSKD', target, *out.shape)
+    return _refined(out, prev_prob, target, valid, alpha)
+
+
+def _refined(out: Tensor, prev_prob: Tensor, target: Tensor, valid: Tensor | None, alpha: float) -> Tensor:
     out, past = _full(out), _full(prev_prob.detach(), out)
     goal = (1 - alpha) * _is(target, out.shape[1]).to(out.dtype) + alpha * past
-    return -_mean((goal * F.log_softmax(out, dim=1)).sum(dim=1), valid)
+    return -_per_sample(goal * F.log_softmax(out, dim=1), valid)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -130,10 +134,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
@@ -145,6 +149,13 @@ def _is(target: Tensor, K: int) -> Tensor:
     return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
         1, target[:, None], True
     )
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

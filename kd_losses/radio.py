@@ -395,3 +395,29 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    summaries, features = ka.terms(s.feat, s.fms[-1], [t.feat for t in all_t], [t.fms[-1] for t in all_t])
+    loss = sum(w * term for w, term in [*zip(ka.w_summary, summaries), *zip(ka.w_feature, features)])
+    return loss, {'summary': sum(summaries), 'feature': sum(features)}
+
+
+def build(loss, probe, hidden=256, **options):
+    """Heads for small networks: the authors' are 1024 wide. A first fit, so that the loss can be tried."""
+    s, all_t = probe.s, probe.all_t
+    widths = [t.feat.shape[1] for t in all_t], [t.fms[-1].shape[1] for t in all_t]
+    ka = loss(s.feat.shape[1], s.fms[-1].shape[1], *widths, hidden=hidden, **options)
+    ka.calibrate([t.fms[-1].cpu() for t in all_t])
+    ka.fit()
+    return ka
+
+
+def before(ka, teachers_on, sample):
+    """The scale of every teacher, from a few hundred images."""
+    for img, *_ in sample():
+        ka.calibrate([t.fms[-1] for t in teachers_on(img)])
+    ka.fit()

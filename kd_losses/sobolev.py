@@ -67,8 +67,8 @@ def input_gradient(out: Tensor, img: Tensor, target: Tensor, create_graph: bool 
     grad = None
     target, valid = _labels('Sobolev', target, *out.shape)
     if img.requires_grad and out.requires_grad:
-        chosen = out.gather(1, target[:, None])[:, 0]
-        chosen = (chosen if valid is None else torch.where(valid, chosen, 0.0)).sum()
+        chosen = out.gather(1, target[:, None])
+        chosen = (chosen if valid is None else torch.where(valid[:, None], chosen, 0.0)).sum()
         (grad,) = torch.autograd.grad(
             chosen, img, create_graph=create_graph, retain_graph=True, allow_unused=True
         )
@@ -119,10 +119,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
@@ -140,8 +140,7 @@ def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     """Rows divided by their length; a zero row stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    dead = norm <= 1e-12  # NaN is not: it must show in the loss
-    return torch.where(dead, 0.0, x / torch.where(dead, 1.0, norm))
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)  # NaN is not: it must show in the loss
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:

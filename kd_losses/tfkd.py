@@ -82,10 +82,9 @@ class TfKDReg(nn.Module):
         wrong = (1 - self.correct_prob) / (out_s.shape[1] - 1)
         p = torch.full_like(out_s, wrong).masked_fill(_is(target, out_s.shape[1]), self.correct_prob)
         log_q = F.log_softmax((p if self.variant == 'code' else p.log()) / self.T, dim=1)
-        kl = (log_q.exp() * (log_q - F.log_softmax(out_s, dim=1))).sum(dim=1)
+        kl = _per_sample(log_q.exp() * (log_q - F.log_softmax(out_s, dim=1)), valid)
         factor = self.multiplier / out_s.shape[1] if self.variant == 'code' else 1
-        ce = F.cross_entropy(out_s, target, reduction='none')
-        return _mean((1 - self.alpha) * ce + self.alpha * factor * kl, valid)
+        return (1 - self.alpha) * _ce(out_s, target, valid) + self.alpha * factor * kl
 
 
 class TfKDSelf(nn.Module):
@@ -106,10 +105,20 @@ class TfKDSelf(nn.Module):
         target, valid = _labels('TfKDSelf', target, *out_s.shape)
         out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
         log_p, log_q = F.log_softmax(out_s / self.T, dim=1), F.log_softmax(out_t / self.T, dim=1)
-        q = log_q.exp()
-        kl = torch.where(q == 0, 0.0, q * (log_q - log_p)).mean(dim=1) * self.T**2
-        ce = F.cross_entropy(out_s, target, reduction='none')
-        return _mean((1 - self.alpha) * ce + self.alpha * self.multiplier * kl, valid)
+        kl = _per_sample(_kl(log_q, log_p, valid is None), valid) / out_s.shape[1] * self.T**2
+        return (1 - self.alpha) * _ce(out_s, target, valid) + self.alpha * self.multiplier * kl
+
+
+def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
+    """p_t (log p_t - log p_s), and 0 where p_t is 0 whatever the logarithms are.
+
+    on_host: p_t may be looked at, as labels on the CPU were: the mask, a third of the time, only if needed.
+    """
+    p_t = log_p_t.exp()
+    kl = p_t * (log_p_t - log_p_s)
+    if on_host and p_t.amin().view(1).tolist()[0] > 0:  # not with NaN
+        return kl
+    return torch.where(p_t == 0, 0.0, kl)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -151,10 +160,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
@@ -166,6 +175,20 @@ def _is(target: Tensor, K: int) -> Tensor:
     return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
         1, target[:, None], True
     )
+
+
+def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropy, the mean over the rows that count."""
+    if valid is None:
+        return F.cross_entropy(out, target)
+    return _mean(F.cross_entropy(out, target, reduction='none'), valid)
+
+
+def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
+    """The sum over all axes but that of the samples, and the mean over the samples that count."""
+    if valid is None:
+        return x.sum() / x.shape[axis]
+    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

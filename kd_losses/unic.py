@@ -267,3 +267,25 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(ka, s, all_t, batch):
+    """Pooled maps and positions of every stage, maps averaged to the size of the smallest one."""
+    maps_s, maps_t = s.fms[1:], [t.fms[-1] for t in all_t]
+    size = tuple(min(fm.shape[axis] for fm in [*maps_s, *maps_t]) for axis in (2, 3))
+    clss = [[fm.mean(dim=(2, 3)) for fm in maps] for maps in (maps_s, maps_t)]
+    patches = [[F.adaptive_avg_pool2d(fm, size).flatten(2).mT for fm in maps] for maps in (maps_s, maps_t)]
+    each = ka.losses(clss[0], patches[0], clss[1], patches[1], momentum(batch.done, 1))
+    generator = torch.Generator(each.device).manual_seed(batch.rng.getrandbits(60))
+    keep = ka.select(each, generator)
+    loss = (keep * each).sum() / keep.sum()
+    return loss, {f'teacher{i}': row.mean() for i, row in enumerate(each, 1)}
+
+
+def build(loss, probe, hidden=64, last_hidden=256, **options):
+    """Projectors for small networks: the authors' are 768 and 3072 wide."""
+    widths = ([fm.shape[1] for fm in probe.s.fms[1:]], [t.fms[-1].shape[1] for t in probe.all_t])
+    return loss(*widths, hidden=hidden, last_hidden=last_hidden, **options)

@@ -99,10 +99,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
     target = target.long()
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        seen = target.tolist()
-        if min(seen) >= 0 and max(seen) < K:
+        (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
+        if lowest >= 0 and highest < K:
             return target, None
-        for y in seen:
+        for y in target.tolist():
             if y != -100 and not 0 <= y < K:
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100

@@ -38,6 +38,7 @@ class Needs:
     relations: relates the samples of a batch: --global_relations gathers those of all processes.
     full_batches: an incomplete last batch is left out.
     image_gradient: the student's images require gradients.
+    tokens: compares what vision transformers say of patches: both networks are some.
     stages: those it compares unless --kd_layers says otherwise: (-1,) the last one's, () all; None: what
         its feed takes, no others.
     """
@@ -48,6 +49,7 @@ class Needs:
     relations: bool = False
     full_batches: bool = False
     image_gradient: bool = False
+    tokens: bool = False
     stages: tuple[int, ...] | None = None
 
 
@@ -59,7 +61,7 @@ class Own:
     pretrain: (kd, t, batch) -> what the loss's own modules minimise in their epochs, see When.pretrain.
     before: (kd, teacher, probe), once, before the training; teacher: images -> Feats.
     once_per_batch: (net_t, t, batch) -> what the feed reads as batch.from_teacher, once for all students.
-    optimiser: (parameters, args) -> instead of SGD.
+    optimiser: (kd, parameters, args) -> instead of SGD.
     update: (opt, loss_ce, loss_kd, epoch) -> instead of one backward pass and a step.
 
     Networks that learn from each other (train_dml.py):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ka_losses import cfl, concat_kd, customize, ka_vit, layerwise, sbm, soka
+from ka_losses import afk, cfl, concat_kd, customize, ka_vit, layerwise, sbm, soka
+from kd_losses import radio, unic
+from models.streams import StreamNet
 
 from .columns import Limits
 from .ka_shared import everything, no_module, with_labels
@@ -37,7 +39,7 @@ class When:
 class Needs:
     """What the trainer must provide.
 
-    setting: the name of the only setting (ka_settings) that it fits; '': any.
+    setting: the names of the settings (ka_settings) that it fits, a space between them; '': any.
     layers: the stages it attaches to by default, counted from 1; none where it reads outputs only.
     shared_classes: teachers that share the student's classes; the others want parts that do not overlap.
     labels: it is a reference that reads labels; all others are never given them.
@@ -56,6 +58,8 @@ class Own:
     parameters: (net, ka) -> {update: (parameters of the student, parameters of the loss)}; each update has
         an optimiser of its own.
     after_update: (ka, update), what follows one.
+    student: (teachers, columns of their logits that are wanted) -> the student, instead of Setting.student.
+    before: (ka, teachers_on, sample), once before the first step.
     forward: (net, batch) -> what the feed gets of the student, instead of Setting.forward.
     begin_phase: (net, phase, ka, teachers_on, sample) -> a line for the log or ''; where a phase of the
         training begins, see sbm.py. The network's freeze(True) holds in the first phase, freeze(False) later.
@@ -63,6 +67,8 @@ class Own:
 
     parameters: Callable = everything
     after_update: Callable | None = None
+    student: Callable | None = None
+    before: Callable | None = None
     forward: Callable | None = None
     begin_phase: Callable | None = None
 
@@ -81,8 +87,11 @@ class Method:
     limits: Limits = Limits()
 
 
+both = 'classes attributes'
 alone = When(soft=0)
 in_turn = {0.0: ('all',), 0.1: ('competition', 'collaboration', 'balance')}
+DRAWN = 'parameters of streams rest in some steps'
+STATISTICS = "its statistics of the teachers would be each process's own"
 BALANCE = 'its balance of tasks would differ between processes'
 
 # fmt: off
@@ -98,9 +107,18 @@ KA = {
                                Own(parameters=soka.parameters, after_update=soka.after_update),
                                Limits(one_process=BALANCE)),
     'customize':        Method(customize.Customize,   1.0, customize.feed, customize.build, alone,
-                               Needs(layers=(1, 2, 3), shared_classes=True)),
+                               Needs(both, (1, 2, 3), shared_classes=True)),
     'customize_target': Method(customize.Customize,   1.0, customize.feed_target, customize.build_target,
-                               alone, Needs(layers=(1, 2, 3))),
+                               alone, Needs(both, (1, 2, 3))),
+    'each_attribute':   Method(concat_kd.ConcatKD,    1.0, concat_kd.feed_each, concat_kd.build_parts, alone,
+                               Needs('attributes')),
+    'afk':              Method(afk.AFK,               1.0, afk.feed, when=alone, needs=Needs('attributes'),
+                               own=Own(student=StreamNet, forward=afk.forward, begin_phase=afk.begin_phase),
+                               limits=Limits(one_process=DRAWN)),
+    'radio':            Method(radio.RADIO,           1.0, radio.feed, radio.build, alone, Needs('backbones'),
+                               Own(before=radio.before), Limits(one_process=STATISTICS)),
+    'unic':             Method(unic.UNIC,             1.0, unic.feed, unic.build, alone, Needs('backbones'),
+                               limits=Limits(one_process=STATISTICS)),
     'sbm':              Method(sbm.SBM,               1.0, sbm.feed, sbm.build, alone, Needs(setting='dense'),
                                Own(forward=sbm.forward, begin_phase=sbm.begin_phase)),
     'ka_vit':           Method(ka_vit.TokenAmalgamation, 1.0, ka_vit.feed),

@@ -127,6 +127,7 @@ related = Needs(relations=True)
 team = Needs(all_teachers=True)
 stages = Needs(stages=())
 last = Needs(stages=(-1,))
+tokens = Needs(tokens=True)
 
 # fmt: off
 #                         loss              weight  fed by               built by            only what differs
@@ -174,7 +175,7 @@ KD = {
     'dlb':      Method(dlb.DLB,                1.0, dlb.feed,            plain,              When(ce=0),
                        Needs(teacher=False, views=('second',)),
                        limits=Limits(BANK, 'what it keeps of a batch is another tensor at every step')),
-    'dot':      Method(st.SoftTarget,          0.9, shared.logits,       plain,              When(ce=0.1),
+    'dot':      Method(st.SoftTarget,          0.9, shared.logits,       dot.build,          When(ce=0.1),
                        own=Own(optimiser=dot.optimiser, update=dot.update),
                        limits=Limits(STEP, 'its optimiser cannot skip a step on the device')),
     'eakd':     Method(eakd.EAKD,              0.9, shared.logits,       when=When(ce=0.1)),
@@ -257,7 +258,7 @@ KD = {
     'ttm':      Method(ttm.TTM,               45.0, shared.logits),
     'uskd':     Method(uskd.USKD,              1.0, uskd.feed,           uskd.build,         needs=alone),
     'vid':      Method(vid.VID,                1.0, each_map,            per_stage_channels, needs=stages),
-    'vitkd':    Method(vitkd.ViTKD,            1.0, vitkd.feed,          vitkd.build),
+    'vitkd':    Method(vitkd.ViTKD,            1.0, vitkd.feed,          vitkd.build,        needs=tokens),
     'vkd':      Method(vkd.VkD,                1.0, embeddings,          widths,
                        limits=Limits(no_graph=SOLVER)),
     'wkd':      Method(wkd.WKDLogit,           1.0, wkd.feed,            wkd.build,

@@ -7,6 +7,7 @@
     dense FOLDER... --out FOLDER      table and pictures of train_dense.py: table.md, panels-TASK.png
     page                              docs/index.html and a page per method: what the page shows, made anew
     overview FOLDER                   one table and one figure of all that was trained below a folder
+    explain FILE... --out PNG         accuracy against images per class of tools/graft.py
     refresh [--check]                 rewrite every generated file of the repository, or say which are stale
 
 `python -m report COMMAND --help` tells more.
@@ -18,7 +19,7 @@ import sys
 from engine import errors
 from engine.errors import UserError
 
-COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'dense', 'overview', 'page', 'refresh')
+COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'dense', 'overview', 'explain', 'page', 'refresh')
 
 
 def main() -> int | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dataset.scenes import CLASSES
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import output_folder
 from report.speed import table
 from report.table import read_json, read_results

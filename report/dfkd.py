@@ -16,7 +16,7 @@ from torchvision.utils import save_image
 
 import dataset
 from engine.errors import UserError, user_errors
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import output_folder
 from methods.dfkd import DFKD
 from report.table import read_results

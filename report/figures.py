@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.ka_build import chosen_setting
+from engine.parser import Parser
 from engine.record import output_folder
-from ka_settings import setting_for
 from methods.ka import KA as METHODS
 from report.ka import read_results
 
@@ -38,7 +38,7 @@ def world_of(folder: Path):
     args = argparse.Namespace(**json.loads((folder / 'args.json').read_text())['args'])
     names = [name for name in args.ka_mode if name in METHODS]
     device = torch.device('cpu')
-    kind = setting_for(args.data_name)
+    kind = chosen_setting(args)
     return kind(args, {name: METHODS[name] for name in names}, device, lambda line: None), args
 
 

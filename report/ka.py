@@ -13,7 +13,7 @@ from pathlib import Path
 
 import models
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import output_folder
 from report import ka_rows
 from report.ka_rows import is_of_a_tool
@@ -23,6 +23,11 @@ NOTE = (
     'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax among '
     'the classes of the part, which is known. *selected on test data.'
 )
+BALANCED = (
+    'Last epoch, test set, percent. Balanced, in brackets beside an accuracy: mean of the recalls of yes and '
+    'of no. *selected on test data.'
+)
+PROBES = 'Last epoch, test set, percent right of linear probes of the embedding, fitted on training images.'
 
 
 def read_results(folders: list[str]) -> list[dict]:
@@ -113,6 +118,78 @@ def dense_table(results: list[dict]) -> list[list[str]]:
     return rows
 
 
+def attributes_table(results: list[dict]) -> list[list[str]]:
+    """Accuracy and balanced accuracy: means over the wanted attributes, and of each of them."""
+    names = results[0]['attributes']
+    columns = 'accuracy', 'balanced', *names, 'images it is surest of', 'best balanced*'
+    rows = [['', *columns, 'epochs', 'seeds', 'parameters']]
+
+    def cells(figures: list[dict]) -> list[str]:
+        def mean(key: str) -> str:
+            return spread([f[key] for f in figures]) if key in figures[0] else ''
+
+        each = [f'{mean(f"accuracy_{name}")} ({mean(f"balanced_{name}")})' for name in names]
+        return [
+            mean('accuracy'),
+            mean('balanced'),
+            *(text.replace(' ()', '') for text in each),
+            mean('surest_of'),
+        ]
+
+    if all(r['method'] == 'scratch' for r in results):  # networks that become sources
+        return rows
+    usual = statistics.mean(results[0]['majority'].values())
+    rows.append(['majority vote', f'{usual:.2f}', '50.00', *[''] * (len(names) + 5)])
+    for runs in group([r for r in results if r['method'] == 'ensemble']).values():
+        sources = [key for key in runs[0]['ensembles'] if key.startswith('source')]
+        for i, teacher in enumerate(runs[0]['teachers']):
+            read = [r['ensembles'][sources[i]] if sources else r['teachers'][i] for r in runs]
+            if not sources:  # its means are of its own attributes
+                read = [{k: v for k, v in one.items() if k not in ('accuracy', 'balanced')} for one in read]
+            name = f'teacher {i + 1}, {teacher["name"]}: {", ".join(teacher["attributes"])}'
+            size = _size(teacher['name'], 2 * len(teacher['attributes']))
+            rows.append([name, *cells(read), '', '', len(runs), size])
+        for key in runs[0]['ensembles'].keys() - set(sources):
+            rows.append([key, *cells([r['ensembles'][key] for r in runs]), '', '', len(runs), ''])
+    trained = group([r for r in results if r['method'] != 'ensemble'])
+    order = sorted(
+        trained, key=lambda k: (k[3] != 'scratch', -statistics.mean(_last(trained[k], 'balanced')))
+    )
+    for key in order:
+        runs = trained[key]
+        name = f'{key[3]} ({"reads labels" if key[3] == "scratch" else runs[0]["student"]})'
+        if points := runs[0].get('branch_points'):
+            name = name.replace(')', f', streams leave after block {" / ".join(str(p + 1) for p in points)})')
+        best = spread([r['best']['balanced'] for r in runs])
+        rows.append([name, *cells([r['last'] for r in runs]), best, runs[0]['epochs'], len(runs),
+                     f'{runs[0]["parameters"]:,}'])  # fmt: skip
+    return rows
+
+
+def backbones_table(results: list[dict]) -> list[list[str]]:
+    """Accuracy of linear probes on the embedding of a frozen network, one per task of a teacher."""
+    tasks = results[0]['probes']
+    keys = ['mean', *(f'task{i}' for i in range(1, len(tasks) + 1))]
+    rows = [['linear probes of', 'mean', *tasks, 'epochs', 'seeds', 'parameters']]
+    for runs in group([r for r in results if r['method'] == 'ensemble']).values():
+        for key in runs[0]['ensembles']:
+            figures = [spread([r['ensembles'][key][k] for r in runs]) for k in keys]
+            teacher = key.removeprefix('teacher ')
+            name = f'{key}, {runs[0]["teachers"][int(teacher) - 1]["name"]}' if teacher.isdigit() else key
+            rows.append([name, *figures, '', len(runs), ''])
+        own = [spread([r['teachers'][i]['accuracy'] for r in runs]) for i in range(len(tasks))]
+        rows.append(["the teachers' own heads", '', *own, '', len(runs), ''])
+    trained = group([r for r in results if r['method'] != 'ensemble'])
+    for key in sorted(
+        trained, key=lambda k: (k[3] != 'scratch', -statistics.mean(_last(trained[k], 'mean')))
+    ):
+        runs = trained[key]
+        name = f'{key[3]} ({"reads labels" if key[3] == "scratch" else runs[0]["student"]})'
+        rows.append([name, *(spread(_last(runs, k)) for k in keys), runs[0]['epochs'], len(runs),
+                     f'{runs[0]["parameters"]:,}'])  # fmt: skip
+    return rows
+
+
 def _size(name: str, classes: int) -> str:
     return f'{sum(p.numel() for p in models.build(name, classes).parameters()):,}'
 
@@ -148,6 +225,10 @@ def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
         ]
         if 'tasks' in mine[0]:
             rows, title = dense_table(mine), f'{data}: {", ".join(mine[0]["tasks"])}'
+        elif 'probes' in mine[0]:
+            rows, title = backbones_table(mine), f'{data}, one backbone of {teacher}'
+        elif 'attributes' in mine[0]:
+            rows, title = attributes_table(mine), f'{data}, {experiment}: {", ".join(mine[0]["attributes"])}'
         else:
             rows, classes = parts_table(mine), len(mine[0]['classes'])
             title = f'{data}, {len(mine[0]["parts"])} teachers ({teacher}), {classes} classes'
@@ -157,7 +238,16 @@ def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
 
 
 def text_of(made: list[tuple[str, list[list]]]) -> str:
-    return '\n'.join(f'**{title}**\n\n{markdown(rows)}' for title, rows in made) + f'\n{NOTE}\n'
+    return '\n'.join(f'**{title}**\n\n{markdown(rows)}' for title, rows in made) + f'\n{note_of(made)}\n'
+
+
+def note_of(made: list[tuple[str, list[list]]]) -> str:
+    heads = [rows[0] for _, rows in made]
+    notes = [
+        BALANCED if 'balanced' in head else PROBES if head[0].startswith('linear probes') else NOTE
+        for head in heads
+    ]
+    return '\n'.join(dict.fromkeys(notes))
 
 
 def csv_of(made: list[tuple[str, list[list]]]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.shapes import CLASSES, shapes
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 
 from . import ka as ka_report
 from .table import read_results
@@ -27,7 +27,7 @@ def by_kind(results: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
     main = [r['data'] for r in results if r['script'] in ('train_kd', 'train_ka')]
     base = [r for r in results if r['script'] == 'train_base' and (not main or r['data'] in main)]
     kd = [r for r in results if r['script'] == 'train_kd']
-    ka = [r for r in results if r['script'] == 'train_ka']
+    ka = [r for r in results if r['script'] == 'train_ka' and 'classes' in r]  # others have no joint accuracy
     kd.sort(key=lambda r: -r['last']['top1'])
     ka.sort(key=lambda r: (r['method'] != 'ensemble', r['method'] == 'scratch', -accuracy(r)))
     return base, kd, ka

@@ -15,9 +15,9 @@ import re
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import write_atomic
-from report import code, dense, dfkd, ka, lm, page, pages, pairs, speed, table, transfer
+from report import code, dense, dfkd, explain, ka, lm, page, pages, pairs, speed, table, transfer
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r'<!-- ([\w/-]+):begin -->')
@@ -68,7 +68,7 @@ def tables_of(folder: Path) -> dict[Path, str]:
 def part(name: str) -> str:
     """What belongs between the marks of this name."""
     kind, _, folder = name.rpartition('/')
-    if name in (made := speed.PARTS | transfer.PARTS):
+    if name in (made := speed.PARTS | transfer.PARTS | explain.PARTS):
         return made[name]()
     results = ROOT / 'results' / folder
     if not results.is_dir():

@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from engine.errors import UserError, user_errors
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import output_folder
 from methods import METHODS
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import engine.errors
+from methods import METHODS
 
-# rows that two convolutional networks cannot have: they compare tokens
-TRANSFORMERS = {'vitkd'}
+# rows that two convolutional networks cannot have
+TRANSFORMERS = {name for name, method in METHODS.items() if method.needs.tokens}
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 

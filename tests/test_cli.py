@@ -123,6 +123,8 @@ def test_the_flags_are_frozen(monkeypatch):
         '--size',
         '--labelled',
         '--epochs_ft',
+        '--attributes',
+        '--t_attributes',
     }
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
     text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
@@ -193,6 +195,8 @@ def test_peers_that_start_equal_are_refused(fails, teacher):
         ('--kd_mode norm+simkd', 'norm and simkd change the student'),
         ('--kd_mode dot+mhgd', 'training step of their own'),
         ('--kd_mode dot --amp fp16', 'use bf16'),
+        ('--kd_mode dot --kd_args delta=0.5', 'delta < 1 - momentum are needed'),
+        ('--kd_mode dot --kd_args gamma=1', 'no argument'),
         ('--kd_mode byot+sla', 'change the student'),
         ('--kd_mode ab --init_epochs -1', '--init_epochs'),
         ('--kd_mode semckd --kd_args factor=64', 'at least factor'),
@@ -761,18 +765,30 @@ def test_the_example_commands_parse(tmp_path, monkeypatch):
 
 
 def test_the_amalgamation_commands_parse(tmp_path, monkeypatch):
-    """Teachers of all parts, every mode for parts that do not overlap; then the rooms."""
+    """Teachers of all parts, every mode for parts that do not overlap; then the rooms and the faces."""
     calls = [call for call in commands(tmp_path, 'ka') if call[0].startswith('train_')]
     scripts = [parsed(call, monkeypatch) for call in calls]
     teachers, parts, rooms, joint = scripts[:2], scripts[2], scripts[3:6], scripts[6]
     assert [t.part for t in teachers] == [0, 1] and all(t.num_parts == 2 for t in teachers)
     assert parts.t_model == [f'./save/{t.note}/net.pt' for t in teachers]
-    of_classes = [name for name, m in KA_METHODS.items() if m.needs.setting != 'dense']
+    of_classes = [n for n, m in KA_METHODS.items() if not m.needs.setting or 'classes' in m.needs.setting]
     fitting = {name for name in of_classes if not KA_METHODS[name].needs.shared_classes}
     assert set(parts.methods) == fitting - {'ka_vit'}  # which has networks of its own, below
     assert [room.tasks for room in rooms] == [['seg'], ['depth'], ['normal']]
     assert joint.t_model == [f'./save/{room.note}/scratch/student.pt' for room in rooms]
     assert set(joint.methods) == {'sbm', 'scratch'} and joint.epochs_ft == 5
+    notes = {run.note: run for run in scripts if run.note.startswith('ka-faces')}
+    for run in notes.values():  # every teacher was trained before, for the attributes that it is said to have
+        for path, names in zip(run.t_model, run.t_attributes):
+            folder, note, word, _ = path.removeprefix('./save/').split('/')
+            maker = notes[f'{folder}/{note}']
+            assert list(notes).index(maker.note) < list(notes).index(run.note) and word in maker.methods
+            assert names.split(',') == maker.attributes
+    trained = {name for run in notes.values() for name in run.methods}
+    others = {
+        name for name, m in KA_METHODS.items() if {'attributes', 'backbones'} & {*m.needs.setting.split()}
+    }
+    assert trained == others | {'scratch'}
 
 
 def test_the_language_model_command_parses(tmp_path, monkeypatch):
@@ -811,24 +827,16 @@ def test_every_method_has_its_block(tmp_path, monkeypatch, name):
     assert args.methods == {name: [(name, METHODS[name].weight, {})]}, "the block's weight is the table's"
 
 
-def test_what_is_in_results_is_not_trained_again(tmp_path):
+def test_what_is_in_results_is_not_trained_again(script):
     """The committed short schedule: its methods are there, others and other recipes are missing."""
     words = (
         '--t_name resnet20 --t_model x --s_name resnet8 --data_name cifar10 --epochs 12 --amp bf16 --seed 2'
     )
 
     def missing(*tokens, words=words):
-        command = [
-            sys.executable,
-            ROOT / 'tools' / 'missing.py',
-            *tokens,
-            '--',
-            'train_kd.py',
-            *words.split(),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
+        done = script('tools.missing', *tokens, '--', 'train_kd.py', *words.split())
+        assert done.code == 0, done.err
+        return done.out.split()
 
     assert missing('at', 'rkd', 'crd', 'st') == ['crd']
     assert missing('at', words=words + ' --lambda_kd 5') == ['at']

@@ -11,7 +11,8 @@ from torch import nn
 
 import train_lm
 from dataset import text as texts
-from engine import lm as parts
+from engine import lm_world
+from engine.lm_world import continued, draw
 from kd_losses import abkd, akl, distillm, gkd, minillm, taid
 from methods import LM
 from models import lm
@@ -25,8 +26,8 @@ WHOLE = texts.SIZE
 def small(monkeypatch):
     """A shorter chain, fewer texts that networks write before a training, and fewer for gen_nll."""
     monkeypatch.setattr(texts, 'SIZE', 20_000)
-    monkeypatch.setattr(parts, 'WRITTEN', 24)
-    monkeypatch.setattr(parts, 'PROMPTS', 6)
+    monkeypatch.setattr(lm_world, 'WRITTEN', 24)
+    monkeypatch.setattr(lm_world, 'PROMPTS', 6)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_texts_of_characters(tmp_path):
     file.write_text('Grün\tis not ASCII.\n' * 60)
     text = texts.load(str(file))
     assert text.show(text.ids[:10]) == 'Gr n is no' and '\n' in text.symbols
-    windows = [text.windows(5, parts.draw(1, 2, step)) for step in (0, 0, 1)]
+    windows = [text.windows(5, draw(1, 2, step)) for step in (0, 0, 1)]
     assert torch.equal(windows[0], windows[1]) and not torch.equal(windows[0], windows[2])
     assert text.show(windows[0][0]) in text.show(text.train)
 
@@ -140,7 +141,7 @@ def test_samples_are_drawn_from_the_mixture():
 def test_what_is_asked_of_a_continuation():
     """With a prompt of P the first position that counts is P - 1, and nothing before it moves the loss."""
     whole = torch.randint(8, (2, 65))
-    x, target = parts.continued(whole)
+    x, target = continued(whole)
     assert x.shape == target.shape == (2, 64) and (target[:, :31] == -100).all()
     assert torch.equal(target[:, 31:], whole[:, 32:]) and torch.equal(x, whole[:, :-1])
     out_s, out_t = torch.randn(2, 64, 8), torch.randn(2, 64, 8)
@@ -252,7 +253,7 @@ def test_what_is_not_finite_stops(script, fails, tmp_path):
     )
     words = ('--kd_mode', 'gkd', 'fkl', '--lambda_kd', 'gkd=1e999', '--steps', 2, '--note', 'a')
     done = script('train_lm', *QUICK, *words)
-    assert done.code == 1 and 'gkd: the loss is not finite at epoch 1, step 1' in done.err
+    assert done.code == 1 and 'gkd: the loss is not finite before evaluation 1, step 1' in done.err
     assert (tmp_path / 'a' / 'fkl' / 'results.json').exists()
     assert not (tmp_path / 'a' / 'gkd' / 'student.pt').exists()
 

@@ -15,16 +15,20 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture
-def reproduce(tmp_path, img_root):
+def reproduce(tmp_path, img_root, script):
+    """The script as a process; in this one, which saves its start, where nothing will be trained."""
     grid = [{'name': 'tiny', 'data': 'shapes:60', 'teacher': 'resnet14', 'student': 'resnet8', 'epochs': 2,
              'seeds': [2, 3], 'methods': ['st', 'at', 'rkd'], 'group': 2,
              'flags': '--batch_size 32 --threads 1'}]  # fmt: skip
     (tmp_path / 'grid.json').write_text(json.dumps(grid))
 
-    def call(*words):
+    def call(*words, idle=False):
         places = ['--grid', tmp_path / 'grid.json', '--results', tmp_path / 'results', '--img_root', img_root,
                   '--save_root', tmp_path / 'save']  # fmt: skip
         command = [sys.executable, ROOT / 'tools' / 'reproduce.py', *places, *words]
+        if '--dry_run' in words or idle:
+            done = script('tools.reproduce', *places, *words)
+            return Namespace(returncode=done.code, stdout=done.out, stderr=done.err)
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
 
     return call
@@ -95,10 +99,10 @@ def wait_for(look, seconds: float = 60):
 
 
 def test_mistakes(reproduce, tmp_path):
-    assert 'no table is called huge' in reproduce('--only', 'huge').stderr
-    assert 'no table is called tin' in reproduce('--only', 'tin').stderr
+    assert 'no table is called huge' in reproduce('--only', 'huge', idle=True).stderr
+    assert 'no table is called tin' in reproduce('--only', 'tin', idle=True).stderr
     (tmp_path / 'grid.json').write_text('[')
-    done = reproduce()
+    done = reproduce(idle=True)
     assert done.returncode == 2 and 'grid.json' in done.stderr and done.stderr.count('\n') == 1
 
 
@@ -152,7 +156,7 @@ def test_plain_momentum(tmp_path):
 
     import train_base
     from engine.optimise import sgd
-    from engine.record import math_args
+    from engine.recipe import math_args
 
     def steps(opt, p):
         for _ in range(3):

@@ -13,6 +13,7 @@ import torch
 import engine.optimise
 import engine.record
 import engine.session
+import models
 from tests.conftest import ROOT
 from tests.test_train import rows, same, weights
 
@@ -245,12 +246,22 @@ def wait_for_epoch(folder, process, epochs):
     raise AssertionError(f'the run never reached epoch {epochs}: {process.communicate()}')
 
 
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory, img_root):
+    """An untrained teacher, and the folder of a run that nothing stops; once for all signals."""
+    folder = tmp_path_factory.mktemp('undisturbed')
+    torch.manual_seed(1)
+    torch.save(models.build('resnet8', 10).state_dict(), folder / 'teacher.pt')
+    process = start(folder, img_root, folder / 'teacher.pt', '--note', 'whole')
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder / 'teacher.pt', folder / 'whole'
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_signals(tmp_path, img_root, teacher, number):
+def test_signals(tmp_path, img_root, undisturbed, number):
     """SIGTERM and Ctrl-C end after the epoch's checkpoint, SIGKILL at once; both resume exactly."""
-    whole = start(tmp_path, img_root, teacher, '--note', 'whole')
-    out, err = whole.communicate(timeout=300)
-    assert whole.returncode == 0, err
+    teacher, whole = undisturbed
     cut = start(tmp_path, img_root, teacher, '--note', 'cut')
     wait_for_epoch(tmp_path / 'cut' / 'vid', cut, 2)
     cut.send_signal(number)
@@ -265,4 +276,4 @@ def test_signals(tmp_path, img_root, teacher, number):
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     for token in ('vid', 'pkt+st'):
-        check_equal(tmp_path / 'whole' / token, tmp_path / 'cut' / token)
+        check_equal(whole / token, tmp_path / 'cut' / token)

@@ -25,6 +25,7 @@ from torch import nn
 import dataset
 import models
 import transferability as tr
+import transferability.knowledge as kn
 from tests import browser
 from tests.conftest import ROOT
 
@@ -101,12 +102,43 @@ def golden_depara(z):
     same(tr.depara(a, feats['a'], b, feats['b'], lam=float(z['hp_lambda'])), z['out_sim_depara'])
 
 
+def golden_quantify_knowledge(z):
+    def features(img):
+        return nn.functional.conv2d(img, z['param_conv_w'], z['param_conv_b'], stride=2, padding=1)
+
+    img, noise = z['in_img'], z['in_noise']
+    scale = kn.NoiseScale(tuple(z['in_sigma'].shape), dtype=torch.float64)
+    with torch.no_grad():
+        sigma_f = kn.layer_change(features, scale(img, noise)[0], img).mean()
+    same(sigma_f, z['out_sigma_f'])
+    scale.sigma.data = z['in_sigma'].clone()
+    noisy, mean_entropy = scale(img, noise)
+    same(scale.sigma.detach(), z['out_sigma_clamped'])
+    feature = kn.layer_change(features, noisy, img).mean() / sigma_f
+    loss = feature - z['hp_lambda'] * mean_entropy
+    loss.backward()
+    same(mean_entropy.detach(), z['out_entropy'])
+    same(feature.detach(), z['loss_feature'])
+    same(loss.detach(), z['loss'])
+    same(scale.sigma.grad, z['grad_sigma'])
+    found = kn.concepts(z['in_sigmas'], z['in_foreground'], float(z['hp_threshold']))
+    same(found['background'], z['out_background_entropy'])
+    made = kn.metrics(found, kn.distances(z['in_weight_diff'], z['in_checkpoints']))
+    for where in ('fore', 'back'):
+        same(made[f'{where}_mean'], z[f'out_{where}_max_mean'])
+        same(made[f'{where}_var'], z[f'out_{where}_max_var'])
+        same(made[f'{where}_slope'], z[f'out_{where}_slope'])
+    for where in ('fore', 'back', 'total'):
+        same(made[f'{where}_share'], z[f'out_{where}_share'])
+
+
 VECTORS = {
     'leep': golden_leep,
     'nce': golden_nce,
     'logme': golden_logme,
     'hscore': golden_hscore,
     'depara': golden_depara,
+    'quantify_knowledge': golden_quantify_knowledge,
 }
 
 

@@ -14,7 +14,8 @@ import models  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
-from engine.flags import Parser, add_data_flags, add_machine_flags  # noqa: E402
+from engine.flags import add_data_flags, add_machine_flags  # noqa: E402
+from engine.parser import Parser  # noqa: E402
 from engine.session import read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 

@@ -31,17 +31,10 @@ from engine import errors  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import measure, measured  # noqa: E402
-from engine.flags import Parser, add_common_flags, positive_int  # noqa: E402
-from engine.record import (
-    Record,
-    class_names_of,
-    fingerprint,
-    math_args,  # noqa: E402
-    output_folder,
-    provenance,
-    resume_point,
-    write_json,
-)
+from engine.flags import add_common_flags, positive_int  # noqa: E402
+from engine.parser import Parser  # noqa: E402
+from engine.recipe import math_args, resume_point
+from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
 from engine.session import Log, load_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.fedka import FedKA, fed_average, saliency, selection_prob, transferability  # noqa: E402
@@ -91,7 +84,7 @@ def main():
         log(f'client {part}: {read["said"]}, top-1 there {read["top1"]:.2f}')
     if args.local_images:
         homes = [home.subset(torch.arange(min(args.local_images, len(home)))) for home in homes]
-    probe = probe_set(train, args.probe, args.seed)
+    probe = dataset.few_per_class(train, args.probe, args.seed)
     probe_img, _, _ = next(probe.test_batches(min(len(probe), 200)))
     with torch.no_grad():
         c_s, c_t = (net.eval()(probe_img[:2], True).fms[-1].shape[1] for net in (student, teachers[0]))
@@ -146,13 +139,6 @@ def main():
                       {'row': how[args.select], 'top-1 at the end': record.history[-1]['test_top1'],
                        **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
-
-
-def probe_set(train, per_class: int, seed: int):
-    """per_class labelled images of every class."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
-    labels = train.targets[order]
-    return train.subset(torch.cat([order[labels == c][:per_class] for c in range(train.num_classes)]))
 
 
 def select(student: nn.Module, teachers: list, probe_img, args, number: int) -> list[int]:

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.flags import Parser  # noqa: E402
-from engine.record import NEWER, math_args  # noqa: E402
+from engine.parser import Parser  # noqa: E402
+from engine.recipe import NEWER, math_args  # noqa: E402
 from report.table import read_json  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

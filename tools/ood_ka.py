@@ -40,7 +40,8 @@ from engine.ka_tools import (  # noqa: E402
     train,
     write_table,
 )
-from engine.record import class_names_of, fingerprint, math_args, provenance, write_json  # noqa: E402
+from engine.recipe import math_args  # noqa: E402
+from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
 from engine.session import load_data  # noqa: E402
 from ka_losses.concat_kd import ConcatKD  # noqa: E402
 from ka_losses.layerwise import LayerwiseKA  # noqa: E402

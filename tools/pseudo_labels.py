@@ -23,7 +23,6 @@ from engine import errors  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import (  # noqa: E402
-    Parser,
     add_data_flags,
     add_machine_flags,
     fraction,
@@ -31,6 +30,7 @@ from engine.flags import (  # noqa: E402
     positive_int,
     seed_number,
 )
+from engine.parser import Parser  # noqa: E402
 from engine.record import fingerprint, provenance, write_atomic  # noqa: E402
 from engine.session import load_data, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402

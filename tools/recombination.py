@@ -37,7 +37,8 @@ from engine.ka_tools import (  # noqa: E402
     train,
     write_table,
 )
-from engine.record import class_names_of, fingerprint, math_args, provenance, write_json  # noqa: E402
+from engine.recipe import math_args  # noqa: E402
+from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
 from engine.session import load_data  # noqa: E402
 from ka_losses.recombination import SoftFocal, combine_models  # noqa: E402
 from models import slimming  # noqa: E402

@@ -40,7 +40,8 @@ sys.path.insert(0, str(ROOT))
 
 from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.flags import Parser, positive_float  # noqa: E402
+from engine.flags import positive_float  # noqa: E402
+from engine.parser import Parser  # noqa: E402
 from engine.record import write_atomic  # noqa: E402
 from methods import KD  # noqa: E402
 from tools import missing  # noqa: E402

@@ -22,14 +22,8 @@ from engine import errors  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import (  # noqa: E402
-    Parser,
-    add_data_flags,
-    add_machine_flags,
-    fraction,
-    positive_int,
-    seed_number,
-)
+from engine.flags import add_data_flags, add_machine_flags, fraction, positive_int, seed_number  # noqa: E402
+from engine.parser import Parser  # noqa: E402
 from engine.record import provenance, save_checkpoint, write_atomic  # noqa: E402
 from engine.session import read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402

@@ -32,7 +32,8 @@ from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import Parser, add_common_flags, fraction, positive_float, positive_int  # noqa: E402
 from engine.ka_tools import begin, record_of, train, write_table  # noqa: E402
-from engine.record import class_names_of, fingerprint, math_args, provenance, write_json  # noqa: E402
+from engine.recipe import math_args  # noqa: E402
+from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
 from engine.session import load_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.subtask import SubTask  # noqa: E402

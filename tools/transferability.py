@@ -29,14 +29,8 @@ from engine import errors  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import (  # noqa: E402
-    Parser,
-    add_data_flags,
-    add_machine_flags,
-    positive_float,
-    positive_int,
-    seed_number,
-)
+from engine.flags import add_data_flags, add_machine_flags, positive_float, positive_int, seed_number  # noqa: E402
+from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic, write_json  # noqa: E402
 from engine.session import read_data  # noqa: E402
 from engine.sources import HELP, Seen, Source, look, probe_images, read_sources, some  # noqa: E402

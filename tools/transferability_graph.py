@@ -28,7 +28,8 @@ import transferability as tr  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.device import setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
-from engine.flags import Parser, add_data_flags, add_machine_flags, positive_int, seed_number  # noqa: E402
+from engine.flags import add_data_flags, add_machine_flags, positive_int, seed_number  # noqa: E402
+from engine.parser import Parser  # noqa: E402
 from engine.record import (  # noqa: E402
     fingerprint,
     output_folder,

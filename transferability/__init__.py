@@ -9,6 +9,17 @@ from .depara import depara, edge_vector, node_similarity, spearman
 from .gbc import gbc
 from .graph import build_graph, layout
 from .hscore import h_score, shrinkage
+from .knowledge import (
+    NoiseScale,
+    central_square,
+    concepts,
+    discard_entropy,
+    distances,
+    effective,
+    entropy,
+    layer_change,
+    metrics,
+)
 from .leep import leep
 from .logme import log_evidence, logme
 from .nce import nce
@@ -17,19 +28,28 @@ from .sfda import sfda
 from .transrate import transrate
 
 __all__ = [
+    'NoiseScale',
     'affinity_matrix',
     'attribution_map',
     'attribution_similarity',
     'build_graph',
+    'central_square',
+    'concepts',
     'depara',
+    'discard_entropy',
+    'distances',
     'edge_vector',
+    'effective',
+    'entropy',
     'gbc',
     'h_score',
+    'layer_change',
     'layout',
     'leep',
     'log_evidence',
     'logme',
     'map_affinity',
+    'metrics',
     'nce',
     'nleep',
     'node_similarity',

@@ -1,0 +1,70 @@
+"""The flags that change the numbers of a run, and where a run goes on that has the same ones."""
+
+import argparse
+from pathlib import Path
+
+from engine.errors import UserError, user_errors
+from engine.processes import processes, rank
+from models.checkpoint import read_checkpoint
+
+# flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
+NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
+         'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None,
+         'select': 'saliency'}  # fmt: skip
+
+
+def math_args(args: argparse.Namespace, **more) -> dict:
+    """The flags that change the numbers of a run, as plain values."""
+    names = ('data_name', 'image_size', 'val_split', 'epochs', 'batch_size', 'lr', 'milestones', 'lr_decay',
+             'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
+    chosen = {name: getattr(args, name) for name, default in NEWER.items()
+              if getattr(args, name, default) != default}  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | more
+
+
+def load_checkpoint(path: Path, math_args: dict) -> dict:
+    """A checkpoint of ours, refused when its run differs in anything that changes the numbers."""
+    with user_errors():
+        content = read_checkpoint(path)
+    if not isinstance(content.get('args'), dict) or 'epoch' not in content:
+        raise UserError(f'{path}: is not a checkpoint of this script')
+    old = content['args']
+    new = math_args | {k: default for k, default in NEWER.items() if k in old and k not in math_args}
+    differ = [f'{k} was {old.get(k, NEWER.get(k))!r}, is {v!r}' for k, v in new.items() if old.get(k) != v]
+    if differ:
+        hint = ''
+        weights = {'--init': path.with_name('net.pt'), '--s_init': path.with_name('student.pt')}
+        finished = [f'{flag} {file}' for flag, file in weights.items() if file.exists()]
+        if finished and math_args.get('epochs', 0) > old.get('epochs', math_args.get('epochs', 0)):
+            hint = (
+                '; this run is finished, and its learning rates belong to its length: to go on from its '
+                f'weights, start another one, --note NAME {finished[0]}'
+            )
+        raise UserError(f'{path}: cannot resume, {"; ".join(differ)}{hint}')
+    return content
+
+
+def resume_point(choice: str | None, folder: Path) -> Path | None:
+    """The checkpoint that --resume asks to continue in this run's folder; None starts from scratch."""
+    last = folder / 'last.pt'
+    if choice == 'auto':
+        return last if last.exists() else None
+    if choice == 'never':
+        for name in ('last.pt', 'best.pt', 'results.json', 'metrics.csv'):
+            if rank() == 0:
+                (folder / name).unlink(missing_ok=True)
+        return None
+    if choice is not None:  # a file, a run's folder, or the folder of a group of runs
+        candidates = [Path(choice), Path(choice) / 'last.pt', Path(choice) / folder.name / 'last.pt']
+        for path in candidates:
+            if path.is_file():
+                return path
+        raise UserError(
+            f'--resume {choice}: no checkpoint there, looked for {", ".join(map(str, candidates))}'
+        )
+    if last.exists():
+        raise UserError(
+            f'{folder} already holds a run: --resume auto continues it, --resume never overwrites it, '
+            f'--note NAME starts another one'
+        )
+    return None

@@ -1,0 +1,226 @@
+"""Teachers that know some yes-or-no attributes each, of faces; the student gets those that are wanted."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dataset
+import engine.session
+import models
+from dataset.attributes import attribute_figures, majority
+from engine.batch import as_float
+from engine.device import autocast
+from engine.errors import UserError, user_errors
+from engine.processes import gathered, same_buffers
+from ka_losses.customize import select_teacher
+from models.streams import StreamNet
+
+
+class Attributes:
+    """Teachers of some attributes each; students have the wanted ones.
+
+    A network has two logits per attribute, no and yes. Teachers and references read labels (scratch), of
+    faces the first images; students without labels see others.
+    """
+
+    name, data, networks = (
+        'attributes',
+        dataset.ATTRIBUTE_DATA,
+        'attributes: as above; afk: resnetN of one depth',
+    )
+    data_help = 'attributes: faces (embedded; faces:N for N training images) or celeba'
+    key, also_reads = 'balanced', ('size', 'epochs_ft')
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        # fmt: off
+        flag = parser.add_argument_group('attributes').add_argument
+        flag('--attributes', nargs='+', default=[], metavar='NAME',
+             help="faces, celeba: the student's attributes; default: all that any teacher has")
+        flag('--t_attributes', nargs='+', default=[], metavar='LIST',
+             help="faces, celeba: each teacher's attributes; e.g. Bangs,Smiling Eyeglasses; teachers "
+                  'are cut to what is wanted')
+        # fmt: on
+
+    def __init__(self, args, wanted: dict, device, log) -> None:
+        self.args, self.amp = args, autocast(device, args.amp)
+        references = all(method.needs.labels for method in wanted.values())
+        with user_errors():
+            train, self.val, test = dataset.load_attributes(
+                args.data_name, args.img_root, device, args.size, labelled=references
+            )
+        train.pad = args.pad
+        if args.val_split:
+            train, self.val = train.split(args.val_split, args.seed)
+        theirs = [text.split(',') for text in args.t_attributes]
+        names = args.t_name * len(theirs) if len(args.t_name) == 1 else args.t_name
+        if not len(names) == len(theirs) == len(args.t_model) or not (theirs or references):
+            raise UserError(
+                f'--t_name, --t_model and --t_attributes: needs as many of each, got {len(args.t_name)}, '
+                f'{len(args.t_model)} and {len(theirs)}'
+            )
+        known = list(dict.fromkeys(name for each in theirs for name in each))
+        self.attributes = args.attributes or known or test.names
+        with user_errors():
+            self.nets, figures = [], []
+            for i, (name, path, mine) in enumerate(zip(names, args.t_model, theirs), 1):
+                net, row = self._teacher(i, name, path, test.take(mine), log)
+                self.nets.append(net)
+                figures.append({'name': name, 'attributes': mine, **row})
+            self.train, self.test = train.take(self.attributes), test.take(self.attributes)
+            self.val = self.val and self.val.take(self.attributes)
+        engine.session.share(self.train, self.val, self.test)
+        self._who_knows_what(theirs, wanted)
+        usual = majority(self.test.targets, self.attributes)
+        if alike := [name for name, share in usual.items() if share == 100]:
+            log(f'no balanced accuracy of {", ".join(alike)}: all test images are alike')
+        self.tasks, self.student_name = (), args.s_name or (names or ['resnet20'])[0]
+        self.initial = self._initial(args, log)
+        self.shown = ('accuracy', 'balanced')
+        self.streams = any(method.own.student for method in wanted.values())
+        self.facts = {'teacher': '+'.join(names) or None, 'attributes': list(self.attributes),
+                      't_attributes': theirs, 'teachers': figures, 'majority': usual,
+                      'labelled': references}  # fmt: skip
+        self.recipe = {'attributes': list(self.attributes), 't_attributes': theirs, 'labelled': references}
+
+    def _who_knows_what(self, theirs: list[list[str]], wanted: dict) -> None:
+        """Of each teacher the logits in use (columns), and where they are in the student's (blocks)."""
+        common = [[name for name in self.attributes if name in mine] for mine in theirs]
+        for i, (names, mine) in enumerate(zip(common, theirs), 1):
+            if not names:
+                raise UserError(
+                    f'teacher {i} knows none of {", ".join(self.attributes)}, but {", ".join(mine)}'
+                )
+        self.columns = [_pairs(mine.index(n) for n in names) for mine, names in zip(theirs, common)]
+        self.blocks = [_pairs(self.attributes.index(n) for n in names) for names in common]
+        self.alike = len(common) > 1 and all(names == self.attributes for names in common)
+        unknown = set(self.attributes) - set().union(*common)
+        for name, method in wanted.items():
+            if method.needs.labels:
+                continue
+            if unknown:
+                raise UserError(f'no teacher knows {", ".join(sorted(unknown))}')
+            if method.needs.shared_classes and not self.alike:
+                raise UserError(f'--ka_mode {name}: wants teachers that all know all of --attributes')
+
+    def _teacher(self, i: int, name: str, path: str, test, log) -> tuple[nn.Module, dict]:
+        """A frozen teacher that is good for its attributes, and how good."""
+        try:
+            net = models.build_for(path, name, test.num_classes)
+            said = models.load_weights(net, path, class_names=test.class_names)
+        except ValueError as error:
+            raise UserError(f'teacher {i} ({name} for {", ".join(test.names)}): {error}') from None
+        net.requires_grad_(False).eval().to(test.device, memory_format=torch.channels_last)
+        out, target = self._outputs(net, test)
+        if not math.isfinite(float(out.abs().max())):
+            raise UserError(f'{path}: the teacher is not finite')
+        row = attribute_figures(out, target, test.names)
+        log(f'teacher {i}, {name}: {said}; {", ".join(test.names)}: accuracy {row["accuracy"]:.2f}')
+        return net, row
+
+    def phases(self) -> list[int]:
+        """The training, and the fine-tuning of a student that is made of its teachers."""
+        first, second = self.args.epochs, self.args.epochs_ft
+        return [first, first + second] if second and self.streams else [first]
+
+    def student(self, method) -> nn.Module:
+        if not method.own.student:
+            return copy.deepcopy(self.initial)
+        torch.manual_seed(self.args.seed)
+        with user_errors():
+            return method.own.student(self.nets, self.columns)
+
+    def _initial(self, args, log) -> nn.Module:
+        """What all students start from, but for those that are made of their teachers."""
+        torch.manual_seed(args.seed)
+        with user_errors():
+            net = models.build(self.student_name, self.train.num_classes)
+            if args.s_init:
+                log(f'initial student: {models.load_weights(net, args.s_init, new_head=args.new_head)}')
+        return net
+
+    def forward(self, net: nn.Module, batch):
+        return net(batch.img) if isinstance(net, StreamNet) else net(batch.img, True)
+
+    @torch.no_grad()
+    def teachers_on(self, img: Tensor) -> list:
+        """Feats of every teacher, the logits cut to the attributes that are wanted."""
+        with self.amp():
+            all_t = [net(img, True) for net in self.nets]
+        return [t._replace(out=t.out[:, columns]) for t, columns in zip(map(as_float, all_t), self.columns)]
+
+    def sample(self):
+        """Images without labels on which branch points are chosen: 400 of the training set, as they are."""
+        few = self.train.subset(torch.arange(min(400, len(self.train)), device=self.train.device))
+        for img, *_ in few.test_batches(100):
+            yield (img,)
+
+    def supervised(self, s, target: Tensor) -> Tensor:
+        """Cross-entropy, the mean over the attributes."""
+        return F.cross_entropy(s.out.unflatten(1, (-1, 2)).flatten(0, 1), target.flatten())
+
+    def measure(self, net: nn.Module) -> dict[str, float]:
+        row = {}
+        for half, data in (('val', self.val), ('test', self.test)):
+            if data:
+                read = attribute_figures(*self._outputs(net, data), self.attributes)
+                row |= {f'{half}_{key}': value for key, value in read.items()}
+        return row
+
+    def details(self, net: nn.Module) -> dict:
+        """Sizes, and where the streams leave the trunk."""
+        if isinstance(net, StreamNet):
+            return {'parameters': net.parameters_in_use(), 'branch_points': net.points.tolist()}
+        return {'parameters': sum(p.numel() for p in net.parameters())}
+
+    def ensembles(self) -> dict[str, dict]:
+        """Sources of the same attributes: each by itself, and for every image the surest of them with the
+        share of the images that it is; others: side by side.
+        """
+        outs = [self._outputs(net, self.test) for net in self.nets]
+        target = outs[0][1]
+        outs = [out[:, columns] for (out, _), columns in zip(outs, self.columns)]
+        if self.alike:
+            which = select_teacher(outs)
+            surest = torch.stack(outs)[which, torch.arange(len(which), device=which.device)]
+            rows = {f'source {i}': self._read(out, target) for i, out in enumerate(outs, 1)}
+            for i, row in enumerate(rows.values()):
+                row['surest_of'] = 100 * float((which == i).double().mean())
+            return rows | {'the surest source': self._read(surest, target)}
+        joined, unsure = self._joined(outs), set(range(2 * len(self.attributes))) - set().union(*self.blocks)
+        return {} if unsure else {'side by side': self._read(joined, target)}
+
+    def _read(self, out: Tensor, target: Tensor) -> dict[str, float]:
+        return attribute_figures(out, target, self.attributes)
+
+    def _joined(self, outs: list[Tensor]) -> Tensor:
+        """Logits of streams or teachers in the student's order; the mean where several have an attribute."""
+        joined = outs[0].new_zeros(len(outs[0]), 2 * len(self.attributes))
+        times = joined.new_zeros(joined.shape[1])
+        for out, block in zip(outs, self.blocks):
+            joined[:, block] += out
+            times[block] += 1
+        return joined / times.clamp(min=1)
+
+    @torch.no_grad()
+    def _outputs(self, net: nn.Module, data) -> tuple[Tensor, Tensor]:
+        """(N, 2 A) and the labels, of all test images."""
+        net.eval()
+        same_buffers(net)
+        outs, targets = [], []
+        for img, target, _ in data.test_batches(200):
+            with self.amp():
+                out = net(img)
+            out = self._joined(out) if isinstance(out, list) else out
+            outs.append(out.float().cpu())
+            targets.append(target.cpu())
+        shares = gathered((torch.cat(outs), torch.cat(targets)))
+        return tuple(torch.cat(part).to(data.device) for part in zip(*shares))
+
+
+def _pairs(numbers) -> list[int]:
+    """Attributes to their logits: 0, 2 -> 0, 1, 4, 5."""
+    return [2 * k + yes for k in numbers for yes in (0, 1)]
