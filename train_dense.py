@@ -34,17 +34,15 @@ from engine.dense_build import clipped, make_run, make_world, rows_for, set_rate
 from engine.device import setup
 from engine.errors import UserError
 from engine.flags import (
-    Parser,
     add_machine_flags,
     fraction,
     positive_float,
     positive_int,
-    refuse_repeated,
-    refuse_unknown,
     seed_number,
-    weights_and_options,
     whole_number,
 )
+from engine.method_flags import refuse_repeated, refuse_unknown, weights_and_options
+from engine.parser import Parser
 from engine.processes import processes
 from engine.record import output_folder, provenance, write_atomic, write_json
 from engine.session import Log, StopAfterEpoch

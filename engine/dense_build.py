@@ -16,7 +16,8 @@ from engine.device import autocast
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
 from engine.optimise import one_cycle
-from engine.record import fingerprint, resume_point, save_checkpoint
+from engine.recipe import resume_point
+from engine.record import fingerprint, save_checkpoint
 from models.checkpoint import read_checkpoint
 from models.dense import Detected, build
 
