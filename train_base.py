@@ -31,6 +31,7 @@ from engine.flags import (
     add_common_flags,
     add_graph_flag,
     add_head_flag,
+    add_label_flag,
     check_head,
     positive_int,
     whole_number,
@@ -41,7 +42,7 @@ from engine.parser import Parser
 from engine.processes import distributed
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
-from engine.session import Log, load_data
+from engine.session import Log, labelled_part, load_data
 from engine.side_by_side import cast_weights
 
 
@@ -53,6 +54,7 @@ def parse_args():
     add_head_flag(parser.add_argument, '--init')
     parser.add_argument('--keep', type=positive_int, metavar='N',
         help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip
+    add_label_flag(parser.add_argument)
     # fmt: off
     flag = parser.add_argument_group('a part of the classes, for train_ka.py').add_argument
     flag('--num_parts', type=positive_int, metavar='N', help='cut the classes into so many parts')
@@ -93,6 +95,7 @@ def main():
     log = Log(folder)
 
     train, val, test = load_data(args, device, log)
+    train = labelled_part(train)
     if classes := chosen_classes(args, train.num_classes):
         log(f'classes {", ".join(map(str, classes))} of {train.num_classes}')
         with user_errors():

@@ -25,7 +25,7 @@ import torch
 import models
 from engine import errors, listing, optimise, session, side_by_side
 from engine.batch import Batch
-from engine.build import build_runs, read_methods
+from engine.build import build_runs, check_labels, read_methods
 from engine.device import autocast, compile_networks, setup
 from engine.errors import user_errors
 from engine.evaluate import measure, measured
@@ -33,6 +33,7 @@ from engine.flags import (
     add_common_flags,
     add_graph_flag,
     add_head_flag,
+    add_label_flag,
     add_thread_flag,
     check_head,
     positive_int,
@@ -80,6 +81,7 @@ def parse_args(words=None):
                   "data's")
     flag('--soft_labels', metavar='FOLDER',
          help='of tools/pseudo_labels.py, instead of a teacher; for methods that read logits only')
+    add_label_flag(flag)
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE',
          help='initial weights of all students; initial.pt of train_base.py, say; default: drawn by --seed')
@@ -125,6 +127,7 @@ def main():
             log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
 
     origin = provenance(device) | class_names_of(train)
+    check_labels(wanted, train, log)
     views = sorted({view for terms in wanted.values() for term in terms for view in term.method.needs.views})
     teachers = Teachers(nets_t, amp, views, next(train.test_batches(2))[0], stored)
     selected_on = 'val' if val else 'test'

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .arrays import read_arrays
 from .attributes import ATTRIBUTE_DATA, Attributes, load_attributes
 from .cifar import NAMES, read_cifar, read_cifar_test
 from .dense import Dense
 from .folder import MEAN, STD, BadImage, Folder
+from .labels import forget_labels, only_labelled
 from .nyu import read_nyu
 from .parts import ClassParts, few_per_class, read_classes, split_classes, take_classes
 from .patterns import CLASSES as PATTERNS
@@ -30,11 +32,13 @@ __all__ = [
     'Folder',
     'Resident',
     'few_per_class',
+    'forget_labels',
     'load',
     'load_attributes',
     'load_dense',
     'load_test',
     'mean_std',
+    'only_labelled',
     'pictures',
     'read_classes',
     'split_classes',
@@ -53,8 +57,9 @@ def load(name: str, root: str | Path = './data', device: str | torch.device = 'c
 
     Args:
         name: 'shapes' or 'shapes:N' (embedded, N training images, default 8000), 'patterns' or 'patterns:N'
-            (embedded, 16x16 pixels, default 2000), 'cifar10', 'cifar100', or 'folder'
-            (root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same classes).
+            (embedded, 16x16 pixels, default 2000), 'cifar10', 'cifar100' (':N' for their first N training
+            images), 'folder' (root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same classes), or
+            'arrays' (root/train.npz and root/test.npz, see arrays.py).
         root: where data lies, or is rendered to.
         device: where the images live (cifar, shapes) or are sent to, batch by batch (folder).
         folder_options: see Folder.
@@ -78,6 +83,8 @@ def load_test(name: str, root: str | Path = './data', device: str | torch.device
     device = torch.device(device)
     if kind == 'folder':
         return Folder(Path(root) / 'val', device, **folder_options)
+    if kind == 'arrays':
+        return _of_arrays(*read_arrays(Path(root))[1:], device)
     if kind == 'patterns':
         return _resident(*patterns(test_size(size or 2000), seed=1), PATTERNS, _PATTERNS, device)
     if kind == 'shapes':
@@ -109,9 +116,10 @@ def pictures(name: str, root: str | Path, size: int) -> torch.Tensor:
 
 def _named(name: str) -> tuple[str, int | None]:
     kind, _, size = name.partition(':')
-    if kind not in DATA or (size and (kind not in EMBEDDED or not size.isdigit() or int(size) < 10)):
+    if kind not in DATA or (size and (kind not in SIZED or not size.isdigit() or int(size) < 10)):
         raise ValueError(
-            f'no data set is called {name!r}; there are {", ".join(DATA)}; shapes:N, patterns:N (N >= 10)'
+            f'no data set is called {name!r}; there are {", ".join(DATA)}; {", ".join(SIZED)} also with :N, '
+            f'N >= 10'
         )
     return kind, int(size) if size else None
 
@@ -168,14 +176,29 @@ def _load_patterns(root, device, size, _):
     return tuple(_resident(*half, PATTERNS, _PATTERNS, device) for half in halves)
 
 
-def _load_cifar10(root, device, *_):
-    halves = read_cifar('cifar10', root)
-    return tuple(_resident(*half, NAMES['cifar10'], _CIFAR10, device) for half in halves)
+def _load_cifar10(root, device, size, _):
+    return _load_cifar('cifar10', root, device, size, _CIFAR10)
 
 
-def _load_cifar100(root, device, *_):
-    halves = read_cifar('cifar100', root)
-    return tuple(_resident(*half, NAMES['cifar100'], _CIFAR100, device) for half in halves)
+def _load_cifar100(root, device, size, _):
+    return _load_cifar('cifar100', root, device, size, _CIFAR100)
+
+
+def _load_cifar(kind: str, root, device, size, mean_std):
+    (images, labels), test = read_cifar(kind, root)
+    if size and size > len(images):
+        raise ValueError(f'{kind}:{size}: there are {len(images)} training images')
+    halves = (images[:size], labels[:size]), test
+    return tuple(_resident(*half, NAMES[kind], mean_std, device) for half in halves)
+
+
+def _load_arrays(root, device, *_):
+    train, test, facts = read_arrays(Path(root))
+    return tuple(_of_arrays(half, facts, device) for half in (train, test))
+
+
+def _of_arrays(half, facts, device) -> Resident:
+    return _resident(*half, facts['class_names'], (facts['mean'], facts['std']), device)
 
 
 def _load_folder(root, device, _, options):
@@ -189,10 +212,11 @@ DATA = {
     'cifar10': _load_cifar10,
     'cifar100': _load_cifar100,
     'folder': _load_folder,
+    'arrays': _load_arrays,
 }
 
 
-EMBEDDED = ('shapes', 'patterns')
+SIZED = ('shapes', 'patterns', 'cifar10', 'cifar100')
 
 
 def _resident(images: np.ndarray, labels: np.ndarray, names, mean_std, device) -> Resident:

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .labels import NO_LABEL
 from .views import count_steps, distort, shares, view_seed
 
+UNLABELLED = '_unlabelled'
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -23,7 +25,8 @@ class Folder:
 
     Training: random resized crop and flip. Test: short side to size * 256 / 224, centre crop. The batches are
     those of Resident: (img, target, index) on the device, img channels_last. Files and folders whose name
-    begins with a dot (.ipynb_checkpoints, ._1.jpg) do not count.
+    begins with a dot (.ipynb_checkpoints, ._1.jpg) do not count. Images below train/_unlabelled have no
+    label, -100.
 
     Args:
         folder: the half's folder.
@@ -63,6 +66,8 @@ class Folder:
             )
         self.notes = [f'{folder}: no images of {_some(empty)}, nothing is measured there'] if empty else []
         self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
+        if class_names is None:
+            self.samples += [(path, NO_LABEL) for path in _images_in(Path(folder) / UNLABELLED)]
         self.num_classes, self.mean, self.std = len(self.class_names), MEAN, STD
         self.device, self.workers = torch.device(device), workers
         self._options = image_size, convert_rgb
@@ -163,7 +168,11 @@ class Folder:
 def _classes_in(folder: Path) -> list[str]:
     """Names of the folders, sorted."""
     try:
-        found = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not x.name.startswith('.'))
+        found = sorted(
+            x.name
+            for x in os.scandir(folder)
+            if x.is_dir() and not x.name.startswith('.') and x.name != UNLABELLED
+        )
     except OSError as error:
         raise ValueError(
             f'{folder}: no image folder, expected <class>/<image> in it ({error.strerror})'

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import models
+from dataset.labels import NO_LABEL
 from engine import side_by_side
 from engine.batch import Batch, Probe
 from engine.device import PRECISIONS
@@ -82,6 +83,19 @@ def check_teachers(args, names: set[str]) -> None:
     refuse_many_processes(names, KD)
 
 
+def check_labels(wanted: dict[str, list[Term]], train, log) -> None:
+    """Say how many images have no label, and refuse methods that need everybody's."""
+    without = int((train.targets == NO_LABEL).sum())
+    if not without:
+        return
+    for terms in wanted.values():
+        for term in terms:
+            needs = term.method.needs
+            if not needs.teacher or 'pair' in needs.views:
+                raise UserError(f'{term.name}: needs the labels of all images, and {without} have none')
+    log(f'{without} of {len(train)} training images have no label: the teacher alone speaks of them')
+
+
 def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device) -> list[Run]:
     """The students, all with the weights of net_s, each with its losses, optimiser, generator and record."""
     every = [term.method for terms in wanted.values() for term in terms]
@@ -130,6 +144,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
         step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast, args.kd_stop)
+        step.all_labelled = bool((train.targets != NO_LABEL).all())
         parameters = [p for p in step.parameters() if p.requires_grad]
         own = [term for term in terms if term.method.own.optimiser]
         with user_errors():

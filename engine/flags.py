@@ -46,6 +46,13 @@ def add_common_flags(
     add_output_flags(parser)
 
 
+def add_label_flag(flag) -> None:
+    flag('--labelled', type=fraction, metavar='F',
+         help='share of the training images that keep their labels, drawn by --seed; of the others '
+              'train_base.py sees nothing, and train_kd.py learns what a teacher says; default: all that '
+              'have one')  # fmt: skip
+
+
 def add_output_flags(parser: Parser) -> None:
     """Where results go, how a run goes on, and what it shows meanwhile."""
     # fmt: off
@@ -77,9 +84,10 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
     # fmt: off
     flag = parser.add_argument_group('data').add_argument
     flag('--data_name', default='shapes', metavar='NAME',
-         help=f'shapes, patterns, cifar10, cifar100, folder{more}; shapes and patterns (tiny, for data-free '
-              'methods) are embedded, no download, and shapes:N has N training images; folder: '
-              'IMG_ROOT/train and IMG_ROOT/val with one folder per class; default shapes')
+         help=f'shapes, patterns, cifar10, cifar100, folder, arrays{more}; shapes and patterns (tiny, for '
+              'data-free methods) are embedded, no download, and shapes:N, cifar10:N have N training images; '
+              'folder: IMG_ROOT/train and IMG_ROOT/val with one folder per class; arrays: IMG_ROOT/train.npz '
+              'and IMG_ROOT/test.npz; default shapes')
     flag('--img_root', default='./data', help='where the data lies, default ./data')
     flag('--image_size', type=positive_int, default=224, help='folder only: side of the crops, default 224')
     flag('--workers', type=whole_number, default=4, help='folder only: decoding processes, default 4')

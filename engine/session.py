@@ -198,10 +198,18 @@ def load_data(args: argparse.Namespace, device: torch.device, log: Callable = la
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)
+        val = labelled_part(val)
+    if getattr(args, 'labelled', None):
+        train = dataset.forget_labels(train, args.labelled, args.seed)
     if args.batch_size > len(train):
         raise UserError(f'--batch_size {args.batch_size}: the training set has {len(train)} images only')
     share(train, val, test)
     return train, val, test
+
+
+def labelled_part(data):
+    with user_errors():
+        return dataset.only_labelled(data)
 
 
 def share(*sets) -> None:

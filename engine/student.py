@@ -63,6 +63,7 @@ class Student(nn.Module):
         self.net, self.losses = net, nn.ModuleList(term.loss for term in terms)
         self.terms, self.amp, self.ce, self.gather, self.cast = terms, amp, ce, gather, cast
         self.stop = stop
+        self.all_labelled = True  # no target is -100
 
     def forward(self, batch: Batch, weights: dict[str, float], inner: dict[str, float], phase: str):
         """Logits, and {'ce': cross-entropy, method: its loss, ...} for the methods that have a weight.
@@ -82,7 +83,7 @@ class Student(nn.Module):
         batch.net_s, batch.student = self.net, self.look_at
         batch.raw = self.raw(batch.img)
         s = InFloat32(batch.raw)
-        losses = {} if phase == 'init' else {'ce': F.cross_entropy(s.out, batch.target)}
+        losses = {} if phase == 'init' else {'ce': self.cross_entropy(s.out, batch.target)}
         for term in self.terms:
             if term.name not in weights:
                 continue
@@ -93,6 +94,12 @@ class Student(nn.Module):
                 seen = self.gather(*seen)
             losses[term.name] = term.method.feed(term.loss, *seen)
         return s.out, losses
+
+    def cross_entropy(self, out: Tensor, target: Tensor) -> Tensor:
+        if self.all_labelled:
+            return F.cross_entropy(out, target)
+        count = (target != -100).sum()  # may be 0
+        return F.cross_entropy(out, target, reduction='sum') / count.clamp(min=1)
 
     def look_at(self, img: Tensor) -> InFloat32:
         """What the student says of further images."""

@@ -193,3 +193,8 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 def feed(kd, s, t, batch):
     """t.out: logits of a teacher, or logarithms of stored probabilities."""
     return kd(s.out, _full(t.out.detach(), s.out).softmax(dim=1))
+
+
+def feed_strong(kd, s, t, batch):
+    """Noisy student: the teacher's answer to the plain crop is the label of a distorted view."""
+    return kd(batch.student(batch.views['strong']).out, _full(t.out.detach(), s.out).softmax(dim=1))

@@ -186,6 +186,8 @@ KD = {
                        limits=Limits(no_graph='its paths are drawn by the host')),
     'fitnet':   Method(fitnet.FitNet,          0.1, last_map_same_size,  last_channels,      needs=last),
     'fkd_labels': Method(fkd_labels.SoftCE,    1.0, fkd_labels.feed,     plain,              When(ce=0)),
+    'fkd_labels_strong': Method(fkd_labels.SoftCE, 1.0, fkd_labels.feed_strong, plain,  When(ce=0),
+                       Needs(views=('strong',))),
     'fsp':      Method(fsp.FSP,                1.0, fsp.feed,            per_stage, When(alone=50), stages),
     'ft':       Method(ft.FactorTransfer,    200.0, last_map_same_size,  ft.build, When(pretrain=30), last,
                        Own(pretrain=ft.pretrain)),

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.flags import Parser
+from engine.parser import Parser
 from report.speed import table
 
 FOLDER = Path(__file__).parent.parent / 'results' / 'cifar10-seeds-rest'

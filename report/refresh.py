@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.parser import Parser
 from engine.record import write_atomic
-from report import code, dense, dfkd, explain, ka, lm, page, pages, pairs, speed, table, transfer
+from report import code, dense, dfkd, explain, ka, lm, page, pages, pairs, speed, table, tasks, transfer
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r'<!-- ([\w/-]+):begin -->')
@@ -75,6 +75,8 @@ def part(name: str) -> str:
         raise UserError(f'<!-- {name}:begin -->: there is no results/{folder}')
     if kind == 'lm':
         return lm.text_of(results)
+    if kind == 'tasks':
+        return tasks.text_of(results)
     if kind == 'summary':
         return table.summary(table.read_results([str(results)]))
     return tables_of(results)[results / 'table.md']

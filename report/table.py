@@ -48,7 +48,24 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
         method = r['method'] + (f' until epoch {r["kd_stop"]}' if 'kd_stop' in r else '')
         key = (r['data'], r['teacher'] if taught else '', r['student'], method, r['epochs'])
         groups.setdefault(key, []).append(r)
+    groups = {
+        (*key[:3], key[3] + more, key[4]): runs
+        for key, every in groups.items()
+        for more, runs in apart(every).items()
+    }
     return dict(sorted(groups.items(), key=lambda item: (item[0][3] != 'baseline', -mean(item[1], 'last'))))
+
+
+def apart(runs: list[dict]) -> dict[str, list[dict]]:
+    """{what tells them apart: runs}: those of one seed are no repetitions, they differ in something."""
+    if len({r['seed'] for r in runs}) == len(runs):
+        return {'': runs}
+    made = {}
+    for r in runs:
+        options = [f'{k}={v}' for _, _, given, *_ in r['recipe'].get('methods', []) for k, v in given.items()]
+        options += [f'teacher at {r["teacher_top1"]:.2f}'] if r.get('teacher_top1') else []
+        made.setdefault(f' ({", ".join(options)})', []).append(r)
+    return made
 
 
 def mean(runs: list[dict], which: str) -> float:
@@ -113,12 +130,13 @@ def table(results: list[dict]) -> str:
         '| ' + ' | '.join(COLUMNS) + ' |',
         '|---' * len(COLUMNS) + '|',
     ]
-    groups = group(results)
+    groups, several = group(results), len({r['data'] for r in results}) > 1
     for key, runs in groups.items():
-        _, teacher, student, method, _ = key
+        data, teacher, student, method, _ = key
         alone = baseline_of(groups, key)
         gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
         pair = f'{teacher} -> {student}' if teacher else student
+        pair += f', {data}' if several else ''
         if method == 'baseline' and student not in students_of(groups):
             method = 'teacher'
         last, best = (spread([r[which]['top1'] for r in runs]) for which in ('last', 'best'))

@@ -29,7 +29,6 @@ from engine.device import autocast, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import (  # noqa: E402
-    Parser,
     add_data_flags,
     add_machine_flags,
     add_place_flags,
@@ -38,6 +37,7 @@ from engine.flags import (  # noqa: E402
     positive_int,
     seed_number,
 )
+from engine.parser import Parser  # noqa: E402
 from engine.recipe import resume_point  # noqa: E402
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json  # noqa: E402
 from engine.session import Log, StopAfterEpoch, progress_bar, read_data  # noqa: E402

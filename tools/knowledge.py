@@ -30,13 +30,8 @@ from engine import errors, optimise  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import (  # noqa: E402
-    Parser,
-    add_common_flags,
-    positive_float,
-    positive_int,
-    whole_number,
-)
+from engine.flags import add_common_flags, positive_float, positive_int, whole_number  # noqa: E402
+from engine.parser import Parser  # noqa: E402
 from engine.recipe import load_checkpoint, math_args, resume_point  # noqa: E402
 from engine.record import (
     Record,

@@ -30,7 +30,7 @@ from engine import errors  # noqa: E402
 from engine.batch import as_float  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
-from engine.flags import Parser, add_common_flags, positive_int  # noqa: E402
+from engine.flags import add_common_flags, positive_int  # noqa: E402
 from engine.ka_tools import (  # noqa: E402
     begin,
     class_teachers,
@@ -40,6 +40,7 @@ from engine.ka_tools import (  # noqa: E402
     train,
     write_table,
 )
+from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
 from engine.session import load_data  # noqa: E402

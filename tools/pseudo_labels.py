@@ -5,8 +5,8 @@
     python train_kd.py --kd_mode fkd_labels --soft_labels save/labels --data_name cifar10 --s_name resnet20
 
 Students then need no teacher, only its answers (a black box), and pay no forward pass of it. The labels of
-the data are not read. A training with more epochs than stored goes round; it must have the same --seed, since
-that decides the crops.
+the data are not read; images may have none (IMG_ROOT/train/_unlabelled of a folder). A training with more
+epochs than stored goes round; it must have the same --seed, since that decides the crops.
 """
 
 import json

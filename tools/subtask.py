@@ -30,8 +30,9 @@ from engine.batch import as_float  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import Parser, add_common_flags, fraction, positive_float, positive_int  # noqa: E402
+from engine.flags import add_common_flags, fraction, positive_float, positive_int  # noqa: E402
 from engine.ka_tools import begin, record_of, train, write_table  # noqa: E402
+from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
 from engine.session import load_data  # noqa: E402

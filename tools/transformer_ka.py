@@ -26,8 +26,9 @@ from engine import errors  # noqa: E402
 from engine.detection import WithLabels, ap_of_kinds  # noqa: E402
 from engine.device import setup  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.flags import Parser, add_common_flags, positive_float, positive_int  # noqa: E402
+from engine.flags import add_common_flags, positive_float, positive_int  # noqa: E402
 from engine.ka_tools import begin, record_of, train, write_table  # noqa: E402
+from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import fingerprint, provenance, write_json  # noqa: E402
 from ka_losses.transformer_ka import SeqAgg, SeqHint, TaskAmalgamation  # noqa: E402

@@ -8,7 +8,7 @@ it, too.
 
 from pathlib import Path
 
-from engine.flags import Parser
+from engine.parser import Parser
 from engine.record import write_atomic
 
 DOCS = Path(__file__).parent.parent.parent / 'docs'

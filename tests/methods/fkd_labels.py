@@ -8,6 +8,12 @@ from tests.methods.shared import Case
 exceptions = {
     'masked_class': 'a class of probability 0 counts nothing',
 }
+rows = {
+    'fkd_labels_strong': {
+        'coarse': 'another view',
+        'layers': 'another view',
+    },
+}
 NAMES = {
     'hard': 'hard',
     'smoothing': 'smoothing',

@@ -1,0 +1,57 @@
+"""Images of one's own in memory: ROOT/train.npz and ROOT/test.npz, as tools/select_mixup.py writes them.
+
+images       (N, H, W, 3) uint8
+labels       (N,) integers; -100: none
+class_names  (K,) strings, in the order of the labels      train.npz only
+mean, std    (3,) of pixels in 0..1                        train.npz only; left out: of its images
+"""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from .labels import NO_LABEL
+
+
+def read_arrays(root: Path):
+    """(training images, labels), (test images, labels), {class_names, mean, std}.
+
+    Raises:
+        ValueError: a file that is missing or not of this form.
+    """
+    train, test = (_read(root / f'{half}.npz') for half in ('train', 'test'))
+    if 'class_names' not in train:
+        raise ValueError(f'{root / "train.npz"}: has no class_names')
+    names = [str(name) for name in train['class_names']]
+    halves = []
+    for half, file in (('train', train), ('test', test)):
+        images, labels = file['images'], file['labels'].astype(np.int64)
+        legal = (labels >= 0) & (labels < len(names)) | (labels == NO_LABEL) & (half == 'train')
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) != len(labels):
+            raise ValueError(
+                f'{root / half}.npz: images must be (N, H, W, 3) uint8 with N labels, got '
+                f'{images.shape} {images.dtype} and {labels.shape}'
+            )
+        if not legal.all():
+            raise ValueError(
+                f'{root / half}.npz: label {labels[~legal][0]} is none of 0..{len(names) - 1}'
+                f'{" or -100" if half == "train" else ""}'
+            )
+        halves.append((np.ascontiguousarray(images), labels))
+    pixels = halves[0][0].reshape(-1, 3) / 255 if 'mean' not in train or 'std' not in train else None
+    mean, std = (train['mean'], train['std']) if pixels is None else (pixels.mean(axis=0), pixels.std(axis=0))
+    facts = {'class_names': names, 'mean': tuple(map(float, mean)), 'std': tuple(map(float, std))}
+    return *halves, facts
+
+
+def _read(path: Path) -> dict:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f'{path}: cannot be read as arrays ({type(error).__name__})') from None
+    missing = [name for name in ('images', 'labels') if name not in content]
+    if missing:
+        raise ValueError(f'{path}: has no {missing[0]}')
+    return content

@@ -1,0 +1,116 @@
+"""Active mixup: choose mixes of a few unlabelled images, for a teacher to label (Wang et al., CVPR 2020).
+
+    python tools/select_mixup.py --data_name cifar10 --real 500 --out save/pool0
+    python tools/pseudo_labels.py --data_name arrays --img_root save/pool0 --t_name resnet56 \\
+        --t_model save/teacher/net.pt --kind hard --out save/pool0/labels
+    python train_kd.py --kd_mode fkd_labels --data_name arrays --img_root save/pool0 \\
+        --soft_labels save/pool0/labels --s_name resnet20 --note active0
+    python tools/select_mixup.py --data_name cifar10 --real 500 --select 10000 --s_name resnet20 \\
+        --s_model save/active0/fkd_labels/student.pt --out save/pool1
+
+and so on, with save/pool1. Without --s_model the pool is the real images alone; with it, those and the mixes
+of which this student is least sure, each at the worst of eleven shares. No label of the data is read;
+--earlier keeps the mixes of earlier pools.
+
+Writes OUT/train.npz and OUT/test.npz, which every script reads as --data_name arrays --img_root OUT (the test
+set is the data's own), and OUT/pool.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import dataset  # noqa: E402
+import models  # noqa: E402
+from dataset.arrays import read_arrays  # noqa: E402
+from dataset.mixup import all_pairs, hardest, mix  # noqa: E402
+from engine import errors  # noqa: E402
+from engine.device import autocast, setup  # noqa: E402
+from engine.errors import UserError, user_errors  # noqa: E402
+from engine.flags import add_data_flags, add_machine_flags, positive_int, seed_number  # noqa: E402
+from engine.parser import Parser  # noqa: E402
+from engine.record import output_folder, provenance, write_atomic  # noqa: E402
+from engine.session import read_data  # noqa: E402
+from engine.teachers import load_teacher  # noqa: E402
+
+
+def parse_args(words=None):
+    parser = Parser(__doc__)
+    # fmt: off
+    flag = parser.add_argument
+    flag('--out', required=True, metavar='FOLDER', help='where train.npz, test.npz and pool.json go')
+    flag('--real', type=positive_int, default=500, metavar='R',
+         help='unlabelled images that there are, drawn by --seed; default 500')
+    flag('--s_name', metavar='NAME', help=f'student: {models.NAMES}')
+    flag('--s_model', metavar='FILE', help="the student's weights; without, no mixes are chosen")
+    flag('--select', type=positive_int, default=10000, metavar='N', help='mixes to choose, default 10000')
+    flag('--pairs', type=positive_int, metavar='N',
+         help='pairs to look at, drawn by --seed; default: all R (R - 1) / 2, eleven looks each')
+    flag('--earlier', nargs='*', default=[], metavar='FOLDER', help='pools whose mixes are kept beside')
+    flag('--seed', type=seed_number, default=2, help='of the real images and of --pairs, default 2')
+    # fmt: on
+    add_data_flags(parser)
+    add_machine_flags(parser)
+    return parser.parse_args(words)
+
+
+def main():
+    args = parse_args()
+    if bool(args.s_name) != bool(args.s_model):
+        raise UserError('--s_name and --s_model: give both, or none for a pool without mixes')
+    device = setup(args)
+    train, test = read_data(args, device)
+    if not isinstance(train, dataset.Resident):
+        raise UserError(f'--data_name {args.data_name}: mixes are of sets in memory, not of folders')
+    if args.real > len(train):
+        raise UserError(f'--real {args.real}: there are {len(train)} training images')
+    generator = torch.Generator().manual_seed(args.seed)
+    real = train.images[torch.randperm(len(train), generator=generator)[: args.real].to(device)]
+    pool, facts = [real], {'real': args.real, 'data': args.data_name, 'seed': args.seed, 'mixes': 0}
+    for folder in args.earlier:
+        with user_errors():
+            (images, _), *_ = read_arrays(Path(folder))
+        pool.append(torch.from_numpy(images[args.real :]).to(device))
+    if args.s_model:
+        amp = autocast(device, args.amp)
+        with user_errors():
+            net = models.build_for(args.s_model, args.s_name, train.num_classes)
+        measured = load_teacher(net, args.s_model, test, amp)
+        pairs = all_pairs(args.real)
+        if args.pairs:
+            pairs = pairs[torch.randperm(len(pairs), generator=generator)[: args.pairs]]
+        if args.select > len(pairs):
+            raise UserError(f'--select {args.select}: there are {len(pairs)} pairs')
+
+        @torch.no_grad()
+        def top(images):
+            with amp():
+                out = net(train._normalise(images))
+            return out.float().softmax(dim=1).amax(dim=1)
+
+        pairs, shares = hardest(top, real, pairs, args.select)
+        mixes = mix(real, pairs, shares)
+        pool.append(mixes)
+        sure = float(torch.cat([top(some) for some in mixes.split(500)]).mean())
+        facts |= {'student': args.s_name, 'student_top1': measured['top1'], 'mean_top_probability': sure}
+        print(
+            f'student {args.s_name}: top-1 {measured["top1"]:.2f}; of the chosen mixes it is {sure:.2f} sure'
+        )
+    images = torch.cat(pool).cpu().numpy()
+    folder = output_folder(Path(args.out))
+    names = np.array(train.class_names or [str(c) for c in range(train.num_classes)])
+    np.savez(folder / 'train.npz', images=images, labels=np.full(len(images), -100), class_names=names,
+             mean=np.array(train.mean), std=np.array(train.std))  # fmt: skip
+    np.savez(folder / 'test.npz', images=test.images.cpu().numpy(), labels=test.targets.cpu().numpy())
+    facts['mixes'] = len(images) - args.real
+    write_atomic(folder / 'pool.json', json.dumps(facts | provenance(device), indent=1).encode())
+    print(f'{folder}: {args.real} real images and {facts["mixes"]} mixes, without labels')
+
+
+if __name__ == '__main__':
+    errors.run(main)
