@@ -13,6 +13,7 @@
 #   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, faces, tables, figures
 #   bash example_train_script.sh ka_tools     ... its losses with a trainer of their own, embedded data, CPU
 #   bash example_train_script.sh lm           language models on Python's own reference, CPU, a few minutes
+#   bash example_train_script.sh dense        segmentation and detection of embedded rooms, CPU, a few minutes
 #   bash example_train_script.sh METHOD       ... the block of one method
 #   bash example_train_script.sh --dry-run quick      print the commands instead of running them
 #   bash example_train_script.sh --help
@@ -45,6 +46,8 @@ FACE_NET=${FACE_NET:-resnet8}     # ka: their networks, and of one wider teacher
 WIDE_NET=${WIDE_NET:-wrn_10_2}
 LM_MODES=${LM_MODES:-ce fkl gkd distillm rkl}    # lm: methods
 TEXT=${TEXT:-pydoc}               # lm: pydoc, markov or a file
+SEG_MODES=${SEG_MODES:-alone st cwd ifvd}        # dense: methods of segmentation
+DET_MODES=${DET_MODES:-alone pkd}                # dense: of detection
 DFKD_DATA=${DFKD_DATA:-patterns}  # dfkd: the teacher's data, whose images are not used
 DFKD_MODES=${DFKD_MODES:-dafl dfad fastdfkd}    # dfkd: which methods
 DFKD_FLAGS=${DFKD_FLAGS:-}        # dfkd: anything else for train_dfkd.py, e.g. '--amp bf16'
@@ -425,6 +428,21 @@ lm() {
         --note "lm-${TEXT##*/}-s$SEED" --resume auto $FLAGS
 }
 
+# A segmenter and a detector teach smaller ones; the two trainings run beside each other, on a core each.
+dense() {
+    local common=(--data_name scenes --img_root "$IMG_ROOT" --save_root "$SAVE_ROOT" --seed "$SEED" --threads 1
+        --batch_size 8 --resume auto)
+    # shellcheck disable=SC2086  # modes and FLAGS are several words
+    quietly py train_dense.py --task segmentation --kd_mode $SEG_MODES "${common[@]}" \
+        --note "segmentation-scenes-s$SEED" $FLAGS
+    # shellcheck disable=SC2086
+    py train_dense.py --task detection --kd_mode $DET_MODES "${common[@]}" --steps 250 --t_steps 400 \
+        --eval_every 125 --note "detection-scenes-s$SEED" $FLAGS
+    wait_for_the_quiet_one
+    py -m report dense "$SAVE_ROOT/segmentation-scenes-s$SEED" "$SAVE_ROOT/detection-scenes-s$SEED" \
+        --out "$SAVE_ROOT/dense-scenes-s$SEED"
+}
+
 # All methods, in processes of GROUP students.
 every_method() {
     local group=()
@@ -514,9 +532,9 @@ say() {    # a heading for who watches
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, faces, ka_tools, lm, or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, faces, ka_tools, lm, dense, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd table dfkd ka rooms faces ka_tools lm $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd table dfkd ka rooms faces ka_tools lm dense $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in

@@ -38,7 +38,12 @@ def scene(index: int, seed: int = 0, size: int = 48) -> tuple[np.ndarray, ...]:
 def objects(index: int, seed: int = 0, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
     """What an object detector should find: kinds (M,), 0 box, 1 sphere, 2 cylinder, and boxes (M, 4) as
     centre x, centre y, width, height in 0..1 of what is visible."""
-    _, _, _, _, owner, kinds = _cast(index, seed, size)
+    return annotated(index, seed, size)[2:]
+
+
+def annotated(index: int, seed: int = 0, size: int = 48) -> tuple[np.ndarray, ...]:
+    """image and seg as of scene, kinds and boxes as of objects, from one look at the room."""
+    image, seg, _, _, owner, kinds = _cast(index, seed, size)
     found, boxes = [], []
     for number, kind in enumerate(kinds):
         rows, columns = np.nonzero(owner == number + 1)
@@ -47,7 +52,7 @@ def objects(index: int, seed: int = 0, size: int = 48) -> tuple[np.ndarray, np.n
         low, high = np.array([columns.min(), rows.min()]), np.array([columns.max(), rows.max()]) + 1
         found.append(kind)
         boxes.append(np.concatenate([(low + high) / 2, high - low]) / size)
-    return np.array(found, dtype=np.int64), np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    return image, seg, np.array(found, dtype=np.int64), np.array(boxes, dtype=np.float32).reshape(-1, 4)
 
 
 def _stacked(scenes: list[tuple]) -> list[torch.Tensor]:

@@ -17,11 +17,13 @@ from methods import Method
 READS = {
     r'\.out\b|\bouts?\b': 'logits',
     r'\.feat\b': 'embeddings',
-    r'\.fms\b': 'maps',
+    r'\.(fms|pyramid)\b': 'maps',
+    r'\.towers\b': 'maps inside the head',
     r'\.pres\b': 'maps before the ReLU',
     r'\.tokens\b': 'patch tokens',
     r'\.extra\b': 'layers added to the student',
     r'\.target\b': 'labels',
+    r'\.boxes\b': 'boxes',
     r'\.index\b': 'image numbers',
     r'\.views\b': '',  # the row says which
     r'classifier_layer|\.after\(': 'parts of the networks themselves',
@@ -89,6 +91,8 @@ def needs(row) -> list[str]:
     words = [word for pattern, word in READS.items() if word and re.search(pattern, source)]
     if 'maps' in words and 'maps before the ReLU' in words:
         words.remove('maps')
+    if getattr(row, 'task', ''):  # a feat of theirs is a map
+        words = list(dict.fromkeys('maps' if word == 'embeddings' else word for word in words))
     if isinstance(row, Method):
         return words + _of_distillation(row)
     needed, soft = row.needs, row.when.soft  # an amalgamation
@@ -132,8 +136,15 @@ def _of_distillation(row) -> list[str]:
         *(['vision transformers'] if needed.tokens else []),
         *(['one process'] if row.limits.one_process else []),
         *([f'{when.alone} of 200 epochs alone'] if when.alone else []),
+        *dense(row),
         *([f'{when.pretrain} of 200 epochs for its own modules'] if when.pretrain else []),
     ]
+
+
+def dense(row) -> list[str]:
+    """What a row of train_dense.py is for."""
+    task = getattr(row, 'task', '')
+    return [f'for {task}'] * bool(task) + [f'only {head}' for head in getattr(row, 'heads', ())]
 
 
 def arguments(row) -> str:

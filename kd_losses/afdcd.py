@@ -209,3 +209,24 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    x, y = s.fms[-1], t.fms[-1]
+    x = (
+        x
+        if x.shape[2:] == y.shape[2:]
+        else F.interpolate(x, y.shape[2:], mode='bilinear', align_corners=False)
+    )
+    return kd(x, y, generator=batch.generator)
+
+
+def build(loss, probe, **options):
+    y = probe.t.fms[-1]
+    pool = next(
+        (p for p in (4, 2) if not any(side % (4 * p) for side in y.shape[2:])), 0
+    )  # of small maps less
+    return loss(probe.s.fms[-1].shape[1], y.shape[1], **{'pool': pool, **options})

@@ -313,3 +313,23 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    x, y = s.feat, t.feat
+    x = (
+        x
+        if x.shape[2:] == y.shape[2:]
+        else F.interpolate(x, y.shape[2:], mode='bilinear', align_corners=False)
+    )
+    return kd(x, y, batch.target, generator=batch.generator)
+
+
+def build(loss, probe, **options):
+    n = probe.pictures  # no longer queues than they have vectors for
+    lengths = {'pixel_memory': min(20000, 16 * n), 'region_memory': min(2000, n)}
+    widths = probe.s.feat.shape[1], probe.t.feat.shape[1]
+    return loss(*widths, probe.num_classes, **{**lengths, **options})

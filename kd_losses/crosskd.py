@@ -219,3 +219,20 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    """The student's towers, aligned, through the last layers of the teacher's RetinaNet head."""
+    head_s, head_t = s.head, t.head
+    across = {
+        name: [align(x, y) for x, y in zip(maps, t.towers[name], strict=True)]
+        for name, maps in s.towers.items()
+    }
+    out_s, reg_s = t.finished(across)
+    out_t, reg_t = (head_t[key].flatten(0, 1) for key in ('cls_logits', 'bbox_regression'))
+    if head_s['cls_logits'].shape != head_t['cls_logits'].shape:
+        raise ValueError('crosskd: student and teacher must have the same anchors and classes')
+    return kd(out_s, out_t, reg_s, reg_t, *s.matched(), torch.cat(s.anchors))

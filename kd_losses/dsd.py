@@ -153,3 +153,13 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    size, sides = t.out.shape[2:], ([s.fms[-2], s.feat, s.out], [t.fms[-2], t.feat, t.out])
+    return kd(
+        *([F.interpolate(x, size, mode='bilinear', align_corners=False) for x in maps] for maps in sides)
+    )

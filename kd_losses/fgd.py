@@ -211,3 +211,18 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    return sum(k(x, y, batch.boxes, batch.image_size) for k, x, y in zip(kd, s.fms, t.fms))
+
+
+def build(loss, probe, **options):
+    of_two_stages = zip(('alpha', 'beta', 'gamma', 'lambd'), (5e-5, 2.5e-5, 5e-5, 5e-7))
+    weights = dict(of_two_stages) if probe.s.two_stage else {}
+    return nn.ModuleList(
+        loss(x.shape[1], y.shape[1], **{**weights, **options}) for x, y in zip(probe.s.fms, probe.t.fms)
+    )

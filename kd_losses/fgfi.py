@@ -142,3 +142,20 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def feed(kd, s, t, batch):
+    loss = 0.0
+    for k, x, y, anchors in zip(kd, s.fms, t.fms, s.anchors_of_levels()):
+        loss = loss + k(
+            x, y, torch.stack([imitation_mask(anchors, boxes, pixel=0.0) for boxes in batch.boxes])
+        )
+    return loss
+
+
+def build(loss, probe, **options):
+    widths = ((x.shape[1], y.shape[1]) for x, y in zip(probe.s.fms, probe.t.fms))
+    return nn.ModuleList(loss(*pair, **{'relu': False, **options}) for pair in widths)

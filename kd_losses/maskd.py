@@ -210,3 +210,21 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def learn(kd, t, batch):
+    """First phase of detectors, also freekd's: the masked maps go through the teacher's heads."""
+    maps, overlaps = zip(*(k.learn(fm) for k, fm in zip(kd, t.fms)))
+    return t.replaced(list(maps)).loss() + sum(overlaps)
+
+
+def learn_seg(kd, t, batch):
+    out, overlap = kd.learn(t.out)
+    return t.replaced(out).loss(batch.target) + overlap
+
+
+def build_seg(loss, probe, **options):
+    return loss(None, probe.num_classes, **{'tokens': 8, 'weighted': False, 'half': True, **options})

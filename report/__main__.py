@@ -4,6 +4,7 @@
     ka FOLDER... --out FOLDER         train_ka.py and the tools of its losses: table.md, table.csv
     figures FOLDER --out FOLDER       figures of a run of train_ka.py
     dfkd FOLDER... --out FOLDER       table and images of train_dfkd.py: table.md, images.png
+    dense FOLDER... --out FOLDER      table and pictures of train_dense.py: table.md, panels-TASK.png
     tasks FOLDER                      table and figure of tools/sequences.py or tools/graphs.py: curves.png
     page                              docs/index.html and a page per method: what the page shows, made anew
     overview FOLDER                   one table and one figure of all that was trained below a folder
@@ -19,7 +20,7 @@ import sys
 from engine import errors
 from engine.errors import UserError
 
-COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'tasks', 'overview', 'explain', 'page', 'refresh')
+COMMANDS = ('table', 'ka', 'figures', 'dfkd', 'dense', 'tasks', 'overview', 'explain', 'page', 'refresh')
 
 
 def main() -> int | None:

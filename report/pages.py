@@ -9,16 +9,17 @@ from unittest import mock
 
 from engine import listing
 from methods import KA, KD, LM, PEERS
+from methods.dense import DENSE
 from methods.dfkd import DFKD
 
 ROOT = Path(__file__).parent.parent
-TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm', 'train_dfkd')
+TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm', 'train_dfkd', 'train_dense')
 OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.pseudo_labels',
           'tools.subtask', 'tools.recombination', 'tools.ood_ka', 'tools.transformer_ka',
           'tools.select_mixup', 'tools.sequences', 'tools.graphs', 'tools.spots', 'tools.box', 'tools.slim',
           'tools.graft', 'tools.kdexplainer', 'tools.knowledge', 'tools.transferability',
           'tools.transferability_graph', 'dataset.download', 'report.table', 'report.ka', 'report.figures',
-          'report.dfkd', 'report.explain', 'report.tasks', 'report.refresh')  # fmt: skip
+          'report.dfkd', 'report.dense', 'report.explain', 'report.tasks', 'report.refresh')  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ methods
 
@@ -41,6 +42,7 @@ GROUPS = {
     'Self-distillation, no teacher (`train_kd.py`)': {n: m for n, m in KD.items() if n not in TAUGHT},
     'Networks that learn from each other (`train_dml.py`)': PEERS,
     'Language models (`train_lm.py`)': LM,
+    'Segmentation and detection (`train_dense.py`)': DENSE,
     'Amalgamation: several teachers that know different things, no labels (`train_ka.py`)':
         KA,
     'Without data: images are made from what the teacher knows (`train_dfkd.py`)': DFKD,
@@ -101,8 +103,8 @@ Written by `python -m report refresh` from the scripts' own parsers: what `--hel
 
 ## The training scripts
 
-`base`, `kd`, `dml`, `ka`, `lm`, `dfkd`: train_base.py, train_kd.py, train_dml.py, train_ka.py, train_lm.py,
-train_dfkd.py.
+`base`, `kd`, `dml`, `ka`, `lm`, `dfkd`, `dense`: train_base.py, train_kd.py, train_dml.py, train_ka.py,
+train_lm.py, train_dfkd.py, train_dense.py.
 
 | flag | of | meaning |
 |---|---|---|

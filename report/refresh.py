@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.parser import Parser
 from engine.record import write_atomic
-from report import code, dfkd, explain, ka, lm, page, pages, pairs, speed, table, tasks, transfer
+from report import code, dense, dfkd, explain, ka, lm, page, pages, pairs, speed, table, tasks, transfer
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r'<!-- ([\w/-]+):begin -->')
@@ -60,6 +60,8 @@ def tables_of(folder: Path) -> dict[Path, str]:
         return {folder / 'table.md': table.table(results)}
     if dfkd.mine(results):
         return {folder / 'table.md': dfkd.table(results)}
+    if dense.mine(results):
+        return {folder / 'table.md': dense.text_of(dense.mine(results))}
     return {}
 
 

@@ -17,6 +17,7 @@ import torch
 import engine.flags
 import models
 import train_base
+import train_dense
 import train_dml
 import train_ka
 import train_kd as train_kd_module
@@ -130,6 +131,30 @@ def test_the_flags_are_frozen(monkeypatch):
     text |= {'--device', '--amp', '--threads', '--deterministic', '--lambda_ce', '--t_model', '--dry_run'}
     text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every'}
     assert flags_of(train_lm, monkeypatch) == loss | text
+    dense = {'-h', '--help', '--debug', '--data_name', '--img_root', '--batch_size', '--lr', '--milestones'}
+    dense |= {
+        '--seed',
+        '--device',
+        '--amp',
+        '--threads',
+        '--deterministic',
+        '--save_root',
+        '--note',
+        '--resume',
+    }
+    dense |= {
+        '--schedule',
+        '--workers',
+        '--t_name',
+        '--t_model',
+        '--s_name',
+        '--s_init',
+        '--size',
+        '--labelled',
+    }
+    dense |= {'--optim', '--dry_run', '--steps', '--t_steps', '--eval_every'}  # as those of other scripts
+    dense |= {'--task', '--unlabelled', '--warmup'}
+    assert flags_of(train_dense, monkeypatch) == loss | dense
 
 
 @pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_dml'])
@@ -771,6 +796,15 @@ def test_the_language_model_command_parses(tmp_path, monkeypatch):
     args = parsed(call, monkeypatch)
     assert args.data_name == 'pydoc' and args.note == 'lm-pydoc-s2' and args.resume == 'auto'
     assert set(train_lm.read_methods(args)) >= {'ce', 'fkl', 'gkd', 'distillm'}
+
+
+def test_the_dense_commands_parse(tmp_path, monkeypatch):
+    calls = [call for call in commands(tmp_path, 'dense') if call[0].startswith('train_')]
+    both = [parsed(call, monkeypatch) for call in calls]
+    assert {args.task for args in both} == {'segmentation', 'detection'}, 'both at a time, in any order'
+    for args in both:
+        assert args.data_name == 'scenes' and args.resume == 'auto' and args.threads == 1
+        assert len(train_dense.read_methods(args)) >= 2
 
 
 def test_dry_run_prints_and_does_nothing(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from methods import KA as KA_METHODS
 from methods import LM, METHODS
+from methods.dense import DENSE
 from methods.dfkd import DFKD
 from report import refresh
 from report.pages import parser_of
@@ -93,7 +94,7 @@ def test_the_commands_are_right(words):
         if module == 'report':
             module, rest = f'report.{rest[0]}', rest[1:]
         args = parser_of(module).parse_args(rest)
-        if module in ('train_kd', 'train_lm'):
+        if module in ('train_kd', 'train_lm', 'train_dense'):
             importlib.import_module(module).read_methods(args)
     else:
         assert words[0] in ('bash', 'export', 'python', 'sbatch', 'torchrun')
@@ -114,7 +115,7 @@ def test_links_and_files_exist(page):
 def test_every_link_to_a_difference_has_its_line():
     there = set(re.findall(r'<a id="(\w+)">', TEXT[ROOT / 'docs' / 'differences.md']))
     assert set(re.findall(r'differences\.md#(\w+)\)', TEXT[ROOT / 'docs' / 'methods.md'])) <= there
-    assert there <= METHODS.keys() | KA_METHODS.keys() | LM.keys() | DFKD.keys()
+    assert there <= METHODS.keys() | KA_METHODS.keys() | LM.keys() | DFKD.keys() | DENSE.keys()
 
 
 def test_the_followed_step_exists():
@@ -140,6 +141,7 @@ LISTS = [
     ('train_dml', '--kd_mode', 'dml'),
     ('train_ka', '--ka_mode', 'cfl'),
     ('train_lm', '--kd_mode', 'gkd'),
+    ('train_dense', '--kd_mode', 'cwd'),
     ('train_dfkd', '--kd_mode', 'cmi'),
 ]
 

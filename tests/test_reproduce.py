@@ -185,15 +185,18 @@ def test_plain_momentum(tmp_path):
 GRID = json.loads((ROOT / 'results' / 'grid.json').read_text())
 KNOWN = {'name', 'note', 'recipe', 'data', 'teacher', 'teacher_file', 'student', 'nets', 'epochs', 'seeds',
          'methods', 'weights', 'args', 'layers', 'method_flags', 'flags', 'kd_flags', 'group',
-         'teacher_epochs', 'teacher_seed', 'teacher_flags'}  # fmt: skip
+         'teacher_epochs', 'teacher_seed', 'teacher_flags', 'task', 'steps', 'student_file'}  # fmt: skip
 
 
 def test_the_grid_of_the_project_parses():
     from methods import METHODS
+    from methods.dense import DENSE
 
     for table in GRID:
         assert table.keys() <= KNOWN, table['name']
-        assert table['methods'] == 'all' or set(table['methods']) <= set(METHODS), table['name']
+        known = DENSE if 'task' in table else METHODS
+        parts = {part for name in table['methods'] for part in name.split('+')}
+        assert table['methods'] == 'all' or parts <= set(known), table['name']
         for of_methods in ('weights', 'args', 'layers', 'method_flags'):
             assert set(table.get(of_methods, {})) <= set(table['methods']), (table['name'], of_methods)
 
@@ -221,6 +224,13 @@ def test_every_table_is_one_command(name, tmp_path):
                     assert term.weight == table.get('weights', {}).get(term.name, term.weight)
                     assert term.options == table.get('args', {}).get(term.name, {})
                     assert str(term.stages) == table.get('layers', {}).get(term.name, str(term.stages))
+        if script == 'train_dense.py':
+            for token, terms in module.read_methods(args).items():
+                wanted.discard((args.seed, token))
+                table = tables[0]
+                for name, (_, weight, options) in terms.items():
+                    assert weight == table['weights'].get(name, weight)
+                    assert options == table['args'].get(name, {})
         if script == 'train_dml.py':
             _, weight, _ = module.read_method(args)
             assert weight > 0

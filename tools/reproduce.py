@@ -8,7 +8,8 @@
 The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
 "student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that one teacher suffices for),
 "flags", "group" (students per process)}. A table of networks that learn from each other has "nets", a list,
-instead of teacher and student. Tables of the same name are parts of one. Where it is needed, a table has also
+instead of teacher and student; one of train_dense.py has "task", and "steps" instead of epochs. Tables of the
+same name are parts of one. Where it is needed, a table has also
     "weights"       {method: weight of its loss}, otherwise the default of --lambda_kd
     "args"          {method: {argument of its loss: value}}
     "layers"        {method: its stages, as --kd_layers has them}
@@ -16,6 +17,7 @@ instead of teacher and student. Tables of the same name are parts of one. Where 
     "method_flags"  {method: flags besides "flags"}; methods with different flags train in different processes
     "teacher_epochs", "teacher_seed", "teacher_flags"    if the teachers are not trained like the students
     "teacher_file"  weights of the teacher, a file in IMG_ROOT, instead of training it
+    "student_file"  weights that students of train_dense.py start from, likewise
     "recipe"        a word for the folders of teachers and students alone: other tables' flags differ
     "note"          what differs from the published table, and which values are not known
 
@@ -87,7 +89,8 @@ def main() -> int:
                 else:  # 1: a student diverged; the rest of the grid is not to suffer
                     failed = failed or code
     for place in [args.results / name for name in names if args.table]:
-        run = Job(['-m', 'report', 'table', str(place), '--out', str(place)], {})
+        dense = any('task' in table for table in grid if table['name'] == place.name)
+        run = Job(['-m', 'report', 'dense' if dense else 'table', str(place), '--out', str(place)], {})
         if args.dry_run:
             print(shlex.join(['python', *run.words]))
         elif any(place.glob('*.json')):
@@ -133,6 +136,8 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     """The trainings that a seed of a table still lacks, in order; none if it is complete."""
     save, place = Path(args.save_root), args.results / table['name']
     root = save.resolve()
+    if 'task' in table:
+        return dense_jobs(table, seed, args, root, place)
 
     flags = table.get('flags', '')
 
@@ -200,6 +205,25 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
         for first in range(0, len(names), group):
             todo.append(trained('train_kd.py', names[first : first + group], words))
     return todo
+
+
+def dense_jobs(table: dict, seed: int, args, root: Path, place: Path) -> list[Job]:
+    """Of train_dense.py; students that are there are known by their files."""
+    methods = [name for name in table['methods'] if not (place / f'{name}-s{seed}.json').exists()]
+    made = []
+    group = table.get('group', len(methods))
+    for first in range(0, len(methods), max(group, 1)):
+        part = methods[first : first + group]
+        note = f'{table["name"]}-s{seed}-{part[0]}'
+        words = ['train_dense.py', '--task', table['task'], '--kd_mode', *part, *losses(table, part),
+                 '--t_name', table['teacher'], '--t_model', str(Path(args.img_root) / table['teacher_file']),
+                 '--s_name', table['student'], '--s_init', str(Path(args.img_root) / table['student_file']),
+                 '--data_name', table['data'], '--img_root', args.img_root, '--save_root', args.save_root,
+                 '--steps', str(table['steps']), '--seed', str(seed), '--resume', 'auto', '--note', note,
+                 *shlex.split(table.get('flags', ''))]  # fmt: skip
+        kept = {root / note / name / 'results.json': place / f'{name}-s{seed}.json' for name in part}
+        made.append(Job(list(map(str, words)), kept))
+    return made
 
 
 def losses(table: dict, tokens: list[str | None]) -> list[str]:

@@ -1,0 +1,272 @@
+"""From the flags of train_dense.py to its teacher and students."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import models
+from dataset import annotated
+from engine import dense as parts
+from engine import session
+from engine.device import autocast
+from engine.errors import UserError, user_errors
+from engine.meter import Meter
+from engine.optimise import one_cycle
+from engine.recipe import resume_point
+from engine.record import fingerprint, save_checkpoint
+from models.checkpoint import read_checkpoint
+from models.dense import Detected, build
+
+MASKS_LR = 1e-3  # of what a loss learns before the training, by Adam
+T_LR = 2e-3  # of a teacher that is trained here
+
+
+def rows_for(rows: dict, task: str, s_name: str) -> dict:
+    """The rows of a task, with the weight for this kind of detector."""
+    head = s_name.partition(':')[0].partition('_')[0]
+    return {name: replace(row, weight=row.two_stage) if row.two_stage and head == 'fasterrcnn' else row
+            for name, row in rows.items() if row.task in ('', task)}  # fmt: skip
+
+
+def share_of_rate(args, step: int) -> float:
+    """Of the highest learning rate, in this step."""
+    done = (step + 0.5) / args.steps
+    if args.schedule == 'onecycle':
+        share = one_cycle(done)
+    elif args.schedule == 'poly':
+        share = (1 - done) ** 0.9
+    else:
+        share = 0.1 ** sum(done >= milestone for milestone in args.milestones)
+    return share * min(1.0, (step + 1) / max(args.warmup, 1))
+
+
+def optimiser(args, parameters) -> torch.optim.Optimizer:
+    parameters = list(parameters)
+    if args.optim == 'sgd':
+        return torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.AdamW(parameters, args.lr, weight_decay=0.01)
+
+
+def set_rate(opt: torch.optim.Optimizer, rate: float) -> None:
+    for group in opt.param_groups:
+        group['lr'] = rate
+
+
+# -------------------------------------------------------------------------------------------- what all share
+
+
+def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[parts.World, nn.Module]:
+    """Pictures and teacher, and the weights that every student starts from."""
+    with user_errors():
+        whole, more, test = annotated.load(args.task, args.data_name, args.img_root, args.size)
+    rooms = more is not None
+    n = args.labelled or ((50 if args.task == 'segmentation' else 100) if rooms else len(whole))
+    n = min(n, len(whole))
+    labelled = torch.utils.data.Subset(whole, range(n))
+    rest = more if rooms else torch.utils.data.Subset(whole, range(n, len(whole)))
+    free = len(rest) if rooms and args.unlabelled is None else min(args.unlabelled or 0, len(rest))
+    unlabelled = torch.utils.data.Subset(rest, range(free)) if free else None
+    crop = args.size if not rooms and args.task == 'segmentation' else None
+    steps = annotated.Steps(labelled, unlabelled, args.batch_size, args.seed, crop)
+    K = len(whole.class_names)
+    with user_errors():
+        torch.manual_seed(args.seed)
+        start = build(args.task, args.s_name, K, args.size, frozen=bool(args.s_init))
+        net_t = (
+            build(args.task, args.t_name, K, args.size, frozen=frozen_in(args.t_model))
+            if needs_teacher
+            else None
+        )
+    if args.s_init:
+        log(f'--s_init: {started(start, args.s_init)}')
+    start.to(device, memory_format=torch.channels_last)
+    world = parts.World(test, K, device, autocast(device, args.amp), args.seed, args.steps, steps, n)
+    world.task = parts.TASKS[args.task](world, start)
+    world.class_names, world.unlabelled = whole.class_names, free
+    if needs_teacher:
+        everything = annotated.Steps(whole, None, args.batch_size, 0)
+        world.net_t = the_teacher(args, world, net_t, everything if rooms else None, root, log)
+    log(f'{args.data_name}: {n} labelled and {free} other pictures to learn from, {len(test)} for the test')
+    return world, start
+
+
+def frozen_in(path: str | None) -> bool:
+    """Whether the batch norms of these weights were frozen: they count no batches."""
+    if not path:
+        return False
+    content = read_checkpoint(path)
+    return not any(name.endswith('num_batches_tracked') for name in content.get('net', content))
+
+
+def started(net: nn.Module, path: str) -> str:
+    """Weights of the whole network, or of its backbone alone, as torchvision offers them for ImageNet."""
+    with user_errors():
+        state = read_checkpoint(path)
+    own = net.state_dict()
+    fits = {}
+    for name, value in state.items() if isinstance(state, dict) else ():
+        places = [name, f'backbone.{name}', f'backbone.body.{name}',
+                  *(p + name.removeprefix('features.') for p in ('backbone.', 'backbone.body.'))]  # fmt: skip
+        place = next((p for p in places if p in own and own[p].shape == getattr(value, 'shape', None)), None)
+        if place:
+            fits[place] = value
+    if len(fits) < len(own) / 4:
+        raise UserError(f'--s_init {path}: {len(fits)} of {len(own)} tensors of the student are in it')
+    net.load_state_dict(own | fits)
+    return f'{len(fits)} of {len(own)} tensors from {path}'
+
+
+def the_teacher(args, world, net, steps, root: Path, log) -> nn.Module:
+    """From --t_model, or trained here once, on all rooms, and kept."""
+    if args.t_model:
+        path = Path(args.t_model)
+    else:
+        name = f'dense_teacher_{args.task}_{args.data_name}_{args.size}_{args.t_name}_{args.t_steps}.pt'
+        path = root / name.replace(':', '')
+        if steps is None:
+            raise UserError(
+                f'--t_model: needed with {args.data_name}; train one: --kd_mode alone --s_name {args.t_name}'
+            )
+        if not path.exists():
+            torch.manual_seed(0)
+            net.load_state_dict(build(args.task, args.t_name, world.num_classes, args.size).state_dict())
+            learn_from_labels(args, world, net, steps, log)
+            save_checkpoint(path, net.state_dict())
+    with user_errors():
+        models.load_weights(net, path, class_names=world.class_names)
+    net.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if args.task == 'detection':
+        same = ('image_mean', 'image_std', 'min_size', 'max_size', 'size_divisible')
+        for key in same:
+            ours, its = getattr(world.task.transform, key), getattr(net.transform, key)
+            if ours != its:
+                raise UserError(
+                    f'--t_name, --s_name: pictures are prepared differently, {key} {its} and {ours}'
+                )
+    figures = world.task.measure(net)
+    if not all(math.isfinite(p.sum()) for p in net.state_dict().values() if p.is_floating_point()):
+        raise UserError(f'{path}: a weight is not finite')
+    world.facts = {'name': args.t_name, **figures}
+    log(f'teacher {args.t_name}: {path.name}, ' + ', '.join(f'{k} {v:.2f}' for k, v in figures.items()))
+    return net
+
+
+def learn_from_labels(args, world, net, steps, log) -> None:
+    """A teacher of rooms: AdamW and one cycle, no checkpoint on the way."""
+    net.to(world.device, memory_format=torch.channels_last).train()
+    opt = torch.optim.AdamW(net.parameters(), T_LR, weight_decay=0.01)
+    bar = session.progress_bar(args.t_steps, 0, log)
+    for step in range(args.t_steps):
+        seen = parts.Look(world, step, steps[step])
+        given = seen.given('labelled')
+        loss = world.task.loss(world.task.look(net, given), given)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        clipped(net.parameters(), world.task.clip)
+        set_rate(opt, T_LR * one_cycle((step + 0.5) / args.t_steps))
+        opt.step()
+        bar.update()
+        if step % 50 == 0 and not bar.disable:
+            bar.set_postfix_str(f'teacher, loss {loss.item():.3f}')
+    bar.close()
+
+
+def clipped(parameters, norm: float | None) -> None:
+    if norm:
+        nn.utils.clip_grad_norm_(parameters, norm)
+
+
+# ------------------------------------------------------------------------------------------------- a student
+
+
+def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: str, chosen: dict) -> parts.Run:
+    """chosen: {method: (row, weight, options)} of this student."""
+    torch.manual_seed(args.seed)
+    net = build(args.task, args.s_name, world.num_classes, args.size, frozen=bool(args.s_init))
+    net.load_state_dict(start.state_dict())
+    net.to(world.device, memory_format=torch.channels_last).train()
+    seen = parts.Look(world, 0)
+    # losses are built from, and tried on, the first pictures, whatever other students there are
+    torch.manual_seed(args.seed)
+    terms = []
+    for name, (row, weight, options) in chosen.items():
+        kd = (
+            tried(row, name, options, net, seen)
+            if row.needs.teacher
+            else row.build(row.loss, None, **options)
+        )
+        terms.append(parts.Term(name, row, kd.to(world.device), weight))
+    net.load_state_dict(start.state_dict())  # the trial has moved batch norms
+    kds = nn.ModuleDict({term.name: term.kd for term in terms})
+    opt = optimiser(args, [*net.parameters(), *kds.parameters()])
+    run = parts.Run(word, terms, net, opt, Meter(word, 0, world.device), world)
+    recipe = {key: getattr(args, key) for key in
+              ('task', 'data_name', 'size', 'seed', 'steps', 'batch_size', 'lr', 'optim', 'schedule',
+               'warmup', 'eval_every', 'amp', 's_name')}  # fmt: skip
+    recipe |= {'milestones': args.milestones} if args.schedule == 'steps' else {}
+    recipe |= {'script': 'train_dense', 'labelled': world.pictures, 'unlabelled': world.unlabelled,
+               'initial': fingerprint(start),
+               'methods': [[name, weight, options] for name, (_, weight, options) in chosen.items()],
+               'teacher': fingerprint(world.net_t) if taught(chosen) else None}  # fmt: skip
+    state = {'net': net, 'kd': kds, 'opt': opt}
+    origin = origin | {'class_names': list(world.class_names)}
+    run.record = parts.StepRecord(folder / word, state, recipe, origin, 'test', world.task.key)
+    run.record.resume(resume_point(args.resume, folder / word))
+    if not run.record.epoch:
+        learn_masks(args, run)
+    return run
+
+
+def taught(chosen: dict) -> bool:
+    return any(row.needs.teacher for row, *_ in chosen.values())
+
+
+def tried(row, name: str, options: dict, net: nn.Module, seen: parts.Look) -> nn.Module:
+    """The module of a loss, which has been called once: what does not fit shows here, in one line."""
+    part, world = seen.part(row), seen.world
+    if row.heads and not any(type(net).__name__.lower() == head for head in row.heads):
+        raise UserError(f'{name}: is for {", ".join(row.heads)}')
+    t = seen.teacher(part)
+    if isinstance(t, Detected) and row.heads and type(t.net) is not type(net):
+        raise UserError(f'{name}: student and teacher must be {row.heads[0]}')
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        s = world.task.look(net, seen.given(part))
+    torch.set_rng_state(state)
+    probe = SimpleNamespace(s=s, t=t, num_classes=world.num_classes, pictures=world.pictures)
+    try:
+        with user_errors():
+            kd = row.build(row.loss, probe, **options).to(world.device)
+            state, kept = torch.get_rng_state(), {k: v.clone() for k, v in kd.state_dict().items()}
+            seen.seed()
+            with torch.no_grad():
+                row.feed(kd, s, t, parts.Batch(seen, part))
+            kd.load_state_dict(kept)
+            torch.set_rng_state(state)
+            return kd
+    except (TypeError, IndexError) as error:
+        raise UserError(f'--kd_args: {name}: {error}') from None
+    except UserError as error:
+        raise UserError(f'{name}: {error}') from None
+
+
+def learn_masks(args, run: parts.Run) -> None:
+    """What some losses learn of the teacher before the training: a twelfth of its steps."""
+    for term in run.terms:
+        if not term.method.own.pretrain:
+            continue
+        opt = torch.optim.Adam(term.kd.parameters(), MASKS_LR)
+        for step in range(max(round(args.steps * term.method.when.pretrain / 200), 1)):
+            seen = parts.Look(run.world, step)
+            given = seen.given('labelled')
+            seen.seed()
+            loss = term.method.own.pretrain(term.kd, seen.teacher('labelled'), parts.Batch(seen, 'labelled'))
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            opt.step()
+            del given
+        opt.zero_grad(set_to_none=True)

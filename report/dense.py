@@ -1,0 +1,164 @@
+"""Tables and pictures of train_dense.py: `python -m report dense FOLDER... --out FOLDER`.
+
+table.md: figures of teacher, student alone and students with each loss, over the seeds. panels-TASK.png: a
+picture, what the student alone, the best distilled student and the teacher find in it, and the truth;
+panels-TASK.npz has its arrays, from which it can be drawn again.
+"""
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from dataset.scenes import CLASSES
+from engine.errors import UserError
+from engine.parser import Parser
+from engine.record import output_folder
+from report.speed import table
+from report.table import read_json, read_results
+
+FIGURES = {
+    'segmentation': {'miou': 'mIoU', 'accuracy': 'pixel accuracy'},
+    'detection': {'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75'},
+}
+COLOURS = np.array(
+    [(118, 132, 148), (214, 208, 196), (240, 228, 150), (205, 90, 60), (70, 140, 200), (90, 165, 90)]
+)
+SETTING = ('task', 'data', 'size', 'student', 'labelled', 'unlabelled', 'steps')
+KINDS = (
+    '',
+    '#cd5a3c',
+    '#468cc8',
+    '#5aa55a',
+)  # of boxes: box, sphere, cylinder, in the colours of their pixels
+
+
+def mine(results: list[dict]) -> list[dict]:
+    return [r for r in results if r.get('script') == 'train_dense']
+
+
+def text_of(results: list[dict]) -> str:
+    """A table per setting: means over the seeds with their range, more is better in every column."""
+    settings = {}
+    for result in results:
+        settings.setdefault(tuple(str(result[key]) for key in SETTING), []).append(result)
+    ordered = sorted(settings.values(), key=lambda found: (-len(found[0]['task']), found[0]['steps']))
+    parts = [of_setting(found[0]['task'], found) for found in ordered]
+    return '\n\n'.join(part.rstrip('\n') for part in parts) + '\n'
+
+
+def of_setting(task: str, results: list[dict]) -> str:
+    figures = FIGURES[task]
+    main = next(iter(figures))
+    rows = {}
+    for result in results:
+        rows.setdefault(result['method'], []).append(result)
+    alone = {r['seed']: r['last'][main] for r in rows.get('alone', [])}
+    ordered = sorted(rows, key=lambda name: (name != 'alone', -mean(rows[name], main)))
+    said = {key: ', '.join(str(x) for x in sorted({r[key] for r in results}))
+            for key in (*SETTING, 'seed')}  # fmt: skip
+    teacher = next((r['teacher'] for r in results if r['teacher']), None)
+    above = [f'`{name}`' for name in ordered if name != 'alone' and alone
+             and all(r['last'][main] > alone.get(r['seed'], np.inf) for r in rows[name])]  # fmt: skip
+    text = (
+        f'{task.capitalize()}, {teacher["name"] if teacher else "nobody"} teaches {said["student"]}: '
+        f'{said["labelled"]} labelled pictures, {said["unlabelled"]} without labels, {said["steps"]} steps; '
+        f'seeds {said["seed"]}: mean (smallest to largest). '
+        f'Above the student alone with every seed: {", ".join(above) or "none"}.\n\n'
+    )
+    lines = [('teacher', *(f'{teacher[key]:.1f}' for key in figures), '', '')] if teacher else []
+    for name in ordered:
+        gains = [r['last'][main] - alone[r['seed']] for r in rows[name] if r['seed'] in alone]
+        gain = f'{statistics.mean(gains):+.1f}' if gains and name != 'alone' else ''
+        shown = (cell([r['last'][key] for r in rows[name]]) for key in figures)
+        lines.append((f'`{name}`', *shown, gain, str(len(rows[name]))))
+    return text + table(('', *figures.values(), f'{figures[main]} against alone', 'seeds'), *lines)
+
+
+def mean(results: list[dict], key: str) -> float:
+    return statistics.mean(r['last'][key] for r in results)
+
+
+def cell(values: list[float]) -> str:
+    shown = f'{statistics.mean(values):.1f}'
+    return shown if len(values) == 1 else f'{shown} ({min(values):.1f} to {max(values):.1f})'
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def collect(folder: Path) -> tuple[str, dict]:
+    """The task of a run, and what its picture shows: the student alone and the best of the others."""
+    task = read_json(folder / 'args.json')['args']['task']
+    results = [r for r in mine(read_results([str(folder)])) if r['method'] != 'alone']
+    key = next(iter(FIGURES[task]))
+    with np.load(folder / 'panels.npz') as file:
+        arrays = {name: file[name] for name in file.files}
+    best = max(results, key=lambda r: r['last'][key])['method'] if results else 'alone'
+    wanted = ['image', 'truth', *(f'of {name}' for name in ('alone', best, 'teacher'))]
+    return task, {name: arrays[name] for name in wanted if name in arrays} | {'best': np.array(best)}
+
+
+def draw(arrays: dict, path: Path) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError('no figures, matplotlib is not installed (pip install matplotlib)') from None
+    best = str(arrays['best'])
+    columns = {'picture': None, 'student alone': 'of alone', f'with {best}': f'of {best}',
+               'teacher': 'of teacher', 'truth': 'truth'}  # fmt: skip
+    columns = {title: key for title, key in columns.items() if key is None or key in arrays}
+    images = arrays['image'].transpose(0, 2, 3, 1)
+    fig, axes = plt.subplots(len(images), len(columns), figsize=(2.1 * len(columns), 2.15 * len(images)),
+                             layout='constrained', squeeze=False)  # fmt: skip
+    for line, k in zip(axes, range(len(images))):
+        for axis, (title, key) in zip(line, columns.items()):
+            if key is None or arrays[key].dtype != np.int16:
+                axis.imshow(images[k], interpolation='nearest')
+            else:
+                axis.imshow(COLOURS[arrays[key][k].clip(0) % len(COLOURS)], interpolation='nearest')
+            if key is not None and arrays[key].dtype != np.int16:
+                outline(axis, arrays[key][k], plt)
+            if k == 0:
+                axis.set_title(title, fontsize=11)
+            axis.set(xticks=[], yticks=[])
+    names = CLASSES[3:] if arrays['truth'].dtype != np.int16 else CLASSES
+    colours = KINDS[1:] if len(names) == 3 else COLOURS / 255
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in zip(names, colours)]
+    fig.legend(handles=patches, loc='outside lower center', ncols=len(names), frameon=False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def outline(axis, rows: np.ndarray, plt) -> None:
+    for x1, y1, x2, y2, label in rows[rows[:, 4] > 0]:
+        axis.add_patch(
+            plt.Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, linewidth=2,
+                          edgecolor=KINDS[1 + (int(label) - 1) % 3])
+        )  # fmt: skip
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument('folders', nargs='+', help='of runs, or of result files')
+    parser.add_argument('--out', required=True, help='folder for the table and the pictures')
+    args = parser.parse_args()
+    results = mine(read_results(args.folders))
+    if not results:
+        raise UserError(f'no results of train_dense.py below {", ".join(args.folders)}')
+    out = output_folder(Path(args.out))
+    text = text_of(results)
+    (out / 'table.md').write_text(text)
+    print(text)
+    for folder in map(Path, args.folders):
+        if (folder / 'panels.npz').exists():
+            task, arrays = collect(folder)
+            np.savez_compressed(out / f'panels-{task}.npz', **arrays)
+    for saved in sorted(out.glob('panels-*.npz')):
+        with np.load(saved) as file:
+            draw({key: file[key] for key in file.files}, saved.with_suffix('.png'))
+        print(f'figure: {saved.with_suffix(".png")}')
+    return 0

@@ -1,0 +1,261 @@
+"""Distil a small network for segmentation or detection from a larger one, torchvision's classes of both.
+
+    python train_dense.py --kd_mode alone cwd st                     embedded rooms: a class for every pixel
+    python train_dense.py --task detection --kd_mode alone pkd       boxes around objects
+    python train_dense.py --kd_mode cwd+ifvd --labelled 200          two losses on one student
+    python train_dense.py --task detection --data_name coco --size 800 --s_name fasterrcnn_resnet18_fpn
+        --t_name fasterrcnn_resnet101_fpn --t_model teacher.pt --kd_mode dkd reviewkd --optim sgd --lr 0.01
+
+Rooms: the teacher is trained first, on many labelled pictures, and kept in SAVE_ROOT; students have labels
+for a few, and pictures without labels on which losses that need none compare them with the teacher. Other
+data: all pictures have labels, and --t_model is a network that this script has trained, --kd_mode alone.
+Students start from the same weights and see the same pictures and the same teacher forward. A student's
+result is bit for bit (on the CPU) the one it gets when trained alone.
+
+Writes to SAVE_ROOT/NOTE: log.txt, args.json, panels.npz (what was found in some test pictures of the rooms),
+and for each student a folder with last.pt, best.pt, student.pt (plain weights after the last step),
+metrics.csv, results.json.
+"""
+
+import io
+import time
+from functools import partial
+from pathlib import Path
+
+import engine.threads  # noqa: F401  before torch
+
+import numpy as np
+
+from dataset import annotated
+from dataset.average_precision import library
+from engine import dense as parts
+from engine import errors, listing, session
+from engine.dense_build import clipped, make_run, make_world, rows_for, set_rate, share_of_rate, taught
+from engine.device import setup
+from engine.errors import UserError
+from engine.flags import (
+    add_machine_flags,
+    fraction,
+    positive_float,
+    positive_int,
+    seed_number,
+    whole_number,
+)
+from engine.method_flags import refuse_repeated, refuse_unknown, weights_and_options
+from engine.parser import Parser
+from engine.processes import processes
+from engine.record import output_folder, provenance, write_atomic, write_json
+from engine.session import Log, StopAfterEpoch
+from methods.dense import DENSE
+
+NETWORKS = {'segmentation': ('lraspp:resnet18', 'lraspp:mobilenet_v3_small@0.5'),
+            'detection': ('fasterrcnn:resnet18', 'fasterrcnn:resnet10')}  # fmt: skip
+
+
+def parse_args(words=None):
+    parser = Parser(__doc__)
+    # fmt: off
+    flag = parser.add_argument_group('distillation').add_argument
+    flag('--task', choices=tuple(NETWORKS), default='segmentation', help='default segmentation')
+    flag('--kd_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(DENSE),
+         help='one student per word; A+B joins losses; alone: labels only, no teacher; list: print all '
+              'methods, what they need, their weights and arguments')
+    flag('--lambda_kd', nargs='+', default=[], metavar='W',
+         help="weight of the loss: a number, or METHOD=number with several methods; default: the method's, "
+              'see --kd_mode list')
+    flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
+         help='arguments of the loss, e.g. tau=1, or METHOD.KEY=VALUE with several methods')
+    flag = parser.add_argument_group('networks').add_argument
+    flag('--s_name', metavar='NAME',
+         help="student: a name of torchvision's, deeplabv3_resnet50, fasterrcnn_resnet50_fpn, or a small "
+              'one, HEAD:BACKBONE; heads lraspp, fcn, deeplabv3; fasterrcnn, retinanet, fcos; backbones '
+              'resnet10, resnet18 ..., mobilenet_v2, mobilenet_v3_small@0.5 ...; default '
+              + ', '.join(pair[1] for pair in NETWORKS.values()))
+    flag('--t_name', metavar='NAME',
+         help='teacher, a name likewise; default ' + ', '.join(pair[0] for pair in NETWORKS.values()))
+    flag('--t_model', metavar='FILE', help='weights of the teacher; default: see above')
+    flag('--s_init', metavar='FILE',
+         help="weights that students start from, of the whole network or torchvision's of its backbone; "
+              'batch norms of detectors are frozen then')
+    flag = parser.add_argument_group('data').add_argument
+    flag('--data_name', default='scenes', metavar='NAME',
+         help='scenes or scenes:N (embedded rooms, N training pictures, 1200), voc (2012), coco (detection); '
+              'default scenes')
+    flag('--img_root', default='./data',
+         help='where VOCdevkit/ or coco/ lies, and where rooms are kept; default ./data')
+    flag('--size', type=positive_int, default=64,
+         help='side of the rooms; voc: of the crops; default 64')
+    flag('--labelled', type=positive_int, metavar='N',
+         help='pictures whose labels students see; default: 50 or, for detection, 100 of scenes, else all')
+    flag('--unlabelled', type=whole_number, metavar='N',
+         help='further pictures, without labels; 0: every loss gets the labelled ones; default: as many '
+              'as scenes has, else 0')
+    flag('--workers', type=whole_number, default=0, help='processes that prepare pictures, default 0')
+    flag = parser.add_argument_group('recipe').add_argument
+    flag('--steps', type=positive_int, default=300, help='steps of each student, default 300')
+    flag('--t_steps', type=positive_int, default=350, help="steps of the rooms' teacher, default 350")
+    flag('--batch_size', type=positive_int, default=16,
+         help='labelled pictures of a step, and as many others; default 16')
+    flag('--optim', choices=('adamw', 'sgd'), default='adamw',
+         help='adamw: weight decay 0.01; sgd: momentum 0.9, weight decay 1e-4; default adamw')
+    flag('--lr', type=positive_float, default=2e-3, help='highest learning rate, default 0.002')
+    flag('--schedule', choices=('onecycle', 'poly', 'steps'), default='onecycle',
+         help='onecycle: up over a fifth, then down to 0; poly: (1 - share of the run)^0.9; steps: a tenth '
+              'at each of --milestones; default onecycle')
+    flag('--milestones', type=fraction, nargs='*', default=[0.667, 0.889], metavar='F',
+         help='steps: shares of the run; default 0.667 0.889')
+    flag('--warmup', type=whole_number, default=0, metavar='N',
+         help='first steps, in which the rate rises linearly; default 0')
+    flag('--eval_every', type=positive_int, default=150, metavar='N',
+         help='look at the test pictures and write last.pt every N steps: a kill loses up to N; default 150')
+    flag('--seed', type=seed_number, default=2, help='of students and pictures, default 2')
+    # fmt: on
+    add_machine_flags(parser)
+    # fmt: off
+    flag = parser.add_argument_group('output').add_argument
+    flag('--save_root', default='./save', help='where output folders go, default ./save')
+    flag('--note', help='name of the output folder, default made from the flags')
+    flag('--resume', metavar='auto|never|PATH',
+         help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
+              'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
+    flag('--dry_run', action='store_true', help='say what would be trained, and end')
+    # fmt: on
+    return parser.parse_args(words)
+
+
+def read_methods(args) -> dict[str, dict]:
+    """{word: {method: (row, weight, options)}}; names of networks are filled in."""
+    args.t_name, args.s_name = (a or b for a, b in zip((args.t_name, args.s_name), NETWORKS[args.task]))
+    rows = rows_for(DENSE, args.task, args.s_name)
+    names = list(dict.fromkeys(name for word in args.kd_mode for name in word.split('+')))
+    other = {name: f'is for --task {row.task}' for name, row in DENSE.items() if name not in rows}
+    refuse_unknown('--kd_mode', names, rows, other)
+    refuse_repeated('--kd_mode', args.kd_mode)
+    if processes() > 1:
+        raise UserError('train_dense.py runs in one process: batch norms and samplers would differ')
+    if args.amp == 'fp16':
+        raise UserError('--amp fp16: gradients are not scaled here; use bf16')
+    if args.size % 32:
+        raise UserError(f'--size {args.size}: must be a multiple of 32')
+    weights, options = weights_and_options(args, names, rows)
+    return {word: {name: (rows[name], weights[name], options[name]) for name in word.split('+')}
+            for word in args.kd_mode}  # fmt: skip
+
+
+def main():
+    args = parse_args()
+    wanted = read_methods(args)
+    device = setup(args)
+    if args.dry_run:
+        print(f'{args.task} of {args.data_name}: {args.t_name} teaches {args.s_name}, {args.steps} steps')
+        for word, chosen in wanted.items():
+            print(
+                f'{word:16s} ' + ', '.join(f'{n} weight {w:g} {o or ""}' for n, (_, w, o) in chosen.items())
+            )
+        return
+    root = Path(args.save_root)
+    folder = output_folder(
+        root / (args.note or f'{args.task}-{args.data_name}-s{args.seed}'.replace(':', ''))
+    )
+    log, origin = Log(folder), provenance(device)
+    world, start = make_world(args, device, root, log, any(map(taught, wanted.values())))
+    runs = [make_run(args, world, start, folder, origin, word, chosen) for word, chosen in wanted.items()]
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
+
+    args.save_every, segments = 1, -(-args.steps // args.eval_every)
+    first = min(run.record.epoch for run in runs)
+    before = min(first * args.eval_every, args.steps)
+    log(f'{len(runs)} students, {before} of {args.steps} steps done, output in {folder}')
+    log('best.pt is selected on test data')
+    bar = session.progress_bar(args.steps, before, log)
+    live = session.Session(args, log, bar, None, StopAfterEpoch(), segments)
+    for segment in range(first, segments):
+        started = time.time()
+        begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead
+        for run in active:
+            run.train(True)
+            run.meter.reset(segment)
+        last = min((segment + 1) * args.eval_every, args.steps)
+        numbers = range(segment * args.eval_every, last)
+        for step, pictures in zip(numbers, annotated.in_order(world.batches, numbers, args.workers)):
+            seen = parts.Look(world, step, pictures)
+            for run in active:
+                train_student(run, seen, args)
+            bar.update()
+            active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
+        rows = {run.name: {'epoch': segment + 1, 'step': last, **run.meter.read(run.net)} for run in begun}
+        session.drop_failed(live, begun, runs)
+        done = []
+        for run in begun:
+            run.train(False)
+            figures = {f'test_{key}': value for key, value in world.task.measure(run.net).items()}
+            row = rows[run.name] | figures | {'seconds': time.time() - started}
+            done.append((run.record, row, partial(line, run, args.steps), f'{run.name}/'))
+        if code := session.end_epoch(live, segment, segment + 1 == segments, done):
+            return code
+        if not runs:
+            break
+
+    if args.data_name.startswith('scenes'):
+        keep_panels(world, runs, folder / 'panels.npz')
+    done = []
+    for run in runs:
+        facts = {'script': 'train_dense', 'task': args.task, 'method': run.name, 'student': args.s_name,
+                 'teacher': world.facts, 'data': args.data_name, 'size': args.size, 'seed': args.seed,
+                 'steps': args.steps, 'labelled': world.pictures, 'unlabelled': world.unlabelled,
+                 'trained_with': list(wanted),
+                 'parameters': sum(p.numel() for p in run.net.parameters())}  # fmt: skip
+        if args.task == 'detection':
+            facts['ap_by'] = library()
+        done.append((run.record, 'student.pt', facts, run.name, ''))
+    session.finish(live, done)
+
+
+def train_student(run: parts.Run, seen: parts.Look, args) -> None:
+    """One step of one student: its own loss with labels, the methods' on their pictures, backward, update."""
+    task = run.world.task
+    given = seen.given('labelled')
+    seen.seed()
+    s = {'labelled': task.look(run.net, given)}
+    loss = task.loss(s['labelled'], given)
+    terms = {'task': loss}
+    for term in run.terms:
+        if not term.weight:
+            continue
+        part = seen.part(term.method)
+        if part not in s:
+            s[part] = task.look(run.net, seen.given(part))
+        terms[term.name] = term.method.feed(term.kd, s[part], seen.teacher(part), parts.Batch(seen, part))
+        loss = loss + term.weight * terms[term.name]
+    if not run.meter.guard(loss, run.opt):
+        return
+    run.opt.zero_grad(set_to_none=True)
+    loss.backward()
+    clipped(run.parameters, task.clip)
+    set_rate(run.opt, args.lr * share_of_rate(args, seen.step))
+    run.opt.step()
+    run.meter.add(None, seen.parts['labelled'][0], **terms)
+
+
+def keep_panels(world: parts.World, runs: list, path: Path) -> None:
+    """What teacher and students find in some test pictures, for `python -m report dense`."""
+    chosen = [i % len(world.test) for i in parts.SHOWN]
+    pictures = [world.test[i] for i in chosen]
+    arrays = {'image': np.stack([(image.numpy() * 255).round().astype(np.uint8) for image, _ in pictures]),
+              'truth': np.stack([world.task.truth(target) for _, target in pictures])}  # fmt: skip
+    nets = {'teacher': world.net_t} if world.net_t else {}
+    for name, net in (nets | {run.name: run.net for run in runs}).items():
+        arrays[f'of {name}'] = np.stack([world.task.example(net.eval(), i) for i in chosen])
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    write_atomic(path, file.getvalue())
+
+
+def line(run: parts.Run, steps: int, row: dict) -> str:
+    figures = '  '.join(f'{key} {row[f"test_{key}"]:5.2f}' for key in run.world.task.shown)
+    start = f'step {row["step"]}/{steps}  {run.name:16s} loss {row["task"]:.3f}'
+    return f'{start}  {figures}  {row["seconds"]:.0f} s'
+
+
+if __name__ == '__main__':
+    errors.run(main)
