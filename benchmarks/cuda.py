@@ -45,7 +45,7 @@ from kd_losses import CRD
 from methods import METHODS
 
 ROWS = [name for name, m in METHODS.items() if not m.own.peers]
-TOLERANCE = 2e-3  # of the largest gradient, or three times what float32 itself costs on the CPU
+TOLERANCE = 2e-3  # of the largest gradient, or twice what float32 itself costs on the CPU
 LOSS_TOLERANCE = 1e-4  # of the loss
 STEPS = side_by_side.Repeated.usual + 5
 
@@ -102,7 +102,7 @@ def agreement(name: str, phase: str, device: torch.device) -> dict:
     rounding = distance(here[1], student_gradient(name, phase, 16, cpu, exact=True)[1])
     worst, loss = distance(here[1], there[1]), abs(here[0] - there[0]) / abs(here[0])
     finite = all(torch.isfinite(g).all() for g in there[1].values())
-    met = finite and (here[2] or loss < LOSS_TOLERANCE and worst < max(TOLERANCE, 3 * rounding))
+    met = finite and (here[2] or loss < LOSS_TOLERANCE and worst < max(TOLERANCE, 2 * rounding))
     said = f'loss {loss:.1e}  gradient {worst:.1e}, of float32 itself {rounding:.1e}'
     return {'said': 'draws: finite' if here[2] else said, 'loss': loss, 'gradient': worst,
             'rounding': rounding, 'draws': here[2], 'met': met}  # fmt: skip

@@ -170,14 +170,13 @@ def told(build) -> dict:
 
 def text(rows: dict, width: int = 110) -> str:
     """The table that `list` prints: a line of facts per method, its arguments below."""
-    column = max(16, *(len(name) + 2 for name in rows))
-    head = f'{"METHOD":{column}s}weight  '
-    lines = [f'{head}paper; what it needs; arguments of its loss with their defaults']
+    lines = ['METHOD          weight  paper; what it needs; arguments of its loss with their defaults']
     for name, row in sorted(rows.items()):
         f = facts(name, row)
         said = '; '.join(part for part in (f['paper'], f['needs'] or 'nothing', f['arguments']) if part)
-        first, *rest = textwrap.wrap(said, width - len(head), break_long_words=False)
-        lines += [f'{name:{column}s}{f["weight"]:>6s}  {first}', *(' ' * len(head) + line for line in rest)]
+        start = f'{name:16s}{f["weight"]:>6s}  '
+        lines += textwrap.wrap(said, width, initial_indent=start, subsequent_indent=' ' * 24,
+                               break_long_words=False)  # fmt: skip
     return '\n'.join(lines)
 
 

@@ -104,11 +104,20 @@ def test_the_flags_are_frozen(monkeypatch):
         '--new_head',
         '--keep',
         '--cuda_graphs',
+        '--labelled',
     }
     loss = {'--kd_mode', '--lambda_kd', '--kd_args'}
     own = {'--t_name', '--t_model', '--s_name', '--s_init', '--init_epochs', '--pretrain_epochs'}
     own |= {'--global_relations', '--cuda_graphs', '--new_head', '--lambda_ce', '--ramp_epochs', '--phases'}
-    own |= {'--student_threads', '--kd_layers', '--kd_stop', '--soft_labels', '--t_mean', '--t_std'}
+    own |= {
+        '--student_threads',
+        '--kd_layers',
+        '--kd_stop',
+        '--soft_labels',
+        '--t_mean',
+        '--t_std',
+        '--labelled',
+    }
     assert flags_of(train_kd_module, monkeypatch) == COMMON | loss | own
     assert flags_of(train_dml, monkeypatch) == COMMON | loss | {'--net_names', '--net_inits', '--new_head'}
     ka = {'--ka_mode', '--lambda_ka', '--lambda_kd', '--T', '--ka_args', '--ka_layers', '--optim', '--lr_ka'}
