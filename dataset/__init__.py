@@ -149,7 +149,7 @@ def mean_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) per channel with which the images of the data called `name` are normalised.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name; arrays, whose files say it.
     """
     known = {
         'shapes': _SHAPES,
@@ -159,6 +159,8 @@ def mean_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         'folder': (MEAN, STD),
     }
     kind = name.partition(':')[0]
+    if kind == 'arrays':
+        raise ValueError('arrays: how images are normalised stands in their files, not in the name')
     if kind not in known:
         raise ValueError(f'no data set is called {name!r}; there are {", ".join(known)}')
     return known[kind]

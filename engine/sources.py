@@ -57,6 +57,8 @@ class Source:
 
     def seen_by(self, img: Tensor, data: str) -> Tensor:
         """Images that are normalised as those of `data`, as this network wants them."""
+        if data == self.data:
+            return img
         with user_errors():
             theirs, ours = dataset.mean_std(data), dataset.mean_std(self.data)
         if theirs == ours:

@@ -84,6 +84,9 @@ for name in names:
     found[name] = [p.grad for p in [*net.parameters(), *kd.parameters()] if p.grad is not None]
 if rank == 0:
     torch.save(found, path)
+if many > 1:  # a process that ends in the middle of it may crash
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
