@@ -37,12 +37,17 @@ def reproduce(tmp_path, img_root, script):
 def test_what_is_missing_is_trained_once(reproduce, tmp_path):
     planned = reproduce('--dry_run').stdout.splitlines()
     assert len(planned) == 8  # per seed: teacher, student, two groups
+    (table,) = json.loads((tmp_path / 'grid.json').read_text())
+    (tmp_path / 'grid.json').write_text(json.dumps([table | {'seeds': [3]}]))  # a seed is enough to train
     done = reproduce()
     assert done.returncode == 0, done.stderr
     kept = sorted(path.name for path in (tmp_path / 'results' / 'tiny').iterdir())
     names = ('at', 'st', 'rkd', 'baseline-resnet8', 'teacher-resnet14')
-    assert kept == sorted(f'{name}-s{seed}.json' for seed in (2, 3) for name in names)
+    assert kept == sorted(f'{name}-s3.json' for name in names)
     assert reproduce('--dry_run').stdout == ''
+    (tmp_path / 'grid.json').write_text(json.dumps([table]))
+    assert len(reproduce('--dry_run').stdout.splitlines()) == 4, 'the other seed'
+    (tmp_path / 'grid.json').write_text(json.dumps([table | {'seeds': [3]}]))
     (tmp_path / 'results' / 'tiny' / 'at-s3.json').unlink()
     again = reproduce('--dry_run').stdout.splitlines()
     assert len(again) == 3 and '--kd_mode at --t_name' in again[-1] and '--seed 3' in again[-1]
