@@ -30,11 +30,12 @@ from dataset import annotated
 from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
-from engine.dense_build import clipped, make_run, make_world, rows_for, set_rate, share_of_rate, taught
+from engine.dense_build import clipped, make_run, make_world, rows_for, share_of_rate, taught
 from engine.device import setup
 from engine.errors import UserError
 from engine.flags import (
     add_machine_flags,
+    add_place_flags,
     fraction,
     positive_float,
     positive_int,
@@ -42,6 +43,7 @@ from engine.flags import (
     whole_number,
 )
 from engine.method_flags import refuse_repeated, refuse_unknown, weights_and_options
+from engine.optimise import set_learning_rate
 from engine.parser import Parser
 from engine.processes import processes
 from engine.record import output_folder, provenance, write_atomic, write_json
@@ -111,15 +113,8 @@ def parse_args(words=None):
     flag('--seed', type=seed_number, default=2, help='of students and pictures, default 2')
     # fmt: on
     add_machine_flags(parser)
-    # fmt: off
-    flag = parser.add_argument_group('output').add_argument
-    flag('--save_root', default='./save', help='where output folders go, default ./save')
-    flag('--note', help='name of the output folder, default made from the flags')
-    flag('--resume', metavar='auto|never|PATH',
-         help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
-              'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
+    flag = add_place_flags(parser)
     flag('--dry_run', action='store_true', help='say what would be trained, and end')
-    # fmt: on
     return parser.parse_args(words)
 
 
@@ -232,7 +227,7 @@ def train_student(run: parts.Run, seen: parts.Look, args) -> None:
     run.opt.zero_grad(set_to_none=True)
     loss.backward()
     clipped(run.parameters, task.clip)
-    set_rate(run.opt, args.lr * share_of_rate(args, seen.step))
+    set_learning_rate(run.opt, args.lr * share_of_rate(args, seen.step))
     run.opt.step()
     run.meter.add(None, seen.parts['labelled'][0], **terms)
 

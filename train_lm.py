@@ -30,6 +30,7 @@ from engine.device import setup
 from engine.errors import UserError, user_errors
 from engine.flags import (
     add_machine_flags,
+    add_place_flags,
     positive_float,
     positive_int,
     seed_number,
@@ -89,15 +90,8 @@ def parse_args(words=None):
     flag('--seed', type=seed_number, default=2, help='of weights, texts and samples, default 2')
     # fmt: on
     add_machine_flags(parser)
-    # fmt: off
-    flag = parser.add_argument_group('output').add_argument
-    flag('--save_root', default='./save', help='where output folders go, default ./save')
-    flag('--note', help='name of the output folder, default made from the flags')
-    flag('--resume', metavar='auto|never|PATH',
-         help='auto: continue what is in the output folder, or start; never: start afresh and overwrite; '
-              'PATH: continue from this folder or last.pt; default: start, but refuse to overwrite')
+    flag = add_place_flags(parser)
     flag('--dry_run', action='store_true', help='say what would be trained, and end')
-    # fmt: on
     return parser.parse_args(words)
 
 

@@ -15,7 +15,7 @@ from engine import session
 from engine.device import autocast
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
-from engine.optimise import one_cycle
+from engine.optimise import one_cycle, set_learning_rate
 from engine.recipe import resume_point
 from engine.record import fingerprint, save_checkpoint
 from models.checkpoint import read_checkpoint
@@ -49,11 +49,6 @@ def optimiser(args, parameters) -> torch.optim.Optimizer:
     if args.optim == 'sgd':
         return torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=1e-4)
     return torch.optim.AdamW(parameters, args.lr, weight_decay=0.01)
-
-
-def set_rate(opt: torch.optim.Optimizer, rate: float) -> None:
-    for group in opt.param_groups:
-        group['lr'] = rate
 
 
 # -------------------------------------------------------------------------------------------- what all share
@@ -167,7 +162,7 @@ def learn_from_labels(args, world, net, steps, log) -> None:
         opt.zero_grad(set_to_none=True)
         loss.backward()
         clipped(net.parameters(), world.task.clip)
-        set_rate(opt, T_LR * one_cycle((step + 0.5) / args.t_steps))
+        set_learning_rate(opt, T_LR * one_cycle((step + 0.5) / args.t_steps))
         opt.step()
         bar.update()
         if step % 50 == 0 and not bar.disable:
