@@ -14,7 +14,26 @@ from ka_losses.sbm import ChannelCoding
 from .segmentation import SegNet
 
 
-class JointNet(nn.Module):
+class Leaving(nn.Module):
+    """What networks share whose `branches` leave a common trunk at `points`, a buffer."""
+
+    def freeze(self, frozen: bool) -> None:
+        """Hold the branches, batch norm included (block phase), or let them train (fine-tuning)."""
+        self.frozen = frozen
+        self.branches.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.branches.train(mode and not self.frozen)
+        return self
+
+    @torch.no_grad()
+    def choose(self, points: list[int]) -> None:
+        self.points.copy_(torch.tensor(points))
+
+
+class JointNet(Leaving):
     """The trunk is a whole SegNet; branch u leaves it at point k, through a channel coding and the remaining
     decoder blocks of its own SegNet, which are given the trunk's pooling indices.
 
@@ -68,21 +87,6 @@ class JointNet(nn.Module):
     def _up(block: nn.Module, x: Tensor, place) -> Tensor:
         where, size = place
         return block(F.max_unpool2d(x, where, 2, output_size=size))
-
-    def freeze(self, frozen: bool) -> None:
-        """Hold the branches, batch norm included (block phase), or let them train (fine-tuning)."""
-        self.frozen = frozen
-        self.branches.requires_grad_(not frozen)
-        self.train(self.training)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.branches.train(mode and not self.frozen)
-        return self
-
-    @torch.no_grad()
-    def choose(self, points: list[int]) -> None:
-        self.points.copy_(torch.tensor(points))
 
     def parameters_in_use(self) -> int:
         """Parameters that the chosen points need."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ka_losses.afk import Filter
 
+from .branching import Leaving
 from .resnet import ResNet
 
 
-class StreamNet(nn.Module):
+class StreamNet(Leaving):
     """The residual blocks of the trunk are shared; a stream differs by a filter on the shortcut of each.
     After one of these blocks it goes on through the remaining blocks and the classifier of its own teacher.
 
@@ -74,21 +75,6 @@ class StreamNet(nn.Module):
                 y = F.relu(block(y))
             outs.append(branch['fc'](y.mean(dim=(2, 3)))[:, columns])
         return outs
-
-    def freeze(self, frozen: bool) -> None:
-        """Hold the branches, batch norm included (block phase), or let them train (fine-tuning)."""
-        self.frozen = frozen
-        self.branches.requires_grad_(not frozen)
-        self.train(self.training)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.branches.train(mode and not self.frozen)
-        return self
-
-    @torch.no_grad()
-    def choose(self, points: list[int]) -> None:
-        self.points.copy_(torch.tensor(points))
 
     def parameters_in_use(self) -> int:
         """Parameters that the chosen points need."""
