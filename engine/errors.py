@@ -14,6 +14,7 @@ if tuple(map(int, str(torch.__version__).split('.')[:2])) < (2, 11):  # before a
     sys.exit(2)
 
 import dataset
+from engine.processes import leave_processes
 
 
 class UserError(Exception):
@@ -37,7 +38,9 @@ def run(main: Callable[[], int | None]) -> None:
     """Call a script's main and turn the expected ways to fail into one line and an exit code."""
     script = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
+        code = main()
+        leave_processes()
+        sys.exit(code)
     except (UserError, dataset.BadImage) as error:  # a bad image shows when it is reached
         if '--debug' in sys.argv:
             error.__suppress_context__ = False  # show all of it

@@ -38,6 +38,17 @@ def join_processes(device: torch.device) -> torch.device:
     return device
 
 
+def leave_processes() -> None:
+    """Close what join_processes opened, once every process has come here; nothing without torchrun.
+
+    The threads of a process group that are still there when Python ends may ask it for a lock that is gone;
+    then the process aborts after its work is done.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     """DistributedDataParallel around a training step; the module itself without torchrun.
 

@@ -178,7 +178,10 @@ def test_a_killed_process_is_restarted(teacher, root, tmp_path):
         '    return real(run, epoch, args)\n'
         'train_kd.begin_epoch = begin\n'
         'sys.argv[0] = "train_kd.py"\n'
-        'engine.errors.run(train_kd.main)\n'
+        'try:\n'
+        '    engine.errors.run(train_kd.main)\n'
+        'finally:\n'
+        '    assert not engine.processes.dist.is_initialized()\n'
     )
     done = torchrun(*words, '--note', 'cut', program=program, restarts=2)
     assert done.returncode == 0, done.stderr
