@@ -3,6 +3,7 @@
     python train_dense.py --kd_mode alone cwd st                     embedded rooms: a class for every pixel
     python train_dense.py --task detection --kd_mode alone pkd       boxes around objects
     python train_dense.py --kd_mode cwd+ifvd --labelled 200          two losses on one student
+    torchrun --nproc_per_node=2 train_dense.py ...    several processes, --batch_size pictures each
     python train_dense.py --task detection --data_name coco --size 800 --s_name fasterrcnn_resnet18_fpn
         --t_name fasterrcnn_resnet101_fpn --t_model teacher.pt --kd_mode dkd reviewkd --optim sgd --lr 0.01
 
@@ -42,10 +43,10 @@ from engine.flags import (
     seed_number,
     whole_number,
 )
-from engine.method_flags import refuse_repeated, refuse_unknown, weights_and_options
+from engine.method_flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.optimise import set_learning_rate
 from engine.parser import Parser
-from engine.processes import processes
+from engine.processes import averaged, processes, rank
 from engine.record import output_folder, provenance, write_atomic, write_json
 from engine.session import Log, StopAfterEpoch
 from methods.dense import DENSE
@@ -97,7 +98,7 @@ def parse_args(words=None):
     flag('--steps', type=positive_int, default=300, help='steps of each student, default 300')
     flag('--t_steps', type=positive_int, default=350, help="steps of the rooms' teacher, default 350")
     flag('--batch_size', type=positive_int, default=16,
-         help='labelled pictures of a step, and as many others; default 16')
+         help='labelled pictures of a step, and as many others, of each process; default 16')
     flag('--optim', choices=('adamw', 'sgd'), default='adamw',
          help='adamw: weight decay 0.01; sgd: momentum 0.9, weight decay 1e-4; default adamw')
     flag('--lr', type=positive_float, default=2e-3, help='highest learning rate, default 0.002')
@@ -126,8 +127,7 @@ def read_methods(args) -> dict[str, dict]:
     other = {name: f'is for --task {row.task}' for name, row in DENSE.items() if name not in rows}
     refuse_unknown('--kd_mode', names, rows, other)
     refuse_repeated('--kd_mode', args.kd_mode)
-    if processes() > 1:
-        raise UserError('train_dense.py runs in one process: batch norms and samplers would differ')
+    refuse_many_processes(names, rows)
     if args.amp == 'fp16':
         raise UserError('--amp fp16: gradients are not scaled here; use bf16')
     if args.size % 32:
@@ -142,6 +142,8 @@ def main():
     wanted = read_methods(args)
     device = setup(args)
     if args.dry_run:
+        if rank() > 0:
+            return
         print(f'{args.task} of {args.data_name}: {args.t_name} teaches {args.s_name}, {args.steps} steps')
         for word, chosen in wanted.items():
             print(
@@ -162,6 +164,8 @@ def main():
     before = min(first * args.eval_every, args.steps)
     log(f'{len(runs)} students, {before} of {args.steps} steps done, output in {folder}')
     log('best.pt is selected on test data')
+    if processes() > 1:
+        log(f'{processes()} processes x {args.batch_size} pictures')
     bar = session.progress_bar(args.steps, before, log)
     live = session.Session(args, log, bar, None, StopAfterEpoch(), segments)
     for segment in range(first, segments):
@@ -191,14 +195,14 @@ def main():
         if not runs:
             break
 
-    if args.data_name.startswith('scenes'):
+    if args.data_name.startswith('scenes') and rank() == 0:
         keep_panels(world, runs, folder / 'panels.npz')
     done = []
     for run in runs:
         facts = {'script': 'train_dense', 'task': args.task, 'method': run.name, 'student': args.s_name,
                  'teacher': world.facts, 'data': args.data_name, 'size': args.size, 'seed': args.seed,
                  'steps': args.steps, 'labelled': world.pictures, 'unlabelled': world.unlabelled,
-                 'trained_with': list(wanted),
+                 'trained_with': list(wanted), 'processes': processes(),
                  'parameters': sum(p.numel() for p in run.net.parameters())}  # fmt: skip
         if args.task == 'detection':
             facts['ap_by'] = library()
@@ -226,6 +230,7 @@ def train_student(run: parts.Run, seen: parts.Look, args) -> None:
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()
+    averaged(run.parameters)
     clipped(run.parameters, task.clip)
     set_learning_rate(run.opt, args.lr * share_of_rate(args, seen.step))
     run.opt.step()

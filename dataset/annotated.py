@@ -219,17 +219,25 @@ class Steps(torch.utils.data.Dataset):
     steps[k] gives {'labelled': (images, targets)} and, if there are any, {'unlabelled': (images, None)},
     lists. In each step every picture has the same chance, and none comes twice. Mirrored by chance; with
     crop, at half to twice its size a square of that side is cut out, black and without labels beside it.
+    shard: (this process, number of processes); together they see what one would with that many times the
+    batch, batch_size each, or equally fewer where there are not enough.
     """
 
-    def __init__(self, labelled, unlabelled, batch_size: int, seed: int, crop: int | None = None) -> None:
+    def __init__(
+        self, labelled, unlabelled, batch_size: int, seed: int, crop: int | None = None, shard=(0, 1)
+    ) -> None:
         self.parts = {'labelled': labelled} | ({'unlabelled': unlabelled} if unlabelled else {})
-        self.batch_size, self.seed, self.crop = batch_size, seed, crop
+        self.batch_size, self.seed, self.crop, self.shard = batch_size, seed, crop, shard
 
     def __getitem__(self, step: int) -> dict:
         made = {}
+        rank, processes = self.shard
         for k, (name, data) in enumerate(self.parts.items()):
             g = torch.Generator().manual_seed(((self.seed * 1_000_003 + k) * 1_000_003 + step) % 2**63)
-            chosen = torch.randperm(len(data), generator=g)[: self.batch_size].tolist()
+            n = min(self.batch_size, len(data) // processes)
+            chosen = torch.randperm(len(data), generator=g)[rank * n : (rank + 1) * n].tolist()
+            for _ in range(rank * n):
+                passed_over(g, self.crop)
             images, targets = zip(*(augmented(*data[i], g, self.crop) for i in chosen))
             made[name] = list(images), list(targets) if name == 'labelled' else None
         return made
@@ -256,6 +264,15 @@ def augmented(image: Tensor, target, g: torch.Generator, crop: int | None) -> tu
     if mirror:
         image, target = image.flip(2), target.flip(1)
     return _cut(image, target, g, crop) if crop else (image, target)
+
+
+def passed_over(g: torch.Generator, crop: int | None) -> None:
+    """Draw what `augmented` draws, for a picture that another process takes."""
+    torch.rand((), generator=g)
+    if crop:
+        torch.rand((), generator=g)
+        for _ in range(2):
+            torch.randint(2, (), generator=g)  # one number of the generator whatever the bound is
 
 
 def _cut(image: Tensor, target: Tensor, g: torch.Generator, side: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dataset.average_precision import average_precision
 from dataset.dense import DenseMetrics
 from engine.meter import Meter
-from engine.record import Record, save_checkpoint, tested, write_json
+from engine.processes import gathered, processes, rank, same_buffers
+from engine.record import Record, on_cpu, save_checkpoint, tested, write_json
 from methods.dense import Dense
 from models.dense import Detected, enlarged, segment
 
@@ -64,10 +65,11 @@ class Segmentation:
     def measure(self, net: nn.Module) -> dict[str, float]:
         world = self.world
         metrics = DenseMetrics(('seg',), world.num_classes, world.device)
-        for images, targets in batches(world.test, range(len(world.test))):
+        for images, targets in batches(world.test, share(len(world.test))):
             given = self.given(images, targets)
             out = self.look(net, given).out
             metrics.add([enlarged(out, given.target.shape[1:])], {'seg': given.target})
+        metrics.merge(gathered(metrics.state()))
         read = metrics.read()
         return {key: read[key] for key in self.shown}
 
@@ -106,11 +108,12 @@ class Detection:
 
     @torch.no_grad()
     def measure(self, net: nn.Module) -> dict[str, float]:
-        test, truth, found = self.world.test, [], []
-        for images, targets in batches(test, range(len(test)), one_size=False):
-            truth += targets
-            found += self.found(net, images)
-        return average_precision(truth, found)
+        test, pairs = self.world.test, []
+        for images, targets in batches(test, share(len(test)), one_size=False):
+            pairs += zip(targets, on_cpu(self.found(net, images)))
+        shares = gathered(pairs)
+        pairs = [shares[i % len(shares)][i // len(shares)] for i in range(len(test))]
+        return average_precision([truth for truth, _ in pairs], [found for _, found in pairs])
 
     def found(self, net: nn.Module, images: list[Tensor]) -> list[dict[str, Tensor]]:
         with self.world.amp():
@@ -138,6 +141,11 @@ def rows(boxes: Tensor, labels: Tensor, most: int = 20) -> np.ndarray:
     return made
 
 
+def share(n: int) -> range:
+    """Which of n test pictures this process looks at."""
+    return range(rank(), n, processes())
+
+
 def batches(data, chosen, one_size: bool = True):
     """(images, targets), lists, in order; one_size: pictures of one size go together."""
     images, targets = [], []
@@ -149,7 +157,8 @@ def batches(data, chosen, one_size: bool = True):
             images, targets = [], []
         images.append(image)
         targets.append(target)
-    yield images, targets
+    if images:
+        yield images, targets
 
 
 # ------------------------------------------------------------------------------------ what all students share
@@ -187,7 +196,8 @@ class Look:
 
     @property
     def number(self) -> int:
-        return ((self.world.seed * 1_000_003 + 7) * 1_000_003 + self.step) % 2**63
+        process = 7 + 7919 * rank()  # samplers and dropout draw other numbers in each
+        return ((self.world.seed * 1_000_003 + process) * 1_000_003 + self.step) % 2**63
 
     def seed(self) -> None:
         """For all that draws in a student's step, torchvision's samplers, say: a function of the step."""
@@ -261,8 +271,11 @@ class Run:
         return [p for group in self.opt.param_groups for p in group['params']]
 
     def train(self, mode: bool) -> None:
+        """At its end, also for the checkpoint, all processes have the batch norm statistics of the first."""
         for module in (self.net, *(term.kd for term in self.terms)):
             module.train(mode)
+            if not mode:
+                same_buffers(module)
 
 
 class StepRecord(Record):

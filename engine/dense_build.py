@@ -15,6 +15,7 @@ from engine.device import autocast
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
 from engine.optimise import one_cycle, set_learning_rate
+from engine.processes import averaged, gathered, processes, rank, same_weights
 from engine.recipe import resume_point
 from engine.record import fingerprint, save_checkpoint
 from models.checkpoint import read_checkpoint
@@ -65,7 +66,10 @@ def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[part
     free = len(rest) if rooms and args.unlabelled is None else min(args.unlabelled or 0, len(rest))
     unlabelled = torch.utils.data.Subset(rest, range(free)) if free else None
     crop = args.size if not rooms and args.task == 'segmentation' else None
-    steps = annotated.Steps(labelled, unlabelled, args.batch_size, args.seed, crop)
+    if min(n, free or n) < processes():
+        raise UserError(f'--labelled, --unlabelled: {n} and {free} pictures for {processes()} processes')
+    shard = rank(), processes()
+    steps = annotated.Steps(labelled, unlabelled, args.batch_size, args.seed, crop, shard)
     K = len(whole.class_names)
     with user_errors():
         torch.manual_seed(args.seed)
@@ -126,10 +130,11 @@ def the_teacher(args, world, net, steps, root: Path, log) -> nn.Module:
                 f'--t_model: needed with {args.data_name}; train one: --kd_mode alone --s_name {args.t_name}'
             )
         if not path.exists():
-            torch.manual_seed(0)
+            torch.manual_seed(0)  # every process trains it, alike and alone: waiting has a time limit
             net.load_state_dict(build(args.task, args.t_name, world.num_classes, args.size).state_dict())
             learn_from_labels(args, world, net, steps, log)
             save_checkpoint(path, net.state_dict())
+        gathered(None)  # from here on it is there
     with user_errors():
         models.load_weights(net, path, class_names=world.class_names)
     net.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -196,12 +201,14 @@ def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: st
         terms.append(parts.Term(name, row, kd.to(world.device), weight))
     net.load_state_dict(start.state_dict())  # the trial has moved batch norms
     kds = nn.ModuleDict({term.name: term.kd for term in terms})
+    same_weights(net, kds)
     opt = optimiser(args, [*net.parameters(), *kds.parameters()])
     run = parts.Run(word, terms, net, opt, Meter(word, 0, world.device), world)
     recipe = {key: getattr(args, key) for key in
               ('task', 'data_name', 'size', 'seed', 'steps', 'batch_size', 'lr', 'optim', 'schedule',
                'warmup', 'eval_every', 'amp', 's_name')}  # fmt: skip
     recipe |= {'milestones': args.milestones} if args.schedule == 'steps' else {}
+    recipe |= {'processes': processes()} if processes() > 1 else {}
     recipe |= {'script': 'train_dense', 'labelled': world.pictures, 'unlabelled': world.unlabelled,
                'initial': fingerprint(start),
                'methods': [[name, weight, options] for name, (_, weight, options) in chosen.items()],
@@ -261,6 +268,7 @@ def learn_masks(args, run: parts.Run) -> None:
             loss = term.method.own.pretrain(term.kd, seen.teacher('labelled'), parts.Batch(seen, 'labelled'))
             opt.zero_grad(set_to_none=True)
             loss.backward()
+            averaged(term.kd.parameters())
             opt.step()
             del given
         opt.zero_grad(set_to_none=True)

@@ -34,13 +34,14 @@ class Meter:
 
     def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> bool:
         """Whether to go on with this step."""
-        finite = torch.isfinite(loss.detach())
+        finite = here = torch.isfinite(loss.detach())
         if processes() > 1:  # all go on, or none
             finite = summed((~finite).float()) == 0
         if loss.device.type != 'cuda':
             if not finite:
                 bad_teacher = teacher is not None and not torch.isfinite(teacher).all()
-                reason = 'the teacher gives non-finite logits' if bad_teacher else str(loss.item())
+                reason = 'in another process' if here else str(loss.item())
+                reason = 'the teacher gives non-finite logits' if bad_teacher else reason
                 self._fail(int(self.steps), reason)
             return bool(finite)
         opt.found_inf = (~finite).float()

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,38 @@ def same_buffers(net: nn.Module) -> None:
     if processes() > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
+
+
+@torch.no_grad()
+def same_weights(*modules: nn.Module) -> None:
+    """Give all processes rank 0's parameters and buffers, once before a training."""
+    for module in modules if processes() > 1 else ():
+        for value in (*module.parameters(), *module.buffers()):
+            sent = value.contiguous()
+            dist.broadcast(sent, 0)
+            value.copy_(sent)
+
+
+@torch.no_grad()
+def averaged(parameters: Iterable[nn.Parameter]) -> None:
+    """After backward: give all processes the mean of their gradients, in one message.
+
+    For a loop that has no single module to wrap, see distributed. A parameter without a gradient anywhere
+    keeps none, so its optimiser leaves it alone as in one process; where only some have one, others count 0.
+    """
+    if processes() == 1:
+        return
+    learnt = [p for p in parameters if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learnt]
+    has = grads[0].new_tensor([p.grad is not None for p in learnt])
+    sent = torch.cat([*(grad.flatten() for grad in grads), has])
+    dist.all_reduce(sent)
+    sent /= processes()
+    *means, has = sent.split([*(p.numel() for p in learnt), len(learnt)])
+    somewhere = has.tolist() if any(p.grad is None for p in learnt) else [1] * len(learnt)  # else no wait
+    for p, grad, mean, known in zip(learnt, grads, means, somewhere):
+        if known:
+            p.grad = grad.copy_(mean.view_as(p))
 
 
 def summed(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from kd_losses import (
     st,
 )  # fmt: skip
 
-from .columns import Method, Needs, Own, When
+from .columns import Limits, Method, Needs, Own, When
 from .shared import plain
 
 
@@ -89,13 +89,14 @@ seg = {'task': 'segmentation'}
 read = {'labels': True}
 tokens = {'when': When(pretrain=17)}  # a twelfth of the training
 alone = Needs(teacher=False)
+queues = {'limits': Limits('its queues of pixels and regions would differ between processes')}
 one, two = {'heads': ('retinanet',)}, {'heads': ('fasterrcnn',)}
 
 #                        loss            weight  fed by         built by            only what differs
 DENSE = {
     'alone':      Dense(nn.Identity,        0.0, nothing,       needs=alone, task=''),
     'afdcd':      Dense(afdcd.AfDCD,        1.0, afdcd.feed,    afdcd.build,        **seg),
-    'cirkd':      Dense(cirkd.CIRKD,        1.0, cirkd.feed,    cirkd.build,        **seg, **read),
+    'cirkd':      Dense(cirkd.CIRKD,        1.0, cirkd.feed,    cirkd.build,        **seg, **read, **queues),
     'cwd':        Dense(cwd.CWD,            3.0, logits,        plain,              **seg),
     'cwd_feat':   Dense(cwd.CWD,           50.0, feat,          feat_widths,        **seg),
     'dist':       Dense(dist.DIST,          1.0, logits,        plain,              **seg),

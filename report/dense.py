@@ -41,7 +41,8 @@ def text_of(results: list[dict]) -> str:
     """A table per setting: means over the seeds with their range, more is better in every column."""
     settings = {}
     for result in results:
-        settings.setdefault(tuple(str(result[key]) for key in SETTING), []).append(result)
+        setting = *(str(result[key]) for key in SETTING), result.get('processes', 1)
+        settings.setdefault(setting, []).append(result)
     ordered = sorted(settings.values(), key=lambda found: (-len(found[0]['task']), found[0]['steps']))
     parts = [of_setting(found[0]['task'], found) for found in ordered]
     return '\n\n'.join(part.rstrip('\n') for part in parts) + '\n'
@@ -60,9 +61,11 @@ def of_setting(task: str, results: list[dict]) -> str:
     teacher = next((r['teacher'] for r in results if r['teacher']), None)
     above = [f'`{name}`' for name in ordered if name != 'alone' and alone
              and all(r['last'][main] > alone.get(r['seed'], np.inf) for r in rows[name])]  # fmt: skip
+    many = results[0].get('processes', 1)
     text = (
         f'{task.capitalize()}, {teacher["name"] if teacher else "nobody"} teaches {said["student"]}: '
-        f'{said["labelled"]} labelled pictures, {said["unlabelled"]} without labels, {said["steps"]} steps; '
+        f'{said["labelled"]} labelled pictures, {said["unlabelled"]} without labels, {said["steps"]} steps'
+        f'{f", {many} processes" if many > 1 else ""}; '
         f'seeds {said["seed"]}: mean (smallest to largest). '
         f'Above the student alone with every seed: {", ".join(above) or "none"}.\n\n'
     )

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 import dataset
+import models.dense
+from dataset import annotated
+from engine import dense as parts
+from engine.device import autocast
 from tests.conftest import ROOT, TINY
+from tests.dense_processes import find_some, keep_statistics
+from tests.test_dense import results
 from tests.test_train import rows, same, weights
 
 PAIR = ('--t_name', 'resnet8', '--s_name', 'resnet8')
@@ -190,3 +196,55 @@ def test_a_killed_process_is_restarted(teacher, root, tmp_path):
         a, b = weights(tmp_path / 'whole' / token), weights(tmp_path / 'cut' / token)
         assert same(a['net'], b['net']) and same(a['opt'], b['opt'])
         assert rows(tmp_path / 'whole' / token) == rows(tmp_path / 'cut' / token)
+
+
+def test_dense_training_on_two_processes(script, img_root, tmp_path, monkeypatch):
+    """tests/dense_processes.py: 2 x 2 pictures are 1 x 4, a kill changes nothing, figures are of all."""
+    quick = ('--data_name', 'scenes:24', '--size', 32, '--labelled', 6, '--t_steps', 2, '--optim', 'sgd')
+    flags = (*quick, '--lr', 0.05, '--img_root', img_root, '--threads', 1)
+    student, length = ('--s_name', 'lraspp:resnet10'), ('--steps', 4, '--eval_every', 2)
+    two, one = tmp_path / 'two', tmp_path / 'one'
+    two.mkdir()
+    done = torchrun('-m', 'tests.dense_processes', two, *flags, '--batch_size', 2, '--save_root', two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('teacher lraspp:resnet18: ') == 3 and '2 processes x 2 pictures' in done.stdout
+    said = torch.load(two / 'said.pt', weights_only=True)
+    assert len(said['states']) == 2 and same(*said['states']), 'weights, statistics, masks that were learnt'
+    assert [text.rpartition('(')[2] for text in said['failures']] == ['in another process)', 'nan)']
+    every, some, none = said['means']
+    assert every.unique().tolist() == [1.5] and some.unique().tolist() == [0.5] and none is None
+
+    keep_statistics(monkeypatch.setattr)
+    find_some(monkeypatch.setattr)
+    taught = ('st+cwd', 'skds_pair+maskd_seg')
+    for batch in (2, 4):  # the teacher is made by the first, with batches of 2 as on two processes
+        done = script('train_dense', *flags, *student, *length, '--kd_mode', *taught, '--batch_size', batch,
+                      '--save_root', one, '--note', batch)  # fmt: skip
+        assert done.code == 0, done.err
+    for name in taught:
+        mine, joint, less = (
+            torch.cat([x.flatten().double() for x in weights(path / name)['net'].values()])
+            for path in (two / 'whole', one / '4', one / '2')
+        )
+        assert (mine - joint).norm() < 1e-4 * (less - joint).norm(), name
+        mine, joint = (results(path / name) for path in (two / 'half', one / '4'))
+        assert mine['processes'] == mine['recipe']['processes'] == 2 and joint['processes'] == 1
+        assert mine['recipe']['teacher'] == joint['recipe']['teacher'], 'it belongs to no number of processes'
+    for name in ('alone', *taught):
+        whole, half = (weights(two / note / name) for note in ('whole', 'half'))
+        assert same(whole['net'], half['net']) and same(whole['kd'], half['kd']), name
+    done = script('train_dense', *flags, *student, *length, '--kd_mode', 'alone', '--batch_size', 2,
+                  '--save_root', two, '--note', 'half', '--resume', 'auto')  # fmt: skip
+    assert done.code == 2 and 'cannot resume, processes was 2, is 1' in done.err, done.err
+    for task, name, net in (('segmentation', 'half/alone', 'lraspp:resnet10'),
+                            ('detection', 'boxes/maskd', 'fasterrcnn:resnet10')):  # fmt: skip
+        test = annotated.load(task, 'scenes:24', img_root, 32)[2]
+        net = models.dense.build(task, net, len(test.class_names), 32).eval()
+        models.load_weights(net, two / name / 'student.pt')
+        cpu = torch.device('cpu')
+        world = parts.World(test, len(test.class_names), cpu, autocast(cpu, 'off'), 0, 1, None, 6)
+        figures = parts.TASKS[task](world, net).measure(net)
+        last = results(two / name)['last']
+        assert 0 < min(figures.values()) and figures == pytest.approx({key: last[key] for key in figures}), (
+            task
+        )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from dataset import annotated, scenes
 from dataset import average_precision as ap
 from engine import dense as parts
 from engine import dense_build
+from engine.device import autocast
 from methods.dense import DENSE
 from models.dense import Detected, build, enlarged, normalised, segment
 from tests.conftest import ROOT
@@ -180,6 +182,25 @@ def test_pictures_of_a_step(img_root):
         assert any(
             torch.equal(x, data[i][0]) and torch.equal(y, data[i][1]) for x, y in plain for i in range(8)
         )
+
+
+@pytest.mark.parametrize('task,crop', [('segmentation', 40), ('segmentation', None), ('detection', None)])
+def test_processes_share_the_pictures_of_a_step(img_root, task, crop):
+    """Together they see what one would with a larger batch; all have equally many."""
+    few, many = (rooms(task, img_root, n) for n in (7, 8))
+    whole = annotated.Steps(few, many, 6, 1, crop)[5]
+    shares = [annotated.Steps(few, many, 2, 1, crop, (rank, 3))[5] for rank in range(3)]
+    for name, (images, targets) in whole.items():
+        assert all(map(torch.equal, images, sum((share[name][0] for share in shares), []))), name
+        parts_of = [share[name][1] for share in shares]
+        if name == 'unlabelled':
+            assert targets is None and parts_of == [None] * 3
+        elif task == 'detection':
+            assert all(map(same, targets, sum(parts_of, [])))
+        else:
+            assert all(map(torch.equal, targets, sum(parts_of, [])))
+    sizes = [len(annotated.Steps(few, many, 4, 1, crop, (rank, 3))[5]['labelled'][0]) for rank in range(3)]
+    assert sizes == [2, 2, 2], 'seven pictures for three'
 
 
 # ------------------------------------------------------------------------------------------------- precision
@@ -367,6 +388,40 @@ def test_nothing_is_to_be_learnt_from_oneself(img_root):
                 assert abs(row.feed(kd, seen, seen, batch)) < 1e-5, name
 
 
+MEANS = {'cwd', 'cwd_feat', 'cwd_fpn', 'dsd', 'fgd', 'freekd', 'ifvd', 'maskd', 'maskd_seg', 'reviewkd',
+         'skds_pair', 'st'}  # fmt: skip
+
+
+def test_which_losses_are_means_over_pictures(img_root):
+    """Those that several processes change by rounding only; docs/dense.md names them."""
+    found = set()
+    torch.manual_seed(0)
+    for task, teacher, student in (
+        ('segmentation', 'lraspp:resnet18', 'lraspp:resnet10'),
+        ('detection', DETECTORS[0], DETECTORS[0]),
+        ('detection', DETECTORS[1], DETECTORS[1]),
+    ):
+        net_t, net = (build(task, name, 6, 32).eval() for name in (teacher, student))
+        world = parts.World(None, 6, torch.device('cpu'), autocast(torch.device('cpu'), 'off'), 1, 1, None, 4)
+        world.task, world.net_t, data = parts.TASKS[task](world, net), net_t, rooms(task, img_root)
+        for name, row in DENSE.items():
+            if row.task != task or row.heads and type(net).__name__.lower() not in row.heads:
+                continue
+            values, kd = [], None
+            for chosen in (range(4), (0, 1), (2, 3)):
+                images, targets = zip(*(data[i] for i in chosen))
+                seen = parts.Look(world, 0, {'labelled': (list(images), list(targets))})
+                seen.seed()
+                with torch.no_grad():
+                    s, t = world.task.look(net, seen.given('labelled')), seen.teacher('labelled')
+                    kd = kd or row.build(row.loss, parts.Probe(s, t, 6, 4)).eval()
+                    values.append(float(row.feed(kd, s, t, parts.Batch(seen, 'labelled'))))
+            whole, halves = values[0], sum(values[1:]) / 2
+            found |= {name} if whole == pytest.approx(halves, rel=1e-5) else set()
+    text = (ROOT / 'docs' / 'dense.md').read_text().partition('means over pictures')[2].partition('Others')[0]
+    assert found == MEANS == set(re.findall('`(.*?)`', text))
+
+
 # ------------------------------------------------------------------------------------------------------ steps
 
 
@@ -538,10 +593,16 @@ def test_mistakes_are_one_line(script, words, said):
     assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err + done.out
 
 
-def test_one_process_only(script, monkeypatch):
+def test_queues_of_one_process(script, monkeypatch):
+    """What several processes do is in test_ddp.py."""
     monkeypatch.setenv('WORLD_SIZE', '2')
-    done = script('train_dense', '--kd_mode', 'st')
-    assert done.code == 2 and 'runs in one process' in done.err
+    done = script('train_dense', '--kd_mode', 'st', 'cwd+cirkd')
+    assert done.code == 2 and done.err.count('\n') == 1
+    assert 'cirkd runs in one process only: its queues' in done.err
+    monkeypatch.delenv('WORLD_SIZE')
+    monkeypatch.setattr(dense_build, 'processes', lambda: 7)
+    done = script('train_dense', *QUICK, '--kd_mode', 'alone')
+    assert done.code == 2 and '6 and 24 pictures for 7 processes' in done.err
 
 
 def test_a_loss_that_is_not_finite_stops_one_student(script, tmp_path):
