@@ -222,7 +222,7 @@ def train_student(run: parts.Run, seen: parts.Look, args) -> None:
             s[part] = task.look(run.net, seen.given(part))
         terms[term.name] = term.method.feed(term.kd, s[part], seen.teacher(part), parts.Batch(seen, part))
         loss = loss + term.weight * terms[term.name]
-    if not run.meter.guard(loss, run.opt):
+    if not run.meter.guard(loss, run.opt, *seen.heard()):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()

@@ -190,7 +190,7 @@ def train_student(run: Run, seen: Batch, setting, now: Moment) -> None:
         for group in opt.param_groups:
             group['lr'] = now.lr[group['role']]
         loss, terms = run.step(batch)
-        if not run.meter.guard(loss, opt):
+        if not run.meter.guard(loss, opt, *(getattr(t, 'out', t) for t in seen.all_t)):
             break
         run.step.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()

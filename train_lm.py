@@ -194,7 +194,7 @@ def train_student(run: parts.Run, seen: Look) -> None:
     if run.weight:
         terms['kd'] = run.method.feed(run.kd, s, data.t, parts.Batch(run, seen, data))
         loss = loss + run.weight * terms['kd']
-    if not run.meter.guard(loss, run.opt, data.t.out if run.weight else None):
+    if not run.meter.guard(loss, run.opt, *([data.t.out] if run.weight else [])):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()

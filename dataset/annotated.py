@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree.ElementTree import ParseError
+from xml.etree.ElementTree import ParseError, parse
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scenes
-from .folder import BadImage
+from .pictures import BadImage, read_picture, to_rgb
 
 TASKS = ('segmentation', 'detection')
 SMALLEST = 4  # pixels: smaller objects of the rooms are left out, nobody finds them
@@ -138,14 +138,25 @@ class Voc:
         return len(self.data)
 
     def __getitem__(self, i: int) -> tuple:
+        image = _picture(self.data.images[i])
+        if self.task == 'segmentation':
+            return image, self._classes(self.data.masks[i], image)
+        path = self.data.annotations[i]
         try:
-            image, label = self.data[i]
-            if self.task == 'segmentation':
-                seg = torch.from_numpy(np.array(label)).long()  # palette numbers; 255: no label
-                return _picture(image), torch.where(seg == 255, -1, seg)
-            return _picture(image), self._target(label['annotation'])
+            return image, self._target(self.data.parse_voc_xml(parse(path).getroot())['annotation'])
         except (OSError, KeyError, ValueError, ParseError) as error:
-            raise BadImage(f'{self.data.images[i]}, or its label: cannot be read ({error})') from None
+            raise BadImage(f'{path}: cannot be read ({error})') from None
+
+    def _classes(self, path: str, image: Tensor) -> Tensor:
+        """Palette numbers; 255: no label."""
+        seg = torch.from_numpy(np.array(read_picture(path))).long()
+        if seg.shape != image.shape[1:]:
+            raise BadImage(f'{path}: is of {tuple(seg.shape)}, wanted a number per pixel of its picture')
+        wrong = seg[(seg >= len(self.class_names)) & (seg != 255)]
+        if len(wrong):
+            last = len(self.class_names) - 1
+            raise BadImage(f'{path}: label {int(wrong[0])} is none of 0..{last}, or 255')
+        return torch.where(seg == 255, -1, seg)
 
     def _target(self, annotation: dict) -> dict:
         boxes, labels, crowd = [], [], []
@@ -189,18 +200,12 @@ class Coco:
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> tuple:
-        from PIL import Image
-
-        path = self.folder / self.pictures[i]['file_name']
-        try:
-            with Image.open(path) as image:
-                return _picture(image), _boxes(*self.targets[i])
-        except OSError as error:
-            raise BadImage(f'{path}: cannot be read ({error})') from None
+        return _picture(self.folder / self.pictures[i]['file_name']), _boxes(*self.targets[i])
 
 
-def _picture(image) -> Tensor:
-    return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).float() / 255
+def _picture(path: str | Path) -> Tensor:
+    image = to_rgb(read_picture(path), str(path))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def _boxes(boxes, labels, crowd=None) -> dict[str, Tensor]:

@@ -67,7 +67,9 @@ def channels_of(task: str, num_classes: int) -> int:
 def supervised(task: str, out: Tensor, label: Tensor) -> Tensor:
     """The loss of a task with labels, over known pixels: cross-entropy, L1, or 1 - cosine."""
     if task == 'seg':
-        return F.cross_entropy(out, label, ignore_index=-1)
+        known = label >= 0  # there may be none
+        total = F.cross_entropy(out, label.clamp(min=-1), ignore_index=-1, reduction='sum')
+        return total / known.sum().clamp(min=1)
     if task == 'depth':
         known = label > 0
         return ((out - label).abs() * known).sum() / known.sum().clamp(min=1)

@@ -16,7 +16,7 @@ import torch
 
 from tests import methods
 from tests.methods.shared import seed
-from tests.test_ka_contract import AWKWARD, Rounding, places, spoil, tree
+from tests.test_ka_contract import AWKWARD, Rounding, one_class, places, spoil, tree
 
 MODULES = {file.removeprefix('dfkd/'): methods.of(file) for file in methods.files('dfkd_losses')}
 CASES = {case: text for module in MODULES.values() for case, text in module.cases.items()}
@@ -206,12 +206,45 @@ def test_an_empty_batch_is_refused(name):
         made()
 
 
-@pytest.mark.parametrize('name', [file for file, module in MODULES.items() if hasattr(module, 'one_logit')])
+@cases_but('one_logit')
 def test_one_logit_is_refused(name):
     made = Made(name)
-    made.inputs = MODULES[name].one_logit(made.inputs)
+    if name in MODULES and hasattr(MODULES[name], 'one_logit'):
+        made.inputs = MODULES[name].one_logit(made.inputs)
+    elif not any(key.startswith('out') for key in made.inputs):
+        return
+    else:
+        made.inputs = {key: one_class(x) if key.startswith('out') else x for key, x in made.inputs.items()}
     with pytest.raises(ValueError, match=r'torch\.cat'):
         made()
+
+
+@pytest.mark.parametrize('label', [-1, 255])
+@every_case
+def test_illegal_labels_are_named(name, label):
+    for argument, x in Made(name).inputs.items():
+        if isinstance(x, torch.Tensor) and x.dtype == torch.int64:
+            made = Made(name)
+            made.inputs[argument] = x.clone()
+            made.inputs[argument][-1] = label
+            with pytest.raises(ValueError, match=f'must be in .* got {label}'):
+                made()
+
+
+@every_case
+def test_constants_under_inference_mode_give_the_same(name):
+    """What no gradient goes through: a frozen teacher's part, labels."""
+    made = Made(name)
+    learnt = {id(x) for x in made.learning}
+
+    def frozen(x):
+        with torch.inference_mode():
+            return x if id(x) in learnt else x.detach().clone()
+
+    made.inputs = {key: tree(value, frozen) for key, value in made.inputs.items()}
+    value = made()
+    assert torch.equal(value, Made(name)())
+    made.check(value)
 
 
 @pytest.mark.parametrize('name', ['deepinversion', 'kegnet'])

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 
@@ -60,3 +61,40 @@ def test_the_package_is_the_losses_only():
 def test_benchmarks_can_be_imported(name):
     """They are run by hand: a name that moved would be noticed last."""
     importlib.import_module(f'benchmarks.{name}')
+
+
+def test_git_is_asked_in_one_place():
+    """There may be none: engine/origin.py knows; another call would end a script with a traceback."""
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('*/*.py'), *ROOT.glob('tools/*/*.py')]:
+        name = str(path.relative_to(ROOT))
+        if name.startswith('tests/') or name == 'engine/origin.py':
+            continue
+        lists = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.List, ast.Tuple))]
+        words = [n.elts[0].value for n in lists if n.elts and isinstance(n.elts[0], ast.Constant)]
+        assert 'git' not in words, f'{name}: commit_of() of engine/origin.py does this'
+
+
+def test_every_update_is_guarded():
+    """What is not finite stops a training before the update: guard, sound or isfinite before backward."""
+    allowed = {
+        'engine/lm_networks.py:trained': 'its network is looked at before it is kept',
+        'engine/dense_build.py:learn_from_labels': 'its network is looked at before it is kept',
+        'engine/dense_build.py:learn_masks': 'a dozen steps; the loss that reads the masks is guarded',
+        'tools/subtask.py:attack': 'an attacker, whose accuracy is all that is kept',
+        'tools/fedka.py:adapted': 'a copy, whose accuracy is all that is kept',
+        'tools/transferability.py:train_head': 'a probe, whose accuracy is all that is kept',
+        'tools/transferability.py:train_all': 'a probe, whose accuracy is all that is kept',
+    }
+    seen = set()
+    for path in [*ROOT.glob('train_*.py'), *ROOT.glob('engine/*.py'), *ROOT.glob('tools/*.py'),
+                 *ROOT.glob('ka_settings/*.py')]:  # fmt: skip
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                text = ast.get_source_segment(source, node)
+                if '.backward()' in text and re.search(r'\.step\(', text):
+                    name = f'{path.relative_to(ROOT)}:{node.name}'
+                    guarded = any(word in text for word in ('guard(', 'sound(', 'isfinite('))
+                    assert guarded or name in allowed, f'{name} updates without a guard'
+                    seen.add(name)
+    assert allowed.keys() <= seen, 'an exception for nothing'

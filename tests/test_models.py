@@ -332,6 +332,31 @@ def test_loader_strips_prefixes_in_any_nesting(prefix, name, tmp_path):
         assert equal_states(net.state_dict(), state) and 'left out: criterion.weight' in said
 
 
+@pytest.mark.parametrize('outer', ['', 'module.', 'model.'])
+@pytest.mark.parametrize('wrapper', ['module.', '_orig_mod.', '_fsdp_wrapped_module.'])
+def test_loader_strips_wrappers_inside_of_names(wrapper, outer, tmp_path):
+    """Of a network a part of which was compiled or parallel: layer1.module.0.conv1.weight."""
+    state = containers()[0]
+    inner = {outer + key.replace('layer1.', f'layer1.{wrapper}'): value for key, value in state.items()}
+    net, said = loads('resnet8', inner, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and 'left out' not in said
+
+
+def test_loader_takes_a_container_that_it_does_not_know(tmp_path):
+    state = containers()[0]
+    content = {'epoch': 3, 'centre': {'x': torch.ones(2)}, 'what_i_call_it': state}
+    net, said = loads('resnet8', content, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and "['what_i_call_it'], also in the file: centre" in said
+
+
+@pytest.mark.parametrize('other', ['teacher.', 'net_t.', 'ema.', 'momentum_encoder.', 'module.model_t.'])
+def test_loader_takes_the_student_of_two_alike(other, tmp_path):
+    state = containers()[0]
+    both = {other + key: torch.zeros_like(value) for key, value in state.items()}
+    both |= {f'mine.{key}': value for key, value in state.items()}
+    assert equal_states(loads('resnet8', both, tmp_path / 'c.pt')[0].state_dict(), state)
+
+
 def test_loader_leaves_out_what_is_no_tensor(tmp_path):
     state = containers()[0]
     net, said = loads('resnet8', {**state, 'epoch': 3, 'arch': 'resnet8'}, tmp_path / 'c.pt')
@@ -789,6 +814,29 @@ def test_a_map_that_is_changed_afterwards_is_refused(kind):
     with torch.inference_mode():  # where changes are not counted, the map is a copy
         f = Tap(net, [layer], feat=layer)
         assert f.eval()(torch.randn(2, 3, 8, 8), True).fms[0].isfinite().all()
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x):
+        return {'maps': (x, 2 * x)}
+
+
+def test_a_map_inside_a_tuple_is_watched_too():
+    net = small_net(Pair(), forward=lambda net, x: net[2](net[0](x))['maps'][1].mul_(3))
+    tap = Tap(net, ['2'], to_map=lambda value: value['maps'][0] if isinstance(value, dict) else value)
+    with pytest.raises(RuntimeError, match='2 is changed in place'):
+        tap(torch.randn(2, 3, 8, 8), True)
+    with torch.inference_mode():  # a copy
+        seen = tap.eval()(x := torch.randn(2, 3, 8, 8), True).fms[0]
+        assert torch.equal(seen, net[0](x))
+
+
+def test_a_compiled_tap_keeps_what_was_read():
+    """There changes cannot be counted: the map is a copy."""
+    net = small_net(forward=lambda net, x: torch.relu_(net[0](x)))
+    tap, x = Tap(net, ['0']), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(lambda x: tap(x, True), backend='aot_eager')
+    torch.testing.assert_close(compiled(x).fms[0], net[0](x))
 
 
 @pytest.mark.parametrize(

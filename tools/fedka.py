@@ -35,7 +35,7 @@ from engine.flags import add_common_flags, positive_int  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
-from engine.session import Log, load_data  # noqa: E402
+from engine.session import Log, labelled_part, load_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.fedka import FedKA, fed_average, saliency, selection_prob, transferability  # noqa: E402
 
@@ -72,6 +72,7 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or name))
     log = Log(folder)
     train, _, test = load_data(args, device, log)
+    train = labelled_part(train)
     clients = len(args.t_model)
     with user_errors():
         parts = dataset.split_classes(train.num_classes, clients, args.split, args.seed)

@@ -45,7 +45,7 @@ from engine.flags import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import load_checkpoint, resume_point  # noqa: E402
 from engine.record import fingerprint, output_folder, provenance, save_checkpoint, write_json  # noqa: E402
-from engine.session import Log, progress_bar, read_data  # noqa: E402
+from engine.session import Log, labelled_part, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.graftkd import GraftKD  # noqa: E402
 from models.grafting import Grafted  # noqa: E402
@@ -94,6 +94,7 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or f'graft-{args.t_name}-{args.s_name}'))
     log = Log(folder)
     train, test = read_data(args, device)
+    train = labelled_part(train)
     if args.test_images:
         test = test.subset(torch.arange(min(args.test_images, len(test)), device=device))
     with user_errors():

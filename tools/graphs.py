@@ -176,7 +176,7 @@ def train_step(run: Run, batch, teacher, args) -> None:
             out_t, seen_t = teacher(batch.feat, batch.edge_index)
         terms['lsp'] = run.kd(middle(seen), middle(seen_t), batch.edge_index)
         loss = ce + args.lambda_kd * terms['lsp']
-    if not run.meter.guard(loss, run.opt, out_t):
+    if not run.meter.guard(loss, run.opt, *([] if out_t is None else [out_t])):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()

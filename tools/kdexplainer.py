@@ -40,7 +40,7 @@ from engine.flags import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import resume_point  # noqa: E402
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json  # noqa: E402
-from engine.session import Log, StopAfterEpoch, progress_bar, read_data  # noqa: E402
+from engine.session import Log, StopAfterEpoch, labelled_part, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.st import SoftTarget  # noqa: E402
 from models.kdexplainer import KDExplainer  # noqa: E402
@@ -91,6 +91,7 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or name))
     log = Log(folder)
     train, test = read_data(args, device)
+    train = labelled_part(train)
     with user_errors():
         teacher = models.build_for(args.t_model, args.t_name, train.num_classes)
     if args.images:

@@ -42,7 +42,7 @@ from engine.record import (
     save_checkpoint,
     write_json,
 )  # noqa: E402
-from engine.session import Log, StopAfterEpoch, load_data, progress_bar  # noqa: E402
+from engine.session import Log, StopAfterEpoch, labelled_part, load_data, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 
 WAYS = ('labels', 'distilled')
@@ -90,6 +90,7 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or name))
     log = Log(folder)
     train, _, test = load_data(args, device, log)
+    train = labelled_part(train)
     if not hasattr(test, 'images'):
         raise UserError('--data_name folder: not here, images in memory only')
     measured_on = test

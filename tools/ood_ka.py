@@ -37,6 +37,7 @@ from engine.ka_tools import (  # noqa: E402
     in_order,
     part_figures,
     record_of,
+    sound,
     train,
     write_table,
 )
@@ -192,6 +193,7 @@ def main():
                 terms = {key: sum(found[key] for _, found in parts) for key in parts[0][1]}
                 terms['kd'] = kd(s.out, [t.out for t in all_t])
                 loss = terms['kd'] + sum(value for value, _ in parts)
+                sound(loss, *(t.out for t in all_t))
                 opts['net'].zero_grad(set_to_none=True)
                 loss.backward()
                 opts['net'].step()
@@ -235,6 +237,7 @@ class Makes:
         with self.amp():
             judged = [self.judge(images).float() for images in (real, x.detach())]
         loss_d = self.w_local * disc_loss(*judged)
+        sound(loss_d)
         self.opts['judge'].zero_grad(set_to_none=True)
         loss_d.backward()
         self.opts['judge'].step()
@@ -245,6 +248,7 @@ class Makes:
         stats = [(tap.seen[m], m.running_mean, m.running_var) for tap in self.taps for m in tap.norms]
         fms = [[t.fms[k] for k in LEVELS] for t in all_t]
         loss, terms = self.loss(out_s, [t.out for t in all_t], fms, d_fake, stats, return_terms=True)
+        sound(loss, *(t.out for t in all_t))
         self.opts['generator'].zero_grad(set_to_none=True)
         loss.backward()
         self.opts['generator'].step()

@@ -34,6 +34,7 @@ from engine.ka_tools import (  # noqa: E402
     in_order,
     part_figures,
     record_of,
+    sound,
     train,
     write_table,
 )
@@ -111,6 +112,7 @@ def main():
             with amp():
                 out = net(img)
             value, terms = loss(out.float(), out_t, return_terms=True)
+            sound(value, out_t)
             opt.zero_grad(set_to_none=True)
             value.backward()
             opt.step()

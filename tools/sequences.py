@@ -201,7 +201,7 @@ def train_step(run: Run, batch, teacher, heard, args) -> None:
             (s.out.argmax(dim=2) != target)[valid].float().mean()
         )  # of symbols, the truth before each
         loss, terms['dsa'], terms['esa'] = attention_losses(run.kd, s, t, batch, valid, err, ce, args)
-    if not run.meter.guard(loss, run.opt, t.out if run.name in ('libs', 'c2kd') else None):
+    if not run.meter.guard(loss, run.opt, *([t.out] if run.name in ('libs', 'c2kd') else [])):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()

@@ -25,7 +25,7 @@ from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, fraction, positive_int, seed_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import provenance, save_checkpoint, write_atomic  # noqa: E402
-from engine.session import read_data  # noqa: E402
+from engine.session import labelled_part, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from models import slimming  # noqa: E402
 
@@ -58,6 +58,7 @@ def main():
     device = setup(args)
     amp = autocast(device, args.amp)
     train, test = read_data(args, device)
+    train = labelled_part(train)
     with user_errors():
         net = models.build_for(args.model, args.net_name, train.num_classes)
     before = load_teacher(net, args.model, test, amp)

@@ -31,7 +31,7 @@ from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_common_flags, fraction, positive_float, positive_int  # noqa: E402
-from engine.ka_tools import begin, record_of, train, write_table  # noqa: E402
+from engine.ka_tools import begin, record_of, sound, train, write_table  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
@@ -119,7 +119,8 @@ def main():
                 for name, part in (('student', net), ('head', head))}  # fmt: skip
         name = f'lambda-{lam:g}'
         parts = {'net': net, 'head': head, **{f'opt_{key}': opt for key, opt in opts.items()}}
-        record = record_of(folder / name, parts, recipe | {'lambda_adv': lam}, origin, args)
+        record = record_of(folder / name, parts, recipe | {'lambda_adv': lam},
+                           origin | class_names_of(kept), args)  # fmt: skip
 
         def step(img, *_, net=net, head=head, loss=loss, opts=opts):
             """The student first, then the head on the same features."""
@@ -130,6 +131,7 @@ def main():
                 f = net(img, True)
             f = as_float(f)
             total, terms = loss(f.out, head(f.feat), out_t.float(), return_terms=True)
+            sound(total, out_t)
             for part in opts.values():
                 part.zero_grad(set_to_none=True)
             total.backward()

@@ -32,7 +32,7 @@ from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, positive_float, positive_int, seed_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic, write_json  # noqa: E402
-from engine.session import read_data  # noqa: E402
+from engine.session import labelled_part, read_data  # noqa: E402
 from engine.sources import HELP, Seen, Source, look, probe_images, read_sources, some  # noqa: E402
 
 # from what a network says of the task's images; higher is better for all
@@ -194,6 +194,7 @@ def main():
     sources = read_sources(args.networks, args.data_name)
     goal = read_sources([args.target], args.data_name)[0] if args.target else None
     train, test = read_data(args, device)
+    train = labelled_part(train)
     classes = None
     with user_errors():
         if args.classes:

@@ -3,6 +3,7 @@
 from ka_losses.subtask import SubTask
 from tests.methods.shared import listed, terms_of
 
+exceptions = {'one_logit': 'its constructor refuses it, which test_ka_contract.py tests'}
 cases = {
     'subtask': """
 loss = m.SubTask([0, 3], 6)
