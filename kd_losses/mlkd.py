@@ -202,7 +202,8 @@ def feed_strong(kd, s, t, batch):
     with torch.no_grad():
         out_t = batch.teacher(img).out
     valid = batch.target != -100  # cross_entropy divides by their number, which may be 0
-    ce = F.cross_entropy(out, batch.target, reduction='sum') / valid.sum().clamp(min=1)
+    target = torch.where(valid, batch.target, -100)  # a copy: those of inference mode cannot serve backward
+    ce = F.cross_entropy(out, target, reduction='sum') / valid.sum().clamp(min=1)
     return kd(s.out, t.out, out, out_t) + ce / 9
 
 

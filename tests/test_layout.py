@@ -80,6 +80,7 @@ def test_every_update_is_guarded():
         'engine/lm_networks.py:trained': 'its network is looked at before it is kept',
         'engine/dense_build.py:learn_from_labels': 'its network is looked at before it is kept',
         'engine/dense_build.py:learn_masks': 'a dozen steps; the loss that reads the masks is guarded',
+        'ka_settings/backbones.py:fit_probe': 'a probe, whose accuracy is all that is kept',
         'tools/subtask.py:attack': 'an attacker, whose accuracy is all that is kept',
         'tools/fedka.py:adapted': 'a copy, whose accuracy is all that is kept',
         'tools/transferability.py:train_head': 'a probe, whose accuracy is all that is kept',
