@@ -202,7 +202,8 @@ def main():
                  'parameters': sum(p.numel() for p in run.net.parameters())}  # fmt: skip
         if args.task == 'detection':
             facts['ap_by'] = library()
-        done.append((run.record, 'student.pt', facts, run.name, ''))
+        path = folder / run.name / 'student.pt'
+        done.append((run.record, path.name, facts, run.name, f'weights: {path}; {how_to_build(args, world)}'))
     session.finish(live, done)
 
 
@@ -230,6 +231,12 @@ def train_student(run: parts.Run, seen: parts.Look, args) -> None:
     set_learning_rate(run.opt, args.lr * share_of_rate(args, seen.step))
     run.opt.step()
     run.meter.add(None, seen.parts['labelled'][0], **terms)
+
+
+def how_to_build(args, world) -> str:
+    """For the log: the network that a file of weights is of."""
+    words = f'{args.task!r}, {args.s_name!r}, {world.num_classes}, {args.size}, frozen={bool(args.s_init)}'
+    return f'models.dense.build({words}) is the network, models.load_weights(net, path) fills it'
 
 
 def keep_panels(world: parts.World, runs: list, path: Path) -> None:

@@ -158,6 +158,9 @@ def main():
              'processes': processes()}  # fmt: skip
     lines = [f'{key} {value["name"]}: top-1 {value["top1"]:.2f}' for key, value in each.items()]
     lines.append(f'ensemble: top-1 {last["ensemble_test_top1"]:.2f}')
+    for k, net in enumerate(args.net_names, 1):
+        how = models.how_to_load(folder / f'net{k}.pt', net, args.data_name, train.num_classes)
+        lines.append(f'weights: {how}')
     session.finish(live, [(record, 'peers.pt', facts, 'mean of the networks', '\n'.join(lines))])
 
 

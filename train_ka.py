@@ -25,6 +25,7 @@ from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
 
+import models
 from engine import errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
 from engine.flags import add_common_flags, add_head_flag, add_thread_flag, check_head, positive_float
@@ -36,6 +37,7 @@ from engine.parser import Parser
 from engine.processes import processes
 from engine.record import (
     class_names_of,
+    logits_of,
     output_folder,
     provenance,
     save_checkpoint,
@@ -172,7 +174,7 @@ def main():
         if len(ends) > 1:
             facts['after_first_phase'] = tested(run.record.history[ends[0] - 1])
         save_checkpoint(folder / run.name / 'ka.pt', run.ka.state_dict())
-        done.append((run.record, 'student.pt', facts, run.name, ''))
+        done.append((run.record, 'student.pt', facts, run.name, how_to_load(run, setting, folder)))
     session.finish(live, done)
 
 
@@ -237,6 +239,15 @@ def epoch_line(run: Run, setting, total: int, row: dict) -> str:
         f'epoch {row["epoch"]}/{total}  {run.name:12s} loss {row["loss"]:.4f}  {shown}  '
         f'{row["seconds"]:.0f} s'
     )
+
+
+def how_to_load(run: Run, setting, folder: Path) -> str:
+    """For the log: what becomes of the student's weights."""
+    path, many = folder / run.name / 'student.pt', logits_of(run.net)
+    if many:
+        return f'weights: {models.how_to_load(path, setting.student_name, None, many)}'
+    kind = type(run.net)
+    return f'weights: {path}, of {kind.__module__}.{kind.__name__}, built from the networks of its teachers'
 
 
 def write_ensemble(folder: Path, setting, args, origin: dict) -> None:

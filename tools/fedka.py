@@ -140,6 +140,8 @@ def main():
                       {'row': how[args.select], 'top-1 at the end': record.history[-1]['test_top1'],
                        **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
+    how = models.how_to_load(folder / 'student.pt', args.s_name, args.data_name, train.num_classes)
+    log(f'weights: {how}')
 
 
 def select(student: nn.Module, teachers: list, probe_img, args, number: int) -> list[int]:
