@@ -154,6 +154,7 @@ def main():
     )
     log, origin = Log(folder), provenance(device)
     world, start = make_world(args, device, root, log, any(map(taught, wanted.values())))
+    origin |= {'class_names': list(world.class_names)}
     runs = [make_run(args, world, start, folder, origin, word, chosen) for word, chosen in wanted.items()]
     write_json(folder / 'args.json', {'args': vars(args), **origin})
 

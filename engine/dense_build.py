@@ -216,7 +216,6 @@ def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: st
                'methods': [[name, weight, options] for name, (_, weight, options) in chosen.items()],
                'teacher': fingerprint(world.net_t) if taught(chosen) else None}  # fmt: skip
     state = {'net': net, 'kd': kds, 'opt': opt}
-    origin = origin | {'class_names': list(world.class_names)}
     run.record = parts.StepRecord(folder / word, state, recipe, origin, 'test', world.task.key)
     run.record.resume(resume_point(args.resume, folder / word))
     if not run.record.epoch:

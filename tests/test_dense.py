@@ -395,6 +395,8 @@ def test_every_row_trains(run, script, tmp_path):
         assert set(made['last']) == {'miou', 'accuracy', 'step'} and made['method'] == name
         assert made['teacher']['miou'] > 0 and made['labelled'] == 6 and made['unlabelled'] == 24
     assert made['recipe']['methods'] == [['cwd', 3.0, {}], ['ifvd', 20.0, {}]] and made['seed'] == 2
+    written = json.loads((tmp_path / 'a' / 'args.json').read_text())
+    assert written['class_names'] == made['class_names'] == list(scenes.CLASSES)
     with np.load(tmp_path / 'a' / 'panels.npz') as file:
         assert {'image', 'truth', 'of teacher', 'of alone', 'of cwd+ifvd'} <= set(file.files)
         assert file['of alone'].shape == file['truth'].shape == (4, 32, 32)
