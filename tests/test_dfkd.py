@@ -456,6 +456,7 @@ def test_a_teacher_without_batch_norm(script, monkeypatch):
         (['fastdfkd', '--epochs', '20'], '20 of warm-up'),
         (['dfad', '--ep_steps', '3'], '5 --kd_steps a round'),
         (['dafl', '--amp', 'fp16'], 'use bf16'),
+        (['dafl', '--new_head'], '--new_head: goes with --s_init'),
         (['dafl', 'dfad', '--pool_save', 'x'], 'a file is for one method'),
         (['mosaickd', '--ood_name', 'scenes:10'], 'has 10 images only'),
         (['cmi', '--kd_args', 'cr_T=-1.0', '--width', '4'], 'T must be > 0, got -1.0'),
