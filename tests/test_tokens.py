@@ -73,7 +73,7 @@ class Other:
     """uld, the teacher's vocabulary cut and its positions turned round, so that it differs."""
 
     def __call__(self, out_s, out_t, target):
-        return ULD()(out_s, out_t[..., :-1], target, target)
+        return ULD()(out_s, out_t[..., :-1], target, target.clamp(max=out_t.shape[-1] - 2))
 
 
 class Spaces:
