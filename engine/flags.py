@@ -156,10 +156,10 @@ def check_head(args: argparse.Namespace, of: str) -> None:
 
 def add_augment_flag(flag, of: str) -> None:
     flag('--augment', nargs='*', metavar='KEY=VALUE',
-         help=f'{of}: zoom, turn, mirror image and labels alike while training, and '
-              'change colours; zoom=0.5: a square of this share of the area or more, resized; rotate=5: by up '
-              'to so many degrees; jitter=0.2: of brightness, contrast, saturation; pad=0: moved by up to so '
-              'many pixels; these are the numbers without words; default: mirrored only')  # fmt: skip
+         help=f'{of}: zoom, turn, mirror image and labels alike while training, and change colours; '
+              'zoom=0.5: a square of this share of the area or more, resized; rotate=5: by up to so many '
+              'degrees; jitter=0.2: of brightness, contrast, saturation; pad=0: moved by up to so many '
+              'pixels; these are the numbers without words; default: mirrored only')  # fmt: skip
 
 
 def read_augment(args: argparse.Namespace, size: int) -> tuple:
