@@ -105,6 +105,7 @@ def main():
     args = parse_args()
     check_head(args, '--s_init')
     kind = chosen_setting(args)
+    drawing.check(args, kind)
     refuse_flags_of_others(args, kind)
     rows, terms = read_methods(args)
     device = setup(args)
@@ -114,7 +115,6 @@ def main():
     origin = provenance(device)
 
     setting = kind(args, rows, device, log)
-    drawing.check(args, setting)
     origin |= class_names_of(setting.train)
     if setting.nets:
         write_ensemble(folder, setting, args, origin)

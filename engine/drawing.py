@@ -27,7 +27,7 @@ def add_draw_flag(flag) -> None:
               'curves; with --tensorboard there, too; default: none')  # fmt: skip
 
 
-def check(args, setting) -> None:
+def check(args, setting: type) -> None:
     if args.draw and not hasattr(setting, 'shows'):
         raise UserError(f'--draw: there is no picture of --data_name {args.data_name} with these methods')
 
