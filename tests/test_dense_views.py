@@ -104,7 +104,7 @@ def test_a_batch_is_a_function_of_seed_and_epoch():
     before = torch.get_rng_state()
     first, again, later = (list(train.train_batches(4, 1, epoch)) for epoch in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
-    for (a, labels, index, _), (b, others, _, _), (c, *_), d in zip(first, again, later, plain):
+    for (a, labels, _, _), (b, others, _, _), (c, *_), d in zip(first, again, later, plain):
         assert torch.equal(a, b) and all(torch.equal(labels[key], others[key]) for key in labels)
         assert not torch.equal(a, c) and not torch.equal(a, d) and a.abs().max() <= 0.5
         gone = labels['seg'] < 0
