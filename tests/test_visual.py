@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import pictures
+from report import ka
 from tests.conftest import ROOT
 from tools.figures import agreement, attention, cam, class_means, difference, grad_cam, looks, stretched
 
@@ -114,3 +115,13 @@ def test_nothing_to_draw_is_one_line(script):
     words = ('--data_name', 'faces:48', '--attributes', 'Smiling', '--s_name', 'resnet8', '--epochs', 1)
     done = script('train_ka', '--ka_mode', 'scratch', *words, '--draw')
     assert done.code == 2 and done.err.count('\n') == 1 and '--draw: there is no picture' in done.err
+
+
+def test_a_table_tells_runs_with_the_view_from_those_without():
+    run = {'script': 'train_ka', 'method': 'scratch', 'data': 'scenes', 'teacher': None, 'tasks': ['seg', 'depth'],
+           'experiment': 'a', 'branch_points': [0, 0], 'parameters': 7, 'epochs': 2}  # fmt: skip
+    runs = [run | {'last': {'miou': miou}} for miou in (50.0, 52.0)]
+    seen = run | {'last': {'miou': 60.0}, 'augment': {'zoom': 0.5}}
+    _, one, two = ka.dense_table([*runs, seen])
+    assert one[:2] == ['one network, labels (branches at 0, 0)', '51.0 +- 1.4'] and one[-1] == 2
+    assert two[:2] == ['one network, labels, --augment (branches at 0, 0)', '60.0'] and two[-1] == 1
