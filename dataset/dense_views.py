@@ -116,7 +116,10 @@ def chosen_views(given: dict, size: int) -> tuple[transforms.Compose, dict]:
 
 
 def seen_through(view, seed: int, image: Tensor, **labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(image, labels): the seed decides everything, and the global generator is left as it was."""
+    """(image, labels): the seed decides everything, and the global generator is left as it was.
+
+    Another thread must not draw from it meanwhile: networks for dense tasks have no dropout.
+    """
     with torch.random.fork_rng(devices=[]):  # torchvision draws on the CPU
         torch.manual_seed(seed)
         seen = unwrap(view(wrap({'image': image, **labels})))

@@ -118,8 +118,8 @@ def test_nothing_to_draw_is_one_line(script):
 
 
 def test_a_table_tells_runs_with_the_view_from_those_without():
-    run = {'script': 'train_ka', 'method': 'scratch', 'data': 'scenes', 'teacher': None, 'tasks': ['seg', 'depth'],
-           'experiment': 'a', 'branch_points': [0, 0], 'parameters': 7, 'epochs': 2}  # fmt: skip
+    run = {'script': 'train_ka', 'method': 'scratch', 'data': 'scenes', 'teacher': None, 'experiment': 'a'}
+    run |= {'tasks': ['seg', 'depth'], 'branch_points': [0, 0], 'parameters': 7, 'epochs': 2}
     runs = [run | {'last': {'miou': miou}} for miou in (50.0, 52.0)]
     seen = run | {'last': {'miou': 60.0}, 'augment': {'zoom': 0.5}}
     _, one, two = ka.dense_table([*runs, seen])
