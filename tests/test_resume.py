@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed equals the undisturbed one bit for bit (CPU)."""
 
+import itertools
 import json
 import os
 import signal
@@ -44,15 +45,15 @@ def check_equal(a, b):
     assert same(*best)
 
 
-@pytest.mark.parametrize('file', ['best.pt', 'metrics.csv', 'last.pt'])
-def test_killed_at_any_write(train_kd, tmp_path, monkeypatch, file):
+def test_killed_at_any_write(train_kd, tmp_path, monkeypatch):
     """Killed in an epoch just before a file of one student is replaced: others are then an epoch ahead."""
     assert train_kd(*GROUP, '--note', 'whole', *FOUR).code == 0
     real, rate = engine.record.write_atomic, engine.optimise.learning_rate
-    for epoch, victim in ((1, 'st'), (3, 'st'), (2, 'vid'), (4, 'pkt+st')):
-        note, epochs_begun = f'cut{epoch}{victim}', []
+    moments = ((1, 'st'), (3, 'st'), (2, 'vid'), (4, 'pkt+st'))
+    for file, (epoch, victim) in itertools.product(('best.pt', 'metrics.csv', 'last.pt'), moments):
+        note, epochs_begun = f'cut{file}{epoch}{victim}', []
 
-        def dies(path, content, folder=tmp_path / note / victim, epoch=epoch, begun=epochs_begun):
+        def dies(path, content, file=file, folder=tmp_path / note / victim, epoch=epoch, begun=epochs_begun):
             # best.pt is only written in a best epoch: else die at metrics.csv, the next file to be written
             due = path.name in (file, 'metrics.csv') if file == 'best.pt' else path.name == file
             if due and path.parent == folder and begun[-1] == epoch:

@@ -6,10 +6,10 @@
     python tools/reproduce.py --only NAME --table  and afterwards write its results/NAME/table.md
 
 The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
-"student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that one teacher suffices for),
-"flags", "group" (students per process)}. A table of networks that learn from each other has "nets", a list,
-instead of teacher and student; one of train_dense.py has "task", and "steps" instead of epochs. Tables of the
-same name are parts of one. Where it is needed, a table has also
+"student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that these networks can do and
+one teacher suffices for), "flags", "group" (students per process)}. A table of networks that learn from each
+other has "nets", a list, instead of teacher and student; one of train_dense.py has "task", and "steps"
+instead of epochs. Tables of the same name are parts of one. Where it is needed, a table has also
     "weights"       {method: weight of its loss}, otherwise the default of --lambda_kd
     "args"          {method: {argument of its loss: value}}
     "layers"        {method: its stages, as --kd_layers has them}
@@ -28,6 +28,7 @@ results/NAME holds with the same recipe, as tools/missing.py compares them, is n
 """
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -192,7 +193,9 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     words = ['--t_name', *names, '--t_model', *files, '--s_name', table['student'],
              '--s_init', str(save / run_name(*student[:3]) / 'initial.pt')]  # fmt: skip
     if methods == 'all':
-        methods = [name for name, m in KD.items() if name != 'tfkd_self' and not m.needs.all_teachers]
+        tokens = all(re.search('vit|deit', name) for name in (*names, table['student']))
+        methods = [name for name, m in KD.items() if name != 'tfkd_self' and not m.needs.all_teachers
+                   and (tokens or not m.needs.tokens)]  # fmt: skip
     methods = lacking('train_kd.py', methods, words)
     if not methods and not lacking('train_base.py', [None], ['--net_name', table['student']]):
         return []
