@@ -167,6 +167,16 @@ def test_rooms_augmented_drawn_and_resumed(script, tmp_path, monkeypatch):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_segmentation_trained_with_it(script, tmp_path):
+    words = ('--kd_mode', 'alone', '--data_name', 'scenes:6', '--size', 32, '--steps', 1, '--batch_size', 2)
+    assert script('train_dense', *words, '--augment', 'pad=2', '--note', 'seg').code == 0
+    result = json.loads((tmp_path / 'seg/alone/results.json').read_text())
+    assert result['augment'] == result['recipe']['augment']
+    assert result['augment'] == {'zoom': 0.5, 'rotate': 5.0, 'jitter': 0.2, 'pad': 2}
+    done = script('train_dense', *words, '--note', 'seg', '--resume', 'auto')
+    assert done.code == 2 and 'augment was' in done.err, 'other pictures'
+
+
 @pytest.mark.parametrize(
     'words, said',
     [

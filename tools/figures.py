@@ -153,6 +153,22 @@ def chosen(target: Tensor, classes: int, images: int) -> Tensor:
     return torch.cat([(target == c).nonzero()[:images, 0] for c in spaced])
 
 
+def activation_maps(args, nets: list[nn.Module], test, target: Tensor) -> tuple[dict, tuple] | None:
+    """(arrays of the figure, by which way each network's maps are made); None where a network has no maps."""
+    img, target = pictures_of(test, chosen(target, ROWS, 1))
+    try:
+        maps, ways = zip(*(looks(net, img, target) for net in nets))
+    except ValueError as error:
+        if args.what != list(WHAT):
+            raise UserError(f'--what cam: {error}') from None
+        print(f'no cam.png: {error}')
+        return None
+    size = img.shape[2:]
+    maps = [F.interpolate(stretched(x.float())[:, None], size, mode='bilinear')[:, 0] for x in maps]
+    arrays = {'image': img, 'maps': torch.stack(maps).detach(), 'label': target}
+    return {key: x.float().cpu().numpy() for key, x in arrays.items()}, ways
+
+
 def pictures_of(data, index: Tensor) -> tuple[Tensor, Tensor]:
     """(images, labels) at these positions of the test set, as networks get them."""
     found = {}
@@ -283,19 +299,11 @@ def main():
         title = f't-SNE of features {how}, {len(index)} test images, perplexity {perplexity:.3g}'
         draw_tsne(arrays, folder / 'tsne.png', titles, title, plt)
         made.append('tsne')
-    if 'cam' in args.what:
-        img, target = pictures_of(test, chosen(targets[0], ROWS, 1))
-        with user_errors():
-            maps, ways = zip(*(looks(net, img, target) for net in nets))
-        large = [
-            F.interpolate(stretched(x.float())[:, None], img.shape[2:], mode='bilinear')[:, 0] for x in maps
-        ]
-        maps = torch.stack([x.detach().cpu() for x in large]).numpy()
-        arrays = {'image': img.float().cpu().numpy(), 'maps': maps, 'label': target.cpu().numpy()}
+    if 'cam' in args.what and (seen := activation_maps(args, nets, test, targets[0])):
+        arrays, ways = seen
         save(folder, 'cam', arrays)
-        draw_cam(
-            arrays, folder / 'cam.png', [f'{t.partition(",")[0]}: {way}' for t, way in zip(titles, ways)]
-        )
+        names = [f'{title.partition(",")[0]}: {way}' for title, way in zip(titles, ways)]
+        draw_cam(arrays, folder / 'cam.png', names)
         made.append('cam')
     facts = {'script': 'figures', 'data': args.data_name, 'max_diff': args.max_diff, 'teacher': said[0],
              'students': said[1:], **provenance(device)}  # fmt: skip
