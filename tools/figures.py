@@ -1,7 +1,7 @@
 """Pictures of a teacher and its students, from their checkpoints and the test set.
 
     python tools/figures.py --t_name resnet20 --t_model save/teacher/net.pt --s_name resnet8 \\
-        --s_model save/run/ce/student.pt save/run/st/student.pt --data_name cifar10 --out save/pictures
+        --s_model save/run/st/student.pt save/run/dkd/student.pt --data_name cifar10 --out save/pictures
 
 correlation.png: how far the mean logits of each class are from the teacher's, a panel per student. Row c of
 a network's matrix is the mean logit vector of test images of class c; shown is |student - teacher| / max_diff
