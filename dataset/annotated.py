@@ -263,8 +263,8 @@ def augmented(image: Tensor, target, g: torch.Generator, crop: int | None, view=
         from .dense_views import seen_through
 
         seed = int(torch.randint(2**31, (), generator=g))
-        image, labels = seen_through(view, seed, image, seg=target)
-        target = labels['seg']
+        image, labels = seen_through(view, [seed], image[None], seg=target[None])
+        image, target = image[0], labels['seg'][0]
     return image, target
 
 

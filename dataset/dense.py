@@ -39,18 +39,17 @@ class Dense:
         return count_steps(len(self), batch_size, self.shard)
 
     def train_batches(self, batch_size: int, seed: int, epoch: int, views=()) -> Iterator[tuple]:
-        """One shuffled epoch; a whole batch is mirrored, or not; or seen through self.view."""
+        """One shuffled epoch; a whole batch is mirrored, or not; or each image seen through self.view."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self), generator=generator).to(self.device)
         mirrored = torch.rand(self.steps(batch_size), generator=generator) < 0.5
-        for step, (index, mirror) in enumerate(zip(shares(order, batch_size, self.shard), mirrored)):
+        for index, mirror in zip(shares(order, batch_size, self.shard), mirrored):
             img, labels = self._take(index)
             if self.view:
                 from .dense_views import seen_through
 
-                img, labels = seen_through(
-                    self.view, view_seed('dense', seed, epoch, step), self.images[index], **labels
-                )
+                seeds = [view_seed('dense', seed, epoch, i) for i in index.tolist()]
+                img, labels = seen_through(self.view, seeds, self.images[index], **labels)
                 img = img - 0.5
             elif mirror:
                 img, labels = img.flip(-1), {task: label.flip(-1) for task, label in labels.items()}

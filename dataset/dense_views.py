@@ -18,10 +18,12 @@ sampled nearest: an average over an edge is a depth, a class or a normal that is
     view = dense_views(48, zoom=(0.5, 1), rotate=5, jitter=0.2)
     seen = unwrap(view(wrap({'image': image, 'seg': seg, 'depth': depth, 'normal': normal})))
 
-A batch is turned as one: one angle and one zoom for all of its images.
+A transform turns a whole batch by one draw. The training does not: batch norm would see batches of one zoom
+and one brightness, which test images do not come in.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torchvision.transforms.v2 as transforms
@@ -115,15 +117,19 @@ def chosen_views(given: dict, size: int) -> tuple[transforms.Compose, dict]:
     return dense_views(size, **options | {'zoom': share}), options
 
 
-def seen_through(view, seed: int, image: Tensor, **labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(image, labels): the seed decides everything, and the global generator is left as it was.
+def seen_through(view, seeds: Iterable[int], images: Tensor, **labels: Tensor) -> tuple[Tensor, dict]:
+    """(images, labels) of a batch, every picture seen as its own seed decides.
 
-    Another thread must not draw from it meanwhile: networks for dense tasks have no dropout.
+    The global generator is left as it was. Another thread must not draw from it meanwhile: networks for dense
+    tasks have no dropout.
     """
+    seen = []
     with torch.random.fork_rng(devices=[]):  # torchvision draws on the CPU
-        torch.manual_seed(seed)
-        seen = unwrap(view(wrap({'image': image, **labels})))
-    return seen.pop('image'), seen
+        for k, seed in enumerate(seeds):
+            torch.manual_seed(seed)
+            seen.append(unwrap(view(wrap({'image': images[k], **{key: x[k] for key, x in labels.items()}}))))
+    whole = {key: torch.stack([one[key] for one in seen]) for key in seen[0]}
+    return whole.pop('image'), whole
 
 
 # ------------------------------------------------------------------------------- what torchvision cannot know

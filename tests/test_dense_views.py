@@ -111,8 +111,13 @@ def test_a_batch_is_a_function_of_seed_and_epoch():
         assert torch.equal(gone, labels['depth'][:, 0] == 0), 'what came in from outside is unknown to all'
         length = labels['normal'].norm(dim=1)
         assert torch.equal(gone, length == 0) and (length[~gone] - 1).abs().max() < 1e-5
+    one = {int(i): img for img, _, index, _ in train.train_batches(3, 1, 0) for i, img in zip(index, img)}
+    for img, _, index, _ in first:
+        assert all(torch.equal(one[int(i)], x) for i, x in zip(index, img)), 'whatever batch it is in'
     train.view = dense_views(32)  # mirrored or not: nothing else
-    img, labels = seen_through(train.view, 1, train.images[:1], **{k: v[:1] for k, v in train.labels.items()})
+    img, labels = seen_through(
+        train.view, [1], train.images[:1], **{k: v[:1] for k, v in train.labels.items()}
+    )
     assert any(torch.equal(img, train.images[:1].flip(dims)) for dims in ([], [-1]))
 
 
