@@ -187,14 +187,17 @@ def pictures_of(data, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw_correlation(arrays: dict, path: Path, names: list[str], figures: list[dict], plt) -> None:
     panels = arrays['difference']
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels) + 0.9, 4.1), layout='constrained',
-                             squeeze=False)  # fmt: skip
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(3.7 * len(panels) + 1, 4.6), layout='constrained', squeeze=False
+    )
     for axis, d, name, said in zip(axes[0], panels, names, figures):
         shown = axis.imshow(d, vmin=0, vmax=1, cmap='PuBuGn')
         axis.set(title=f'{name}\nlargest {said["max"]:.3f}, mean {said["mean"]:.4f}',
                  xlabel='logit of class')  # fmt: skip
     axes[0][0].set_ylabel('image is of class')
-    fig.colorbar(shown, ax=axes, label=f'|student - teacher| / {float(arrays["max_diff"]):g}')
+    fig.colorbar(
+        shown, ax=axes[0].tolist(), shrink=0.8, label=f'|student - teacher| / {float(arrays["max_diff"]):g}'
+    )
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
