@@ -16,7 +16,7 @@ instead of epochs. Tables of the same name are parts of one. Where it is needed,
     "kd_flags"      flags besides "flags" that train_base.py does not know
     "method_flags"  {method: flags besides "flags"}; methods with different flags train in different processes
     "teacher_epochs", "teacher_seed", "teacher_flags"    if the teachers are not trained like the students
-    "teacher_file"  weights of the teacher, a file in IMG_ROOT, instead of training it
+    "teacher_file"  weights of the teacher instead of training it, a file in IMG_ROOT or results/NAME/FILE
     "student_file"  weights that students of train_dense.py start from, likewise
     "recipe"        a word for the folders of teachers and students alone: other tables' flags differ
     "note"          what differs from the published table, and which values are not known
@@ -189,7 +189,8 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     teachers = [(name, *schooling, table.get('teacher_flags', flags)) for name in names]
     files = [str(save / run_name(*t[:3]) / 'net.pt') for t in teachers]
     if 'teacher_file' in table:
-        files, teachers = [str(Path(args.img_root) / table['teacher_file'])], []
+        file = table['teacher_file']
+        files, teachers = [file if file.startswith('results/') else str(Path(args.img_root) / file)], []
     words = ['--t_name', *names, '--t_model', *files, '--s_name', table['student'],
              '--s_init', str(save / run_name(*student[:3]) / 'initial.pt')]  # fmt: skip
     if methods == 'all':
