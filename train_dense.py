@@ -34,6 +34,7 @@ from engine.dense_build import clipped, make_run, make_world, rows_for, share_of
 from engine.device import setup
 from engine.errors import UserError
 from engine.flags import (
+    add_augment_flag,
     add_machine_flags,
     add_place_flags,
     fraction,
@@ -92,6 +93,7 @@ def parse_args(words=None):
     flag('--unlabelled', type=whole_number, metavar='N',
          help='further pictures, without labels; 0: every loss gets the labelled ones; default: as many '
               'as scenes has, else 0')
+    add_augment_flag(flag, 'segmentation')
     flag('--workers', type=whole_number, default=0, help='processes that prepare pictures, default 0')
     flag = parser.add_argument_group('recipe').add_argument
     flag('--steps', type=positive_int, default=300, help='steps of each student, default 300')
@@ -130,6 +132,8 @@ def read_methods(args) -> dict[str, dict]:
         raise UserError('train_dense.py runs in one process: batch norms and samplers would differ')
     if args.amp == 'fp16':
         raise UserError('--amp fp16: gradients are not scaled here; use bf16')
+    if args.augment is not None and args.task == 'detection':
+        raise UserError('--augment: for --task segmentation; boxes are only mirrored')
     if args.size % 32:
         raise UserError(f'--size {args.size}: must be a multiple of 32')
     weights, options = weights_and_options(args, names, rows)
@@ -199,7 +203,7 @@ def main():
         facts = {'script': 'train_dense', 'task': args.task, 'method': run.name, 'student': args.s_name,
                  'teacher': world.facts, 'data': args.data_name, 'size': args.size, 'seed': args.seed,
                  'steps': args.steps, 'labelled': world.pictures, 'unlabelled': world.unlabelled,
-                 'trained_with': list(wanted),
+                 **world.augmented, 'trained_with': list(wanted),
                  'parameters': sum(p.numel() for p in run.net.parameters())}  # fmt: skip
         if args.task == 'detection':
             facts['ap_by'] = library()

@@ -26,7 +26,7 @@ from pathlib import Path
 import engine.threads  # noqa: F401  before torch
 
 import models
-from engine import errors, listing, session, side_by_side
+from engine import drawing, errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
 from engine.flags import add_common_flags, add_head_flag, add_thread_flag, check_head, positive_float
 from engine.ka_build import ENSEMBLE, build_run, chosen_setting, read_methods
@@ -89,6 +89,7 @@ def parse_args():
     more = ''.join(f'; {setting.data_help}' for setting in SETTINGS if setting.data_help)
     rate = 'default 0.001 with adam, 0.1 with sgd'
     add_common_flags(parser, epochs=100, lr=None, rate=rate, more_data=more)
+    drawing.add_draw_flag(parser.add_argument)
     add_thread_flag(parser)
     args = parser.parse_args()
     args.lr = args.lr or {'adam': 1e-3, 'sgd': 0.1}[args.optim]
@@ -106,6 +107,7 @@ def main():
     args = parse_args()
     check_head(args, '--s_init')
     kind = chosen_setting(args)
+    drawing.check(args, kind)
     refuse_flags_of_others(args, kind)
     rows, terms = read_methods(args)
     device = setup(args)
@@ -161,6 +163,7 @@ def main():
         for run, figures in zip(begun, together.each(lambda run: setting.measure(run.net), begun)):
             row = read[run.name] | figures | {'seconds': time.time() - started}
             done.append((run.record, row, partial(epoch_line, run, setting, total), f'{run.name}/'))
+        drawing.draw(live, setting, begun, [row for _, row, *_ in done], last)
         if code := session.end_epoch(live, epoch, last, done):
             return code
         if not runs:

@@ -223,19 +223,22 @@ class Steps(torch.utils.data.Dataset):
 
     steps[k] gives {'labelled': (images, targets)} and, if there are any, {'unlabelled': (images, None)},
     lists. In each step every picture has the same chance, and none comes twice. Mirrored by chance; with
-    crop, at half to twice its size a square of that side is cut out, black and without labels beside it.
+    crop, at half to twice its size a square of that side is cut out, black and without labels beside it. With
+    view, of dense_views.py, image and segmentation are seen through it in the end.
     """
 
-    def __init__(self, labelled, unlabelled, batch_size: int, seed: int, crop: int | None = None) -> None:
+    def __init__(
+        self, labelled, unlabelled, batch_size: int, seed: int, crop: int | None = None, view=None
+    ) -> None:
         self.parts = {'labelled': labelled} | ({'unlabelled': unlabelled} if unlabelled else {})
-        self.batch_size, self.seed, self.crop = batch_size, seed, crop
+        self.batch_size, self.seed, self.crop, self.view = batch_size, seed, crop, view
 
     def __getitem__(self, step: int) -> dict:
         made = {}
         for k, (name, data) in enumerate(self.parts.items()):
             g = torch.Generator().manual_seed(((self.seed * 1_000_003 + k) * 1_000_003 + step) % 2**63)
             chosen = torch.randperm(len(data), generator=g)[: self.batch_size].tolist()
-            images, targets = zip(*(augmented(*data[i], g, self.crop) for i in chosen))
+            images, targets = zip(*(augmented(*data[i], g, self.crop, self.view) for i in chosen))
             made[name] = list(images), list(targets) if name == 'labelled' else None
         return made
 
@@ -248,7 +251,7 @@ def in_order(steps: Steps, numbers: range, workers: int) -> Iterator[dict]:
         raise BadImage(str(error).strip().splitlines()[-1].split('BadImage: ')[-1]) from None
 
 
-def augmented(image: Tensor, target, g: torch.Generator, crop: int | None) -> tuple:
+def augmented(image: Tensor, target, g: torch.Generator, crop: int | None, view=None) -> tuple:
     """Mirrored by chance, and for segmentation cut out at a random size; boxes of crowds are left out."""
     mirror = torch.rand((), generator=g) < 0.5
     if isinstance(target, dict):
@@ -260,7 +263,14 @@ def augmented(image: Tensor, target, g: torch.Generator, crop: int | None) -> tu
         return image, {'boxes': boxes, 'labels': labels}
     if mirror:
         image, target = image.flip(2), target.flip(1)
-    return _cut(image, target, g, crop) if crop else (image, target)
+    image, target = _cut(image, target, g, crop) if crop else (image, target)
+    if view:
+        from .dense_views import seen_through
+
+        seed = int(torch.randint(2**31, (), generator=g))
+        image, labels = seen_through(view, [seed], image[None], seg=target[None])
+        image, target = image[0], labels['seg'][0]
+    return image, target
 
 
 def _cut(image: Tensor, target: Tensor, g: torch.Generator, side: int) -> tuple[Tensor, Tensor]:

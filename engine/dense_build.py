@@ -14,6 +14,7 @@ from engine import dense as parts
 from engine import session
 from engine.device import autocast
 from engine.errors import NonFinite, UserError, user_errors
+from engine.flags import read_augment
 from engine.meter import Meter, all_finite
 from engine.optimise import one_cycle, set_learning_rate
 from engine.recipe import resume_point
@@ -68,7 +69,8 @@ def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[part
     free = len(rest) if rooms and args.unlabelled is None else min(args.unlabelled or 0, len(rest))
     unlabelled = torch.utils.data.Subset(rest, range(free)) if free else None
     crop = args.size if not rooms and args.task == 'segmentation' else None
-    steps = annotated.Steps(labelled, unlabelled, args.batch_size, args.seed, crop)
+    view, numbers = read_augment(args, args.size)
+    steps = annotated.Steps(labelled, unlabelled, args.batch_size, args.seed, crop, view)
     K = len(whole.class_names)
     with user_errors():
         torch.manual_seed(args.seed)
@@ -84,6 +86,7 @@ def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[part
     world = parts.World(test, K, device, autocast(device, args.amp), args.seed, args.steps, steps, n)
     world.task = parts.TASKS[args.task](world, start)
     world.class_names, world.unlabelled = whole.class_names, free
+    world.augmented = {'augment': numbers} if numbers else {}
     if needs_teacher:
         everything = annotated.Steps(whole, None, args.batch_size, 0)
         world.net_t = the_teacher(args, world, net_t, everything if rooms else None, root, log)
@@ -213,7 +216,8 @@ def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: st
     recipe |= {'script': 'train_dense', 'labelled': world.pictures, 'unlabelled': world.unlabelled,
                'initial': fingerprint(start),
                'methods': [[name, weight, options] for name, (_, weight, options) in chosen.items()],
-               'teacher': fingerprint(world.net_t) if taught(chosen) else None}  # fmt: skip
+               'teacher': fingerprint(world.net_t) if taught(chosen) else None,
+               **world.augmented}  # fmt: skip
     state = {'net': net, 'kd': kds, 'opt': opt}
     run.record = parts.StepRecord(folder / word, state, recipe, origin, 'test', world.task.key)
     run.record.resume(resume_point(args.resume, folder / word))

@@ -133,6 +133,8 @@ def test_the_flags_are_frozen(monkeypatch):
         '--size',
         '--labelled',
         '--epochs_ft',
+        '--augment',
+        '--draw',
         '--attributes',
         '--t_attributes',
     }
@@ -163,7 +165,7 @@ def test_the_flags_are_frozen(monkeypatch):
         '--labelled',
     }
     dense |= {'--optim', '--dry_run', '--steps', '--t_steps', '--eval_every'}  # as those of other scripts
-    dense |= {'--task', '--unlabelled', '--warmup'}
+    dense |= {'--task', '--unlabelled', '--warmup', '--augment'}
     assert flags_of(train_dense, monkeypatch) == loss | dense
 
 
