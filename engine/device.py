@@ -62,6 +62,18 @@ def autocast(device: torch.device, amp: str) -> Callable[[], torch.autocast]:
     return partial(torch.autocast, device.type, PRECISIONS[amp], enabled=amp != 'off', cache_enabled=False)
 
 
+def refuse_fp16(args: argparse.Namespace) -> None:
+    """Where steps are taken without a torch.amp.GradScaler: in fp16 small gradients become 0."""
+    if args.amp == 'fp16':
+        raise UserError('--amp fp16: this scales no gradients; use bf16, which needs none')
+
+
+def refuse_amp(args: argparse.Namespace) -> None:
+    """Where everything is computed in float32, rather than leave a flag unread."""
+    if args.amp != 'off':
+        raise UserError(f'--amp {args.amp}: not for this tool, which computes in float32')
+
+
 def precision(amp: Callable[[], torch.autocast], device: torch.device) -> torch.dtype | None:
     """What autocast turns weights into, None if it is off."""
     with amp():

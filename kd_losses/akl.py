@@ -118,7 +118,7 @@ def _tokens(
             f'{who}: target{of} must be {shape[:-1]} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
-    counts = None if target is None else target.reshape(-1) != -100
+    counts = None if target is None else target.reshape(-1).long() != -100
     return rows, out_t.detach().reshape(rows.shape), counts
 
 

@@ -193,7 +193,7 @@ def _side(who, of, out, hid, head, emb, ids, name, target, dim, like) -> _Side:
     _expect(who, f'emb{of}', emb, out.shape[2], dim)
     _expect(who, f'input{of}', ids, *out.shape[:2])
     _expect(who, name, target, *out.shape[:2])
-    side.out, side.counts = out.flatten(0, 1), target != -100
+    side.out, side.counts = out.flatten(0, 1), target.long() != -100
     side.index, _ = _labels(who, target.flatten(), *side.out.shape, name)
     read, _ = _labels(who, torch.where(side.counts, ids, -100).flatten(), *side.out.shape, f'input{of}')
     table = _full(emb.detach(), like)
@@ -272,7 +272,7 @@ def _tokens(
             f'{who}: target{of} must be {shape[:-1]} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
-    counts = None if target is None else target.reshape(-1) != -100
+    counts = None if target is None else target.reshape(-1).long() != -100
     return rows, out_t.detach().reshape(rows.shape), counts
 
 

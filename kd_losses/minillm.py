@@ -89,6 +89,7 @@ class MiniLLM(nn.Module):
             _full(x.detach(), out_s).flatten() for x in (logp_old, weight, self.advantage(reward, mask)[1])
         )
         ratio = ((logp - old) * counts).clamp(max=20).exp() * weight
+        ratio = ratio + 0 * (old + weight)  # clamps hide what is infinite
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         pg = _mean(torch.maximum(-advantage * ratio, -advantage * clipped), counts)
         if not self.single_step:
@@ -224,7 +225,7 @@ def _tokens(
             f'{who}: target{of} must be {shape[:-1]} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
-    counts = None if target is None else target.reshape(-1) != -100
+    counts = None if target is None else target.reshape(-1).long() != -100
     return rows, out_t.detach().reshape(rows.shape), counts
 
 

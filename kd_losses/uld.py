@@ -105,7 +105,7 @@ def _of_texts(who: str, name: str, out: Tensor, labels: str, target: Tensor) -> 
             f'{who}: {labels} must be {tuple(out.shape[:2])} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
-    return rows, target != -100
+    return rows, target.long() != -100
 
 
 def _filled(x: Tensor, counts: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ def cases_but(kind: str) -> list[str]:
 class Made:
     """A loss with inputs; all of them require grad, but none may reach the teachers."""
 
-    def __init__(self, name: str, n: int = 6, dtype=torch.float32, change=lambda x: x) -> None:
+    def __init__(self, name: str, n: int = 6, dtype=torch.float32, change=lambda x: x, K: int = 7) -> None:
         self.name, self.students, self.teachers = name, [], []
         generator = torch.Generator().manual_seed(7)
 
@@ -39,6 +39,7 @@ class Made:
         scope = {
             'm': importlib.import_module(package_of(name)),
             'n': n,
+            'K': K,
             'torch': torch,
             'S': lambda *shape: leaf(shape, self.students),
             'T': lambda *shape: leaf(shape, self.teachers),
@@ -278,7 +279,7 @@ def test_teachers_under_inference_mode_give_the_same(name):
 def test_float64_teachers(name):
     made = Made(name)
     for key in [key for key in made.inputs if '_t' in key]:
-        made.inputs[key] = tree(made.inputs[key], lambda x: x.double())
+        made.inputs[key] = tree(made.inputs[key], lambda x: x.double() if x.is_floating_point() else x)
     value = made()
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, Made(name)())

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 
@@ -45,6 +46,21 @@ def test_the_scripts_know_no_method():
 def test_every_data_free_loss_has_a_row():
     files = {p.stem for p in (ROOT / 'dfkd_losses').glob('[!_]*.py')}
     assert files == {row.loss.__module__.split('.')[-1] for name, row in DFKD.items() if name != 'kd_pool'}
+
+
+def test_whoever_steps_in_fp16_scales_gradients():
+    """A script with --amp that calls backward has a GradScaler, says that fp16 is refused, or asks a module
+    that does; else small gradients would be 0, silently."""
+    for path in [*ROOT.glob('train_*.py'), *(ROOT / 'tools').glob('[!_]*.py')]:
+        source = path.read_text()
+        if '.backward()' in source and re.search(r'add_(machine|common)_flags|--amp', source):
+            scales = ('GradScaler', 'run.scaler.', 'refuse_fp16(args)', 'ka_tools import', 'dfkd_build')
+            scales += ('refuse_amp(args)',)
+            assert any(word in source for word in scales), f'{path.name}: --amp fp16 without a GradScaler'
+        if path.parent.name == 'tools' and 'add_machine_flags(' in source:
+            assert re.search(r'args\.amp|refuse_amp', source), f'{path.name} has --amp and does not read it'
+    for name in ('ka_tools', 'dfkd_build'):
+        assert re.search('refuse_fp16|--amp fp16', (ROOT / 'engine' / f'{name}.py').read_text())
 
 
 def test_the_package_is_the_losses_only():

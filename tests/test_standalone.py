@@ -104,7 +104,7 @@ ours = ('kd_losses', 'ka_losses', 'dfkd_losses', 'models', 'dataset', 'engine', 
 foreign = [name for name in sys.modules if name.split('.')[0] in ours]
 assert not foreign, foreign
 torch.manual_seed(0)
-n = 6
+n, K = 6, 7
 learnt = []
 def S(*shape):
     learnt.append(torch.randn(shape, requires_grad=True))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import models  # noqa: E402
 import transferability.knowledge as kn  # noqa: E402
 from engine import errors, optimise  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_common_flags, positive_float, positive_int, whole_number  # noqa: E402
@@ -84,6 +84,7 @@ def main():
     foreground = kn.central_square(args.grid, args.grid)
     if foreground.all():
         raise UserError(f'--grid {args.grid}: no cell is left outside the foreground; take 6 or more')
+    refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)
     name = f'knowledge-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}'
