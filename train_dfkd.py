@@ -32,6 +32,7 @@ from engine.flags import (
     add_data_flags,
     add_machine_flags,
     add_output_flags,
+    any_number,
     fraction,
     positive_float,
     positive_int,
@@ -93,7 +94,7 @@ def parse_args(words=None):
     for name in WEIGHTS:
         having = {method: row.weights[name] for method, row in DFKD.items() if name in row.weights}
         of = ', '.join(f'{method} {weight:g}' for method, weight in having.items())
-        flag(f'--{name}', type=float, metavar='W', help=f'of {of}')
+        flag(f'--{name}', type=any_number, metavar='W', help=f'of {of}')
     add_data_flags(parser)
     add_machine_flags(parser)
     add_output_flags(parser)

@@ -17,6 +17,8 @@ from engine.processes import join_processes
 
 def setup(args: argparse.Namespace) -> torch.device:
     """Threads, seeds and kernels as the flags say; returns the device."""
+    if args.threads and args.threads > 1024:  # the system would refuse them one by one, and abort
+        raise UserError(f'--threads {args.threads}: at most 1024')
     torch.set_num_threads(args.threads or cores())
     mps = torch.backends.mps.is_available()
     name = args.device or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')

@@ -63,6 +63,28 @@ def test_whoever_steps_in_fp16_scales_gradients():
         assert re.search('refuse_fp16|--amp fp16', (ROOT / 'engine' / f'{name}.py').read_text())
 
 
+OPTIONAL = {'tqdm', 'matplotlib', 'tensorboard', 'safetensors', 'pycocotools', 'transformers'}
+
+
+def test_optional_packages_are_imported_where_they_may_be_missing():
+    """Inside a try with ImportError, or after one: what needs them says so in a line."""
+
+    def packages(node) -> set:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
+        return {name.removeprefix('torch.utils.').split('.')[0] for name in names} & OPTIONAL
+
+    folders = '. tools report engine dataset models methods ka_settings transferability'
+    for path in [p for folder in folders.split() for p in (ROOT / folder).glob('*.py')]:
+        tree, tried = ast.parse(path.read_text()), set()
+        for block in [node for node in ast.walk(tree) if isinstance(node, ast.Try)]:
+            if any('ImportError' in ast.unparse(handler) for handler in block.handlers):
+                tried |= {name for line in block.body for name in packages(line)}
+        asked = {name for node in ast.walk(tree) for name in packages(node)}
+        assert asked == tried, f'{path.name}: {asked - tried} may be missing'
+        assert not any(packages(node) for node in tree.body), f'{path.name} needs it to be imported'
+
+
 def test_the_package_is_the_losses_only():
     """pip install . must offer kd_losses and nothing that would clash, like models or utils."""
     pyproject = (ROOT / 'pyproject.toml').read_text()
