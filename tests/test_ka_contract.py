@@ -352,7 +352,7 @@ def test_other_integers_are_labels_too(name):
                 if bool((tensor_at(made, argument, path) < 0).any()) and dtype == torch.uint8:
                     for m in (made, other):
                         spoil(m, argument, path, lambda x: x.abs() % 3 + 156)
-                spoil(other, argument, path, lambda x: x.to(dtype))
+                spoil(other, argument, path, lambda x, to=dtype: x.to(to))
                 assert torch.equal(other(), made()), f'{argument} of {dtype}'
 
 
@@ -365,7 +365,7 @@ def test_functional_gradients(name):
     for key in given[:1]:
         fresh = [Made(name), Made(name)]  # a loss may remember what it has seen
 
-        def f(x):
+        def f(x, key=key, fresh=fresh):
             seed(0)
             return fresh.pop().loss(**{**made.inputs, key: x})
 

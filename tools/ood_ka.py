@@ -18,11 +18,13 @@ was made.
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torchvision.utils import save_image
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torchvision.utils import save_image  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402

@@ -18,10 +18,12 @@ import copy
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402

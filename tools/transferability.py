@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-import scipy.stats
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import scipy.stats  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402

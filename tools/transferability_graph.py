@@ -19,10 +19,12 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 import transferability as tr  # noqa: E402
 from engine import errors  # noqa: E402
