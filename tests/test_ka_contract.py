@@ -356,7 +356,7 @@ def test_other_integers_are_labels_too(name):
                 assert torch.equal(other(), made()), f'{argument} of {dtype}'
 
 
-@pytest.mark.parametrize('name', cases_but('not_compiled'))
+@pytest.mark.parametrize('name', cases_but('no_func_grad'))
 def test_functional_gradients(name):
     """torch.func.grad gives what backward gives."""
     made = Made(name)

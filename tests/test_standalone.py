@@ -291,5 +291,17 @@ def test_every_loss_guards_its_arguments(path):
         assert '_exact' in code, f'{product.strip()} is not exact'
 
 
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_every_refusal_says_what_it_got(path):
+    """And where that is a shape or a length, what to do about it; each of the loss's own errors."""
+    loss, *_ = re.split(r'\n# -+ how the training scripts use it', path.read_text())
+    for node in ast.walk(ast.parse(loss)):
+        if isinstance(node, ast.Raise) and node.exc is not None and 'ValueError' in ast.unparse(node.exc):
+            said = ast.unparse(node.exc)
+            assert 'got' in said, said
+            if re.search(r'\.shape\)}|got {len\(', said):
+                assert re.search(r'got.*: \S', said), f'no remedy: {said}'
+
+
 def test_there_are_files():
     assert len(FILES) >= 12

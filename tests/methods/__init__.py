@@ -48,6 +48,7 @@ KINDS = {
     'layers': 'products are exact (those of layers of a network round as the user has asked)',
     'masked_class': "the other way round: these take a teacher's logit of -inf",
     'no_batch_of_one': 'a batch of one is legal; (reason, message)',
+    'no_func_grad': 'torch.func.grad, which knows no checkpoints',
     'no_gradcheck': 'gradcheck',
     'no_labels': 'labels that forward could take reach the loss',
     'no_meta': 'meta tensors, as planning tools use them',
