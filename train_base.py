@@ -28,16 +28,19 @@ from engine.device import PRECISIONS, autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
 from engine.evaluate import measure, measured
 from engine.flags import (
+    RATE,
     add_common_flags,
     add_graph_flag,
     add_head_flag,
     add_label_flag,
+    add_optimiser_flag,
     check_head,
     positive_int,
     whole_number,
+    with_rate,
 )
 from engine.meter import Meter
-from engine.optimise import sgd
+from engine.optimise import optimiser
 from engine.parser import Parser
 from engine.processes import distributed
 from engine.recipe import math_args, resume_point
@@ -63,9 +66,10 @@ def parse_args():
          help='which classes go together (random: after --seed); default contiguous')
     flag('--classes', metavar='LIST', help='or the classes themselves, e.g. 0-2,7')
     # fmt: on
-    add_common_flags(parser)
+    add_common_flags(parser, lr=None, rate=RATE)
+    add_optimiser_flag(parser)
     add_graph_flag(parser)
-    return parser.parse_args()
+    return with_rate(parser.parse_args())
 
 
 def chosen_classes(args, num_classes: int) -> list[int] | None:
@@ -110,7 +114,7 @@ def main():
         args, script='train_base', net=args.net_name, initial=fingerprint(net), classes=classes
     )
     net.to(device, memory_format=torch.channels_last)
-    opt = sgd(net.parameters(), args)
+    opt = optimiser(net.parameters(), args)
     amp = autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
 

@@ -26,9 +26,9 @@ from engine.batch import Batch
 from engine.device import autocast, compile_networks, setup
 from engine.errors import NonFinite, user_errors
 from engine.evaluate import outputs
-from engine.flags import add_common_flags, add_head_flag, check_head
+from engine.flags import RATE, add_common_flags, add_head_flag, add_optimiser_flag, check_head, with_rate
 from engine.meter import Meter
-from engine.optimise import sgd
+from engine.optimise import optimiser
 from engine.parser import Parser
 from engine.peers import Reading, build_networks, build_step, read_method
 from engine.processes import distributed, processes, rank
@@ -53,8 +53,9 @@ def parse_args():
          help='initial weights, one file per network; default: drawn from --seed, --seed + 1, ...')
     add_head_flag(flag, '--net_inits')
     # fmt: on
-    add_common_flags(parser)
-    return parser.parse_args()
+    add_common_flags(parser, lr=None, rate=RATE)
+    add_optimiser_flag(parser)
+    return with_rate(parser.parse_args())
 
 
 def main():
@@ -71,7 +72,7 @@ def main():
     nets = build_networks(args, train.num_classes, device, log)
     initial = [fingerprint(net) for net in nets]
     step = build_step(args, method, options, nets, train, amp, device)
-    opt = sgd(step.parameters(), args)
+    opt = optimiser(step.parameters(), args)
     opts = method.own.optimisers(step.kd, step.peers) if method.own.optimisers else {}
     rates = {key: other.param_groups[0]['lr'] for key, other in opts.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')

@@ -30,15 +30,18 @@ from engine.device import autocast, compile_networks, setup
 from engine.errors import user_errors
 from engine.evaluate import measure, measured
 from engine.flags import (
+    RATE,
     add_common_flags,
     add_graph_flag,
     add_head_flag,
     add_label_flag,
+    add_optimiser_flag,
     add_thread_flag,
     check_head,
     positive_int,
     share_of_ce,
     whole_number,
+    with_rate,
 )
 from engine.parser import Parser
 from engine.processes import processes, rank
@@ -97,10 +100,11 @@ def parse_args(words=None):
     flag('--global_relations', action='store_true',
          help='torchrun: relate the samples of all processes; for losses that relate the samples of a batch')
     # fmt: on
-    add_common_flags(parser)
+    add_common_flags(parser, lr=None, rate=RATE)
+    add_optimiser_flag(parser)
     add_thread_flag(parser)
     add_graph_flag(parser)
-    return parser.parse_args(words)
+    return with_rate(parser.parse_args(words))
 
 
 def main():

@@ -22,7 +22,7 @@ from engine.method_flags import (
     refuse_unknown,
     weights_and_options,
 )
-from engine.optimise import phase_epochs, sgd
+from engine.optimise import optimiser, phase_epochs
 from engine.processes import distributed, gather_batches, rank
 from engine.recipe import math_args, resume_point
 from engine.record import Record, fingerprint
@@ -146,9 +146,11 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         step = Student(net, terms, teachers.amp, args.lambda_ce, gather, cast, args.kd_stop)
         step.all_labelled = bool((train.targets != NO_LABEL).all())
         parameters = [p for p in step.parameters() if p.requires_grad]
-        own = [term for term in terms if term.method.own.optimiser]
+        own = next((term for term in terms if term.method.own.optimiser), None)
+        if own and args.optim != 'sgd':
+            raise UserError(f'--optim {args.optim}: {own.name} has an optimiser of its own')
         with user_errors():
-            opt = own[0].method.own.optimiser(own[0].loss, parameters, args) if own else sgd(parameters, args)
+            opt = own.method.own.optimiser(own.loss, parameters, args) if own else optimiser(parameters, args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         recipe = math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),

@@ -29,6 +29,16 @@ class Given:
     target: Any  # (N, H, W); a list of boxes and labels, in pixels of x; None: not known
 
 
+@dataclass
+class Probe:
+    """What a loss may be built from: what student and teacher say of a few images, and sizes."""
+
+    s: Any
+    t: Any
+    num_classes: int
+    pictures: int  # of the training set
+
+
 class Segmentation:
     """A class for every pixel. The figure is mIoU: the mean over classes of intersection over union."""
 

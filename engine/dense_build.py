@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -232,7 +231,7 @@ def tried(row, name: str, options: dict, net: nn.Module, seen: parts.Look) -> nn
     with torch.no_grad():
         s = world.task.look(net, seen.given(part))
     torch.set_rng_state(state)
-    probe = SimpleNamespace(s=s, t=t, num_classes=world.num_classes, pictures=world.pictures)
+    probe = parts.Probe(s, t, world.num_classes, world.pictures)
     try:
         with user_errors():
             kd = row.build(row.loss, probe, **options).to(world.device)

@@ -3,7 +3,6 @@
 import copy
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from engine.meter import Meter
 from engine.method_flags import key_values, refuse_many_processes, refuse_repeated, refuse_unknown
 from engine.optimise import set_learning_rate, sgd
 from engine.recipe import resume_point
-from engine.record import Record, fingerprint
+from engine.record import Record, fingerprint, fingerprint_of
 from engine.teachers import load_teachers
 from methods.dfkd import DFKD, Method, Recipe
 from models.checkpoint import read_checkpoint
@@ -32,6 +31,23 @@ class Wanted:
     recipe: Recipe
     weights: dict[str, float]
     options: dict
+
+
+@dataclass
+class Probe:
+    """What a loss may be built from."""
+
+    net_t: nn.Module  # a teacher for its hooks alone
+
+
+@dataclass
+class Plain:
+    """What sgd asks of the flags of other scripts."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool = False
 
 
 @dataclass
@@ -213,15 +229,14 @@ def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, set
         noise = torch.randn(2, 3, setting.size, setting.size, device=device)
         own_t = models.folded(net_t, noise, precision(setting.amp, device))
     with user_errors():
-        probe = SimpleNamespace(net_t=own_t)
-        kd = row.build(row.loss, probe, wanted.weights, wanted.options).to(device)
+        kd = row.build(row.loss, Probe(own_t), wanted.weights, wanted.options).to(device)
         source = SOURCES[row.images.kind](
             name, row, recipe, wanted.weights, wanted.options, kd, own_t, net, setting
         )
     if row.needs.pool or (args.pool_init and hasattr(source, 'fill')):
         source.fill(read_pool(args.pool_init, setting))
     opt = optimiser(net, recipe, device)
-    pool = args.pool_init and hasattr(source, 'fill') and fingerprint_of(source.pool.images)
+    pool = args.pool_init and hasattr(source, 'fill') and fingerprint_of({'images': source.pool.images})
     math = {
         'script': 'train_dfkd', 'data_name': args.data_name, 'seed': args.seed, 'amp': args.amp,
         'student': args.s_name, 'initial': initial, 'teacher': args.t_name[0],
@@ -237,16 +252,9 @@ def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, set
 
 def optimiser(net: nn.Module, recipe: Recipe, device) -> torch.optim.Optimizer:
     if recipe.optim == 'sgd':
-        how = SimpleNamespace(
-            lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=False
-        )
-        return sgd(net.parameters(), how)
+        return sgd(net.parameters(), Plain(recipe.lr, recipe.momentum, recipe.weight_decay))
     cuda = device.type == 'cuda'
     return torch.optim.Adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=cuda)
-
-
-def fingerprint_of(images: Tensor) -> str:
-    return fingerprint(SimpleNamespace(state_dict=lambda: {'images': images}))
 
 
 def read_pool(path: str, setting: Setting) -> Tensor:

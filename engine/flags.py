@@ -46,6 +46,21 @@ def add_common_flags(
     add_output_flags(parser)
 
 
+def add_optimiser_flag(parser: Parser) -> None:
+    # fmt: off
+    parser.add_argument('--optim', choices=('sgd', 'adamw'), default='sgd',
+        help='sgd, or adamw for transformers; with it say --weight_decay 0.05, as DeiT does; default sgd')
+
+
+def with_rate(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags, with the optimiser's learning rate where none is said."""
+    args.lr = args.lr or {'sgd': 0.1, 'adamw': 1e-3}[args.optim]
+    return args
+
+
+RATE = 'default 0.1 with sgd, 0.001 with adamw'
+
+
 def add_label_flag(flag) -> None:
     flag('--labelled', type=fraction, metavar='F',
          help='share of the training images that keep their labels, drawn by --seed; of the others '

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,28 @@ class Run:
         return seen.texts(whole), True
 
 
+@dataclass
+class Rollouts:
+    """Answers to N prompts that student and teacher wrote together, and their rewards, (N, L) each."""
+
+    x: Tensor  # prompt and answer, without the last token
+    tokens: Tensor
+    t: Any  # what the teacher says of x
+    logp_old: Tensor
+    reward: Tensor
+    weight: Tensor
+
+
+@dataclass
+class Probe:
+    """What a loss may be built from: what student and teacher say of one batch."""
+
+    s: Any
+    t: Any
+    steps: int
+    second: Texts | None  # the batch in the second vocabulary, with the teacher that speaks it
+
+
 class Batch:
     """What a feed may ask for besides Tokens of student and teacher."""
 
@@ -118,7 +140,7 @@ class Batch:
         """The same windows in the second vocabulary, with the teacher that speaks it."""
         return self.seen.second
 
-    def rollouts(self, score: Callable, mix: float = 0.2) -> SimpleNamespace:
+    def rollouts(self, score: Callable, mix: float = 0.2) -> Rollouts:
         """A part of this round's answers, which student and teacher wrote together; score: their rewards."""
         run, world, kept = self.run, self.run.world, self.run.memory
         batches = ROUND // BATCH
@@ -139,9 +161,7 @@ class Batch:
         rows = kept['order'][place * BATCH : (place + 1) * BATCH]
         x = kept['whole'][rows, :-1]
         scores = {key: kept[key][rows] for key in ('logp_old', 'reward', 'weight')}
-        return SimpleNamespace(
-            x=x, tokens=kept['whole'][rows, PROMPT:], t=world.look(world.net_t, x), **scores
-        )
+        return Rollouts(x, kept['whole'][rows, PROMPT:], world.look(world.net_t, x), **scores)
 
 
 def student_of(world: World) -> nn.Module:

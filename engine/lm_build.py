@@ -1,7 +1,6 @@
 """From the flags of train_lm.py to its teachers and students."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -87,9 +86,7 @@ def share(args, method) -> float:
 def make_run(args, world, folder, origin, name, method, weight, options) -> parts.Run:
     torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
     net, seen = parts.student_of(world), Look(world, 0)
-    probe = SimpleNamespace(s=world.look(net, seen.x), t=seen.t, steps=args.steps, second=None)
-    if world.pairs:
-        probe.second = seen.second
+    probe = parts.Probe(world.look(net, seen.x), seen.t, args.steps, seen.second if world.pairs else None)
     with built_from('--kd_args', name):
         kd = method.build(method.loss, probe, **options).to(world.device)
     groups = [{'params': list(net.parameters()), 'base': args.lr}]

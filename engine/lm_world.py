@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -112,12 +111,21 @@ class World:
         return made
 
     @cached_property
-    def exam(self) -> SimpleNamespace:
-        """The held-out windows, what the teacher says of them, and the prompts that students continue."""
+    def exam(self) -> 'Exam':
         x, target = self.asked(self.text.held_out())
         out_t = torch.cat([self.look(self.net_t, part).out.float() for part in x.split(128)])
         chosen = torch.randperm(len(x), generator=draw(5, 0))[:PROMPTS]
-        return SimpleNamespace(x=x, target=target, out_t=out_t, prompts=x[chosen.to(x.device), :PROMPT])
+        return Exam(x, target, out_t, x[chosen.to(x.device), :PROMPT])
+
+
+@dataclass
+class Exam:
+    """Held-out windows, what the teacher says of them, and the prompts that students continue."""
+
+    x: Tensor
+    target: Tensor
+    out_t: Tensor
+    prompts: Tensor
 
 
 class Look:

@@ -39,11 +39,37 @@ def phase_epochs(epochs_of_200: int, epochs: int, chosen: int | None = None) -> 
     return max(round(epochs_of_200 * epochs / 200), 1)
 
 
+def optimiser(parameters: Iterable[nn.Parameter | dict], args: argparse.Namespace) -> torch.optim.Optimizer:
+    """What --optim says. parameters: tensors, or groups of them as torch.optim takes them."""
+    return {'sgd': sgd, 'adamw': adamw}[args.optim](parameters, args)
+
+
+def adamw(parameters: Iterable[nn.Parameter | dict], args: argparse.Namespace) -> torch.optim.AdamW:
+    """On CUDA by the kernel that can skip an update on the device (Meter.guard)."""
+    parameters = list(parameters)
+    fused = on_cuda(parameters)
+    opt = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=fused)
+
+    def own_kernel(opt):
+        """Whatever device the checkpoint came from."""
+        for group in opt.param_groups:
+            group |= {'fused': fused, 'foreach': False}
+        for p, state in opt.state.items():
+            state['step'] = state['step'].to(p.device if fused else 'cpu')
+
+    opt.register_load_state_dict_post_hook(own_kernel)
+    return opt
+
+
+def on_cuda(parameters: list) -> bool:
+    first = parameters[0]['params'][0] if isinstance(parameters[0], dict) else parameters[0]
+    return first.is_cuda
+
+
 def sgd(parameters: Iterable[nn.Parameter | dict], args: argparse.Namespace) -> torch.optim.SGD:
     """parameters: tensors, or groups of them as torch.optim takes them."""
     parameters = list(parameters)
-    first = parameters[0]['params'][0] if isinstance(parameters[0], dict) else parameters[0]
-    if not first.is_cuda:
+    if not on_cuda(parameters):
         return torch.optim.SGD(
             parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=wants_nesterov(args)
         )

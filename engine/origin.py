@@ -59,8 +59,12 @@ def _cpu_name() -> str:
 
 def fingerprint(net: nn.Module) -> str:
     """A short name for a network's weights, to notice that a file has changed since."""
+    return fingerprint_of(net.state_dict())
+
+
+def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha1()
-    for key, value in net.state_dict().items():
+    for key, value in tensors.items():
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -9,7 +9,7 @@ from torch import nn
 import models
 from engine.batch import Batch, Probe, as_float
 from engine.errors import UserError, user_errors
-from engine.method_flags import refuse_many_processes, refuse_unknown, weights_and_options
+from engine.method_flags import built_from, refuse_many_processes, refuse_unknown, weights_and_options
 from engine.record import fingerprint
 from methods import KD, PEERS
 
@@ -103,14 +103,11 @@ def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
     probe = Probe(seen, None, nets, None, train, args.batch_size, args.epochs, train.num_classes,
                   another_net)  # fmt: skip
     torch.manual_seed(args.seed)
-    try:
-        with user_errors():
-            kd = method.build(method.loss, probe, **options).to(device)
-            step = Step(method.own.peers(nets, probe), kd, method, amp).to(device)
-            inner = method.when.inner and method.when.inner(0, args.epochs)
-            batch = Batch(img, target, index, {}, epochs=args.epochs, generator=torch.Generator(device),
-                          inner=inner)  # fmt: skip
-            copy.deepcopy(step).train()(batch)  # shapes that do not meet show here
-    except TypeError as error:
-        raise UserError(f'--kd_args: {args.kd_mode[0]}: {error}') from None
+    with built_from('--kd_args', args.kd_mode[0]):
+        kd = method.build(method.loss, probe, **options).to(device)
+        step = Step(method.own.peers(nets, probe), kd, method, amp).to(device)
+        inner = method.when.inner and method.when.inner(0, args.epochs)
+        batch = Batch(img, target, index, {}, epochs=args.epochs, generator=torch.Generator(device),
+                      inner=inner)  # fmt: skip
+        copy.deepcopy(step).train()(batch)  # shapes that do not meet show here
     return step

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError, user_errors
-from engine.origin import class_names_of, fingerprint, provenance  # noqa: F401  asked for here, too
+from engine.origin import class_names_of, fingerprint, fingerprint_of, provenance  # noqa: F401  asked for here, too
 from engine.processes import rank
 from engine.recipe import load_checkpoint
 from models.checkpoint import compare_classes, named_weights

@@ -197,4 +197,6 @@ def graphs_wanted(args: argparse.Namespace, device: torch.device) -> bool:
         raise UserError('--cuda_graphs: the loss scaling of --amp fp16 cannot be recorded; use bf16')
     if processes() > 1:
         raise UserError('--cuda_graphs: works in one process only')
+    if args.optim != 'sgd':
+        raise UserError('--cuda_graphs: works with --optim sgd only')
     return True

@@ -1,6 +1,7 @@
 """docs/pairs.md: every method on pairs of unlike networks: works, builds an adapter, or refuses."""
 
 import copy
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,8 +66,9 @@ def transformer() -> Tap:
     return Tap(net, fms=layers, to_map=tokens)
 
 
+@functools.cache
 def pair(kind: str) -> tuple[nn.Module, nn.Module]:
-    """(student, teacher)."""
+    """(student, teacher), built once: who trains one of them copies it."""
     torch.manual_seed(0)
     student = models.build('MobileNetV2' if kind == 'networks' else 'resnet8', 10)
     teacher = {
@@ -82,15 +84,15 @@ def pair(kind: str) -> tuple[nn.Module, nn.Module]:
 def one_step(name: str, kind: str) -> tuple[str, str]:
     """('works', 'adapter' or 'refuses', what was said) of a forward and backward pass."""
     method = METHODS[name]
-    net_s, net_t = pair(kind)
+    net_s, net_t = copy.deepcopy(pair(kind))
     torch.manual_seed(1)
-    n = 4
+    n = 2
     img, target = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
     amp = autocast(torch.device('cpu'), 'off')
     teachers = Teachers([net_t] * (2 if method.needs.all_teachers else 1), amp, [], img)
     teachers.prepare = {method.own.once_per_batch} - {None}
     views = {view: img for view in method.needs.views}
-    options = {'quest': {'num_words': 8}, 'crd': {'nce_n': 8}}.get(name, {})
+    options = {'quest': {'num_words': 8}, 'crd': {'nce_n': 8}, 'semckd': {'factor': 2}}.get(name, {})
     term = train_kd.Term(name, method, 1.0, options)
     try:
         seen = teachers(img, target, torch.arange(n), views)

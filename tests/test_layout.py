@@ -43,6 +43,13 @@ def test_the_scripts_know_no_method():
         assert not named, f'{path.name} names {named}'
 
 
+def test_what_flows_through_a_step_has_named_fields():
+    """Dataclasses, which a reader and an editor can follow."""
+    for folder in ('engine', 'methods', 'ka_settings', 'kd_losses', 'ka_losses', 'dfkd_losses', '.'):
+        for path in (ROOT / folder).glob('*.py'):
+            assert 'SimpleNamespace' not in path.read_text(), path
+
+
 def test_every_data_free_loss_has_a_row():
     files = {p.stem for p in (ROOT / 'dfkd_losses').glob('[!_]*.py')}
     assert files == {row.loss.__module__.split('.')[-1] for name, row in DFKD.items() if name != 'kd_pool'}

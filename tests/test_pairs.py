@@ -33,7 +33,7 @@ FIELD = [  # the pairs of the literature, narrow networks of the same families f
 
 @pytest.mark.parametrize('teacher,student', FIELD)
 def test_the_pairs_of_the_field_train(script, tmp_path, teacher, student):
-    data = ('--data_name', 'shapes:32', '--batch_size', '16', '--epochs', '1')
+    data = ('--data_name', 'shapes:16', '--batch_size', '16', '--epochs', '1')
     assert script('train_base', '--net_name', teacher, '--note', 't', *data).code == 0
     pair = ('--t_name', teacher, '--t_model', tmp_path / 't' / 'net.pt', '--s_name', student)
     methods = (

@@ -143,6 +143,15 @@ def test_weights_arguments_and_flags_of_a_method(reproduce, tmp_path):
     assert '--save_root' in reproduce('--dry_run', '--only', 'tiny').stdout, 'tiny itself is not there yet'
 
 
+def test_all_methods_are_those_that_the_networks_can_do(reproduce, tmp_path):
+    (table,) = json.loads((tmp_path / 'grid.json').read_text())
+    for student, teacher, there in (('vit_64_3', 'vit_64_4', True), ('resnet8', 'resnet14', False)):
+        table |= {'methods': 'all', 'seeds': [2], 'student': student, 'teacher': teacher}
+        (tmp_path / 'grid.json').write_text(json.dumps([table]))
+        methods = reproduce('--dry_run').stdout.split()
+        assert ('vitkd' in methods) is there and 'deit' in methods and 'dgkd' not in methods
+
+
 def test_a_teacher_from_a_file(reproduce, tmp_path):
     (table,) = json.loads((tmp_path / 'grid.json').read_text())
     table |= {'teacher_file': 'wise.pt', 'seeds': [2], 'student': 'torchvision:resnet18'}

@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed equals the undisturbed one bit for bit (CPU)."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import engine.optimise
 import engine.record
 import engine.session
 import models
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.test_train import rows, same, weights
 
 FOUR = ('--data_name', 'shapes:96', '--batch_size', '32', '--epochs', '4')
@@ -44,15 +45,15 @@ def check_equal(a, b):
     assert same(*best)
 
 
-@pytest.mark.parametrize('file', ['best.pt', 'metrics.csv', 'last.pt'])
-def test_killed_at_any_write(train_kd, tmp_path, monkeypatch, file):
+def test_killed_at_any_write(train_kd, tmp_path, monkeypatch):
     """Killed in an epoch just before a file of one student is replaced: others are then an epoch ahead."""
     assert train_kd(*GROUP, '--note', 'whole', *FOUR).code == 0
     real, rate = engine.record.write_atomic, engine.optimise.learning_rate
-    for epoch, victim in ((1, 'st'), (3, 'st'), (2, 'vid'), (4, 'pkt+st')):
-        note, epochs_begun = f'cut{epoch}{victim}', []
+    moments = ((1, 'st'), (3, 'st'), (2, 'vid'), (4, 'pkt+st'))
+    for file, (epoch, victim) in itertools.product(('best.pt', 'metrics.csv', 'last.pt'), moments):
+        note, epochs_begun = f'cut{file}{epoch}{victim}', []
 
-        def dies(path, content, folder=tmp_path / note / victim, epoch=epoch, begun=epochs_begun):
+        def dies(path, content, file=file, folder=tmp_path / note / victim, epoch=epoch, begun=epochs_begun):
             # best.pt is only written in a best epoch: else die at metrics.csv, the next file to be written
             due = path.name in (file, 'metrics.csv') if file == 'best.pt' else path.name == file
             if due and path.parent == folder and begun[-1] == epoch:
@@ -84,6 +85,22 @@ def test_base_killed_and_resumed(script, tmp_path, monkeypatch):
     done = script('train_base', *net, '--note', 'cut', '--resume', 'auto')
     assert done.code == 0 and '2 of 4 epochs done' in done.out
     check_equal(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def test_adamw_resumes(script, tmp_path, monkeypatch):
+    """Transformers learn with it; its rate where none is said is its own."""
+    words = ('--net_name', 'deit_64_3', *TINY, '--optim', 'adamw')
+    assert script('train_base', *words, '--note', 'whole').code == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(1, patch)
+        script('train_base', *words, '--note', 'cut')
+    assert script('train_base', *words, '--note', 'cut', '--resume', 'auto').code == 0
+    one, two = (weights(tmp_path / note) for note in ('whole', 'cut'))
+    assert same(one['net'], two['net']) and rows(tmp_path / 'whole') == rows(tmp_path / 'cut')
+    assert one['args']['optim'] == 'adamw' and one['args']['lr'] == 1e-3
+    assert len(one['opt']['state']) == len(two['opt']['state']) > 9
+    for a, b in zip(one['opt']['state'].values(), two['opt']['state'].values()):
+        assert a.keys() == {'step', 'exp_avg', 'exp_avg_sq'} and same(a, b)
 
 
 def killed_after(epochs: int, monkeypatch):

@@ -6,17 +6,17 @@
     python tools/reproduce.py --only NAME --table  and afterwards write its results/NAME/table.md
 
 The grid is a list of tables: {"name", "data", "teacher" (one name, or a list for methods with several),
-"student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that one teacher suffices for),
-"flags", "group" (students per process)}. A table of networks that learn from each other has "nets", a list,
-instead of teacher and student; one of train_dense.py has "task", and "steps" instead of epochs. Tables of the
-same name are parts of one. Where it is needed, a table has also
+"student", "epochs", "seeds", "methods" (a list, or "all" rows of train_kd.py that these networks can do and
+one teacher suffices for), "flags", "group" (students per process)}. A table of networks that learn from each
+other has "nets", a list, instead of teacher and student; one of train_dense.py has "task", and "steps"
+instead of epochs. Tables of the same name are parts of one. Where it is needed, a table has also
     "weights"       {method: weight of its loss}, otherwise the default of --lambda_kd
     "args"          {method: {argument of its loss: value}}
     "layers"        {method: its stages, as --kd_layers has them}
     "kd_flags"      flags besides "flags" that train_base.py does not know
     "method_flags"  {method: flags besides "flags"}; methods with different flags train in different processes
     "teacher_epochs", "teacher_seed", "teacher_flags"    if the teachers are not trained like the students
-    "teacher_file"  weights of the teacher, a file in IMG_ROOT, instead of training it
+    "teacher_file"  weights of the teacher instead of training it, a file in IMG_ROOT or results/NAME/FILE
     "student_file"  weights that students of train_dense.py start from, likewise
     "recipe"        a word for the folders of teachers and students alone: other tables' flags differ
     "note"          what differs from the published table, and which values are not known
@@ -28,6 +28,7 @@ results/NAME holds with the same recipe, as tools/missing.py compares them, is n
 """
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -190,11 +191,14 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
     teachers = [(name, *schooling, table.get('teacher_flags', flags)) for name in names]
     files = [str(save / run_name(*t[:3]) / 'net.pt') for t in teachers]
     if 'teacher_file' in table:
-        files, teachers = [str(Path(args.img_root) / table['teacher_file'])], []
+        file = table['teacher_file']
+        files, teachers = [file if file.startswith('results/') else str(Path(args.img_root) / file)], []
     words = ['--t_name', *names, '--t_model', *files, '--s_name', table['student'],
              '--s_init', str(save / run_name(*student[:3]) / 'initial.pt')]  # fmt: skip
     if methods == 'all':
-        methods = [name for name, m in KD.items() if name != 'tfkd_self' and not m.needs.all_teachers]
+        tokens = all(re.search('vit|deit', name) for name in (*names, table['student']))
+        methods = [name for name, m in KD.items() if name != 'tfkd_self' and not m.needs.all_teachers
+                   and (tokens or not m.needs.tokens)]  # fmt: skip
     methods = lacking('train_kd.py', methods, words)
     if not methods and not lacking('train_base.py', [None], ['--net_name', table['student']]):
         return []
