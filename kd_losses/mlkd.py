@@ -80,7 +80,8 @@ class MLKD(nn.Module):
         for name, out in {'out_t': out_t, **strong}.items():
             if out is None:
                 raise ValueError(
-                    f'MLKD: {name} must be {tuple(out_s.shape)} with two_view=True, got None: give the second view'
+                    f'MLKD: {name} must be {tuple(out_s.shape)} with two_view=True, got None: '
+                    'give the second view'
                 )
             _expect('MLKD', name, out, *out_s.shape)
         if not self.two_view and (out_s_strong is not None or out_t_strong is not None):
