@@ -31,7 +31,7 @@ from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
 from engine.dense_build import clipped, make_run, make_world, rows_for, share_of_rate, taught
-from engine.device import setup
+from engine.device import refuse_fp16, setup
 from engine.errors import UserError
 from engine.flags import (
     add_augment_flag,
@@ -130,8 +130,7 @@ def read_methods(args) -> dict[str, dict]:
     refuse_repeated('--kd_mode', args.kd_mode)
     if processes() > 1:
         raise UserError('train_dense.py runs in one process: batch norms and samplers would differ')
-    if args.amp == 'fp16':
-        raise UserError('--amp fp16: gradients are not scaled here; use bf16')
+    refuse_fp16(args)
     if args.augment is not None and args.task == 'detection':
         raise UserError('--augment: for --task segmentation; boxes are only mirrored')
     if args.size % 32:

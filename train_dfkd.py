@@ -33,6 +33,7 @@ from engine.flags import (
     add_head_flag,
     add_machine_flags,
     add_output_flags,
+    any_number,
     check_head,
     fraction,
     positive_float,
@@ -96,7 +97,7 @@ def parse_args(words=None):
     for name in WEIGHTS:
         having = {method: row.weights[name] for method, row in DFKD.items() if name in row.weights}
         of = ', '.join(f'{method} {weight:g}' for method, weight in having.items())
-        flag(f'--{name}', type=float, metavar='W', help=f'of {of}')
+        flag(f'--{name}', type=any_number, metavar='W', help=f'of {of}')
     add_data_flags(parser)
     add_machine_flags(parser)
     add_output_flags(parser)

@@ -121,10 +121,13 @@ class BNStatistics:
         self.hooks = [m.register_forward_pre_hook(self._see) for m in self.norms]
 
     def _see(self, norm: nn.Module, inputs: tuple) -> None:
-        self.seen[norm] = inputs[0]
+        self.seen[norm] = inputs[0], torch.is_grad_enabled()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), 'seen': {}}  # neither copied nor pickled: a graph cannot be
 
     def loss(self) -> Tensor:
-        inputs, self.seen = [self.seen[m] for m in self.norms], {}
+        inputs, self.seen = _seen('BNStatistics', self.norms, self.seen), {}
         means, variances = [m.running_mean for m in self.norms], [m.running_var for m in self.norms]
         return bn_statistics_loss(inputs, means, variances, self.first_bn_multiplier)
 
@@ -195,6 +198,23 @@ def _disagreement(out_s: Tensor, out_t: Tensor, T: float, exact: bool) -> Tensor
     p, q = F.softmax(out_s / T, dim=1), F.softmax(out_t / T, dim=1)
     p, q, m = (y.clamp(0.01, 0.99) for y in (p, q, (p + q) / 2))
     return (m * (2 * m.log() - p.log() - q.log())).sum(dim=1) / 2
+
+
+def _seen(who: str, norms: list[nn.BatchNorm2d], inputs: dict) -> list[Tensor]:
+    """What entered the batch norms in the last forward pass, in full precision."""
+    if len(inputs) < len(norms) or any(m not in inputs for m in norms):
+        raise ValueError(
+            f'{who}: loss() needs a forward pass of the teacher, got {sum(m in inputs for m in norms)} of '
+            f'{len(norms)} batch norms: call the teacher first, and not in nn.DataParallel, whose copies are '
+            'other modules'
+        )
+    if torch.is_grad_enabled() and not all(with_grad for _, with_grad in inputs.values()):
+        raise ValueError(
+            f'{who}: loss() must have a gradient, got a forward pass without one: activation checkpointing '
+            'around the teacher needs use_reentrant=False; where no gradient is meant, call loss() in '
+            'torch.no_grad(), too'
+        )
+    return [_full(inputs[m][0]) for m in norms]
 
 
 def _batch_norms(who: str, net: nn.Module) -> list[nn.BatchNorm2d]:

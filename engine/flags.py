@@ -126,11 +126,11 @@ def add_machine_flags(parser: Parser) -> None:
 
 
 def positive_int(text: str) -> int:
-    return _number(int, text, lambda x: x > 0, 'a whole number > 0')
+    return _number(int, text, lambda x: 0 < x < 2**31, 'a whole number > 0')
 
 
 def whole_number(text: str) -> int:
-    return _number(int, text, lambda x: x >= 0, 'a whole number >= 0')
+    return _number(int, text, lambda x: 0 <= x < 2**31, 'a whole number >= 0')
 
 
 def seed_number(text: str) -> int:
@@ -138,12 +138,19 @@ def seed_number(text: str) -> int:
     return _number(int, text, lambda x: abs(x) < 10**12, 'a whole number of at most 12 digits')
 
 
+LARGEST = 3e38  # that float32 holds
+
+
+def any_number(text: str) -> float:
+    return _number(float, text, lambda x: abs(x) < LARGEST, 'a number')
+
+
 def positive_float(text: str) -> float:
-    return _number(float, text, lambda x: 0 < x < float('inf'), 'a number > 0')
+    return _number(float, text, lambda x: 0 < x < LARGEST, 'a number > 0')
 
 
 def share_of_ce(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < float('inf'), 'a number >= 0')
+    return _number(float, text, lambda x: 0 <= x < LARGEST, 'a number >= 0')
 
 
 def fraction(text: str) -> float:

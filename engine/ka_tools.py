@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dataset
 import engine.evaluate
 import models
+from engine.device import refuse_fp16
 from engine.errors import NonFinite, UserError, user_errors
 from engine.meter import Meter
 from engine.processes import processes
@@ -38,8 +39,7 @@ def begin(args, name: str, **more) -> tuple[Path, Log]:
         if getattr(args, key) != default:
             flag = '--no_nesterov' if key == 'nesterov' else f'--{key}'
             raise UserError(f'{flag}: not for this tool, which has Adam and a schedule of its own')
-    if args.amp == 'fp16':
-        raise UserError('--amp fp16: this tool scales no gradients; --amp bf16 needs none')
+    refuse_fp16(args)
     folder = output_folder(Path(args.save_root) / (args.note or name))
     return folder, Log(folder)
 

@@ -205,5 +205,5 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def feed(kd, s, t, batch):
     if len(s) != 2:
-        raise ValueError(f'DCM: is for two networks, got {len(s)}')
+        raise ValueError(f'DCM: is for two networks, got {len(s)}: name two, or take DML')
     return kd(*([*f.extra, f.out] for f in s), batch.target)

@@ -75,7 +75,10 @@ class DLB(nn.Module):
         if not any(given):
             return _ce(out, y, valid), out.new_zeros(())
         if not all(given):
-            raise ValueError('DLB: give out_prev_now, out_prev_then and target_prev, or none of them')
+            raise ValueError(
+                f'DLB: out_prev_now, out_prev_then and target_prev must all be given, or none, got '
+                f'{sum(given)} of them: leave them out at the first step of an epoch'
+            )
         _expect('DLB', 'out_prev_now', out_prev_now, 'N', out.shape[1])
         _expect('DLB', 'out_prev_then', out_prev_then, *out_prev_now.shape)
         y_prev, valid_prev = _labels('DLB', target_prev, *out_prev_now.shape, 'target_prev')

@@ -193,7 +193,7 @@ def _side(who, of, out, hid, head, emb, ids, name, target, dim, like) -> _Side:
     _expect(who, f'emb{of}', emb, out.shape[2], dim)
     _expect(who, f'input{of}', ids, *out.shape[:2])
     _expect(who, name, target, *out.shape[:2])
-    side.out, side.counts = out.flatten(0, 1), target != -100
+    side.out, side.counts = out.flatten(0, 1), target.long() != -100
     side.index, _ = _labels(who, target.flatten(), *side.out.shape, name)
     read, _ = _labels(who, torch.where(side.counts, ids, -100).flatten(), *side.out.shape, f'input{of}')
     table = _full(emb.detach(), like)
@@ -274,7 +274,7 @@ def _tokens(
         )
     if target is None:
         return rows, out_t.detach().reshape(rows.shape), None
-    flat = target.reshape(-1)
+    flat = target.reshape(-1).long()  # -100 is 156 in eight bits
     counts = flat != -100
     if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
         wrong = counts & ((flat < 0) | (flat >= rows.shape[1]))

@@ -143,7 +143,7 @@ def _tokens(
         )
     if target is None:
         return rows, out_t.detach().reshape(rows.shape), None
-    flat = target.reshape(-1)
+    flat = target.reshape(-1).long()  # -100 is 156 in eight bits
     counts = flat != -100
     if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
         wrong = counts & ((flat < 0) | (flat >= rows.shape[1]))

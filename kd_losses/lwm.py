@@ -96,8 +96,9 @@ def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False
         )
     if grad is None:
         raise ValueError(
-            f'LwM: out_{side} must depend on fm_{side}, and fm_{side} must require grad: a frozen teacher '
-            'needs an image that requires grad, or a detached map that does and the rest of the network on it'
+            f'LwM: out_{side} must depend on fm_{side}, and fm_{side} must require grad, got no gradient: a '
+            'frozen teacher needs an image that requires grad, or a detached map that does and '
+            'the rest of the network on it'
         )
     weight = _full(grad, out).mean(dim=(2, 3), keepdim=True)
     cam = (weight * _full(fm, out)).sum(dim=1)

@@ -79,7 +79,10 @@ class MLKD(nn.Module):
         strong = {'out_s_strong': out_s_strong, 'out_t_strong': out_t_strong} if self.two_view else {}
         for name, out in {'out_t': out_t, **strong}.items():
             if out is None:
-                raise ValueError(f'MLKD: {name} must be {tuple(out_s.shape)} with two_view=True, got None')
+                raise ValueError(
+                    f'MLKD: {name} must be {tuple(out_s.shape)} with two_view=True, got None: '
+                    'give the second view'
+                )
             _expect('MLKD', name, out, *out_s.shape)
         if not self.two_view and (out_s_strong is not None or out_t_strong is not None):
             raise ValueError('MLKD: out_s_strong and out_t_strong are for two_view=True, got two_view=False')

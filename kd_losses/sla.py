@@ -81,7 +81,9 @@ class SLA(nn.Module):
 def rotations(images: Tensor) -> Tensor:
     """(N, C, H, H) -> (4 N, C, H, H): each image turned by 0, 90, 180, 270 degrees, sample-major."""
     if images.dim() != 4 or images.shape[2] != images.shape[3]:
-        raise ValueError(f'rotations: images must be (N, C, H, H), square, got {tuple(images.shape)}')
+        raise ValueError(
+            f'rotations: images must be (N, C, H, H), square, got {tuple(images.shape)}: crop them'
+        )
     return torch.stack([images.rot90(k, (2, 3)) for k in range(4)], dim=1).flatten(0, 1)
 
 

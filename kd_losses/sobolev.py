@@ -74,8 +74,8 @@ def input_gradient(out: Tensor, img: Tensor, target: Tensor, create_graph: bool 
         )
     if grad is None:
         raise ValueError(
-            'Sobolev: the logits must depend on img: call img.requires_grad_() before both forward passes '
-            'and run the teacher with gradients enabled'
+            'Sobolev: the logits must depend on img, got no gradient: call img.requires_grad_() '
+            'before both forward passes and run the teacher with gradients enabled'
         )
     return grad
 

@@ -105,6 +105,7 @@ def _of_texts(who: str, name: str, out: Tensor, labels: str, target: Tensor) -> 
             f'{who}: {labels} must be {tuple(out.shape[:2])} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
+    target = target.long()  # -100 is 156 in eight bits
     counts = target != -100
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
         wrong = counts & ((target < 0) | (target >= out.shape[2]))

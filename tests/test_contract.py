@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from methods import METHODS
 from models import Feats
 from tests import methods
-from tests.methods.shared import STUDENT, TEACHER, leaf, seed
+from tests.methods.shared import STUDENT, TEACHER, Grown, leaf, seed
 
 ROWS = sorted(METHODS)
 K = 6
@@ -816,6 +816,28 @@ def test_products_are_exact(name, lower_precision):
     torch.testing.assert_close(loss, expected, rtol=2e-5, atol=1e-7)
     for g, h in zip(learning(v), learning(w), strict=True):
         torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-4 * float(h.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize('name', rows_but('class_by_class'))
+def test_memory_is_linear_in_the_classes(name, monkeypatch):
+    """100,000 classes are legal: no tensor has an entry for every two of them."""
+    many = 211
+    monkeypatch.setattr('tests.test_contract.K', many)
+    monkeypatch.setattr(TrainSet, 'targets', torch.arange(40) % many)
+    w = world(name)
+    kd = build(name, w)
+    with Grown(many, 2) as grown:
+        call(name, kd, w).backward()
+    assert not grown.made
+
+
+@pytest.mark.parametrize('name', rows_but('of_triples'))
+def test_memory_is_at_most_quadratic_in_the_batch(name):
+    w = world(name, n=31)
+    kd = build(name, w)
+    with Grown(31, 3) as grown:
+        call(name, kd, w).backward()
+    assert not grown.made
 
 
 @pytest.mark.parametrize('name', ROWS)

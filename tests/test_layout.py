@@ -55,6 +55,43 @@ def test_every_data_free_loss_has_a_row():
     assert files == {row.loss.__module__.split('.')[-1] for name, row in DFKD.items() if name != 'kd_pool'}
 
 
+def test_whoever_steps_in_fp16_scales_gradients():
+    """A script with --amp that calls backward has a GradScaler, says that fp16 is refused, or asks a module
+    that does; else small gradients would be 0, silently."""
+    for path in [*ROOT.glob('train_*.py'), *(ROOT / 'tools').glob('[!_]*.py')]:
+        source = path.read_text()
+        if '.backward()' in source and re.search(r'add_(machine|common)_flags|--amp', source):
+            scales = ('GradScaler', 'run.scaler.', 'refuse_fp16(args)', 'ka_tools import', 'dfkd_build')
+            scales += ('refuse_amp(args)',)
+            assert any(word in source for word in scales), f'{path.name}: --amp fp16 without a GradScaler'
+        if path.parent.name == 'tools' and 'add_machine_flags(' in source:
+            assert re.search(r'args\.amp|refuse_amp', source), f'{path.name} has --amp and does not read it'
+    for name in ('ka_tools', 'dfkd_build'):
+        assert re.search('refuse_fp16|--amp fp16', (ROOT / 'engine' / f'{name}.py').read_text())
+
+
+OPTIONAL = {'tqdm', 'matplotlib', 'tensorboard', 'safetensors', 'pycocotools', 'transformers'}
+
+
+def test_optional_packages_are_imported_where_they_may_be_missing():
+    """Inside a try with ImportError, or after one: what needs them says so in a line."""
+
+    def packages(node) -> set:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
+        return {name.removeprefix('torch.utils.').split('.')[0] for name in names} & OPTIONAL
+
+    folders = '. tools report engine dataset models methods ka_settings transferability'
+    for path in [p for folder in folders.split() for p in (ROOT / folder).glob('*.py')]:
+        tree, tried = ast.parse(path.read_text()), set()
+        for block in [node for node in ast.walk(tree) if isinstance(node, ast.Try)]:
+            if any('ImportError' in ast.unparse(handler) for handler in block.handlers):
+                tried |= {name for line in block.body for name in packages(line)}
+        asked = {name for node in ast.walk(tree) for name in packages(node)}
+        assert asked == tried, f'{path.name}: {asked - tried} may be missing'
+        assert not any(packages(node) for node in tree.body), f'{path.name} needs it to be imported'
+
+
 def test_the_package_is_the_losses_only():
     """pip install . must offer kd_losses and nothing that would clash, like models or utils."""
     pyproject = (ROOT / 'pyproject.toml').read_text()

@@ -22,16 +22,18 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import (  # noqa: E402
@@ -89,6 +91,7 @@ def parse_args():
 def main():
     args = parse_args()
     seeds, args.seed = args.seed, args.seed[0]
+    refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)
     folder = output_folder(Path(args.save_root) / (args.note or f'graft-{args.t_name}-{args.s_name}'))

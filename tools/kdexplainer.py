@@ -18,14 +18,16 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import (  # noqa: E402
@@ -85,6 +87,7 @@ def parse_args():
 def main():
     args = parse_args()
     args.tree_epochs = args.tree_epochs or args.epochs
+    refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)
     name = f'kdexplainer-{args.data_name.replace(":", "")}-s{args.seed}'

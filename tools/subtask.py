@@ -17,11 +17,13 @@ last.pt (continued by --resume auto), best.pt, student.pt, metrics.csv, results.
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402
@@ -30,7 +32,7 @@ from engine.batch import as_float  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import add_common_flags, fraction, positive_float, positive_int  # noqa: E402
+from engine.flags import add_common_flags, any_number, fraction, positive_float, positive_int  # noqa: E402
 from engine.ka_tools import begin, record_of, sound, train, write_table  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
@@ -51,7 +53,7 @@ def parse_args():
          help="what students begin with; all but the classifier, e.g. the teacher's file; default: fresh "
               'weights')
     flag('--sub', required=True, metavar='LIST', help='the classes to keep, e.g. 0-4')
-    flag('--lambda_adv', nargs='+', type=float, default=[0.0, 0.5], metavar='W',
+    flag('--lambda_adv', nargs='+', type=any_number, default=[0.0, 0.5], metavar='W',
          help='weights of unlearning; a student each, default 0 0.5')
     flag('--adv_cap', type=positive_float, metavar='KL',
          help="no more unlearning where the head's divergence is above it; default: no limit, as the authors")

@@ -15,18 +15,20 @@ import sys
 import time
 from pathlib import Path
 
-import scipy.stats
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import scipy.stats  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402
 import transferability as tr  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, positive_float, positive_int, seed_number  # noqa: E402
@@ -188,6 +190,8 @@ def agreement_table(found: dict[str, dict]) -> str:
 
 def main():
     args = parse_args()
+    if args.train and args.tune == 'all':
+        refuse_fp16(args)
     device = setup(args)
     folder = output_folder(Path(args.out)) if args.out else None
     amp = autocast(device, args.amp)

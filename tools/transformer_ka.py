@@ -16,10 +16,12 @@ last.pt (continued by --resume auto), best.pt, student.pt, metrics.csv, results.
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 from dataset.boxes import KINDS, load_boxes  # noqa: E402
 from engine import errors  # noqa: E402
