@@ -32,9 +32,10 @@ from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
 from engine.dense_build import clipped, make_run, make_world, rows_for, share_of_rate, taught
-from engine.device import setup
+from engine.device import refuse_fp16, setup
 from engine.errors import UserError
 from engine.flags import (
+    add_augment_flag,
     add_machine_flags,
     add_place_flags,
     fraction,
@@ -93,6 +94,7 @@ def parse_args(words=None):
     flag('--unlabelled', type=whole_number, metavar='N',
          help='further pictures, without labels; 0: every loss gets the labelled ones; default: as many '
               'as scenes has, else 0')
+    add_augment_flag(flag, 'segmentation')
     flag('--workers', type=whole_number, default=0, help='processes that prepare pictures, default 0')
     flag = parser.add_argument_group('recipe').add_argument
     flag('--steps', type=positive_int, default=300, help='steps of each student, default 300')
@@ -128,8 +130,9 @@ def read_methods(args) -> dict[str, dict]:
     refuse_unknown('--kd_mode', names, rows, other)
     refuse_repeated('--kd_mode', args.kd_mode)
     refuse_many_processes(names, rows)
-    if args.amp == 'fp16':
-        raise UserError('--amp fp16: gradients are not scaled here; use bf16')
+    refuse_fp16(args)
+    if args.augment is not None and args.task == 'detection':
+        raise UserError('--augment: for --task segmentation; boxes are only mirrored')
     if args.size % 32:
         raise UserError(f'--size {args.size}: must be a multiple of 32')
     weights, options = weights_and_options(args, names, rows)
@@ -156,6 +159,7 @@ def main():
     )
     log, origin = Log(folder), provenance(device)
     world, start = make_world(args, device, root, log, any(map(taught, wanted.values())))
+    origin |= {'class_names': list(world.class_names)}
     runs = [make_run(args, world, start, folder, origin, word, chosen) for word, chosen in wanted.items()]
     write_json(folder / 'args.json', {'args': vars(args), **origin})
 
@@ -202,11 +206,12 @@ def main():
         facts = {'script': 'train_dense', 'task': args.task, 'method': run.name, 'student': args.s_name,
                  'teacher': world.facts, 'data': args.data_name, 'size': args.size, 'seed': args.seed,
                  'steps': args.steps, 'labelled': world.pictures, 'unlabelled': world.unlabelled,
-                 'trained_with': list(wanted), 'processes': processes(),
+                 **world.augmented, 'trained_with': list(wanted), 'processes': processes(),
                  'parameters': sum(p.numel() for p in run.net.parameters())}  # fmt: skip
         if args.task == 'detection':
             facts['ap_by'] = library()
-        done.append((run.record, 'student.pt', facts, run.name, ''))
+        path = folder / run.name / 'student.pt'
+        done.append((run.record, path.name, facts, run.name, f'weights: {path}; {how_to_build(args, world)}'))
     session.finish(live, done)
 
 
@@ -226,7 +231,7 @@ def train_student(run: parts.Run, seen: parts.Look, args) -> None:
             s[part] = task.look(run.net, seen.given(part))
         terms[term.name] = term.method.feed(term.kd, s[part], seen.teacher(part), parts.Batch(seen, part))
         loss = loss + term.weight * terms[term.name]
-    if not run.meter.guard(loss, run.opt):
+    if not run.meter.guard(loss, run.opt, *seen.heard()):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()
@@ -235,6 +240,12 @@ def train_student(run: parts.Run, seen: parts.Look, args) -> None:
     set_learning_rate(run.opt, args.lr * share_of_rate(args, seen.step))
     run.opt.step()
     run.meter.add(None, seen.parts['labelled'][0], **terms)
+
+
+def how_to_build(args, world) -> str:
+    """For the log: the network that a file of weights is of."""
+    words = f'{args.task!r}, {args.s_name!r}, {world.num_classes}, {args.size}, frozen={bool(args.s_init)}'
+    return f'models.dense.build({words}) is the network, models.load_weights(net, path) fills it'
 
 
 def keep_panels(world: parts.World, runs: list, path: Path) -> None:

@@ -30,8 +30,11 @@ from engine.errors import UserError, user_errors
 from engine.evaluate import classes, counted, figures
 from engine.flags import (
     add_data_flags,
+    add_head_flag,
     add_machine_flags,
     add_output_flags,
+    any_number,
+    check_head,
     fraction,
     positive_float,
     positive_int,
@@ -57,6 +60,7 @@ def parse_args(words=None):
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teacher's checkpoint")
     flag('--s_name', required=True, metavar='NAME', help='student, one of the same names')
     flag('--s_init', metavar='FILE', help='initial weights of all students; default: drawn from --seed')
+    add_head_flag(flag, '--s_init')
     flag('--ood_name', metavar='NAME',
          help="real images of another domain, for a method that wants some: shapes, cifar10, cifar100, or "
               'scenes (embedded rooms), each also as NAME:N')
@@ -93,7 +97,7 @@ def parse_args(words=None):
     for name in WEIGHTS:
         having = {method: row.weights[name] for method, row in DFKD.items() if name in row.weights}
         of = ', '.join(f'{method} {weight:g}' for method, weight in having.items())
-        flag(f'--{name}', type=float, metavar='W', help=f'of {of}')
+        flag(f'--{name}', type=any_number, metavar='W', help=f'of {of}')
     add_data_flags(parser)
     add_machine_flags(parser)
     add_output_flags(parser)
@@ -107,6 +111,7 @@ def parse_args(words=None):
 
 def main():
     args = parse_args()
+    check_head(args, '--s_init')
     wanted = read_methods(args)
     if args.pool_save and len(wanted) > 1:
         raise UserError(f'--pool_save: a file is for one method, --kd_mode has {len(wanted)}')
@@ -123,7 +128,7 @@ def main():
     with user_errors():
         net_s = models.build(args.s_name, test.num_classes)
         if args.s_init:
-            log(f'initial student: {models.load_weights(net_s, args.s_init)}')
+            log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
     origin, setting = provenance(device) | class_names_of(test), setting_of(args, test, device, amp)
     runs = [
         build_run(args, name, want, folder, origin, net_s, net_t, setting) for name, want in wanted.items()

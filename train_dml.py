@@ -34,7 +34,7 @@ from engine.peers import Reading, build_networks, build_step, read_method
 from engine.processes import distributed, processes, rank
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
-from engine.session import Log, load_data
+from engine.session import Log, labelled_part, load_data
 from methods import PEERS
 
 
@@ -69,6 +69,7 @@ def main():
     log = Log(folder)
 
     train, val, test = load_data(args, device, log)
+    train = labelled_part(train)
     nets = build_networks(args, train.num_classes, device, log)
     initial = [fingerprint(net) for net in nets]
     step = build_step(args, method, options, nets, train, amp, device)
@@ -158,6 +159,9 @@ def main():
              'processes': processes()}  # fmt: skip
     lines = [f'{key} {value["name"]}: top-1 {value["top1"]:.2f}' for key, value in each.items()]
     lines.append(f'ensemble: top-1 {last["ensemble_test_top1"]:.2f}')
+    for k, net in enumerate(args.net_names, 1):
+        how = models.how_to_load(folder / f'net{k}.pt', net, args.data_name, train.num_classes)
+        lines.append(f'weights: {how}')
     session.finish(live, [(record, 'peers.pt', facts, 'mean of the networks', '\n'.join(lines))])
 
 

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
 
-from engine import errors, listing, session, side_by_side
+import models
+from engine import drawing, errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
 from engine.flags import add_common_flags, add_head_flag, add_thread_flag, check_head, positive_float
 from engine.ka_build import ENSEMBLE, build_run, chosen_setting, read_methods
@@ -36,6 +37,7 @@ from engine.parser import Parser
 from engine.processes import processes
 from engine.record import (
     class_names_of,
+    logits_of,
     output_folder,
     provenance,
     save_checkpoint,
@@ -87,6 +89,7 @@ def parse_args():
     more = ''.join(f'; {setting.data_help}' for setting in SETTINGS if setting.data_help)
     rate = 'default 0.001 with adam, 0.1 with sgd'
     add_common_flags(parser, epochs=100, lr=None, rate=rate, more_data=more)
+    drawing.add_draw_flag(parser.add_argument)
     add_thread_flag(parser)
     args = parser.parse_args()
     args.lr = args.lr or {'adam': 1e-3, 'sgd': 0.1}[args.optim]
@@ -104,6 +107,7 @@ def main():
     args = parse_args()
     check_head(args, '--s_init')
     kind = chosen_setting(args)
+    drawing.check(args, kind)
     refuse_flags_of_others(args, kind)
     rows, terms = read_methods(args)
     device = setup(args)
@@ -159,6 +163,7 @@ def main():
         for run, figures in zip(begun, together.each(lambda run: setting.measure(run.net), begun)):
             row = read[run.name] | figures | {'seconds': time.time() - started}
             done.append((run.record, row, partial(epoch_line, run, setting, total), f'{run.name}/'))
+        drawing.draw(live, setting, begun, [row for _, row, *_ in done], last)
         if code := session.end_epoch(live, epoch, last, done):
             return code
         if not runs:
@@ -172,7 +177,7 @@ def main():
         if len(ends) > 1:
             facts['after_first_phase'] = tested(run.record.history[ends[0] - 1])
         save_checkpoint(folder / run.name / 'ka.pt', run.ka.state_dict())
-        done.append((run.record, 'student.pt', facts, run.name, ''))
+        done.append((run.record, 'student.pt', facts, run.name, how_to_load(run, setting, folder)))
     session.finish(live, done)
 
 
@@ -190,7 +195,7 @@ def train_student(run: Run, seen: Batch, setting, now: Moment) -> None:
         for group in opt.param_groups:
             group['lr'] = now.lr[group['role']]
         loss, terms = run.step(batch)
-        if not run.meter.guard(loss, opt):
+        if not run.meter.guard(loss, opt, *(getattr(t, 'out', t) for t in seen.all_t)):
             break
         run.step.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
@@ -237,6 +242,15 @@ def epoch_line(run: Run, setting, total: int, row: dict) -> str:
         f'epoch {row["epoch"]}/{total}  {run.name:12s} loss {row["loss"]:.4f}  {shown}  '
         f'{row["seconds"]:.0f} s'
     )
+
+
+def how_to_load(run: Run, setting, folder: Path) -> str:
+    """For the log: what becomes of the student's weights."""
+    path, many = folder / run.name / 'student.pt', logits_of(run.net)
+    if many:
+        return f'weights: {models.how_to_load(path, setting.student_name, None, many)}'
+    kind = type(run.net)
+    return f'weights: {path}, of {kind.__module__}.{kind.__name__}, built from the networks of its teachers'
 
 
 def write_ensemble(folder: Path, setting, args, origin: dict) -> None:

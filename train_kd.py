@@ -214,7 +214,7 @@ def train_student(run: Run, seen: Batch) -> None:
     # without a weight, cross-entropy stays out: 0 times it would still move the classifier
     loss = weights['ce'] * terms['ce'] + loss_kd if weights.get('ce') else loss_kd
 
-    if not run.meter.guard(loss, run.opt, seen.all_t[0].out if seen.all_t else None):
+    if not run.meter.guard(loss, run.opt, *(t.out for t in seen.all_t)):
         return
     special = [term.method.own.update for term in run.terms if term.method.own.update]
     if special and run.phase == 'train':

@@ -26,7 +26,7 @@ from dataset import text as texts
 from engine import errors, listing, session
 from engine import lm as parts
 from engine import lm_networks as networks
-from engine.device import setup
+from engine.device import refuse_fp16, setup
 from engine.errors import UserError, user_errors
 from engine.flags import (
     add_machine_flags,
@@ -106,8 +106,7 @@ def read_methods(args) -> dict[str, tuple]:
         raise UserError(
             'train_lm.py runs in one process: students draw texts of their own, which would differ'
         )
-    if args.amp == 'fp16':
-        raise UserError('--amp fp16: gradients are not scaled here; use bf16')
+    refuse_fp16(args)
     weights, options = weights_and_options(args, args.kd_mode, LM)
     return {name: (LM[name], weights[name], options[name]) for name in args.kd_mode}
 
@@ -194,7 +193,7 @@ def train_student(run: parts.Run, seen: Look) -> None:
     if run.weight:
         terms['kd'] = run.method.feed(run.kd, s, data.t, parts.Batch(run, seen, data))
         loss = loss + run.weight * terms['kd']
-    if not run.meter.guard(loss, run.opt, data.t.out if run.weight else None):
+    if not run.meter.guard(loss, run.opt, *([data.t.out] if run.weight else [])):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()

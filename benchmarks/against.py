@@ -15,7 +15,6 @@ more than 1e-4. Writes JSON with --out FILE.
 import argparse
 import importlib.util
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.record import provenance, write_json
+from engine.origin import commit_of, provenance
+from engine.record import write_json
 
 HERE = Path(__file__).resolve().parent.parent
 N, K, D = 128, 100, 64
@@ -222,12 +222,9 @@ def main():
         rows.append(measure(name, [HERE, args.folder.resolve()], args.rounds))
         print(LINE.format(**rows[-1]), flush=True)
     if args.out:
-        commit = subprocess.run(
-            ['git', '-C', args.folder, 'rev-parse', 'HEAD'], capture_output=True, text=True
-        )
         origin = provenance(torch.device('cpu'))
         origin['command'] = ' '.join(['python -m benchmarks.against', str(args.folder), *args.names])
-        write_json(Path(args.out), {'rows': rows, 'commit_there': commit.stdout.strip(), **origin})
+        write_json(Path(args.out), {'rows': rows, 'commit_there': commit_of(args.folder), **origin})
 
 
 if __name__ == '__main__':

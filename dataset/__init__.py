@@ -14,7 +14,7 @@ from .attributes import ATTRIBUTE_DATA, Attributes, load_attributes
 from .cifar import NAMES, read_cifar, read_cifar_test
 from .dense import Dense
 from .folder import MEAN, STD, BadImage, Folder
-from .labels import forget_labels, only_labelled
+from .labels import NO_LABEL, forget_labels, only_labelled
 from .nyu import read_nyu
 from .parts import ClassParts, few_per_class, read_classes, split_classes, take_classes
 from .patterns import CLASSES as PATTERNS
@@ -26,6 +26,7 @@ from .shapes import CLASSES, cached_shapes, test_size
 __all__ = [
     'ATTRIBUTE_DATA',
     'DATA',
+    'NO_LABEL',
     'Attributes',
     'BadImage',
     'ClassParts',

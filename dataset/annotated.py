@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree.ElementTree import ParseError
+from xml.etree.ElementTree import ParseError, parse
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scenes
-from .folder import BadImage
+from .pictures import BadImage, read_picture, to_rgb
 
 TASKS = ('segmentation', 'detection')
 SMALLEST = 4  # pixels: smaller objects of the rooms are left out, nobody finds them
@@ -138,14 +138,25 @@ class Voc:
         return len(self.data)
 
     def __getitem__(self, i: int) -> tuple:
+        image = _picture(self.data.images[i])
+        if self.task == 'segmentation':
+            return image, self._classes(self.data.masks[i], image)
+        path = self.data.annotations[i]
         try:
-            image, label = self.data[i]
-            if self.task == 'segmentation':
-                seg = torch.from_numpy(np.array(label)).long()  # palette numbers; 255: no label
-                return _picture(image), torch.where(seg == 255, -1, seg)
-            return _picture(image), self._target(label['annotation'])
+            return image, self._target(self.data.parse_voc_xml(parse(path).getroot())['annotation'])
         except (OSError, KeyError, ValueError, ParseError) as error:
-            raise BadImage(f'{self.data.images[i]}, or its label: cannot be read ({error})') from None
+            raise BadImage(f'{path}: cannot be read ({error})') from None
+
+    def _classes(self, path: str, image: Tensor) -> Tensor:
+        """Palette numbers; 255: no label."""
+        seg = torch.from_numpy(np.array(read_picture(path))).long()
+        if seg.shape != image.shape[1:]:
+            raise BadImage(f'{path}: is of {tuple(seg.shape)}, wanted a number per pixel of its picture')
+        wrong = seg[(seg >= len(self.class_names)) & (seg != 255)]
+        if len(wrong):
+            last = len(self.class_names) - 1
+            raise BadImage(f'{path}: label {int(wrong[0])} is none of 0..{last}, or 255')
+        return torch.where(seg == 255, -1, seg)
 
     def _target(self, annotation: dict) -> dict:
         boxes, labels, crowd = [], [], []
@@ -189,18 +200,12 @@ class Coco:
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> tuple:
-        from PIL import Image
-
-        path = self.folder / self.pictures[i]['file_name']
-        try:
-            with Image.open(path) as image:
-                return _picture(image), _boxes(*self.targets[i])
-        except OSError as error:
-            raise BadImage(f'{path}: cannot be read ({error})') from None
+        return _picture(self.folder / self.pictures[i]['file_name']), _boxes(*self.targets[i])
 
 
-def _picture(image) -> Tensor:
-    return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).float() / 255
+def _picture(path: str | Path) -> Tensor:
+    image = to_rgb(read_picture(path), str(path))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def _boxes(boxes, labels, crowd=None) -> dict[str, Tensor]:
@@ -218,16 +223,19 @@ class Steps(torch.utils.data.Dataset):
 
     steps[k] gives {'labelled': (images, targets)} and, if there are any, {'unlabelled': (images, None)},
     lists. In each step every picture has the same chance, and none comes twice. Mirrored by chance; with
-    crop, at half to twice its size a square of that side is cut out, black and without labels beside it.
+    crop, at half to twice its size a square of that side is cut out, black and without labels beside it. With
+    view, of dense_views.py, image and segmentation are seen through it in the end.
     shard: (this process, number of processes); together they see what one would with that many times the
     batch, batch_size each, or equally fewer where there are not enough.
     """
 
     def __init__(
-        self, labelled, unlabelled, batch_size: int, seed: int, crop: int | None = None, shard=(0, 1)
-    ) -> None:
+        self, labelled, unlabelled, batch_size: int, seed: int, crop: int | None = None, view=None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:  # fmt: skip
         self.parts = {'labelled': labelled} | ({'unlabelled': unlabelled} if unlabelled else {})
-        self.batch_size, self.seed, self.crop, self.shard = batch_size, seed, crop, shard
+        self.batch_size, self.seed, self.crop, self.view = batch_size, seed, crop, view
+        self.shard = shard
 
     def __getitem__(self, step: int) -> dict:
         made = {}
@@ -237,8 +245,8 @@ class Steps(torch.utils.data.Dataset):
             n = min(self.batch_size, len(data) // processes)
             chosen = torch.randperm(len(data), generator=g)[rank * n : (rank + 1) * n].tolist()
             for _ in range(rank * n):
-                passed_over(g, self.crop)
-            images, targets = zip(*(augmented(*data[i], g, self.crop) for i in chosen))
+                passed_over(g, self.crop, self.view)
+            images, targets = zip(*(augmented(*data[i], g, self.crop, self.view) for i in chosen))
             made[name] = list(images), list(targets) if name == 'labelled' else None
         return made
 
@@ -251,7 +259,7 @@ def in_order(steps: Steps, numbers: range, workers: int) -> Iterator[dict]:
         raise BadImage(str(error).strip().splitlines()[-1].split('BadImage: ')[-1]) from None
 
 
-def augmented(image: Tensor, target, g: torch.Generator, crop: int | None) -> tuple:
+def augmented(image: Tensor, target, g: torch.Generator, crop: int | None, view=None) -> tuple:
     """Mirrored by chance, and for segmentation cut out at a random size; boxes of crowds are left out."""
     mirror = torch.rand((), generator=g) < 0.5
     if isinstance(target, dict):
@@ -263,16 +271,25 @@ def augmented(image: Tensor, target, g: torch.Generator, crop: int | None) -> tu
         return image, {'boxes': boxes, 'labels': labels}
     if mirror:
         image, target = image.flip(2), target.flip(1)
-    return _cut(image, target, g, crop) if crop else (image, target)
+    image, target = _cut(image, target, g, crop) if crop else (image, target)
+    if view:
+        from .dense_views import seen_through
+
+        seed = int(torch.randint(2**31, (), generator=g))
+        image, labels = seen_through(view, [seed], image[None], seg=target[None])
+        image, target = image[0], labels['seg'][0]
+    return image, target
 
 
-def passed_over(g: torch.Generator, crop: int | None) -> None:
+def passed_over(g: torch.Generator, crop: int | None, view=None) -> None:
     """Draw what `augmented` draws, for a picture that another process takes."""
     torch.rand((), generator=g)
     if crop:
         torch.rand((), generator=g)
         for _ in range(2):
             torch.randint(2, (), generator=g)  # one number of the generator whatever the bound is
+    if view:
+        torch.randint(2**31, (), generator=g)
 
 
 def _cut(image: Tensor, target: Tensor, g: torch.Generator, side: int) -> tuple[Tensor, Tensor]:

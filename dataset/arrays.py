@@ -2,7 +2,7 @@
 
 images       (N, H, W, 3) uint8
 labels       (N,) integers; -100: none
-class_names  (K,) strings, in the order of the labels      train.npz only
+class_names  (K,) strings, in the order of the labels      train.npz; test.npz has the same or none
 mean, std    (3,) of pixels in 0..1                        train.npz only; left out: of its images
 """
 
@@ -24,9 +24,16 @@ def read_arrays(root: Path):
     if 'class_names' not in train:
         raise ValueError(f'{root / "train.npz"}: has no class_names')
     names = [str(name) for name in train['class_names']]
+    if 'class_names' in test and [str(name) for name in test['class_names']] != names:
+        raise ValueError(
+            f'{root / "test.npz"}: its class_names are not those of train.npz, or in another order'
+        )
     halves = []
     for half, file in (('train', train), ('test', test)):
-        images, labels = file['images'], file['labels'].astype(np.int64)
+        images, labels = file['images'], file['labels']
+        if labels.dtype.kind not in 'iu':
+            raise ValueError(f'{root / half}.npz: labels must be integers, got {labels.dtype}')
+        labels = labels.astype(np.int64)
         legal = (labels >= 0) & (labels < len(names)) | (labels == NO_LABEL) & (half == 'train')
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) != len(labels):
             raise ValueError(

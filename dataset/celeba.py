@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .pictures import read_picture, to_rgb
+
 ATTRIBUTES, PARTITION, IMAGES = (
     'Anno/list_attr_celeba.txt', 'Eval/list_eval_partition.txt', 'Img/img_align_celeba',
 )  # fmt: skip
@@ -79,11 +81,8 @@ def _lines(file: str | Path) -> list[str]:
 
 
 def _square(path: Path, size: int) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            side = min(image.size)
-            left, top = ((length - side) // 2 for length in image.size)
-            square = image.convert('RGB').crop((left, top, left + side, top + side))
-            return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
-    except OSError as error:
-        raise ValueError(f'{path}: cannot be read as an image ({error})') from None
+    image = to_rgb(read_picture(path), str(path))
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .views import count_steps, shares
+from .views import count_steps, shares, view_seed
 
 TASKS = ('seg', 'depth', 'normal')
 
@@ -29,6 +29,7 @@ class Dense:
         self.images, self.device, self.num_classes = images.to(device), torch.device(device), num_classes
         self.labels = {'seg': seg.to(device).long(), 'depth': depth.to(device), 'normal': normal.to(device)}
         self.shard = (0, 1)  # this process, number of processes
+        self.view = None  # for training, see dense_views.py; None: a batch is mirrored, or not
 
     def __len__(self) -> int:
         return len(self.images)
@@ -38,13 +39,19 @@ class Dense:
         return count_steps(len(self), batch_size, self.shard)
 
     def train_batches(self, batch_size: int, seed: int, epoch: int, views=()) -> Iterator[tuple]:
-        """One shuffled epoch; a whole batch is mirrored, or not. As Resident, without views."""
+        """One shuffled epoch; a whole batch is mirrored, or not; or each image seen through self.view."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self), generator=generator).to(self.device)
         mirrored = torch.rand(self.steps(batch_size), generator=generator) < 0.5
         for index, mirror in zip(shares(order, batch_size, self.shard), mirrored):
             img, labels = self._take(index)
-            if mirror:
+            if self.view:
+                from .dense_views import seen_through
+
+                seeds = [view_seed('dense', seed, epoch, i) for i in index.tolist()]
+                img, labels = seen_through(self.view, seeds, self.images[index], **labels)
+                img = img - 0.5
+            elif mirror:
                 img, labels = img.flip(-1), {task: label.flip(-1) for task, label in labels.items()}
                 labels['normal'] = labels['normal'] * labels['normal'].new_tensor([-1, 1, 1])[:, None, None]
             yield img.contiguous(memory_format=torch.channels_last), labels, index, {}
@@ -67,7 +74,9 @@ def channels_of(task: str, num_classes: int) -> int:
 def supervised(task: str, out: Tensor, label: Tensor) -> Tensor:
     """The loss of a task with labels, over known pixels: cross-entropy, L1, or 1 - cosine."""
     if task == 'seg':
-        return F.cross_entropy(out, label, ignore_index=-1)
+        known = label >= 0  # there may be none
+        total = F.cross_entropy(out, label.clamp(min=-1), ignore_index=-1, reduction='sum')
+        return total / known.sum().clamp(min=1)
     if task == 'depth':
         known = label > 0
         return ((out - label).abs() * known).sum() / known.sum().clamp(min=1)

@@ -120,6 +120,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f'dataset.download: error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('dataset.download: interrupted', file=sys.stderr)
+        return 130
     return 0
 
 

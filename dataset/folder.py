@@ -5,15 +5,14 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision.transforms.v2 as transforms
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .labels import NO_LABEL
+from .pictures import BadImage, read_picture, to_rgb
 from .views import count_steps, distort, shares, view_seed
 
 UNLABELLED = '_unlabelled'
@@ -214,10 +213,6 @@ def _some(names: list[str]) -> str:
     return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 
-class BadImage(ValueError):
-    """An image of the data set that cannot be used; one line that names the file."""
-
-
 class _Images(Dataset):
     def __init__(self, samples: list[tuple[str, int]], transform, convert_rgb: bool) -> None:
         self.samples, self.transform, self.convert_rgb = samples, transform, convert_rgb
@@ -227,44 +222,12 @@ class _Images(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         path, target = self.samples[i]
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # what PIL raises for files that are broken, or too large to be meant
-            raise BadImage(f'{path}: cannot be read as an image ({type(error).__name__})') from None
+        image = read_picture(path)
         if image.mode != 'RGB' and not self.convert_rgb:
             raise BadImage(
                 f'{path}: is a {image.mode} image, expected RGB; --convert_rgb converts such images'
             )
         return self.transform(to_rgb(image, path)), target
-
-
-def to_rgb(image: Image.Image, path: str) -> Image.Image:
-    """8 bits, three channels. PIL itself cuts 16-bit grey off at 255, which leaves a white picture.
-
-    Args:
-        image: of any mode. Grey with 16 bits (I;16 and its kin; I, 32 bits, if its values are those of 16)
-            is divided by 257, floating point (F) in 0..1 multiplied by 255.
-        path: for the message.
-
-    Raises:
-        BadImage: values outside these ranges, or a mode that PIL cannot convert.
-    """
-    if image.mode[0] in 'IF':
-        grey = np.asarray(image).astype(np.float64)
-        low, high = float(grey.min()), float(grey.max())
-        top = 1 if image.mode == 'F' else 65535
-        if not 0 <= low <= high <= top:  # also NaN
-            raise BadImage(
-                f'{path}: is a {image.mode} image with values {low:g} to {high:g}, expected 0 to {top}; '
-                f'save it with 8 bits per channel'
-            )
-        image = Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
-    try:
-        return image.convert('RGB')
-    except ValueError:
-        raise BadImage(f'{path}: is a {image.mode} image, which cannot be converted to RGB') from None
 
 
 class _Views(Dataset):

@@ -44,6 +44,11 @@ def read_nyu(root: str | Path, device, size: int) -> tuple[Dense, Dense]:
     images, labels, depths, normals = (np.stack(part) for part in zip(*frames))
     train, test = _split(Path(root), len(images))
     classes, count = _classes(Path(root), labels[train])
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f'{path}: labels must be 0..{len(classes) - 1}, got {labels.min()} to {labels.max()}; '
+            f'classes.txt has a line for each'
+        )
     arrays = images, classes[labels], depths, normals
     return tuple(
         Dense(*(torch.from_numpy(np.ascontiguousarray(a[half])) for a in arrays), count, device)

@@ -52,14 +52,15 @@ def read_classes(text: str, num_classes: int) -> list[int]:
 
 
 def take_classes(data, classes: list[int]):
-    """The images of these classes; label = position in the list.
+    """The images of these classes; label = position in the list. Those without a label are left out.
 
     Raises:
         ValueError: none of the images is of these classes.
     """
     position = torch.full((data.num_classes,), -1, dtype=torch.int64, device=data.device)
     position[classes] = torch.arange(len(classes), device=data.device)
-    label = position[data.targets]
+    known = data.targets >= 0  # not NO_LABEL
+    label = torch.where(known, position[data.targets.clamp(min=0)], -1)
     index = (label >= 0).nonzero()[:, 0]
     names = data.class_names and [data.class_names[c] for c in classes]
     if not len(index):

@@ -132,15 +132,18 @@ class Embedding:
         self.hooks = [m.register_forward_pre_hook(self._see) for m in self.norms]
 
     def _see(self, norm: nn.Module, inputs: tuple) -> None:
-        self.seen[norm] = inputs[0]
+        self.seen[norm] = inputs[0], torch.is_grad_enabled()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), 'seen': {}}  # neither copied nor pickled: a graph cannot be
 
     def instances(self) -> Tensor:
         """(N, D) means over positions."""
-        return torch.cat([_full(self.seen[m]).mean(dim=(2, 3)) for m in self.norms], dim=1)
+        return torch.cat([x.mean(dim=(2, 3)) for x in _seen('Embedding', self.norms, self.seen)], dim=1)
 
     def loss(self) -> Tensor:
         """Distance to the running statistics."""
-        seen, self.seen = [_full(self.seen[m]) for m in self.norms], {}
+        seen, self.seen = _seen('Embedding', self.norms, self.seen), {}
         return sum(
             _bn_distance(x, _full(m.running_mean, x), _full(m.running_var, x))
             for m, x in zip(self.norms, seen)
@@ -160,6 +163,23 @@ def masked_adversarial(out_s: Tensor, out_t: Tensor) -> Tensor:
     p = log_p.exp()
     kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1)
     return -((out_s.argmax(dim=1) == out_t.argmax(dim=1)) * kl).mean()
+
+
+def _seen(who: str, norms: list[nn.BatchNorm2d], inputs: dict) -> list[Tensor]:
+    """What entered the batch norms in the last forward pass, in full precision."""
+    if len(inputs) < len(norms) or any(m not in inputs for m in norms):
+        raise ValueError(
+            f'{who}: loss() needs a forward pass of the teacher, got {sum(m in inputs for m in norms)} of '
+            f'{len(norms)} batch norms: call the teacher first, and not in nn.DataParallel, whose copies are '
+            'other modules'
+        )
+    if torch.is_grad_enabled() and not all(with_grad for _, with_grad in inputs.values()):
+        raise ValueError(
+            f'{who}: loss() must have a gradient, got a forward pass without one: activation checkpointing '
+            'around the teacher needs use_reentrant=False; where no gradient is meant, call loss() in '
+            'torch.no_grad(), too'
+        )
+    return [_full(inputs[m][0]) for m in norms]
 
 
 def _batch_norms(who: str, net: nn.Module) -> list[nn.BatchNorm2d]:

@@ -121,10 +121,13 @@ class BNStatistics:
         self.hooks = [m.register_forward_pre_hook(self._see) for m in self.norms]
 
     def _see(self, norm: nn.Module, inputs: tuple) -> None:
-        self.seen[norm] = inputs[0]
+        self.seen[norm] = inputs[0], torch.is_grad_enabled()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), 'seen': {}}  # neither copied nor pickled: a graph cannot be
 
     def loss(self) -> Tensor:
-        inputs, self.seen = [self.seen[m] for m in self.norms], {}
+        inputs, self.seen = _seen('BNStatistics', self.norms, self.seen), {}
         means, variances = [m.running_mean for m in self.norms], [m.running_var for m in self.norms]
         return bn_statistics_loss(inputs, means, variances, self.first_bn_multiplier)
 
@@ -197,6 +200,23 @@ def _disagreement(out_s: Tensor, out_t: Tensor, T: float, exact: bool) -> Tensor
     return (m * (2 * m.log() - p.log() - q.log())).sum(dim=1) / 2
 
 
+def _seen(who: str, norms: list[nn.BatchNorm2d], inputs: dict) -> list[Tensor]:
+    """What entered the batch norms in the last forward pass, in full precision."""
+    if len(inputs) < len(norms) or any(m not in inputs for m in norms):
+        raise ValueError(
+            f'{who}: loss() needs a forward pass of the teacher, got {sum(m in inputs for m in norms)} of '
+            f'{len(norms)} batch norms: call the teacher first, and not in nn.DataParallel, whose copies are '
+            'other modules'
+        )
+    if torch.is_grad_enabled() and not all(with_grad for _, with_grad in inputs.values()):
+        raise ValueError(
+            f'{who}: loss() must have a gradient, got a forward pass without one: activation checkpointing '
+            'around the teacher needs use_reentrant=False; where no gradient is meant, call loss() in '
+            'torch.no_grad(), too'
+        )
+    return [_full(inputs[m][0]) for m in norms]
+
+
 def _batch_norms(who: str, net: nn.Module) -> list[nn.BatchNorm2d]:
     """Those with running statistics, in the order of named_modules."""
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -260,8 +280,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     _expect(who, name, target, n)
     if target.is_floating_point():
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
-    target = target.long()
-    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+    target, compiling = target.long(), getattr(torch.compiler, 'is_compiling', bool)()
+    if not compiling and target.is_inference():  # what a teacher says under inference_mode: for backward
+        target = target.clone()
+    if target.device.type == 'cpu' and not compiling:
         (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
         if lowest >= 0 and highest < K:
             return target, None

@@ -80,10 +80,13 @@ class BatchNormDistance:
         self.hooks = [m.register_forward_pre_hook(self._see) for m in self.norms]
 
     def _see(self, norm: nn.Module, inputs: tuple) -> None:
-        self.seen[norm] = inputs[0]
+        self.seen[norm] = inputs[0], torch.is_grad_enabled()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), 'seen': {}}  # neither copied nor pickled: a graph cannot be
 
     def loss(self) -> Tensor:
-        seen, self.seen = [_full(self.seen[m]) for m in self.norms], {}
+        seen, self.seen = _seen('BatchNormDistance', self.norms, self.seen), {}
         return sum(
             _bn_distance(x, _full(m.running_mean, x), _full(m.running_var, x))
             for m, x in zip(self.norms, seen)
@@ -98,6 +101,23 @@ def _kl(out_s: Tensor, out_t: Tensor) -> Tensor:
     log_q, log_p = F.log_softmax(out_s, dim=1), F.log_softmax(out_t, dim=1)
     p = log_p.exp()
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1).mean()
+
+
+def _seen(who: str, norms: list[nn.BatchNorm2d], inputs: dict) -> list[Tensor]:
+    """What entered the batch norms in the last forward pass, in full precision."""
+    if len(inputs) < len(norms) or any(m not in inputs for m in norms):
+        raise ValueError(
+            f'{who}: loss() needs a forward pass of the teacher, got {sum(m in inputs for m in norms)} of '
+            f'{len(norms)} batch norms: call the teacher first, and not in nn.DataParallel, whose copies are '
+            'other modules'
+        )
+    if torch.is_grad_enabled() and not all(with_grad for _, with_grad in inputs.values()):
+        raise ValueError(
+            f'{who}: loss() must have a gradient, got a forward pass without one: activation checkpointing '
+            'around the teacher needs use_reentrant=False; where no gradient is meant, call loss() in '
+            'torch.no_grad(), too'
+        )
+    return [_full(inputs[m][0]) for m in norms]
 
 
 def _batch_norms(who: str, net: nn.Module) -> list[nn.BatchNorm2d]:

@@ -64,17 +64,15 @@ class MomentumBNStatistics(nn.Module):
         self.hooks = [m.register_forward_pre_hook(self._see) for m in self.norms]
 
     def _see(self, norm: nn.Module, inputs: tuple) -> None:
-        self.inputs[norm] = inputs[0]
+        self.inputs[norm] = inputs[0], torch.is_grad_enabled()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), 'inputs': {}}  # neither copied nor pickled: a graph cannot be
 
     def loss(self) -> Tensor:
-        if len(self.inputs) < len(self.norms):
-            raise ValueError(
-                f'MomentumBNStatistics: loss() needs a forward pass of the teacher, got {len(self.inputs)} '
-                f'of {len(self.norms)} batch norms: call the teacher first'
-            )
+        inputs = _seen('MomentumBNStatistics', self.norms, self.inputs)
         total, self.last = 0, []
-        for k, m in enumerate(self.norms):
-            x = _full(self.inputs[m])
+        for k, (m, x) in enumerate(zip(self.norms, inputs)):
             _expect('MomentumBNStatistics', f'what enters batch norm {k}', x, 'N', 'C', 'H', 'W')
             var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             self.last.append((mean.detach(), var.detach()))
@@ -111,6 +109,23 @@ def masked_adversarial(out_s: Tensor, out_t: Tensor) -> Tensor:
     p = log_p.exp()
     kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1)
     return -((out_s.argmax(dim=1) == out_t.argmax(dim=1)) * kl).mean()
+
+
+def _seen(who: str, norms: list[nn.BatchNorm2d], inputs: dict) -> list[Tensor]:
+    """What entered the batch norms in the last forward pass, in full precision."""
+    if len(inputs) < len(norms) or any(m not in inputs for m in norms):
+        raise ValueError(
+            f'{who}: loss() needs a forward pass of the teacher, got {sum(m in inputs for m in norms)} of '
+            f'{len(norms)} batch norms: call the teacher first, and not in nn.DataParallel, whose copies are '
+            'other modules'
+        )
+    if torch.is_grad_enabled() and not all(with_grad for _, with_grad in inputs.values()):
+        raise ValueError(
+            f'{who}: loss() must have a gradient, got a forward pass without one: activation checkpointing '
+            'around the teacher needs use_reentrant=False; where no gradient is meant, call loss() in '
+            'torch.no_grad(), too'
+        )
+    return [_full(inputs[m][0]) for m in norms]
 
 
 def _batch_norms(who: str, net: nn.Module) -> list[nn.BatchNorm2d]:

@@ -218,6 +218,11 @@ class Look:
                 self._teacher[part] = self.world.task.look(self.world.net_t, given)
         return self._teacher[part]
 
+    def heard(self) -> list[Tensor]:
+        """What the teacher has said in this step: logits, or the maps of a detector."""
+        said = self._teacher.values()
+        return [x for t in said for x in (t.fms if isinstance(t, Detected) else [t.out])]
+
 
 class Batch:
     """What a feed may ask for besides the two networks' maps."""

@@ -1,6 +1,7 @@
 """From the flags of train_dense.py to its teacher and students."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +13,20 @@ from dataset import annotated
 from engine import dense as parts
 from engine import session
 from engine.device import autocast
-from engine.errors import UserError, user_errors
-from engine.meter import Meter
+from engine.errors import NonFinite, UserError, user_errors
+from engine.flags import read_augment
+from engine.meter import Meter, all_finite
 from engine.optimise import one_cycle, set_learning_rate
 from engine.processes import averaged, gathered, processes, rank, same_weights
 from engine.recipe import resume_point
 from engine.record import fingerprint, save_checkpoint
-from models.checkpoint import read_checkpoint
+from models.changed import read_state
 from models.dense import Detected, build
 
 MASKS_LR = 1e-3  # of what a loss learns before the training, by Adam
 T_LR = 2e-3  # of a teacher that is trained here
+# what wrappers leave before the names of weights, one after another
+WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|model|net|student)\.)+')
 
 
 def rows_for(rows: dict, task: str, s_name: str) -> dict:
@@ -68,8 +72,9 @@ def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[part
     crop = args.size if not rooms and args.task == 'segmentation' else None
     if min(n, free or n) < processes():
         raise UserError(f'--labelled, --unlabelled: {n} and {free} pictures for {processes()} processes')
+    view, numbers = read_augment(args, args.size)
     shard = rank(), processes()
-    steps = annotated.Steps(labelled, unlabelled, args.batch_size, args.seed, crop, shard)
+    steps = annotated.Steps(labelled, unlabelled, args.batch_size, args.seed, crop, view, shard)
     K = len(whole.class_names)
     with user_errors():
         torch.manual_seed(args.seed)
@@ -85,6 +90,7 @@ def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[part
     world = parts.World(test, K, device, autocast(device, args.amp), args.seed, args.steps, steps, n)
     world.task = parts.TASKS[args.task](world, start)
     world.class_names, world.unlabelled = whole.class_names, free
+    world.augmented = {'augment': numbers} if numbers else {}
     if needs_teacher:
         everything = annotated.Steps(whole, None, args.batch_size, 0)
         world.net_t = the_teacher(args, world, net_t, everything if rooms else None, root, log)
@@ -96,19 +102,22 @@ def frozen_in(path: str | None) -> bool:
     """Whether the batch norms of these weights were frozen: they count no batches."""
     if not path:
         return False
-    content = read_checkpoint(path)
-    return not any(name.endswith('num_batches_tracked') for name in content.get('net', content))
+    with user_errors():
+        state = read_state(path)
+    return not any(name.endswith('num_batches_tracked') for name in state)
 
 
 def started(net: nn.Module, path: str) -> str:
     """Weights of the whole network, or of its backbone alone, as torchvision offers them for ImageNet."""
     with user_errors():
-        state = read_checkpoint(path)
+        state = read_state(path)
     own = net.state_dict()
     fits = {}
-    for name, value in state.items() if isinstance(state, dict) else ():
-        places = [name, f'backbone.{name}', f'backbone.body.{name}',
-                  *(p + name.removeprefix('features.') for p in ('backbone.', 'backbone.body.'))]  # fmt: skip
+    for name, value in state.items():
+        forms = name, WRAPPERS.sub('', name)
+        places = [part + form for form in forms for part in ('', 'backbone.', 'backbone.body.')]
+        places += [part + form.removeprefix('features.') for form in forms
+                   for part in ('backbone.', 'backbone.body.')]  # fmt: skip
         place = next((p for p in places if p in own and own[p].shape == getattr(value, 'shape', None)), None)
         if place:
             fits[place] = value
@@ -133,7 +142,9 @@ def the_teacher(args, world, net, steps, root: Path, log) -> nn.Module:
             torch.manual_seed(0)  # every process trains it, alike and alone: waiting has a time limit
             net.load_state_dict(build(args.task, args.t_name, world.num_classes, args.size).state_dict())
             learn_from_labels(args, world, net, steps, log)
-            save_checkpoint(path, net.state_dict())
+            if not all_finite(net):
+                raise NonFinite('the teacher: a weight is not finite after its training')
+            save_checkpoint(path, models.named_weights(net, world.class_names))
         gathered(None)  # from here on it is there
     with user_errors():
         models.load_weights(net, path, class_names=world.class_names)
@@ -212,9 +223,9 @@ def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: st
     recipe |= {'script': 'train_dense', 'labelled': world.pictures, 'unlabelled': world.unlabelled,
                'initial': fingerprint(start),
                'methods': [[name, weight, options] for name, (_, weight, options) in chosen.items()],
-               'teacher': fingerprint(world.net_t) if taught(chosen) else None}  # fmt: skip
+               'teacher': fingerprint(world.net_t) if taught(chosen) else None,
+               **world.augmented}  # fmt: skip
     state = {'net': net, 'kd': kds, 'opt': opt}
-    origin = origin | {'class_names': list(world.class_names)}
     run.record = parts.StepRecord(folder / word, state, recipe, origin, 'test', world.task.key)
     run.record.resume(resume_point(args.resume, folder / word))
     if not run.record.epoch:

@@ -17,6 +17,8 @@ from engine.processes import join_processes
 
 def setup(args: argparse.Namespace) -> torch.device:
     """Threads, seeds and kernels as the flags say; returns the device."""
+    if args.threads and args.threads > 1024:  # the system would refuse them one by one, and abort
+        raise UserError(f'--threads {args.threads}: at most 1024')
     torch.set_num_threads(args.threads or cores())
     mps = torch.backends.mps.is_available()
     name = args.device or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')
@@ -60,6 +62,18 @@ def autocast(device: torch.device, amp: str) -> Callable[[], torch.autocast]:
     Casts of weights are not cached: the cache is one for all threads, and what is recorded must not use it.
     """
     return partial(torch.autocast, device.type, PRECISIONS[amp], enabled=amp != 'off', cache_enabled=False)
+
+
+def refuse_fp16(args: argparse.Namespace) -> None:
+    """Where steps are taken without a torch.amp.GradScaler: in fp16 small gradients become 0."""
+    if args.amp == 'fp16':
+        raise UserError('--amp fp16: this scales no gradients; use bf16, which needs none')
+
+
+def refuse_amp(args: argparse.Namespace) -> None:
+    """Where everything is computed in float32, rather than leave a flag unread."""
+    if args.amp != 'off':
+        raise UserError(f'--amp {args.amp}: not for this tool, which computes in float32')
 
 
 def precision(amp: Callable[[], torch.autocast], device: torch.device) -> torch.dtype | None:

@@ -30,7 +30,7 @@ def user_errors():
     """What models, dataset and the loss constructors raise about their arguments is the user's mistake."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         raise UserError(' '.join(str(error).split())) from error
 
 
@@ -47,6 +47,24 @@ def run(main: Callable[[], int | None]) -> None:
             traceback.print_exception(error)
         print(f'{script}: error: {error}', file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        if '--debug' in sys.argv:
+            traceback.print_exception(error)
+        print(f'{script}: error: {error.filename}: {error.strerror}', file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        if '--debug' in sys.argv:
+            traceback.print_exception(error)
+        first = str(error).split('. ')[0]
+        print(f'{script}: stopped: {first}: take a smaller --batch_size, or fewer at a time', file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:  # where no epoch is to be finished first
+        if '--debug' in sys.argv:
+            traceback.print_exception(error)
+        print(f'{script}: interrupted', file=sys.stderr)
+        sys.exit(130)
     except NonFinite as error:
         print(f'{script}: stopped: {error}', file=sys.stderr)
         sys.exit(1)

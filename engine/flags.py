@@ -3,6 +3,7 @@
 import argparse
 
 from engine.errors import UserError
+from engine.method_flags import key_values
 from engine.parser import Parser
 
 
@@ -125,11 +126,11 @@ def add_machine_flags(parser: Parser) -> None:
 
 
 def positive_int(text: str) -> int:
-    return _number(int, text, lambda x: x > 0, 'a whole number > 0')
+    return _number(int, text, lambda x: 0 < x < 2**31, 'a whole number > 0')
 
 
 def whole_number(text: str) -> int:
-    return _number(int, text, lambda x: x >= 0, 'a whole number >= 0')
+    return _number(int, text, lambda x: 0 <= x < 2**31, 'a whole number >= 0')
 
 
 def seed_number(text: str) -> int:
@@ -137,12 +138,19 @@ def seed_number(text: str) -> int:
     return _number(int, text, lambda x: abs(x) < 10**12, 'a whole number of at most 12 digits')
 
 
+LARGEST = 3e38  # that float32 holds
+
+
+def any_number(text: str) -> float:
+    return _number(float, text, lambda x: abs(x) < LARGEST, 'a number')
+
+
 def positive_float(text: str) -> float:
-    return _number(float, text, lambda x: 0 < x < float('inf'), 'a number > 0')
+    return _number(float, text, lambda x: 0 < x < LARGEST, 'a number > 0')
 
 
 def share_of_ce(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < float('inf'), 'a number >= 0')
+    return _number(float, text, lambda x: 0 <= x < LARGEST, 'a number >= 0')
 
 
 def fraction(text: str) -> float:
@@ -166,6 +174,26 @@ def add_head_flag(flag, of: str) -> None:
 def check_head(args: argparse.Namespace, of: str) -> None:
     if args.new_head and not getattr(args, of.removeprefix('--')):
         raise UserError(f'--new_head: goes with {of} FILE')
+
+
+def add_augment_flag(flag, of: str) -> None:
+    flag('--augment', nargs='*', metavar='KEY=VALUE',
+         help=f'{of}: zoom, turn, mirror image and labels alike while training, and change colours; '
+              'zoom=0.5: a square of this share of the area or more, resized; rotate=5: by up to so many '
+              'degrees; jitter=0.2: of brightness, contrast, saturation; pad=0: moved by up to so many '
+              'pixels; these are the numbers without words; default: mirrored only')  # fmt: skip
+
+
+def read_augment(args: argparse.Namespace, size: int) -> tuple:
+    """(the view, its numbers) that --augment asks for, (None, None) without."""
+    if args.augment is None:
+        return None, None
+    from dataset.dense_views import chosen_views
+
+    try:
+        return chosen_views(key_values(args.augment, '--augment'), size)
+    except ValueError as error:
+        raise UserError(f'--augment: {error}') from None
 
 
 def add_thread_flag(parser: Parser) -> None:

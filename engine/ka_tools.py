@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dataset
 import engine.evaluate
 import models
+from engine.device import refuse_fp16
 from engine.errors import NonFinite, UserError, user_errors
 from engine.meter import Meter
 from engine.processes import processes
@@ -38,8 +39,7 @@ def begin(args, name: str, **more) -> tuple[Path, Log]:
         if getattr(args, key) != default:
             flag = '--no_nesterov' if key == 'nesterov' else f'--{key}'
             raise UserError(f'{flag}: not for this tool, which has Adam and a schedule of its own')
-    if args.amp == 'fp16':
-        raise UserError('--amp fp16: this tool scales no gradients; --amp bf16 needs none')
+    refuse_fp16(args)
     folder = output_folder(Path(args.save_root) / (args.note or name))
     return folder, Log(folder)
 
@@ -101,8 +101,8 @@ def train(
     """Epochs until there are as many as wanted.
 
     rate: share done -> factor of the learning rates; default a cosine to 0. batches: epoch -> what step is
-    called with, one after another. step: makes its own updates and returns {'loss': ..., its terms}; a loss
-    that is not finite ends the tool before the checkpoint.
+    called with, one after another. step: makes its own updates, asking sound() before each, and returns
+    {'loss': ..., its terms}; what is not finite ends the tool before the update.
     """
     epochs, opts = epochs or args.epochs, list(opts)
     rates = [[group['lr'] for group in opt.param_groups] for opt in opts]
@@ -116,9 +116,11 @@ def train(
             for opt, base in zip(opts, rates):
                 for group, lr in zip(opt.param_groups, base):
                     group['lr'] = lr * factor
-            said = step(*batch)
-            if not torch.isfinite(said['loss']):
-                raise NonFinite(f'{name}: the loss is not finite at epoch {epoch + 1}, step {k + 1}')
+            try:
+                said = step(*batch)
+            except NonFinite as error:
+                where = f'at epoch {epoch + 1}, step {k + 1}'
+                raise NonFinite(f'{name}: the loss is not finite {where} ({error})') from None
             meter.add(None, batch[0], **{key: float(value.detach()) for key, value in said.items()})
             bar.update()
         row = {'epoch': epoch + 1, **meter.read(record.parts['net']), **measure()}
@@ -136,6 +138,18 @@ def train(
         )
         log(f'{name}: epoch {epoch + 1}/{epochs}  loss {row["loss"]:.4f}  {shown}  {row["seconds"]:.0f} s')
     bar.close()
+
+
+def sound(loss: Tensor, *teachers: Tensor) -> None:
+    """Before an update: loss and what teachers say are finite; a masked class (-inf) of a teacher is legal.
+
+    Raises:
+        NonFinite: says which is not.
+    """
+    if any(not (said.detach() < torch.inf).all() for said in teachers):
+        raise NonFinite('the teacher gives non-finite logits')
+    if not torch.isfinite(loss.detach()):
+        raise NonFinite(str(loss.item()))
 
 
 def cosine(done: float) -> float:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.errors import user_errors
+from engine.errors import NonFinite, user_errors
 from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
+from engine.meter import all_finite
 from engine.record import Record, save_checkpoint, tested, write_json
 from models import lm
 from models.checkpoint import read_checkpoint
@@ -46,6 +47,8 @@ def kept_or_trained(path: Path, what: str, log: Callable, make: Callable) -> nn.
         log(f'{what}: {path}')
         return loaded(path)
     net = make()
+    if not all_finite(net):
+        raise NonFinite(f'{what}: a weight is not finite after its training')
     save_checkpoint(path, net.state_dict())
     log(f'{what}: trained, {path}')
     return loaded(path)

@@ -32,14 +32,17 @@ class Meter:
             value.zero_()
         self.bad_step.fill_(-1)
 
-    def guard(self, loss: Tensor, opt: torch.optim.Optimizer, teacher: Tensor | None = None) -> bool:
-        """Whether to go on with this step."""
-        finite = here = torch.isfinite(loss.detach())
+    def guard(self, loss: Tensor, opt: torch.optim.Optimizer, *teachers: Tensor) -> bool:
+        """Whether to go on with this step. teachers: what they say; -inf, a masked class, is legal."""
+        finite = torch.isfinite(loss.detach())
+        for said in teachers:  # a loss may not look at all of it
+            finite = finite & (said.detach() < torch.inf).all()
+        here = finite
         if processes() > 1:  # all go on, or none
             finite = summed((~finite).float()) == 0
         if loss.device.type != 'cuda':
             if not finite:
-                bad_teacher = teacher is not None and not torch.isfinite(teacher).all()
+                bad_teacher = any(not (said < torch.inf).all() for said in teachers)
                 reason = 'in another process' if here else str(loss.item())
                 reason = 'the teacher gives non-finite logits' if bad_teacher else reason
                 self._fail(int(self.steps), reason)

@@ -14,19 +14,24 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent  # the checkout
 
 
+def git(folder: Path, *words: str) -> str | None:
+    """What git says there; None if there is no git, or it fails."""
+    try:
+        done = subprocess.run(['git', *words], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit_of(folder: Path) -> str | None:
+    return git(folder, 'rev-parse', 'HEAD')
+
+
 def provenance(device: torch.device) -> dict:
     """Where a number comes from: command, commit, machine."""
-
-    def git(*words):
-        try:
-            done = subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True)
-        except OSError:  # there is no git
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git('rev-parse', 'HEAD') or os.environ.get('SOURCE_COMMIT')  # a copy without its history
+    commit = commit_of(ROOT) or os.environ.get('SOURCE_COMMIT')  # a copy without its history
     # results are written by runs, and change none
-    if commit and git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!results'):
+    if commit and git(ROOT, 'status', '--porcelain', '--untracked-files=no', '--', '.', ':!results'):
         commit += '-dirty'
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name

@@ -62,6 +62,8 @@ def read_method(args):
     if args.net_inits and len(args.net_inits) != len(args.net_names):
         raise UserError(f'--net_inits: {len(args.net_inits)} files for {len(args.net_names)} networks')
     refuse_many_processes([name], PEERS)
+    if args.amp == 'fp16' and PEERS[name].own.second_update:
+        raise UserError(f'--amp fp16: gradients of the second update of {name} are not scaled; use bf16')
     weights, options = weights_and_options(args, [name], PEERS)
     return PEERS[name], weights[name], options[name]
 

@@ -10,7 +10,7 @@ from models.checkpoint import read_checkpoint
 # flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
-         'select': 'saliency', 'labelled': None, 'processes': 1}  # fmt: skip
+         'select': 'saliency', 'labelled': None, 'augment': None, 'processes': 1}  # fmt: skip
 
 
 def math_args(args: argparse.Namespace, **more) -> dict:

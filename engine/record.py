@@ -104,6 +104,8 @@ class Record:
     ) -> None:
         self.folder, self.parts, self.math_args = output_folder(folder), parts, math_args
         self.origin, self.key = origin, f'{selected_on}_{key}'
+        logits, names = logits_of(parts.get('net')), origin.get('class_names')
+        assert not logits or not names or logits == len(names), f'{logits} logits, the classes are {names}'
         self.history: list[dict] = []
         self.saved = 0  # epochs that the checkpoint knows of
         self.waiting: dict | None = None  # the best weights so far, where best.pt is older
@@ -189,6 +191,13 @@ class Record:
             f'{headline} {last[name]:.2f} at the last epoch; best {best[name]:.2f} '
             f'at epoch {best["epoch"]}, selected on {selected_on}'
         )
+
+
+def logits_of(net) -> int | None:
+    """How many classes a network tells apart; None if it does not say."""
+    net = net if net is None else deployed(net)
+    layer = net.classifier_layer() if hasattr(net, 'classifier_layer') else None
+    return getattr(layer, 'out_features', None)
 
 
 def tested(row: dict) -> dict:

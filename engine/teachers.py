@@ -12,6 +12,7 @@ from engine.device import precision
 from engine.errors import UserError, user_errors
 from engine.evaluate import evaluate
 from models import Feats, load_weights
+from models.checkpoint import compare_classes
 
 
 class OnlyLogits(InFloat32):
@@ -125,6 +126,9 @@ def open_store(args, train, log) -> tuple[SoftLabelStore | None, dict]:
             f'--soft_labels {args.soft_labels}: labels of {meta["images"]} images and {meta["num_classes"]} '
             f'classes, the training set has {len(train)} and {train.num_classes}'
         )
+    with user_errors():
+        names = getattr(train, 'class_names', None)
+        compare_classes(args.soft_labels, meta.get('class_names'), names)
     log(f'soft labels of {meta["teacher"]}: {meta["epochs"]} epochs, {meta["kind"]}, from {args.soft_labels}')
     name = f'{meta["teacher"]} ({meta["kind"]} labels)'
     return stored, {'teacher': name, 'teacher_top1': meta['teacher_top1']}

@@ -69,7 +69,8 @@ class Customize(nn.Module):
         for name, channels in (('t_channels', t_channels), ('h_channels', h_channels)):
             if channels is not None and len(channels) != len(s_channels):
                 raise ValueError(
-                    f'Customize: {name} must have {len(s_channels)} levels as s_channels, got {len(channels)}'
+                    f'Customize: {name} must have {len(s_channels)} levels as s_channels, got '
+                    f'{len(channels)}: give one entry per level'
                 )
         self.s_channels, self.w_wn = list(s_channels), w_wn
         self.t_channels = list(h_channels if t_channels is None else t_channels)

@@ -126,7 +126,7 @@ def combine_linears(linears: list[nn.Linear]) -> nn.Linear:
     """
     first = linears[0]
     if any((linear.bias is None) != (first.bias is None) for linear in linears):
-        raise ValueError('combine_linears: some have a bias and some have none')
+        raise ValueError('combine_linears: all or none must have a bias, got both: add a bias of zeros')
     widths = sum(x.in_features for x in linears), sum(x.out_features for x in linears)
     joined = nn.Linear(*widths, bias=first.bias is not None).to(first.weight)
     _fill(joined, linears)
@@ -160,11 +160,18 @@ def combine_models(models: list[nn.Module]) -> nn.Module:
     if any(
         type(model) is not type(first) or model._modules.keys() != first._modules.keys() for model in models
     ):
-        raise ValueError('combine_models: the models must have the same modules in the same order')
+        kinds = ', '.join(type(model).__name__ for model in models)
+        raise ValueError(
+            f'combine_models: the models must have the same modules in the same order, got {kinds}: build '
+            'all of them as one architecture'
+        )
     if type(first) in combine:
         return combine[type(first)](models)
     if first._parameters or first._buffers:
-        raise ValueError(f'combine_models: does not know how to combine {type(first).__name__}')
+        raise ValueError(
+            f'combine_models: must be of convolutions, batch norms and linear layers, got '
+            f'{type(first).__name__}: keep its parameters in such layers'
+        )
     joined = first.__new__(type(first))
     joined.__dict__ = dict(first.__dict__)
     joined._modules = {

@@ -79,7 +79,7 @@ class SBM(nn.Module):
             if task not in ('seg', 'depth', 'normal'):
                 raise ValueError(f"SBM: tasks must be of 'seg', 'depth', 'normal', got {task!r}")
         if weights is not None and len(weights) != len(tasks):
-            raise ValueError(f'SBM: weights must have {len(tasks)} entries, got {len(weights)}')
+            raise ValueError(f'SBM: weights must have {len(tasks)} entries, got {len(weights)}: one per task')
         self.tasks, self.T, self.seg, self.depth = tuple(tasks), T, seg, depth
         self.weights = tuple(weights or [1.0] * len(tasks))
 

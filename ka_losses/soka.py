@@ -54,7 +54,9 @@ class SOKAFeature(nn.Module):
     def __init__(self, n_teachers: int, shape: tuple) -> None:
         super().__init__()
         if len(shape) != 3:
-            raise ValueError(f'SOKAFeature: shape must be (C, H, W) or (C, 1, 1), got {tuple(shape)}')
+            raise ValueError(
+                f'SOKAFeature: shape must be (C, H, W) or (C, 1, 1), got {tuple(shape)}: take fm_s.shape[1:]'
+            )
         self.weight = nn.Parameter(torch.rand(n_teachers, *shape))
 
     def forward(self, fm_s: Tensor, fms_t: list[Tensor], return_terms: bool = False):
@@ -107,7 +109,8 @@ class GradNorm(nn.Module):
         """The same from the norms of the gradients, (n_tasks,)."""
         if task_losses.shape != self.weights.shape:
             raise ValueError(
-                f'GradNorm: task_losses must be {tuple(self.weights.shape)}, got {tuple(task_losses.shape)}'
+                f'GradNorm: task_losses must be {tuple(self.weights.shape)}, got {tuple(task_losses.shape)}: '
+                f'stack the losses of the {len(self.weights)} tasks'
             )
         task_losses, grad_norm = task_losses.detach(), grad_norm.detach()
         self.start(task_losses)

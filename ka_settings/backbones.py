@@ -166,7 +166,8 @@ class Backbones:
     def supervised(self, s, target: Tensor) -> Tensor:
         if target.dim() == 2:
             return F.cross_entropy(s.out.unflatten(1, (-1, 2)).flatten(0, 1), target.flatten())
-        return F.cross_entropy(s.out, target)
+        known = (target != dataset.NO_LABEL).sum().clamp(min=1)
+        return F.cross_entropy(s.out, target, reduction='sum') / known
 
     def measure(self, net: nn.Module) -> dict[str, float]:
         row, known = {}, self._read(net, self.train, lambda f: f.feat, PROBE)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 import dataset
 import engine.evaluate
 import models
+from engine import pictures
 from engine.batch import as_float
 from engine.device import autocast
 from engine.errors import UserError, user_errors
@@ -144,6 +146,13 @@ class Classes:
     def details(self, net: nn.Module) -> dict:
         """Which part the student sends the images of each part to."""
         return {'routing': self.split.routing(*self._logits([net], self.test))}
+
+    def shows(self, net: nn.Module) -> dict[str, np.ndarray]:
+        return {'routing': np.array([self.details(net)['routing']])}
+
+    @staticmethod
+    def drawn(arrays: dict, names: list[str] | None = None) -> np.ndarray:
+        return pictures.grid([{'routing, %': pictures.matrix(x)} for x in arrays['routing']], names)
 
     def ensembles(self) -> dict:
         """The teachers side by side: A, raw logits; B, each one's softmax; C, logits minus their mean.

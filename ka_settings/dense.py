@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +10,10 @@ import dataset
 import engine.session
 import models
 from dataset.dense import TASKS, DenseMetrics, channels_of, supervised
+from engine import pictures
 from engine.device import autocast
 from engine.errors import UserError, user_errors
-from engine.flags import positive_int, whole_number
+from engine.flags import add_augment_flag, positive_int, read_augment, whole_number
 from engine.processes import gathered, same_buffers
 from models.branching import JointNet
 from models.segmentation import SegNet
@@ -22,6 +24,8 @@ NOT_HERE = {
     'pad': ', whose images are not cropped',
     's_init': ', whose students are made of their teachers',
 }
+
+SCENES = (3, 12, 27, 41)  # of the test set, in pictures
 
 
 class Dense:
@@ -45,6 +49,7 @@ class Dense:
         flag('--epochs_ft', type=whole_number, default=5,
              help='scenes: epochs of fine-tuning; after those of --epochs, at half the learning rate; '
                   'default 5')
+        add_augment_flag(flag, 'scenes, nyuv2')
         # fmt: on
 
     def __init__(self, args, wanted: dict, device, log) -> None:
@@ -57,6 +62,7 @@ class Dense:
             self.train, self.test = dataset.load_dense(
                 args.data_name, args.img_root, device, args.size, labelled
             )
+        self.train.view, numbers = read_augment(args, args.size)
         engine.session.share(self.train, self.test)
         needs = [name for name, method in wanted.items() if not method.needs.labels]
         self.tasks, self.student_name = tuple(args.tasks), args.s_name or 'segnet'
@@ -82,7 +88,9 @@ class Dense:
             figures.append({'name': name, 'task': task, **read})
         self.facts = {'teacher': '+'.join(names) if self.nets else None, 'tasks': self.tasks,
                       'teachers': figures, 'labelled': labelled}  # fmt: skip
-        self.recipe = {'tasks': list(self.tasks), 'labelled': labelled}
+        augmented = {'augment': numbers} if numbers else {}
+        self.facts |= augmented
+        self.recipe = {'tasks': list(self.tasks), 'labelled': labelled, **augmented}
         shown = {'seg': 'miou', 'depth': 'rmse', 'normal': 'angle_mean'}
         self.shown = [shown[task] for task in self.tasks]
 
@@ -141,6 +149,30 @@ class Dense:
 
     def ensembles(self) -> dict:
         return {}
+
+    @torch.no_grad()
+    def shows(self, net: nn.Module) -> dict[str, np.ndarray]:
+        """Of a few test images what student, teachers and truth have for each task."""
+        chosen = SCENES if max(SCENES) < len(self.test) else range(min(len(SCENES), len(self.test)))
+        index = torch.tensor(list(chosen), device=self.test.device)
+        images, truth = self.test.images[index], {k: v[index] for k, v in self.test.labels.items()}
+        with self.amp():
+            outs = [out.float() for out in listed(net(images - 0.5))]
+        said = {'student': outs, 'teacher': self.teachers_on(images - 0.5)}
+        said['truth'] = [truth[task] for task in self.tasks]
+        arrays = {'image': images, 'classes': torch.tensor(self.train.num_classes)}
+        for who, of_tasks in said.items():
+            for task, x in zip(self.tasks, of_tasks):
+                if task == 'seg':
+                    x = (x if who == 'truth' else x.argmax(dim=1)).to(torch.int16)
+                elif task == 'normal':
+                    x = torch.nn.functional.normalize(x, dim=1)
+                arrays[f'{task}_{who}'] = x
+        return {key: x.cpu().numpy() for key, x in arrays.items()} | {'tasks': np.array(self.tasks)}
+
+    @staticmethod
+    def drawn(arrays: dict, names: list[str] | None = None) -> np.ndarray:
+        return pictures.grid([pictures.dense(arrays, n) for n in range(len(arrays['image']))], names)
 
     @torch.no_grad()
     def _metrics(self, outputs, tasks: tuple) -> dict[str, float]:

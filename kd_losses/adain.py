@@ -42,9 +42,9 @@ class AdaINKD(nn.Module):
 
     Shape:
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t), each of more than one position;
-        out_t: (N, K); teacher_tail: callable (N, t_channels, H_t, W_t) -> (N, K), frozen. Returns a scalar.
-        No gradient reaches fm_t and out_t. `terms` returns (stat, adain).
-        Computed in float32, or in float64 as the student.
+        out_t: (N, K); teacher_tail: (N, t_channels, H_t, W_t) -> (N, K), frozen; a module of any precision or
+        a function of maps in the student's full one. Returns a scalar. No gradient reaches fm_t and out_t.
+        `terms` returns (stat, adain). Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: only one of the channels is given; eps is not positive; shapes do not fit.
@@ -87,7 +87,9 @@ class AdaINKD(nn.Module):
             mu_s, sigma_s = self._statistics(s if self.connector is None else _run(self.connector, s))
             mu_t, sigma_t = self._statistics(t)
             stat = F.mse_loss(mu_s, mu_t) + F.mse_loss(sigma_s, sigma_t)
-            out = _full(teacher_tail(sigma_s * (t - mu_t) / sigma_t + mu_s), s)
+            y = sigma_s * (t - mu_t) / sigma_t + mu_s
+            out = _run(teacher_tail, y) if isinstance(teacher_tail, nn.Module) else teacher_tail(y)
+            out = _full(out, s)
             _expect('AdaINKD', 'out_t', out_t, *out.shape)  # what teacher_tail gives
             return stat, F.mse_loss(out, _full(out_t.detach(), s))
 
@@ -157,6 +159,6 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def feed(kd, s, t, batch):
     def rest(fm):  # of the teacher, after its last map
-        return batch.net_t.classifier_layer()(fm.relu().mean(dim=(2, 3)))
+        return _run(batch.net_t.classifier_layer(), fm.relu().mean(dim=(2, 3)))
 
     return kd(s.pres[-1], t.pres[-1], t.out, rest)

@@ -116,7 +116,7 @@ class AfDCD(nn.Module):
             x, fm_t = _full(fm_s), _full(fm_t.detach(), fm_s)
             hidden = 0 * x.detach().sum()  # a ReLU may swallow an inf, which must show
             x = x if self.align is None else _run(self.align, x)
-            g = _run(self.projector, x * mask.to(x.dtype))
+            g = _run(self.projector, x * _full(mask, x))
             feature = (g - fm_t).square().sum() / n + hidden
             return feature, self._contrast(g, fm_t) / (n * pooled[0] * pooled[1])
 

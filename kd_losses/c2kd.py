@@ -67,7 +67,7 @@ class ESA(nn.Module):
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: shapes are wrong.
+        ValueError: shapes are wrong; a length is negative or larger than its map.
     """
 
     def __init__(self, gamma: float = 1.0) -> None:
@@ -128,6 +128,13 @@ def smoothed_ce(logits: Tensor, gold: Tensor, smoothing: float = 0.1, ignore: in
 
 def _within(length: Tensor, n: int) -> Tensor:
     """(B, n), True before the sample's end."""
+    if length.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+        for value in length.tolist():
+            if not 0 <= value <= n:
+                raise ValueError(
+                    f'ESA: len_s, len_t and len_y must be of 0..{n}, the size of the map, got {value}: count '
+                    'the frames or symbols of each sample'
+                )
     return torch.arange(n, device=length.device)[None, :] < length[:, None]
 
 
@@ -173,8 +180,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     _expect(who, name, target, n)
     if target.is_floating_point():
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
-    target = target.long()
-    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+    target, compiling = target.long(), getattr(torch.compiler, 'is_compiling', bool)()
+    if not compiling and target.is_inference():  # what a teacher says under inference_mode: for backward
+        target = target.clone()
+    if target.device.type == 'cpu' and not compiling:
         (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
         if lowest >= 0 and highest < K:
             return target, None

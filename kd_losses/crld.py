@@ -142,4 +142,7 @@ def feed(kd, s, t, batch):
     out = batch.student(img).out
     with torch.no_grad():
         out_t = batch.teacher(img).out
-    return kd(s.out, out, t.out, out_t) + F.cross_entropy(out, batch.target)
+    valid = batch.target != -100  # cross_entropy divides by their number, which may be 0
+    target = torch.where(valid, batch.target, -100)  # a copy: those of inference mode cannot serve backward
+    ce = F.cross_entropy(out, target, reduction='sum') / valid.sum().clamp(min=1)
+    return kd(s.out, out, t.out, out_t) + ce

@@ -234,5 +234,9 @@ def feed(kd, s, t, batch):
     out_s, reg_s = t.finished(across)
     out_t, reg_t = (head_t[key].flatten(0, 1) for key in ('cls_logits', 'bbox_regression'))
     if head_s['cls_logits'].shape != head_t['cls_logits'].shape:
-        raise ValueError('crosskd: student and teacher must have the same anchors and classes')
+        shapes = [tuple(head['cls_logits'].shape) for head in (head_s, head_t)]
+        raise ValueError(
+            f'crosskd: student and teacher must have the same anchors and classes, got {shapes}: train the '
+            'teacher with the same head and size'
+        )
     return kd(out_s, out_t, reg_s, reg_t, *s.matched(), torch.cat(s.anchors))

@@ -55,7 +55,7 @@ class DistiLLM(nn.Module):
         Returns a scalar. No gradient reaches out_t. Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: alpha out of its range; shapes that differ; K < 2.
+        ValueError: alpha out of its range; shapes that differ; K < 2; a label that is no class.
     """
 
     def __init__(self, alpha: float = 0.1, reverse: bool = False) -> None:
@@ -133,7 +133,18 @@ def _tokens(
             f'{who}: target{of} must be {shape[:-1]} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
-    counts = None if target is None else target.reshape(-1) != -100
+    if target is None:
+        return rows, out_t.detach().reshape(rows.shape), None
+    flat = target.reshape(-1).long()  # -100 is 156 in eight bits
+    counts = flat != -100
+    if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+        wrong = counts & ((flat < 0) | (flat >= rows.shape[1]))
+        for y in flat.tolist() if wrong.any().tolist() else ():
+            if y != -100 and not 0 <= y < rows.shape[1]:
+                raise ValueError(
+                    f'{who}: target{of} must be in 0..{rows.shape[1] - 1}, or -100 to leave a position out, '
+                    f'got {y}: set the mark of your padding to -100'
+                )
     return rows, out_t.detach().reshape(rows.shape), counts
 
 

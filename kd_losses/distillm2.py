@@ -182,7 +182,18 @@ def _tokens(
             f'{who}: target{of} must be {shape[:-1]} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
-    counts = None if target is None else target.reshape(-1) != -100
+    if target is None:
+        return rows, out_t.detach().reshape(rows.shape), None
+    flat = target.reshape(-1).long()  # -100 is 156 in eight bits
+    counts = flat != -100
+    if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+        wrong = counts & ((flat < 0) | (flat >= rows.shape[1]))
+        for y in flat.tolist() if wrong.any().tolist() else ():
+            if y != -100 and not 0 <= y < rows.shape[1]:
+                raise ValueError(
+                    f'{who}: target{of} must be in 0..{rows.shape[1] - 1}, or -100 to leave a position out, '
+                    f'got {y}: set the mark of your padding to -100'
+                )
     return rows, out_t.detach().reshape(rows.shape), counts
 
 
@@ -280,8 +291,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     _expect(who, name, target, n)
     if target.is_floating_point():
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
-    target = target.long()
-    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+    target, compiling = target.long(), getattr(torch.compiler, 'is_compiling', bool)()
+    if not compiling and target.is_inference():  # what a teacher says under inference_mode: for backward
+        target = target.clone()
+    if target.device.type == 'cpu' and not compiling:
         (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
         if lowest >= 0 and highest < K:
             return target, None

@@ -75,7 +75,10 @@ class DLB(nn.Module):
         if not any(given):
             return _ce(out, y, valid), out.new_zeros(())
         if not all(given):
-            raise ValueError('DLB: give out_prev_now, out_prev_then and target_prev, or none of them')
+            raise ValueError(
+                f'DLB: out_prev_now, out_prev_then and target_prev must all be given, or none, got '
+                f'{sum(given)} of them: leave them out at the first step of an epoch'
+            )
         _expect('DLB', 'out_prev_now', out_prev_now, 'N', out.shape[1])
         _expect('DLB', 'out_prev_then', out_prev_then, *out_prev_now.shape)
         y_prev, valid_prev = _labels('DLB', target_prev, *out_prev_now.shape, 'target_prev')
@@ -149,8 +152,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     _expect(who, name, target, n)
     if target.is_floating_point():
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
-    target = target.long()
-    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+    target, compiling = target.long(), getattr(torch.compiler, 'is_compiling', bool)()
+    if not compiling and target.is_inference():  # what a teacher says under inference_mode: for backward
+        target = target.clone()
+    if target.device.type == 'cpu' and not compiling:
         (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
         if lowest >= 0 and highest < K:
             return target, None

@@ -72,6 +72,10 @@ class DOT(torch.optim.Optimizer):
         super().__init__(params, defaults | {'dampening': dampening})
         self._kd = {}  # parameter -> its distillation gradient, between step_kd and step
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._kd = getattr(self, '_kd', {})  # a copy or a pickle has none
+
     @torch.no_grad()
     def step_kd(self) -> None:
         self._kd = {

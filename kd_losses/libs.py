@@ -50,7 +50,7 @@ class LIBS(nn.Module):
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: shapes are wrong.
+        ValueError: shapes are wrong; a pair names a sample or a step that is not there.
     """
 
     def __init__(
@@ -91,10 +91,12 @@ class LIBS(nn.Module):
                 f'LIBS: pairs must be (M, 3), got {tuple(pairs.shape)}: sample, step of the student, step of '
                 'the teacher'
             )
+        pairs = _kept(pairs.long())
+        _named('LIBS', pairs, n, ctx_s.shape[1], ctx_t.shape[1])
         with _no_autocast(seq_s):
             seq_t, ctx_t, frm_t = (_full(x.detach(), seq_s) for x in (seq_t, ctx_t, frm_t))
             sequence = (seq_t - _run(self.t_seq, _full(seq_s))).square().sum(dim=1).mean()
-            k, i_s, i_t = pairs.long().unbind(dim=1)
+            k, i_s, i_t = pairs.unbind(dim=1)
             gap = ctx_t[k, i_t] - _run(self.t_ctx, _full(ctx_s, seq_s))[k, i_s]
             context = gap.square().sum() / max(len(pairs), 1)
             frame = self._frame(_run(self.t_frm, _full(frm_s, seq_s)), frm_t, mask_s, mask_t)
@@ -104,15 +106,33 @@ class LIBS(nn.Module):
         """q: (N, J, t_dim)."""
         score = _exact(q.detach()) @ _exact(frm_t).mT
         if mask_t is not None:
-            mask_t = mask_t.bool()
+            mask_t = _kept(mask_t.bool())
             score = torch.where(mask_t[:, None, :], score, -torch.inf)
             frm_t = torch.where(mask_t[:, :, None], frm_t, 0.0)
         aligned = (score.softmax(dim=2) @ _exact(frm_t)).to(q.dtype)
         distance = (q - aligned).square().sum(dim=2)
         if mask_s is None:
             return distance.mean()
-        mask_s = mask_s.bool()
+        mask_s = _kept(mask_s.bool())
         return (torch.where(mask_s, distance, 0.0).sum(dim=1) / mask_s.sum(dim=1).clamp(min=1)).mean()
+
+
+def _named(who: str, pairs: Tensor, *sizes: int) -> None:
+    """Refuse numbers of samples and steps that are not there; a GPU's kernels do it by themselves."""
+    if pairs.device.type != 'cpu' or getattr(torch.compiler, 'is_compiling', bool)():
+        return
+    for pair in pairs.tolist():
+        if not all(0 <= i < size for i, size in zip(pair, sizes)):
+            raise ValueError(
+                f'{who}: pairs must name (sample, step_s, step_t) below {sizes}, got {tuple(pair)}: count '
+                'from 0'
+            )
+
+
+def _kept(x: Tensor) -> Tensor:
+    """Integers and masks of torch.inference_mode are copied, to serve backward."""
+    compiling = getattr(torch.compiler, 'is_compiling', bool)()
+    return x.clone() if not compiling and x.is_inference() else x
 
 
 def lcs_pairs(pred, target) -> list[tuple[int, int]]:

@@ -76,7 +76,7 @@ class LSP(nn.Module):
             raise ValueError(
                 f'LSP: edge_index must be of integers, got {edge_index.dtype}: edge_index.long()'
             )
-        edge_index = edge_index.long()
+        edge_index = _kept(edge_index.long())
         if edge_index.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
             for node in edge_index.aminmax():
                 if not 0 <= int(node) < count:
@@ -96,6 +96,12 @@ class LSP(nn.Module):
         e = (-exponent).exp() + 0 * exponent  # an infinite feature is a fault, not a distant neighbour
         total = e.new_zeros(len(feat)).index_add(0, end, e.exp())  # 0 <= e <= 1: no overflow
         return e - total.index_select(0, end).log()
+
+
+def _kept(x: Tensor) -> Tensor:
+    """Integers and masks of torch.inference_mode are copied, to serve backward."""
+    compiling = getattr(torch.compiler, 'is_compiling', bool)()
+    return x.clone() if not compiling and x.is_inference() else x
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

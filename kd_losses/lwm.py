@@ -96,8 +96,9 @@ def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False
         )
     if grad is None:
         raise ValueError(
-            f'LwM: out_{side} must depend on fm_{side}, and fm_{side} must require grad: a frozen teacher '
-            'needs an image that requires grad, or a detached map that does and the rest of the network on it'
+            f'LwM: out_{side} must depend on fm_{side}, and fm_{side} must require grad, got no gradient: a '
+            'frozen teacher needs an image that requires grad, or a detached map that does and '
+            'the rest of the network on it'
         )
     weight = _full(grad, out).mean(dim=(2, 3), keepdim=True)
     cam = (weight * _full(fm, out)).sum(dim=1)
@@ -145,8 +146,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     _expect(who, name, target, n)
     if target.is_floating_point():
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
-    target = target.long()
-    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+    target, compiling = target.long(), getattr(torch.compiler, 'is_compiling', bool)()
+    if not compiling and target.is_inference():  # what a teacher says under inference_mode: for backward
+        target = target.clone()
+    if target.device.type == 'cpu' and not compiling:
         (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
         if lowest >= 0 and highest < K:
             return target, None

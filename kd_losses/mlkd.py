@@ -79,7 +79,10 @@ class MLKD(nn.Module):
         strong = {'out_s_strong': out_s_strong, 'out_t_strong': out_t_strong} if self.two_view else {}
         for name, out in {'out_t': out_t, **strong}.items():
             if out is None:
-                raise ValueError(f'MLKD: {name} must be {tuple(out_s.shape)} with two_view=True, got None')
+                raise ValueError(
+                    f'MLKD: {name} must be {tuple(out_s.shape)} with two_view=True, got None: '
+                    'give the second view'
+                )
             _expect('MLKD', name, out, *out_s.shape)
         if not self.two_view and (out_s_strong is not None or out_t_strong is not None):
             raise ValueError('MLKD: out_s_strong and out_t_strong are for two_view=True, got two_view=False')
@@ -202,7 +205,8 @@ def feed_strong(kd, s, t, batch):
     with torch.no_grad():
         out_t = batch.teacher(img).out
     valid = batch.target != -100  # cross_entropy divides by their number, which may be 0
-    ce = F.cross_entropy(out, batch.target, reduction='sum') / valid.sum().clamp(min=1)
+    target = torch.where(valid, batch.target, -100)  # a copy: those of inference mode cannot serve backward
+    ce = F.cross_entropy(out, target, reduction='sum') / valid.sum().clamp(min=1)
     return kd(s.out, t.out, out, out_t) + ce / 9
 
 

@@ -54,7 +54,8 @@ class ReviewKD(nn.Module):
         super().__init__()
         if len(s_channels) != len(t_channels):
             raise ValueError(
-                f'ReviewKD: t_channels must have {len(s_channels)} levels, got {len(t_channels)}'
+                f'ReviewKD: t_channels must have {len(s_channels)} levels, got {len(t_channels)}: '
+                'tap as many stages of both'
             )
         mid = min(512, s_channels[-1]) if mid_channels is None else mid_channels
         self.s_channels, self.t_channels = list(s_channels), list(t_channels)

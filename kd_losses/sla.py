@@ -81,7 +81,9 @@ class SLA(nn.Module):
 def rotations(images: Tensor) -> Tensor:
     """(N, C, H, H) -> (4 N, C, H, H): each image turned by 0, 90, 180, 270 degrees, sample-major."""
     if images.dim() != 4 or images.shape[2] != images.shape[3]:
-        raise ValueError(f'rotations: images must be (N, C, H, H), square, got {tuple(images.shape)}')
+        raise ValueError(
+            f'rotations: images must be (N, C, H, H), square, got {tuple(images.shape)}: crop them'
+        )
     return torch.stack([images.rot90(k, (2, 3)) for k in range(4)], dim=1).flatten(0, 1)
 
 
@@ -152,8 +154,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     _expect(who, name, target, n)
     if target.is_floating_point():
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
-    target = target.long()
-    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+    target, compiling = target.long(), getattr(torch.compiler, 'is_compiling', bool)()
+    if not compiling and target.is_inference():  # what a teacher says under inference_mode: for backward
+        target = target.clone()
+    if target.device.type == 'cpu' and not compiling:
         (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
         if lowest >= 0 and highest < K:
             return target, None

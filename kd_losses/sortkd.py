@@ -121,8 +121,10 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     _expect(who, name, target, n)
     if target.is_floating_point():
         raise ValueError(f'{who}: {name} must be ({n},) of integers, got {target.dtype}: {name}.long()')
-    target = target.long()
-    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+    target, compiling = target.long(), getattr(torch.compiler, 'is_compiling', bool)()
+    if not compiling and target.is_inference():  # what a teacher says under inference_mode: for backward
+        target = target.clone()
+    if target.device.type == 'cpu' and not compiling:
         (lowest,), (highest,) = (y.tolist() for y in target.aminmax(dim=0, keepdim=True))
         if lowest >= 0 and highest < K:
             return target, None

@@ -51,7 +51,7 @@ class ULD(nn.Module):
         Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: a temperature is not positive; a wrong shape; K_s or K_t < 2.
+        ValueError: a temperature is not positive; a wrong shape; K_s or K_t < 2; a label that is no class.
     """
 
     def __init__(
@@ -105,7 +105,17 @@ def _of_texts(who: str, name: str, out: Tensor, labels: str, target: Tensor) -> 
             f'{who}: {labels} must be {tuple(out.shape[:2])} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
-    return rows, target != -100
+    target = target.long()  # -100 is 156 in eight bits
+    counts = target != -100
+    if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+        wrong = counts & ((target < 0) | (target >= out.shape[2]))
+        for y in target.flatten().tolist() if wrong.any().tolist() else ():
+            if y != -100 and not 0 <= y < out.shape[2]:
+                raise ValueError(
+                    f'{who}: {labels} must be in 0..{out.shape[2] - 1}, or -100 to leave a position out, '
+                    f'got {y}: set the mark of your padding to -100'
+                )
+    return rows, counts
 
 
 def _filled(x: Tensor, counts: Tensor | None) -> Tensor:

@@ -111,12 +111,11 @@ def narrowed(net: nn.Module, path: str | Path | None) -> nn.Module:
     return shaped_like(net, read_state(path))
 
 
-def how_to_load(path: str | Path, name: str, data: str, num_classes: int) -> str:
-    """What to do with a file of weights, for the end of a log."""
-    return (
-        f'{path}; python tools/eval.py --net_name {name} --data_name {data} {path} measures them, '
-        f'models.load_student({str(path)!r}, {name!r}, {num_classes}) is the network'
-    )
+def how_to_load(path: str | Path, name: str, data: str | None, num_classes: int) -> str:
+    """What to do with a file of weights, for the end of a log. data: None if tools/eval.py cannot read it."""
+    measured = f'python tools/eval.py --net_name {name} --data_name {data} {path} measures them, '
+    loaded = f'models.load_student({str(path)!r}, {name!r}, {num_classes}) is the network'
+    return f'{path}; {measured if data else ""}{loaded}'
 
 
 def load_student(path: str | Path, name: str, num_classes: int = 100) -> nn.Module:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 _CONTAINERS = ('model', 'net', 'snet', 'state_dict', 'student', 'net1', 'model_state_dict', 'weights')
 _CONTAINERS += ('state_dict_ema', 'model_ema', 'teacher')
 _OTHER_SIDE = ('tnet', 'net2')
+_NOT_ITSELF = re.compile(r'teacher|ema\b|momentum|(?:^|[._])(?:net_t|t_net|tnet|model_t|encoder_k)\b')
+_WRAPPERS = re.compile(r'(?<![^.])(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
 _ACCURACIES = ('accuracy', 'best_acc', 'prec@1', 'top1')
 
 
@@ -233,6 +235,10 @@ def _find_state(content: dict, path: Path, part: str | None) -> tuple[dict, str 
         if not _is_state(state):
             raise ValueError(f'{path}: has no weights under {part!r}; its keys are {list(content)[:8]}')
         return state, part, [key for key in found if key != part]
+    if not found and not _is_state(content):  # under a name that nobody knows: the largest
+        others = [key for key, value in content.items() if isinstance(key, str) and _is_state(value)]
+        others.sort(key=lambda key: -len(content[key]))
+        found = {key: content[key] for key in others}
     ours = [key for key in found if key not in _OTHER_SIDE]
     if ours:
         return found[ours[0]], ours[0], [key for key in found if key != ours[0]]
@@ -253,15 +259,15 @@ def _unwrapped(state: dict, wanted: dict) -> tuple[dict, str, list[str]]:
     """(the network's entries under the names it has, the prefix they had, names of the other entries).
 
     The prefix is the one under which most of the network's names are found. Of equals, a student's and not
-    its teacher's, then the first.
+    its teacher's or an average's, then the first.
     """
     probes = [*list(wanted)[:3], *list(wanted)[-3:]]
     prefixes = {
         name[: -len(probe)]: 0 for name in state for probe in probes if f'.{name}'.endswith(f'.{probe}')
-    }
+    } | {'': 0}
     taken = {p: _under(p, state, wanted) for p in prefixes}
     fits = {p: len(taken[p].keys() & wanted.keys()) for p in prefixes}
-    best = max(prefixes, key=lambda p: (fits[p], 'teacher' not in p), default='')
+    best = max(prefixes, key=lambda p: (fits[p], not _NOT_ITSELF.search(p)), default='')
     if fits.get(best, 0) < len(wanted) / 2:  # another network: show it without what all names have in common
         best = _common_prefix(state)
     entries = taken.get(best) or _under(best, state, wanted)
@@ -271,8 +277,14 @@ def _unwrapped(state: dict, wanted: dict) -> tuple[dict, str, list[str]]:
 
 
 def _under(prefix: str, state: dict, wanted: dict) -> dict:
-    names = {name: name[len(prefix) :] for name in state if name.startswith(prefix)}
+    names = {name: _bare(name[len(prefix) :], wanted) for name in state if name.startswith(prefix)}
     return {new if new in wanted else _renamed(new): state[name] for name, new in names.items()}
+
+
+def _bare(name: str, wanted: dict) -> str:
+    """Without what wrappers around a part of the network leave inside its names: features.module.0.weight."""
+    short = name if name in wanted else _WRAPPERS.sub('', name)
+    return short if short in wanted else name
 
 
 def _renamed(name: str) -> str:

@@ -213,8 +213,10 @@ class Segmented:
     fms: list[Tensor]
 
     def loss(self, target: Tensor) -> Tensor:
-        """Cross-entropy of the enlarged logits; -1: no label."""
-        return F.cross_entropy(enlarged(self.out, target.shape[1:]), target, ignore_index=-1)
+        """Cross-entropy of the enlarged logits; -1: no label; 0 where there is none at all."""
+        out = enlarged(self.out, target.shape[1:])
+        total = F.cross_entropy(out, target, ignore_index=-1, reduction='sum')
+        return total / (target != -1).sum().clamp(min=1)
 
     def replaced(self, out: Tensor) -> 'Segmented':
         """The same with other logits."""

@@ -134,12 +134,12 @@ class Tap(nn.Module):
         where = f'{type(self.wrapped).__name__}: {"the input of " * (layer[1] == "in")}{layer[0]}'
         if layer not in self._pass.values:
             raise TapError(f'{where} was not called')
-        value, version, lost = self._pass.values[layer]
+        value, versions, lost = self._pass.values[layer]
         if not isinstance(value, Tensor) and (not self.to_map or layer == self.taps['feat']):
             raise TapError(
                 f'{where} is a {type(value).__name__}, not a tensor: tap another layer or give to_map'
             )
-        if version is not None and value._version != version:
+        if any(x._version != version for x, version in versions):
             raise TapError(
                 f'{where} is changed in place after it was read (x += ..., F.relu(x, inplace=True)): tap '
                 f"what comes later, e.g. (path, 'in') of the next module, or write that operation without "
@@ -229,22 +229,25 @@ class _Pass:
         self.values, self.trains, self.dropped = None, False, None
 
     def keep(self, layer: tuple, module: nn.Module, value, needs_grad: bool) -> None:
-        """A map, the number of changes it has seen, and whether it lacks a gradient that it should have.
+        """A map, or what holds several, the changes its tensors have seen, and whether a gradient is missing.
 
         needs_grad: something is learnt in the module, or before it. Where gradients are switched off it
         cannot be seen that something before it learns; there the order of the modules tells.
         """
-        version, lost = None, False
-        if isinstance(value, Tensor) and not torch.compiler.is_compiling():  # the checks are not traced
-            if getattr(module, '_is_replica', False):
-                raise TapError(_PARALLEL)
-            if self.trains and not value.requires_grad and value.is_floating_point():
+        versions, lost = [], False
+        if torch.compiler.is_compiling():  # the checks are not traced: keep a copy
+            self.values[layer] = _copied(value), versions, lost
+            return
+        if getattr(module, '_is_replica', False):
+            raise TapError(_PARALLEL)
+        if isinstance(value, Tensor) and self.trains and not value.requires_grad:
+            if value.is_floating_point():
                 lost = needs_grad or (not torch.is_grad_enabled() and self._learns_before(layer[0]))
-            if value.is_inference():  # counts no changes: keep a copy
-                value = value.clone()
-            else:
-                version = value._version
-        self.values[layer] = value, version, lost
+        if any(x.is_inference() for x in _tensors(value)):  # they count no changes
+            value = _copied(value)
+        else:
+            versions = [(x, x._version) for x in _tensors(value)]
+        self.values[layer] = value, versions, lost
 
     def _learns_before(self, path: str) -> bool:
         if self.image_needs_grad:
@@ -281,6 +284,26 @@ class _Read:
         if self.seen.values is not None:
             needs_grad = self.seen.trains and (_needs_grad(args) or _needs_grad(module.parameters()))
             self.seen.keep(self.layer, module, value, needs_grad)
+
+
+def _tensors(value) -> list[Tensor]:
+    """Of a map, or of tuples, lists and dictionaries of maps."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [x for part in parts for x in _tensors(part)]
+
+
+def _copied(value):
+    """The same, of clones."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)((key, _copied(x)) for key, x in value.items())
+    if isinstance(value, (tuple, list)):
+        parts = [_copied(x) for x in value]
+        return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
+    return value
 
 
 def _needs_grad(tensors) -> bool:

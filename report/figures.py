@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine import pictures
 from engine.errors import UserError
 from engine.ka_build import chosen_setting
 from engine.parser import Parser
@@ -23,11 +24,7 @@ from engine.record import output_folder
 from methods.ka import KA as METHODS
 from report.ka import read_results
 
-PALETTE = np.array(
-    [[196, 160, 120], [166, 196, 224], [236, 236, 228], [200, 70, 60], [64, 140, 80], [108, 84, 170]]
-)
 IMAGES = 50  # per class, in the t-SNE figure
-SCENES = (3, 12, 27, 41)  # of the test set, in the panels
 
 
 # ------------------------------------------------------------------------------------------------- arrays
@@ -116,18 +113,7 @@ def project(x: torch.Tensor, perplexity: float = 30, steps: int = 750) -> np.nda
 def collect_panels(folder: Path, name: str = 'sbm') -> dict[str, np.ndarray]:
     """Per task what student, teacher and truth say of a few test images."""
     world, _ = world_of(folder)
-    net = trained(folder, name, world)
-    index = torch.tensor([i for i in SCENES if i < len(world.test)] or [0])
-    img, labels = world.test.images[index] - 0.5, {k: v[index] for k, v in world.test.labels.items()}
-    arrays = {'image': world.test.images[index].numpy(), 'tasks': np.array(world.tasks)}
-    for task, out_s, out_t in zip(world.tasks, net(img), world.teachers_on(img)):
-        for who, x in (('student', out_s), ('teacher', out_t), ('truth', labels[task])):
-            if task == 'seg' and who != 'truth':
-                x = x.argmax(dim=1)
-            elif task == 'normal':
-                x = torch.nn.functional.normalize(x, dim=1)
-            arrays[f'{task}_{who}'] = x.numpy()
-    return arrays
+    return world.shows(trained(folder, name, world))
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -167,34 +153,27 @@ def draw_space(arrays: dict, path: Path, plt) -> None:
 
 
 def draw_panels(arrays: dict, path: Path, plt) -> None:
-    tasks, images = [str(task) for task in arrays['tasks']], arrays['image'].transpose(0, 2, 3, 1)
+    tasks, images = [str(task) for task in arrays['tasks']], arrays['image']
     columns = ('student', 'teacher', 'truth')
-    names = {'seg': 'segmentation', 'depth': 'depth', 'normal': 'normals'}
+    arrays = {'classes': len(pictures.PALETTE)} | arrays
     across = 2 if len(images) > 1 else 1  # scenes side by side
     down = -(-len(images) // across)
     fig, axes = plt.subplots(
-        down * len(tasks), across * 4, figsize=(6.4 * across, 1.62 * down * len(tasks)), layout='constrained',
+        down * len(tasks), across * 4, figsize=(8 * across, 2.03 * down * len(tasks)), layout='constrained',
         squeeze=False,
     )  # fmt: skip
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    for n, image in enumerate(images):
-        deep = max(arrays['depth_truth'][n].max(), 1e-3) if 'depth' in tasks else 1
-        left = n % across * 4
+    for n in range(len(images)):
+        made, left = pictures.dense(arrays, n), n % across * 4
         for row, task in enumerate(tasks):
             line = axes[n // across * len(tasks) + row, left : left + 4]
             if left == 0:
-                line[0].set_ylabel(names[task], fontsize=8)
-            line[0].imshow(np.clip(image, 0, 1))
+                line[0].set_ylabel(pictures.NAMES[task], fontsize=11)
+            line[0].imshow(made['image'])
             for axis, who in zip(line[1:], columns):
-                x = arrays[f'{task}_{who}'][n]
-                if task == 'seg':
-                    axis.imshow(PALETTE[x % len(PALETTE)])
-                elif task == 'depth':
-                    axis.imshow(x[0], vmin=0, vmax=deep, cmap='viridis')
-                else:
-                    axis.imshow(np.clip((x.transpose(1, 2, 0) * [1, 1, -1] + 1) / 2, 0, 1))
+                axis.imshow(made[f'{who}: {pictures.NAMES[task]}'])
     for axis, title in zip(axes[0], ('image', *columns) * across):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=12)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     fig.savefig(path, dpi=150)

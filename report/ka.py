@@ -93,11 +93,18 @@ def dense_table(results: list[dict]) -> list[list[str]]:
     }
     rows = [['', *keys.values(), 'parameters', 'epochs', 'seeds']]
 
-    def cells(figures: dict) -> list[str]:
-        small = {'rmse', 'abs_rel'}
-        return [f'{figures[k]:.{3 if k in small else 1}f}' if k in figures else '' for k in keys]
+    def cells(*figures: dict) -> list[str]:
+        """Means over runs, and with several their standard deviation."""
+        made = []
+        for k in keys:
+            values, digits = [f[k] for f in figures if k in f], 3 if k in {'rmse', 'abs_rel'} else 1
+            text = f'{statistics.mean(values):.{digits}f}' if values else ''
+            made.append(text + (f' +- {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''))
+        return made
 
-    for runs in group(results).values():
+    views = [str(r.get('augment') or '') for r in results]  # the same method with and without is two rows
+    split = [r | {'experiment': f'{r["experiment"]} {view}'} for r, view in zip(results, views)]
+    for runs in group(split).values():
         first = runs[0]
         if first['method'] == 'ensemble':
             joined = {k: v for teacher in first['teachers'] for k, v in teacher.items() if k in keys}
@@ -110,9 +117,9 @@ def dense_table(results: list[dict]) -> list[list[str]]:
                     rows.append(['sbm, after the block phase', *cells(block), '', block['epoch'], len(runs)])
             points = ', '.join(map(str, first['branch_points']))
             name = 'one network, labels' if first['method'] == 'scratch' else first['method']
-            mean = {k: statistics.mean(r['last'][k] for r in runs) for k in keys if k in first['last']}
-            rows.append([f'{name} (branches at {points})', *cells(mean), f'{first["parameters"]:,}',
-                         first['epochs'], len(runs)])  # fmt: skip
+            name += ', --augment' * bool(first.get('augment'))
+            rows.append([f'{name} (branches at {points})', *cells(*(r['last'] for r in runs)),
+                         f'{first["parameters"]:,}', first['epochs'], len(runs)])  # fmt: skip
             if first['method'] == 'sbm':
                 rows[1][-3] = f'{first["parameters_of_teachers"]:,}'
     return rows

@@ -61,10 +61,14 @@ def figure(results: list[dict], path: Path) -> bool:
                 flat.setdefault(row['row'], {})[r['seed']] = row['top-1 at the end']
     if not curves:
         return False
-    import matplotlib
+    try:
+        import matplotlib
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
+        matplotlib.use('Agg')
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print('no figure: matplotlib is not installed (pip install matplotlib)')
+        return False
 
     fig, axes = plt.subplots(figsize=(6.4, 4.6))
     for k, (name, seeds) in enumerate(curves.items()):

@@ -133,6 +133,8 @@ def test_the_flags_are_frozen(monkeypatch):
         '--size',
         '--labelled',
         '--epochs_ft',
+        '--augment',
+        '--draw',
         '--attributes',
         '--t_attributes',
     }
@@ -163,7 +165,7 @@ def test_the_flags_are_frozen(monkeypatch):
         '--labelled',
     }
     dense |= {'--optim', '--dry_run', '--steps', '--t_steps', '--eval_every'}  # as those of other scripts
-    dense |= {'--task', '--unlabelled', '--warmup'}
+    dense |= {'--task', '--unlabelled', '--warmup', '--augment'}
     assert flags_of(train_dense, monkeypatch) == loss | dense
 
 
@@ -669,6 +671,50 @@ def test_mistakes_with_the_download():
         [sys.executable, '-m', 'dataset.download', 'nonsense'], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'nonsense' in done.stderr
+
+
+@pytest.mark.parametrize(
+    'raised,code,said',
+    [
+        (KeyboardInterrupt(), 130, 'interrupted'),
+        (PermissionError(13, 'Permission denied', '/x/table.md'), 2, 'error: /x/table.md: Permission denied'),
+        (
+            torch.OutOfMemoryError('CUDA out of memory. Tried to allocate'),
+            1,
+            'CUDA out of memory: take a smaller',
+        ),
+    ],
+)
+def test_what_may_end_any_script_is_one_line(monkeypatch, capsys, raised, code, said):
+    def main():
+        raise raised
+
+    for words in ([], ['--debug']):
+        monkeypatch.setattr(sys, 'argv', ['x.py', *words])
+        with pytest.raises(SystemExit) as stop:
+            engine.errors.run(main)
+        err = capsys.readouterr().err
+        assert stop.value.code == code and said in err.splitlines()[-1]
+        assert (err.count('\n') == 1) is (not words), '--debug shows where'
+
+
+@pytest.mark.parametrize(
+    'words,said',
+    [
+        ('train_base --net_name resnet8 --threads 99999', 'at most 1024'),
+        ('train_base --net_name resnet8 --lr 1e308', "expected a number > 0, got '1e308'"),
+        ('train_base --net_name resnet8 --epochs 99999999999', 'expected a whole number > 0'),
+        ('train_base --net_name resnet8 --data_name shapes:99999999999999', 'Unable to allocate'),
+        ('train_dml --kd_mode onadvfd --net_names resnet8 resnet8 --amp fp16', 'are not scaled; use bf16'),
+        ('tools.graphs --kd_mode teacher --amp bf16', 'computes in float32'),
+        ('tools.knowledge --t_name resnet8 --t_model x --s_name resnet8 --amp fp16', 'scales no gradients'),
+        ('tools.slim --net_name resnet8 --model x --out FILE --data_name shapes:40', 'cannot write'),
+    ],
+)
+def test_what_no_machine_can_do(script, tmp_path, words, said):
+    (tmp_path / 'file').write_text('')
+    done = script(*words.replace('FILE', str(tmp_path / 'file')).split())
+    assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err + done.out
 
 
 def test_an_old_torch_is_named():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from methods import METHODS
 from models import Feats
 from tests import methods
-from tests.methods.shared import STUDENT, TEACHER, leaf, seed
+from tests.methods.shared import STUDENT, TEACHER, Grown, leaf, seed
 
 ROWS = sorted(METHODS)
 K = 6
@@ -672,6 +672,27 @@ def test_no_label_at_all_is_zero(name):
 
 
 @pytest.mark.parametrize('name', ROWS)
+def test_who_reads_labels_is_known(name):
+    """So that the tests above ask all of them, and without any label the loss is finite, the rest of it."""
+    w = world(name)
+    kd = build(name, w)
+    before, target = outcome(name, kd, w), w.b.target
+    w.b.target = target.flip(0)
+    if METHODS[name].own.once_per_batch:
+        connect(name, w)
+        w.b.from_teacher = METHODS[name].own.once_per_batch(w.b.net_t, w.t, w.b)
+    reads = not torch.equal(outcome(name, kd, w), before)
+    in_part = EXCEPTIONS[name].keys() & {'labels_in_part', 'unlabelled_counts'}
+    assert not reads or labelled(name) or in_part, 'labels reach the loss: labels_in_feed or labels_in_part'
+    if reads:
+        w.b.target = torch.full_like(target, -100)
+        if METHODS[name].own.once_per_batch:
+            connect(name, w)
+            w.b.from_teacher = METHODS[name].own.once_per_batch(w.b.net_t, w.t, w.b)
+        healthy(name, w, kd)
+
+
+@pytest.mark.parametrize('name', ROWS)
 def test_teacher_under_inference_mode_gives_the_same(name):
     def again(f):
         if f is None or isinstance(f, torch.Tensor):
@@ -683,6 +704,7 @@ def test_teacher_under_inference_mode_gives_the_same(name):
     with torch.inference_mode():
         v.t = again(v.t)
         v.b.all_t = [v.t, v.t]
+        v.b.target, v.b.index = v.b.target.clone(), v.b.index.clone()  # pseudo-labels, say
         if METHODS[name].own.once_per_batch:
             v.b.from_teacher = again(v.b.from_teacher)
     assert all(x.is_inference() for x in tensors(v.t))
@@ -794,6 +816,28 @@ def test_products_are_exact(name, lower_precision):
     torch.testing.assert_close(loss, expected, rtol=2e-5, atol=1e-7)
     for g, h in zip(learning(v), learning(w), strict=True):
         torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-4 * float(h.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize('name', rows_but('class_by_class'))
+def test_memory_is_linear_in_the_classes(name, monkeypatch):
+    """100,000 classes are legal: no tensor has an entry for every two of them."""
+    many = 211
+    monkeypatch.setattr('tests.test_contract.K', many)
+    monkeypatch.setattr(TrainSet, 'targets', torch.arange(40) % many)
+    w = world(name)
+    kd = build(name, w)
+    with Grown(many, 2) as grown:
+        call(name, kd, w).backward()
+    assert not grown.made
+
+
+@pytest.mark.parametrize('name', rows_but('of_triples'))
+def test_memory_is_at_most_quadratic_in_the_batch(name):
+    w = world(name, n=31)
+    kd = build(name, w)
+    with Grown(31, 3) as grown:
+        call(name, kd, w).backward()
+    assert not grown.made
 
 
 @pytest.mark.parametrize('name', ROWS)

@@ -13,6 +13,8 @@ import engine.errors
 import engine.meter
 import engine.optimise
 import engine.record
+from engine.errors import NonFinite
+from engine.ka_tools import sound
 from tests.conftest import ROOT, TINY
 from tests.test_train import weights
 
@@ -173,6 +175,24 @@ def test_a_teacher_that_turns_non_finite_is_named(train_kd, monkeypatch, tmp_pat
     monkeypatch.setattr(Teachers, 'teachers_on', spoil)
     done = train_kd('st', '--note', 'n')
     assert done.code == 1 and 'the teacher gives non-finite logits' in done.err
+
+
+def test_the_guard_looks_at_what_teachers_say():
+    """A loss may not look at all of it. A class that a teacher masks with -inf is legal."""
+    meter, loss = engine.meter.Meter('x', 0, torch.device('cpu')), torch.ones(())
+    fine, masked = torch.zeros(2, 3), torch.tensor([[0.0, -torch.inf]])
+    assert meter.guard(loss, None, fine, masked) and not meter.failure
+    for bad in (torch.nan, torch.inf):
+        assert not meter.guard(loss, None, fine, torch.tensor([[0.0, bad]]))
+        assert 'the teacher gives non-finite logits' in meter.failure
+    assert not meter.guard(loss * torch.nan, None, masked) and '(nan)' in meter.failure
+    for said, message in (((loss, fine, masked), ''), ((loss, fine * torch.nan), 'teacher gives'),
+                          ((loss * torch.inf, masked), 'inf')):  # fmt: skip
+        try:
+            sound(*said)
+            assert not message
+        except NonFinite as error:
+            assert message and message in str(error)
 
 
 def test_the_device_side_guard(monkeypatch):

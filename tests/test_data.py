@@ -26,6 +26,7 @@ from dataset.resident import PAD, Resident
 from dataset.shapes import CLASSES, cached_shapes, shapes
 from dataset.strong import LEVELS, OPERATIONS, Strong
 from dataset.views import GREY, view_seed
+from tests.conftest import ROOT
 from tests.test_contract import NoReadBack
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -767,3 +768,43 @@ def test_images_whose_range_is_unknown_are_refused(image, said):
     with pytest.raises(dataset.BadImage, match=said) as caught:
         to_rgb(image, 'here/x.tif')
     assert 'here/x.tif' in str(caught.value) and '\n' not in str(caught.value)
+
+
+READERS = {'dataset/pictures.py'}  # and those of files that this project has written, or checks by a sum
+READERS |= {'dataset/download.py', 'report/refresh.py', 'tools/gpu/pack.py'}
+
+
+def test_every_picture_is_opened_in_one_place():
+    """A reader with a convert('RGB') of its own would make 16-bit pictures white."""
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('*/*.py'), *ROOT.glob('tools/*/*.py')]:
+        name = str(path.relative_to(ROOT))
+        if not name.startswith('tests/') and name not in READERS:
+            found = re.findall(r"Image\.open|\.convert\('RGB'\)|decode_image|pil_loader", path.read_text())
+            assert not found, f'{name}: {found[0]}: read_picture and to_rgb of dataset/pictures.py do this'
+
+
+def grey_of_16_bits(path: Path, size=(40, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'wb') as file:  # whatever its name says
+        Image.fromarray(np.full(size[::-1], 25700, np.uint16)).save(file, 'png')
+
+
+def test_all_readers_keep_the_brightness_of_16_bits(tmp_path):
+    from dataset import annotated, celeba
+
+    grey_of_16_bits(tmp_path / 'x.jpg')
+    assert (annotated._picture(tmp_path / 'x.jpg') * 255 == 100).all()
+    assert (celeba._square(tmp_path / 'x.jpg', 8) == 100).all()
+    (tmp_path / 'y.png').write_bytes(b'nonsense')
+    for read in (annotated._picture, lambda path: celeba._square(path, 8)):
+        for name in ('y.png', 'none.png'):
+            with pytest.raises(dataset.BadImage, match=f'{name}: cannot be read as an image'):
+                read(tmp_path / name)
+
+
+def test_images_without_a_label_are_of_no_class():
+    """-100 is no index: of a hundred classes it would be the first."""
+    data = Resident(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([0, -100, 99, -100]), 100,
+                    (0.5,) * 3, (0.5,) * 3, 'cpu')  # fmt: skip
+    part = dataset.take_classes(data, [99, 0])
+    assert part.targets.tolist() == [1, 0]

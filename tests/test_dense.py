@@ -15,6 +15,7 @@ from torch import nn
 import train_dense
 from dataset import annotated, scenes
 from dataset import average_precision as ap
+from dataset.dense_views import dense_views
 from engine import dense as parts
 from engine import dense_build
 from engine.device import autocast
@@ -184,12 +185,16 @@ def test_pictures_of_a_step(img_root):
         )
 
 
-@pytest.mark.parametrize('task,crop', [('segmentation', 40), ('segmentation', None), ('detection', None)])
-def test_processes_share_the_pictures_of_a_step(img_root, task, crop):
+@pytest.mark.parametrize('task,crop,zoom', [
+    ('segmentation', 40, None), ('segmentation', 40, (0.5, 1)), ('segmentation', None, None),
+    ('detection', None, None),
+])  # fmt: skip
+def test_processes_share_the_pictures_of_a_step(img_root, task, crop, zoom):
     """Together they see what one would with a larger batch; all have equally many."""
     few, many = (rooms(task, img_root, n) for n in (7, 8))
-    whole = annotated.Steps(few, many, 6, 1, crop)[5]
-    shares = [annotated.Steps(few, many, 2, 1, crop, (rank, 3))[5] for rank in range(3)]
+    view = zoom and dense_views(crop, zoom, rotate=5)
+    whole = annotated.Steps(few, many, 6, 1, crop, view)[5]
+    shares = [annotated.Steps(few, many, 2, 1, crop, view, (rank, 3))[5] for rank in range(3)]
     for name, (images, targets) in whole.items():
         assert all(map(torch.equal, images, sum((share[name][0] for share in shares), []))), name
         parts_of = [share[name][1] for share in shares]
@@ -199,8 +204,8 @@ def test_processes_share_the_pictures_of_a_step(img_root, task, crop):
             assert all(map(same, targets, sum(parts_of, [])))
         else:
             assert all(map(torch.equal, targets, sum(parts_of, [])))
-    sizes = [len(annotated.Steps(few, many, 4, 1, crop, (rank, 3))[5]['labelled'][0]) for rank in range(3)]
-    assert sizes == [2, 2, 2], 'seven pictures for three'
+    shares = [annotated.Steps(few, many, 4, 1, crop, view, (rank, 3))[5] for rank in range(3)]
+    assert [len(share['labelled'][0]) for share in shares] == [2, 2, 2], 'seven pictures for three'
 
 
 # ------------------------------------------------------------------------------------------------- precision
@@ -450,6 +455,8 @@ def test_every_row_trains(run, script, tmp_path):
         assert set(made['last']) == {'miou', 'accuracy', 'step'} and made['method'] == name
         assert made['teacher']['miou'] > 0 and made['labelled'] == 6 and made['unlabelled'] == 24
     assert made['recipe']['methods'] == [['cwd', 3.0, {}], ['ifvd', 20.0, {}]] and made['seed'] == 2
+    written = json.loads((tmp_path / 'a' / 'args.json').read_text())
+    assert written['class_names'] == made['class_names'] == list(scenes.CLASSES)
     with np.load(tmp_path / 'a' / 'panels.npz') as file:
         assert {'image', 'truth', 'of teacher', 'of alone', 'of cwd+ifvd'} <= set(file.files)
         assert file['of alone'].shape == file['truth'].shape == (4, 32, 32)

@@ -1,7 +1,10 @@
 """Data-free distillation: generators, image sources, the trainer."""
 
 import copy
+import importlib
+import inspect
 import json
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dataset
 import models
@@ -30,6 +34,7 @@ from models.generators import (
     crop_and_flip,
     resized_crop_and_flip,
 )
+from tests import methods
 from tests.test_resume import Killed, killed_after
 from tests.test_train import rows, same, weights
 
@@ -177,11 +182,65 @@ def test_hooks_on_batch_norms(hook):
     assert x.grad.norm() > 0 and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     seen.remove()
     net(x)
-    with pytest.raises(KeyError):
+    with pytest.raises(
+        ValueError, match='needs a forward pass of the teacher, got 0 of 2 .*: call the teacher'
+    ):
         seen.loss()
     for bad in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)):
         with pytest.raises(ValueError, match='running statistics'):
             hook(bad)
+
+
+HOOKS = [
+    cls
+    for file in methods.files('dfkd_losses')
+    for cls in vars(importlib.import_module(f'dfkd_losses.{file.split("/")[-1]}')).values()
+    if inspect.isclass(cls) and hasattr(cls, '_see')
+]
+
+
+class Halves(nn.Module):
+    """A teacher of which some is checkpointed, in the way that runs it without a graph."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+        self.a = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.b = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        x = checkpoint(self.a, x, use_reentrant=True) if self.whole else self.a(x)
+        return checkpoint(self.b, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize('hook', HOOKS)
+def test_statistics_without_a_gradient_are_refused(hook):
+    for whole in (True, False):
+        net, x = Halves(whole).eval(), torch.randn(4, 3, 9, 9, requires_grad=True)
+        seen = hook(net)
+        net(x)
+        with pytest.raises(ValueError, match='use_reentrant=False'):
+            seen.loss()
+        with torch.no_grad():  # nothing is learnt
+            assert seen.loss() > 0
+
+
+@pytest.mark.parametrize('hook', HOOKS)
+def test_a_teacher_that_is_listened_to_is_copied_and_pickled(hook):
+    """Also after a pass whose maps nobody asked for; a copy of both hears the copy."""
+    net, x = Halves(True).eval(), torch.randn(4, 3, 9, 9, requires_grad=True)
+    seen = hook(net)
+    net.b(net.a(x))
+    for other in (copy.deepcopy((net, seen)), pickle.loads(pickle.dumps((net, seen)))):
+        twin, heard = other
+        with pytest.raises(ValueError, match='got 0 of 2'):
+            heard.loss()
+        with torch.no_grad():
+            twin.b(twin.a(x))
+            net.b(net.a(x))
+            torch.testing.assert_close(heard.loss(), seen.loss())
+            assert all(m in set(twin.modules()) for m in heard.norms)
+        net.b(net.a(x))
 
 
 def test_memory_bank_is_a_ring():
@@ -456,6 +515,7 @@ def test_a_teacher_without_batch_norm(script, monkeypatch):
         (['fastdfkd', '--epochs', '20'], '20 of warm-up'),
         (['dfad', '--ep_steps', '3'], '5 --kd_steps a round'),
         (['dafl', '--amp', 'fp16'], 'use bf16'),
+        (['dafl', '--new_head'], '--new_head: goes with --s_init'),
         (['dafl', 'dfad', '--pool_save', 'x'], 'a file is for one method'),
         (['mosaickd', '--ood_name', 'scenes:10'], 'has 10 images only'),
         (['cmi', '--kd_args', 'cr_T=-1.0', '--width', '4'], 'T must be > 0, got -1.0'),

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests import methods
-from tests.methods.shared import seed
-from tests.test_ka_contract import AWKWARD, Rounding, places, spoil, tree
+from tests.methods.shared import Grown, seed
+from tests.test_ka_contract import AWKWARD, Rounding, one_class, places, spoil, tensor_at, tree
 
 MODULES = {file.removeprefix('dfkd/'): methods.of(file) for file in methods.files('dfkd_losses')}
 CASES = {case: text for module in MODULES.values() for case, text in module.cases.items()}
@@ -32,7 +32,7 @@ def cases_but(kind: str):
 class Made:
     """A loss with inputs."""
 
-    def __init__(self, name: str, n: int = 6, dtype=torch.float32, change=lambda x: x) -> None:
+    def __init__(self, name: str, n: int = 6, dtype=torch.float32, change=lambda x: x, K: int = 7) -> None:
         self.name, self.learning, self.teachers = name, [], []
         generator = torch.Generator().manual_seed(7)
 
@@ -46,6 +46,7 @@ class Made:
         scope = {
             'm': importlib.import_module(f'dfkd_losses.{FILE[name]}'),
             'n': n,
+            'K': K,
             'torch': torch,
             'S': lambda *shape: tensor(shape, self.learning),
             'T': lambda *shape: tensor(shape, self.teachers),
@@ -199,6 +200,57 @@ def test_products_are_exact(name):
     torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize('name', CASES)
+def test_memory_is_linear_in_the_classes(name):
+    """Where the text has K classes: no tensor has an entry for every two of them."""
+    made = Made(name, K=211)
+    with Grown(211, 2) as grown:
+        made().backward()
+    assert not grown.made
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_other_integers_are_labels_too(name):
+    """Of a uint8, -100 and class 156 are one number."""
+    for argument in Made(name).inputs:
+        for path in places(Made(name).inputs[argument]):
+            for dtype in (torch.int32, torch.uint8):
+                made, other = Made(name, K=200), Made(name, K=200)
+                x = tensor_at(made, argument, path)
+                if not isinstance(x, torch.Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+                    continue
+                if 'K' in CASES[name] and argument.startswith(('target', 'tokens', 'label', 'input')):
+                    for m in (made, other):
+                        spoil(m, argument, path, lambda x: torch.where(x == 0, 156, x))
+                elif dtype == torch.uint8:
+                    continue
+                if bool((tensor_at(made, argument, path) < 0).any()) and dtype == torch.uint8:
+                    for m in (made, other):
+                        spoil(m, argument, path, lambda x: x.abs() % 3 + 156)
+                spoil(other, argument, path, lambda x, to=dtype: x.to(to))
+                assert torch.equal(other(), made()), f'{argument} of {dtype}'
+
+
+@pytest.mark.parametrize('name', [name for name in CASES if 'not_compiled' not in EXCEPTIONS[name]])
+def test_functional_gradients(name):
+    """torch.func.grad gives what backward gives."""
+    made = Made(name)
+    learns = made.learning
+    given = [key for key, x in made.inputs.items() if any(x is y for y in learns)]
+    for key in given[:1]:
+        fresh = [Made(name), Made(name)]  # a loss may remember what it has seen
+        for other in fresh:
+            other.loss.eval()  # torch.func forbids running statistics to change
+
+        def f(x, key=key, fresh=fresh):
+            seed(0)
+            return fresh.pop().call(**{**made.inputs, key: x})
+
+        plain = made.inputs[key].detach().clone().requires_grad_()
+        f(plain).backward()
+        torch.testing.assert_close(torch.func.grad(f)(plain.detach()), plain.grad)
+
+
 @every_case
 def test_an_empty_batch_is_refused(name):
     made = Made(name, n=0)
@@ -206,12 +258,45 @@ def test_an_empty_batch_is_refused(name):
         made()
 
 
-@pytest.mark.parametrize('name', [file for file, module in MODULES.items() if hasattr(module, 'one_logit')])
+@cases_but('one_logit')
 def test_one_logit_is_refused(name):
     made = Made(name)
-    made.inputs = MODULES[name].one_logit(made.inputs)
+    if name in MODULES and hasattr(MODULES[name], 'one_logit'):
+        made.inputs = MODULES[name].one_logit(made.inputs)
+    elif not any(key.startswith('out') for key in made.inputs):
+        return
+    else:
+        made.inputs = {key: one_class(x) if key.startswith('out') else x for key, x in made.inputs.items()}
     with pytest.raises(ValueError, match=r'torch\.cat'):
         made()
+
+
+@pytest.mark.parametrize('label', [-1, 255])
+@every_case
+def test_illegal_labels_are_named(name, label):
+    for argument, x in Made(name).inputs.items():
+        if isinstance(x, torch.Tensor) and x.dtype == torch.int64:
+            made = Made(name)
+            made.inputs[argument] = x.clone()
+            made.inputs[argument][-1] = label
+            with pytest.raises(ValueError, match=f'must be in .* got {label}'):
+                made()
+
+
+@every_case
+def test_constants_under_inference_mode_give_the_same(name):
+    """What no gradient goes through: a frozen teacher's part, labels."""
+    made = Made(name)
+    learnt = {id(x) for x in made.learning}
+
+    def frozen(x):
+        with torch.inference_mode():
+            return x if id(x) in learnt else x.detach().clone()
+
+    made.inputs = {key: tree(value, frozen) for key, value in made.inputs.items()}
+    value = made()
+    assert torch.equal(value, Made(name)())
+    made.check(value)
 
 
 @pytest.mark.parametrize('name', ['deepinversion', 'kegnet'])

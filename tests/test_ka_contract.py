@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import methods
 from tests.ka_cases import CASES, file_of, package_of
-from tests.methods.shared import seed
+from tests.methods.shared import Grown, seed
 
 OWN = {name: methods.of(file_of(name)) for name in CASES}
 EXCEPTIONS = {name: methods.exceptions(file_of(name), name) for name in CASES}
@@ -26,7 +26,7 @@ def cases_but(kind: str) -> list[str]:
 class Made:
     """A loss with inputs; all of them require grad, but none may reach the teachers."""
 
-    def __init__(self, name: str, n: int = 6, dtype=torch.float32, change=lambda x: x) -> None:
+    def __init__(self, name: str, n: int = 6, dtype=torch.float32, change=lambda x: x, K: int = 7) -> None:
         self.name, self.students, self.teachers = name, [], []
         generator = torch.Generator().manual_seed(7)
 
@@ -39,6 +39,7 @@ class Made:
         scope = {
             'm': importlib.import_module(package_of(name)),
             'n': n,
+            'K': K,
             'torch': torch,
             'S': lambda *shape: leaf(shape, self.students),
             'T': lambda *shape: leaf(shape, self.teachers),
@@ -266,9 +267,13 @@ def test_teachers_under_inference_mode_give_the_same(name):
     expected = made()
     made.check(expected)
     made = Made(name)
-    for key in [key for key in made.inputs if '_t' in key and made.teachers]:
+    learnt = {id(x) for x in made.students}
+
+    def frozen(x):  # also labels, masks and edges, which a teacher may have made
         with torch.inference_mode():
-            made.inputs[key] = tree(made.inputs[key], lambda x: x.clone())
+            return x if id(x) in learnt else x.clone()
+
+    made.inputs = {key: tree(value, frozen) for key, value in made.inputs.items()}
     value = made()
     assert torch.equal(value, expected)
     made.check(value)
@@ -278,7 +283,7 @@ def test_teachers_under_inference_mode_give_the_same(name):
 def test_float64_teachers(name):
     made = Made(name)
     for key in [key for key in made.inputs if '_t' in key]:
-        made.inputs[key] = tree(made.inputs[key], lambda x: x.double())
+        made.inputs[key] = tree(made.inputs[key], lambda x: x.double() if x.is_floating_point() else x)
     value = made()
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, Made(name)())
@@ -324,6 +329,57 @@ def test_products_are_exact(name):
     torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize('name', cases_but('class_by_class'))
+def test_memory_is_linear_in_the_classes(name):
+    """Where the text has K classes: no tensor has an entry for every two of them."""
+    made = Made(name, K=211)
+    with Grown(211, 2) as grown:
+        made().backward()
+    assert not grown.made
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_other_integers_are_labels_too(name):
+    """Of a uint8, -100 and class 156 are one number."""
+    for argument in Made(name).inputs:
+        for path in places(Made(name).inputs[argument]):
+            for dtype in (torch.int32, torch.uint8):
+                made, other = Made(name, K=200), Made(name, K=200)
+                x = tensor_at(made, argument, path)
+                if not isinstance(x, torch.Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+                    continue
+                if 'K' in CASES[name] and argument.startswith(('target', 'tokens', 'label', 'input')):
+                    for m in (made, other):
+                        spoil(m, argument, path, lambda x: torch.where(x == 0, 156, x))
+                elif dtype == torch.uint8:
+                    continue
+                if bool((tensor_at(made, argument, path) < 0).any()) and dtype == torch.uint8:
+                    for m in (made, other):
+                        spoil(m, argument, path, lambda x: x.abs() % 3 + 156)
+                spoil(other, argument, path, lambda x, to=dtype: x.to(to))
+                assert torch.equal(other(), made()), f'{argument} of {dtype}'
+
+
+@pytest.mark.parametrize('name', cases_but('no_func_grad'))
+def test_functional_gradients(name):
+    """torch.func.grad gives what backward gives."""
+    made = Made(name)
+    learns = made.students
+    given = [key for key, x in made.inputs.items() if any(x is y for y in learns)]
+    for key in given[:1]:
+        fresh = [Made(name), Made(name)]  # a loss may remember what it has seen
+        for other in fresh:
+            other.loss.eval()  # torch.func forbids running statistics to change
+
+        def f(x, key=key, fresh=fresh):
+            seed(0)
+            return fresh.pop().loss(**{**made.inputs, key: x})
+
+        plain = made.inputs[key].detach().clone().requires_grad_()
+        f(plain).backward()
+        torch.testing.assert_close(torch.func.grad(f)(plain.detach()), plain.grad)
+
+
 @pytest.mark.parametrize('name', cases_but('empty_is_legal'))
 def test_an_empty_batch_is_refused(name):
     made = Made(name, n=0)
@@ -343,14 +399,40 @@ def test_shape_messages_name_the_remedy(name):
                 made()
 
 
-@pytest.mark.parametrize(
-    'name', [n for n in CASES if n == file_of(n).split('/')[-1] and hasattr(OWN[n], 'one_logit')]
-)
+def one_class(value):
+    """Logits, or lists of them, of one class instead of several."""
+    if isinstance(value, (list, tuple)):
+        return [one_class(x) for x in value]
+    return value.narrow(1, 0, 1) if isinstance(value, torch.Tensor) and value.dim() > 1 else value
+
+
+@pytest.mark.parametrize('name', cases_but('one_logit'))
 def test_one_logit_is_refused(name):
+    """By everything that is given logits; tests/methods may say how, or why not."""
     made = Made(name)
-    made.inputs = OWN[name].one_logit(made.inputs)
+    if hasattr(OWN[name], 'one_logit') and name == file_of(name).split('/')[-1]:
+        made.inputs = OWN[name].one_logit(made.inputs)
+    elif not any(re.match(r'outs?_|logits', key) for key in made.inputs):
+        return
+    else:
+        made.inputs = {
+            key: one_class(x) if re.match(r'outs?_|logits', key) else x for key, x in made.inputs.items()
+        }
     with pytest.raises(ValueError, match=r'torch\.cat'):
         made()
+
+
+@pytest.mark.parametrize('label', [-7, 10**6])
+@pytest.mark.parametrize('name', CASES)
+def test_illegal_labels_are_named(name, label):
+    """Also numbers of nodes, steps and lengths: whatever is an integer."""
+    for argument, x in Made(name).inputs.items():
+        if isinstance(x, torch.Tensor) and x.dtype == torch.int64:
+            made = Made(name)
+            made.inputs[argument] = x.clone()
+            made.inputs[argument].view(-1)[-1] = label
+            with pytest.raises(ValueError, match=rf'must .*got .*{label}'):
+                made()
 
 
 def test_one_logit_is_refused_by_the_constructor_of_subtask():

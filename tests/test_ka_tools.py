@@ -8,6 +8,7 @@ import torch
 
 import engine.record
 from dataset.boxes import KINDS, load_boxes
+from dataset.patterns import CLASSES
 from engine.detection import average_precision
 from ka_losses.recombination import combine_models
 from models import build
@@ -92,6 +93,7 @@ def test_unlearning_and_its_attack(tool, monkeypatch, tmp_path):
     )
     one, other = (weights(tmp_path / 'whole' / f'lambda-{lam}') for lam in (0, 1))
     assert one['net']['fc.weight'].shape[0] == 4 and one['head']['weight'].shape[0] == 6
+    assert one['origin']['class_names'] == list(CLASSES[:4]), 'of the classes that it keeps'
     torch.manual_seed(2)  # with lambda 0 the head's loss is 0: only weight decay moves it, as the student's
     assert not same(one['net'], other['net']) and not same(one['head'], other['head'])
     resumed_equals_undisturbed(tool, monkeypatch, tmp_path, words, 3, ['lambda-0', 'lambda-1'])

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 
@@ -54,6 +55,43 @@ def test_every_data_free_loss_has_a_row():
     assert files == {row.loss.__module__.split('.')[-1] for name, row in DFKD.items() if name != 'kd_pool'}
 
 
+def test_whoever_steps_in_fp16_scales_gradients():
+    """A script with --amp that calls backward has a GradScaler, says that fp16 is refused, or asks a module
+    that does; else small gradients would be 0, silently."""
+    for path in [*ROOT.glob('train_*.py'), *(ROOT / 'tools').glob('[!_]*.py')]:
+        source = path.read_text()
+        if '.backward()' in source and re.search(r'add_(machine|common)_flags|--amp', source):
+            scales = ('GradScaler', 'run.scaler.', 'refuse_fp16(args)', 'ka_tools import', 'dfkd_build')
+            scales += ('refuse_amp(args)',)
+            assert any(word in source for word in scales), f'{path.name}: --amp fp16 without a GradScaler'
+        if path.parent.name == 'tools' and 'add_machine_flags(' in source:
+            assert re.search(r'args\.amp|refuse_amp', source), f'{path.name} has --amp and does not read it'
+    for name in ('ka_tools', 'dfkd_build'):
+        assert re.search('refuse_fp16|--amp fp16', (ROOT / 'engine' / f'{name}.py').read_text())
+
+
+OPTIONAL = {'tqdm', 'matplotlib', 'tensorboard', 'safetensors', 'pycocotools', 'transformers'}
+
+
+def test_optional_packages_are_imported_where_they_may_be_missing():
+    """Inside a try with ImportError, or after one: what needs them says so in a line."""
+
+    def packages(node) -> set:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
+        return {name.removeprefix('torch.utils.').split('.')[0] for name in names} & OPTIONAL
+
+    folders = '. tools report engine dataset models methods ka_settings transferability'
+    for path in [p for folder in folders.split() for p in (ROOT / folder).glob('*.py')]:
+        tree, tried = ast.parse(path.read_text()), set()
+        for block in [node for node in ast.walk(tree) if isinstance(node, ast.Try)]:
+            if any('ImportError' in ast.unparse(handler) for handler in block.handlers):
+                tried |= {name for line in block.body for name in packages(line)}
+        asked = {name for node in ast.walk(tree) for name in packages(node)}
+        assert asked == tried, f'{path.name}: {asked - tried} may be missing'
+        assert not any(packages(node) for node in tree.body), f'{path.name} needs it to be imported'
+
+
 def test_the_package_is_the_losses_only():
     """pip install . must offer kd_losses and nothing that would clash, like models or utils."""
     pyproject = (ROOT / 'pyproject.toml').read_text()
@@ -67,3 +105,41 @@ def test_the_package_is_the_losses_only():
 def test_benchmarks_can_be_imported(name):
     """They are run by hand: a name that moved would be noticed last."""
     importlib.import_module(f'benchmarks.{name}')
+
+
+def test_git_is_asked_in_one_place():
+    """There may be none: engine/origin.py knows; another call would end a script with a traceback."""
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('*/*.py'), *ROOT.glob('tools/*/*.py')]:
+        name = str(path.relative_to(ROOT))
+        if name.startswith('tests/') or name == 'engine/origin.py':
+            continue
+        lists = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.List, ast.Tuple))]
+        words = [n.elts[0].value for n in lists if n.elts and isinstance(n.elts[0], ast.Constant)]
+        assert 'git' not in words, f'{name}: commit_of() of engine/origin.py does this'
+
+
+def test_every_update_is_guarded():
+    """What is not finite stops a training before the update: guard, sound or isfinite before backward."""
+    allowed = {
+        'engine/lm_networks.py:trained': 'its network is looked at before it is kept',
+        'engine/dense_build.py:learn_from_labels': 'its network is looked at before it is kept',
+        'engine/dense_build.py:learn_masks': 'a dozen steps; the loss that reads the masks is guarded',
+        'ka_settings/backbones.py:fit_probe': 'a probe, whose accuracy is all that is kept',
+        'tools/subtask.py:attack': 'an attacker, whose accuracy is all that is kept',
+        'tools/fedka.py:adapted': 'a copy, whose accuracy is all that is kept',
+        'tools/transferability.py:train_head': 'a probe, whose accuracy is all that is kept',
+        'tools/transferability.py:train_all': 'a probe, whose accuracy is all that is kept',
+    }
+    seen = set()
+    for path in [*ROOT.glob('train_*.py'), *ROOT.glob('engine/*.py'), *ROOT.glob('tools/*.py'),
+                 *ROOT.glob('ka_settings/*.py')]:  # fmt: skip
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                text = ast.get_source_segment(source, node)
+                if '.backward()' in text and re.search(r'\.step\(', text):
+                    name = f'{path.relative_to(ROOT)}:{node.name}'
+                    guarded = any(word in text for word in ('guard(', 'sound(', 'isfinite('))
+                    assert guarded or name in allowed, f'{name} updates without a guard'
+                    seen.add(name)
+    assert allowed.keys() <= seen, 'an exception for nothing'

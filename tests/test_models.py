@@ -1,6 +1,8 @@
 """The networks against the originals: layouts, sizes, logits and every feature, and the checkpoint loader."""
 
 import copy
+import importlib
+import inspect
 import json
 import os
 import pickle
@@ -20,12 +22,22 @@ from torchvision.models import VisionTransformer
 
 import dataset
 import models
+import models.dense
+import models.lm
 from engine.device import autocast
 from engine.teachers import Teachers, load_teachers
+from kd_losses.simkd import SimKD
 from methods import METHODS
+from models.branching import JointNet
+from models.changed import NORMNetwork, SimKDNetwork
 from models.checkpoint import head_names, load_weights, read_checkpoint
+from models.detector import Detector
+from models.generators import PatchDiscriminator, TransposedGenerator, UpsamplingGenerator
+from models.grafting import Grafted
 from models.hooks import Tap, last_axis, tap_torchvision, tokens
+from models.kdexplainer import KDExplainer
 from models.segmentation import DeepLabV3Plus, LinkNet, SegNet
+from models.streams import StreamNet
 
 GOLDEN = Path(os.environ.get('GOLDEN_DIR') or Path(__file__).parent / 'golden') / 'models'
 if not GOLDEN.is_dir():  # a folder with losses only
@@ -330,6 +342,31 @@ def test_loader_strips_prefixes_in_any_nesting(prefix, name, tmp_path):
         wrapped = {'criterion.weight': torch.ones(3), **wrapped}
         net, said = loads(name, {'state_dict': wrapped}, tmp_path / 'c.pt')
         assert equal_states(net.state_dict(), state) and 'left out: criterion.weight' in said
+
+
+@pytest.mark.parametrize('outer', ['', 'module.', 'model.'])
+@pytest.mark.parametrize('wrapper', ['module.', '_orig_mod.', '_fsdp_wrapped_module.'])
+def test_loader_strips_wrappers_inside_of_names(wrapper, outer, tmp_path):
+    """Of a network a part of which was compiled or parallel: layer1.module.0.conv1.weight."""
+    state = containers()[0]
+    inner = {outer + key.replace('layer1.', f'layer1.{wrapper}'): value for key, value in state.items()}
+    net, said = loads('resnet8', inner, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and 'left out' not in said
+
+
+def test_loader_takes_a_container_that_it_does_not_know(tmp_path):
+    state = containers()[0]
+    content = {'epoch': 3, 'centre': {'x': torch.ones(2)}, 'what_i_call_it': state}
+    net, said = loads('resnet8', content, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state) and "['what_i_call_it'], also in the file: centre" in said
+
+
+@pytest.mark.parametrize('other', ['teacher.', 'net_t.', 'ema.', 'momentum_encoder.', 'module.model_t.'])
+def test_loader_takes_the_student_of_two_alike(other, tmp_path):
+    state = containers()[0]
+    both = {other + key: torch.zeros_like(value) for key, value in state.items()}
+    both |= {f'mine.{key}': value for key, value in state.items()}
+    assert equal_states(loads('resnet8', both, tmp_path / 'c.pt')[0].state_dict(), state)
 
 
 def test_loader_leaves_out_what_is_no_tensor(tmp_path):
@@ -668,6 +705,98 @@ def test_every_network_is_saved_copied_and_called_like_any_module(name, tmp_path
     assert torch.equal(net(x), wanted.out)
 
 
+IMAGES = (2, 3, 32, 32)
+HALF, TENTHS = ((0.5,) * 3, (0.2,) * 3), ((0.5,) * 3, (0.3,) * 3)  # of pixels: means, deviations
+
+
+def pair(name='resnet8'):
+    return [models.build(name, 5) for _ in range(2)]
+
+
+def changed(method):
+    """As train_kd.py leaves a student that a method has changed."""
+    if method == 'simkd':
+        return SimKDNetwork(models.build('resnet8', 5), SimKD(64, 32), torch.nn.Linear(32, 5), (8, 8))
+    return NORMNetwork(models.build('resnet8', 5), 64, 64, 2)
+
+
+# networks without a name of MODELS: how they are built, and what they are called with
+OTHERS = {
+    'segmenter': (
+        lambda: models.dense.build('segmentation', 'lraspp:mobilenet_v3_small@0.5', 4), (2, 3, 64, 64)
+    ),
+    'detector': (lambda: models.dense.build('detection', 'retinanet:resnet10', 4), (2, 3, 64, 64)),
+    'SegNet': (lambda: SegNet(3), IMAGES), 'LinkNet': (lambda: LinkNet(3), IMAGES),
+    'DeepLabV3Plus': (lambda: DeepLabV3Plus(3), (2, 3, 64, 64)),
+    'JointNet': (lambda: JointNet([SegNet(3), SegNet(1)]), IMAGES),
+    'StreamNet': (lambda: StreamNet(pair()), IMAGES),
+    'KDExplainer': (lambda: KDExplainer(5, (2, 2), 8, 4), IMAGES),
+    'Grafted': (lambda: Grafted(*pair()), IMAGES),
+    'simkd': (lambda: changed('simkd'), IMAGES), 'norm': (lambda: changed('norm'), IMAGES),
+    'Decoder of texts': (lambda: models.lm.build('student', 5), torch.arange(10).reshape(2, 5) % 5),
+    'Detector': (lambda: Detector(3), (2, 3, 48, 48)),
+    'UpsamplingGenerator': (lambda: UpsamplingGenerator(8), (2, 8)),
+    'TransposedGenerator': (lambda: TransposedGenerator(8, 32), (2, 8)),
+    'PatchDiscriminator': (PatchDiscriminator, IMAGES),
+    'renormalised': (lambda: models.trained_on(models.build('resnet8', 5), HALF, TENTHS), IMAGES),
+    'folded': (lambda: models.folded(models.build('resnet8', 5), torch.randn(IMAGES)), IMAGES),
+}  # fmt: skip
+
+
+# parts and bases of those, and networks of graphs and of strings, which test_tasks.py trains and saves
+PARTS = {'Tap', 'Leaving', 'Block', 'Stage', 'Head', 'Graft', 'Layer', 'Attention', 'Oracle'}
+PARTS |= {'GAT', 'Seq2Seq', 'LabelGenerator'}
+
+
+def test_every_network_is_in_one_of_the_lists():
+    made = {getattr(make, 'func', make) for make in models.MODELS.values()}
+    known = {make.__name__ for make in made} | {'ResNet', 'WRN'} | PARTS
+    known |= {type(m).__name__ for build, _ in OTHERS.values() for m in build().modules()}
+    for path in Path(models.__file__).parent.glob('*.py'):
+        module = importlib.import_module(f'models.{path.stem}')
+        for name, cls in vars(module).items():
+            if (
+                inspect.isclass(cls)
+                and issubclass(cls, torch.nn.Module)
+                and cls.__module__ == module.__name__
+            ):
+                assert name in known or name.startswith('_'), f'{name} of {path.name}: add it to OTHERS'
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_networks_are_copied_and_pickled(name):
+    """Also in the middle of a training, after a pass and its gradients."""
+    torch.manual_seed(0)
+    build, x = OTHERS[name]
+    net = build()
+    x = torch.randn(x) if isinstance(x, tuple) else x
+
+    def said(net):
+        torch.manual_seed(0)
+        if name == 'detector':
+            return flat(net.backbone(x))
+        return flat(net(x))
+
+    for y in said(net)[:1]:
+        if y.requires_grad:
+            y.float().sum().backward()
+    net.eval()
+    wanted = said(net)
+    whole = torch.nn.ModuleDict({'part': torch.nn.ModuleList([net])})
+    for twin in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        twin.load_state_dict(whole.state_dict())
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in net.parameters()}
+        assert all(torch.equal(a, b) for a, b in zip(said(twin['part'][0]), wanted, strict=True))
+
+
+def flat(y) -> list:
+    if isinstance(y, torch.Tensor):
+        return [y]
+    if y is None or isinstance(y, (int, float, str)):
+        return []
+    return [x for part in (y.values() if isinstance(y, dict) else y) for x in flat(part)]
+
+
 @pytest.mark.parametrize('name', ALL)
 def test_every_map_of_a_network_in_training_has_a_gradient_and_stays(name):
     torch.manual_seed(0)
@@ -789,6 +918,29 @@ def test_a_map_that_is_changed_afterwards_is_refused(kind):
     with torch.inference_mode():  # where changes are not counted, the map is a copy
         f = Tap(net, [layer], feat=layer)
         assert f.eval()(torch.randn(2, 3, 8, 8), True).fms[0].isfinite().all()
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x):
+        return {'maps': (x, 2 * x)}
+
+
+def test_a_map_inside_a_tuple_is_watched_too():
+    net = small_net(Pair(), forward=lambda net, x: net[2](net[0](x))['maps'][1].mul_(3))
+    tap = Tap(net, ['2'], to_map=lambda value: value['maps'][0] if isinstance(value, dict) else value)
+    with pytest.raises(RuntimeError, match='2 is changed in place'):
+        tap(torch.randn(2, 3, 8, 8), True)
+    with torch.inference_mode():  # a copy
+        seen = tap.eval()(x := torch.randn(2, 3, 8, 8), True).fms[0]
+        assert torch.equal(seen, net[0](x))
+
+
+def test_a_compiled_tap_keeps_what_was_read():
+    """There changes cannot be counted: the map is a copy."""
+    net = small_net(forward=lambda net, x: torch.relu_(net[0](x)))
+    tap, x = Tap(net, ['0']), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(lambda x: tap(x, True), backend='aot_eager')
+    torch.testing.assert_close(compiled(x).fms[0], net[0](x))
 
 
 @pytest.mark.parametrize(

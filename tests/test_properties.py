@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -802,6 +803,17 @@ def test_fcfd_leaves_the_running_statistics_alone():
         assert loss.to_student(torch.randn(2, 5, size, size), 1).shape == (2, 3, 8, 8)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_adain_takes_a_tail_of_any_precision(dtype):
+    s, t, out_t = (x.float() for x in (rand(2, 4, 3, 3), rand(2, 4, 3, 3, seed=1), rand(2, 5)))
+    s.requires_grad_()
+    tail = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 5)).to(dtype)
+    loss = AdaINKD()(s, t.to(dtype), out_t.to(dtype), tail)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    near(loss, AdaINKD()(s, t.to(dtype).float(), out_t.to(dtype).float(), tail.float()), 1e-6)
+
+
 def test_adain_is_zero_for_equal_statistics():
     fm = rand(3, 4, 5, 5)
     shuffled = fm.flatten(2)[:, :, torch.randperm(25)].unflatten(2, (5, 5))  # other pixels, same statistics
@@ -859,6 +871,19 @@ def test_dot_without_delta_is_sgd():
     for wrong in ({'delta': 0.2}, {'delta': -0.1}, {'momentum': 0.05, 'delta': 0.1}):
         with pytest.raises(ValueError, match='delta'):
             DOT([torch.zeros(2, requires_grad=True)], 0.1, **wrong)
+
+
+def test_dot_is_copied_and_pickled():
+    p = torch.ones(3, requires_grad=True)
+    opt = DOT([p], 0.1)
+    for _ in range(2):
+        dot_update(opt, p.square().sum(), p.sum(), 0)
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        (q,) = other.param_groups[0]['params']
+        assert torch.equal(q, p) and q is not p
+        dot_update(other, q.square().sum(), q.sum(), 0)
+    dot_update(opt, p.square().sum(), p.sum(), 0)
+    assert torch.equal(q, p)
 
 
 def test_dot_refuses_a_gradient_scaler():

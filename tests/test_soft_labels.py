@@ -60,6 +60,10 @@ def test_a_black_box_teaches_with_its_answers_alone(pseudo, script, teacher, tmp
     ):
         done = script(*words, *more, '--note', 'bad', '--epochs', '2')
         assert done.code == 2 and said in done.err and done.err.count('\n') == 1, done.err
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps(meta | {'class_names': meta['class_names'][::-1]}))
+    done = script(*words, '--kd_mode', 'st', '--note', 'other', '--epochs', '2')
+    assert done.code == 2 and 'trained for other classes' in done.err and 'another order' in done.err
     (folder / 'meta.json').unlink()
     done = script(*words, '--kd_mode', 'st', '--note', 'half', '--epochs', '2')
     assert done.code == 2 and 'is no complete store of soft labels' in done.err

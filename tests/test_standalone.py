@@ -104,7 +104,7 @@ ours = ('kd_losses', 'ka_losses', 'dfkd_losses', 'models', 'dataset', 'engine', 
 foreign = [name for name in sys.modules if name.split('.')[0] in ours]
 assert not foreign, foreign
 torch.manual_seed(0)
-n = 6
+n, K = 6, 7
 learnt = []
 def S(*shape):
     learnt.append(torch.randn(shape, requires_grad=True))
@@ -289,6 +289,18 @@ def test_every_loss_guards_its_arguments(path):
     code = source.split('"""', 2)[2]
     for product in re.findall(r'[^\n]*(?: @ |addmm|bmm)[^\n]*', code):
         assert '_exact' in code, f'{product.strip()} is not exact'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_every_refusal_says_what_it_got(path):
+    """And where that is a shape or a length, what to do about it; each of the loss's own errors."""
+    loss, *_ = re.split(r'\n# -+ how the training scripts use it', path.read_text())
+    for node in ast.walk(ast.parse(loss)):
+        if isinstance(node, ast.Raise) and node.exc is not None and 'ValueError' in ast.unparse(node.exc):
+            said = ast.unparse(node.exc)
+            assert 'got' in said, said
+            if re.search(r'\.shape\)}|got {len\(', said):
+                assert re.search(r'got.*: \S', said), f'no remedy: {said}'
 
 
 def test_there_are_files():

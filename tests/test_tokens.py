@@ -21,6 +21,7 @@ from kd_losses.gkd import GKD
 from kd_losses.minillm import MiniLLM, ReverseKL, lm_term, rollout
 from kd_losses.taid import TAID
 from kd_losses.uld import ULD
+from methods import LM
 from tests.methods.shared import seed
 from tests.test_contract import NoReadBack
 
@@ -72,7 +73,7 @@ class Other:
     """uld, the teacher's vocabulary cut and its positions turned round, so that it differs."""
 
     def __call__(self, out_s, out_t, target):
-        return ULD()(out_s, out_t[..., :-1], target, target)
+        return ULD()(out_s, out_t[..., :-1], target, target.clamp(max=out_t.shape[-1] - 2))
 
 
 class Spaces:
@@ -346,7 +347,7 @@ def test_wrong_shapes_are_named_elsewhere(name, wrong):
 
 
 @pytest.mark.parametrize('label', [-1, K, 255])
-@pytest.mark.parametrize('name', ['distillm2', 'minillm', 'lm_term', 'dskd', 'dskd_cma'])
+@pytest.mark.parametrize('name', ALL)
 def test_illegal_ids_are_named(name, label):
     if name == 'minillm' and label < 0:
         return  # Answers clamps it
@@ -374,6 +375,48 @@ def test_illegal_ids_are_named(name, label):
 def test_arguments_out_of_range(make):
     with pytest.raises(ValueError, match='must be .*, got'):
         make()
+
+
+def other_arguments() -> dict:
+    """Losses that are given more tensors of numbers than two logits: {name: (loss, arguments)}"""
+    (out_s, out_t, target), _ = (x.detach() for x in batch()), seed(1)
+    ids, mask = target.clamp(min=0), torch.ones(N, L)
+    hidden = {'hid_s': torch.randn(N, L, 3), 'hid_t': torch.randn(N, L, 4)}
+    heads = {'head_s': torch.randn(K, 3), 'head_t': torch.randn(K, 4)}
+    spaces = {'out_s': out_s, 'out_t': out_t, 'target': target, **hidden, **heads}
+    sampled = dict(zip(('logp_old', 'reward', 'weight'), rollout(out_s, out_t, ids, mask)))
+    texts = {'input_s': ids, 'input_t': ids, 'target_t': target}
+    tables = {'emb_s': torch.randn(K, 3), 'emb_t': torch.randn(K, 4)}
+    return {
+        'dskd': (DSKD(3, 4), spaces),
+        'dskd_cma': (DSKDCMA(3, 4), {**spaces, **texts, **tables}),
+        'minillm': (MiniLLM(), {'out_s': out_s, 'out_t': out_t, 'tokens': ids, 'mask': mask, **sampled}),
+        'minillm, sampled': (
+            MiniLLM(single_step=False),
+            {'out_s': out_s, 'out_t': out_t.clone(), 'tokens': ids, 'mask': mask, **sampled},
+        ),
+    }
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+@pytest.mark.parametrize('name', other_arguments())
+def test_what_is_not_finite_shows_in_every_argument(name, bad):
+    loss, inputs = other_arguments()[name]
+    assert torch.isfinite(loss(**inputs))
+    for argument, x in inputs.items():
+        if not x.is_floating_point() or argument == 'mask':
+            continue
+        if name == 'minillm, sampled' and argument == 'out_t':  # the single step alone looks at it
+            continue
+        for place in (0, -1) if x.dim() == 2 and len(x) == K else ((2, 2), (2, 4)):
+            spoiled = x.clone()
+            spoiled[place] = bad
+            assert not torch.isfinite(loss(**{**inputs, argument: spoiled})), f'{bad} in {argument}{place}'
+
+
+def test_every_loss_of_the_table_is_here():
+    for name, row in LM.items():
+        assert row.loss.__module__.split('.')[-1] in FILES or name == 'ce', f'{name} has no contract'
 
 
 def near(a, b, rtol=1e-9):

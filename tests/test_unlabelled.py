@@ -156,6 +156,8 @@ def test_arrays_of_ones_own(tmp_path):
         ('test', {'labels': np.array([0, 1, -100, 0, 1, 1])}, 'label -100 is none of 0..1'),
         ('test', {'labels': np.array([0, 1, 2, 0, 1, 1])}, 'label 2 is none of 0..1'),
         ('test', {'images': images[..., :1]}, 'images must be'),
+        ('test', {'labels': np.arange(6) % 2 * 1.0}, 'labels must be integers, got float64'),
+        ('test', {'class_names': names[::-1]}, 'class_names are not those of train.npz, or in another order'),
     ):
         write(half, **more)
         with pytest.raises(ValueError, match=said):

@@ -18,6 +18,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import engine.threads  # noqa: E402, F401  before torch
+
 import torch  # noqa: E402
 
 import models  # noqa: E402

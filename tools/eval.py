@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import engine.threads  # noqa: E402, F401  before torch
+
 import models  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402

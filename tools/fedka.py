@@ -19,23 +19,25 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import measure, measured  # noqa: E402
 from engine.flags import add_common_flags, positive_int  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
-from engine.session import Log, load_data  # noqa: E402
+from engine.session import Log, labelled_part, load_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.fedka import FedKA, fed_average, saliency, selection_prob, transferability  # noqa: E402
 
@@ -66,12 +68,14 @@ def parse_args():
 
 def main():
     args = parse_args()
+    refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)
     name = f'fedka-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}'
     folder = output_folder(Path(args.save_root) / (args.note or name))
     log = Log(folder)
     train, _, test = load_data(args, device, log)
+    train = labelled_part(train)
     clients = len(args.t_model)
     with user_errors():
         parts = dataset.split_classes(train.num_classes, clients, args.split, args.seed)
@@ -139,6 +143,8 @@ def main():
                       {'row': how[args.select], 'top-1 at the end': record.history[-1]['test_top1'],
                        **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
+    how = models.how_to_load(folder / 'student.pt', args.s_name, args.data_name, train.num_classes)
+    log(f'weights: {how}')
 
 
 def select(student: nn.Module, teachers: list, probe_img, args, number: int) -> list[int]:

@@ -22,16 +22,18 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import (  # noqa: E402
@@ -45,7 +47,7 @@ from engine.flags import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import load_checkpoint, resume_point  # noqa: E402
 from engine.record import fingerprint, output_folder, provenance, save_checkpoint, write_json  # noqa: E402
-from engine.session import Log, progress_bar, read_data  # noqa: E402
+from engine.session import Log, labelled_part, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.graftkd import GraftKD  # noqa: E402
 from models.grafting import Grafted  # noqa: E402
@@ -89,11 +91,13 @@ def parse_args():
 def main():
     args = parse_args()
     seeds, args.seed = args.seed, args.seed[0]
+    refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)
     folder = output_folder(Path(args.save_root) / (args.note or f'graft-{args.t_name}-{args.s_name}'))
     log = Log(folder)
     train, test = read_data(args, device)
+    train = labelled_part(train)
     if args.test_images:
         test = test.subset(torch.arange(min(args.test_images, len(test)), device=device))
     with user_errors():

@@ -19,13 +19,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import engine.threads  # noqa: E402, F401  before torch
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dataset.graphs import CLASSES, FEATURES, graphs  # noqa: E402
 from engine import errors, session  # noqa: E402
-from engine.device import setup  # noqa: E402
+from engine.device import refuse_amp, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import (  # noqa: E402
     add_machine_flags,
@@ -84,6 +86,7 @@ def main():
     refuse_repeated('--kd_mode', args.kd_mode)
     if 'lsp' in args.kd_mode and not args.t_model:
         raise UserError('lsp: a teacher is needed, --t_model FILE of --kd_mode teacher')
+    refuse_amp(args)
     device = setup(args)
     folder = output_folder(Path(args.save_root) / (args.note or f'graphs-s{args.seed}'))
     log, origin = session.Log(folder), provenance(device)
@@ -176,7 +179,7 @@ def train_step(run: Run, batch, teacher, args) -> None:
             out_t, seen_t = teacher(batch.feat, batch.edge_index)
         terms['lsp'] = run.kd(middle(seen), middle(seen_t), batch.edge_index)
         loss = ce + args.lambda_kd * terms['lsp']
-    if not run.meter.guard(loss, run.opt, out_t):
+    if not run.meter.guard(loss, run.opt, *([] if out_t is None else [out_t])):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()

@@ -18,14 +18,16 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import (  # noqa: E402
@@ -40,7 +42,7 @@ from engine.flags import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import resume_point  # noqa: E402
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json  # noqa: E402
-from engine.session import Log, StopAfterEpoch, progress_bar, read_data  # noqa: E402
+from engine.session import Log, StopAfterEpoch, labelled_part, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.st import SoftTarget  # noqa: E402
 from models.kdexplainer import KDExplainer  # noqa: E402
@@ -85,12 +87,14 @@ def parse_args():
 def main():
     args = parse_args()
     args.tree_epochs = args.tree_epochs or args.epochs
+    refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)
     name = f'kdexplainer-{args.data_name.replace(":", "")}-s{args.seed}'
     folder = output_folder(Path(args.save_root) / (args.note or name))
     log = Log(folder)
     train, test = read_data(args, device)
+    train = labelled_part(train)
     with user_errors():
         teacher = models.build_for(args.t_model, args.t_name, train.num_classes)
     if args.images:

@@ -18,19 +18,21 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import models  # noqa: E402
 import transferability.knowledge as kn  # noqa: E402
 from engine import errors, optimise  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import add_common_flags, positive_float, positive_int, whole_number  # noqa: E402
+from engine.flags import add_common_flags, any_number, positive_float, positive_int, whole_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import load_checkpoint, math_args, resume_point  # noqa: E402
 from engine.record import (
@@ -42,7 +44,7 @@ from engine.record import (
     save_checkpoint,
     write_json,
 )  # noqa: E402
-from engine.session import Log, StopAfterEpoch, load_data, progress_bar  # noqa: E402
+from engine.session import Log, StopAfterEpoch, labelled_part, load_data, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 
 WAYS = ('labels', 'distilled')
@@ -66,7 +68,8 @@ def parse_args():
     flag('--noise_steps', type=positive_int, default=80, help='of the search for the noise, default 80')
     flag('--noise_lr', type=positive_float, default=1e-4, help='its learning rate, default 0.0001')
     flag('--noise_batch', type=positive_int, default=128, help='noisy images a step, default 128')
-    flag('--goal', type=float, default=-2.8, help='mean entropy at which networks are compared, default -2.8')
+    flag('--goal', type=any_number, default=-2.8,
+         help='mean entropy at which networks are compared, default -2.8')
     flag('--threshold', type=positive_float, default=0.2, help='of a concept, in nats; default 0.2')
     flag('--settled', type=whole_number, default=40, metavar='E',
          help='first epoch whose checkpoints say which images count; default 40; or the last, if earlier')
@@ -84,12 +87,14 @@ def main():
     foreground = kn.central_square(args.grid, args.grid)
     if foreground.all():
         raise UserError(f'--grid {args.grid}: no cell is left outside the foreground; take 6 or more')
+    refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)
     name = f'knowledge-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}'
     folder = output_folder(Path(args.save_root) / (args.note or name))
     log = Log(folder)
     train, _, test = load_data(args, device, log)
+    train = labelled_part(train)
     if not hasattr(test, 'images'):
         raise UserError('--data_name folder: not here, images in memory only')
     measured_on = test

@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import engine.threads  # noqa: E402, F401  before torch
+
 from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.parser import Parser  # noqa: E402

@@ -18,10 +18,13 @@ was made.
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torchvision.utils import save_image  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402
@@ -30,13 +33,14 @@ from engine import errors  # noqa: E402
 from engine.batch import as_float  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
-from engine.flags import add_common_flags, positive_int  # noqa: E402
+from engine.flags import add_common_flags, any_number, positive_int  # noqa: E402
 from engine.ka_tools import (  # noqa: E402
     begin,
     class_teachers,
     in_order,
     part_figures,
     record_of,
+    sound,
     train,
     write_table,
 )
@@ -73,7 +77,7 @@ def parse_args():
          help='channels of the generator and discriminator; 64 are the authors\' 256, 128, 64 and 128, 256; '
               'default 64')
     for name, weight in (('adv', 1), ('local', 1), ('balance', 10), ('bn', 1), ('oh', 1), ('sim', 1)):
-        flag(f'--w_{name}', type=float, default=float(weight), metavar='W',
+        flag(f'--w_{name}', type=any_number, default=float(weight), metavar='W',
              help=f"weight in the generator's loss, default {weight}")
     # fmt: on
     add_common_flags(parser, lr=1e-3, rate="Adam's, default 0.001; --epochs are passes over the other domain")
@@ -192,6 +196,7 @@ def main():
                 terms = {key: sum(found[key] for _, found in parts) for key in parts[0][1]}
                 terms['kd'] = kd(s.out, [t.out for t in all_t])
                 loss = terms['kd'] + sum(value for value, _ in parts)
+                sound(loss, *(t.out for t in all_t))
                 opts['net'].zero_grad(set_to_none=True)
                 loss.backward()
                 opts['net'].step()
@@ -235,6 +240,7 @@ class Makes:
         with self.amp():
             judged = [self.judge(images).float() for images in (real, x.detach())]
         loss_d = self.w_local * disc_loss(*judged)
+        sound(loss_d)
         self.opts['judge'].zero_grad(set_to_none=True)
         loss_d.backward()
         self.opts['judge'].step()
@@ -242,9 +248,10 @@ class Makes:
         with self.amp():
             all_t = [as_float(t(x, True)) for t in self.teachers]
             out_s, d_fake = net(x).float(), self.judge(x).float()
-        stats = [(tap.seen[m], m.running_mean, m.running_var) for tap in self.taps for m in tap.norms]
+        stats = [(tap.seen[m][0], m.running_mean, m.running_var) for tap in self.taps for m in tap.norms]
         fms = [[t.fms[k] for k in LEVELS] for t in all_t]
         loss, terms = self.loss(out_s, [t.out for t in all_t], fms, d_fake, stats, return_terms=True)
+        sound(loss, *(t.out for t in all_t))
         self.opts['generator'].zero_grad(set_to_none=True)
         loss.backward()
         self.opts['generator'].step()
@@ -270,15 +277,10 @@ def augmented(index: Tensor, rng: torch.Generator, device, size: int) -> tuple[T
 
 def show(makes: Makes, z: Tensor, mean: Tensor, std: Tensor, path: Path) -> None:
     """Four rows of eight made images."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import image
-
     makes.generator.eval()
     pixels = (makes.images(z) * std + mean).clamp(0, 1).cpu().unflatten(0, (4, 8))
-    sheet = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
-    image.imsave(path, sheet.repeat(2, 0).repeat(2, 1))
+    sheet = pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    save_image(sheet.repeat_interleave(2, 1).repeat_interleave(2, 2), path)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import engine.threads  # noqa: E402, F401  before torch
+
 import torch  # noqa: E402
 
 import models  # noqa: E402
@@ -31,7 +33,7 @@ from engine.flags import (  # noqa: E402
     seed_number,
 )
 from engine.parser import Parser  # noqa: E402
-from engine.record import fingerprint, provenance, write_atomic  # noqa: E402
+from engine.record import class_names_of, fingerprint, provenance, write_atomic  # noqa: E402
 from engine.session import load_data, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 
@@ -96,7 +98,7 @@ def main():
         'kind': args.kind, 'temp_t': args.temp_t, 'epochs': args.label_epochs, 'images': len(train),
         'num_classes': train.num_classes, 'teacher': args.t_name, 'teacher_weights': fingerprint(net),
         'teacher_top1': measured['top1'],
-    } | provenance(device)  # fmt: skip
+    } | class_names_of(train) | provenance(device)  # fmt: skip
     write_atomic(folder / 'meta.json', json.dumps(meta, indent=1).encode())
     files = [path for path in folder.rglob('*.npy')]
     total = sum(path.stat().st_size for path in files)

@@ -18,22 +18,25 @@ import copy
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
-from engine.flags import add_common_flags, positive_float, positive_int  # noqa: E402
+from engine.flags import add_common_flags, any_number, positive_float, positive_int  # noqa: E402
 from engine.ka_tools import (  # noqa: E402
     begin,
     class_teachers,
     in_order,
     part_figures,
     record_of,
+    sound,
     train,
     write_table,
 )
@@ -56,7 +59,7 @@ def parse_args():
     flag('--rounds', type=positive_int, default=5, help='of pruning and retraining, default 5')
     flag('--target', type=positive_int, metavar='N',
          help='parameters after the last round; default: those of one such network for all classes')
-    flag('--gamma', type=float, default=0.0, metavar='G',
+    flag('--gamma', type=any_number, default=0.0, metavar='G',
          help='soft focal loss: how much less easy images count; 0 is cross-entropy with the joined logits, '
               'default 0')
     flag('--alpha', type=positive_float, default=1.0, metavar='A', help='its factor, default 1')
@@ -111,6 +114,7 @@ def main():
             with amp():
                 out = net(img)
             value, terms = loss(out.float(), out_t, return_terms=True)
+            sound(value, out_t)
             opt.zero_grad(set_to_none=True)
             value.backward()
             opt.step()

@@ -39,6 +39,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import engine.threads  # noqa: E402, F401  before torch
+
 from engine import errors  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.flags import positive_float  # noqa: E402

@@ -20,13 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import engine.threads  # noqa: E402, F401  before torch
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dataset.digits import BINS, END, SIZE, digits  # noqa: E402
 from engine import errors, session  # noqa: E402
-from engine.device import setup  # noqa: E402
+from engine.device import refuse_amp, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import (  # noqa: E402
     add_machine_flags,
@@ -85,6 +87,7 @@ def main():
     taught = sorted({'libs', 'c2kd'} & set(args.kd_mode))
     if taught and not args.t_model:
         raise UserError(f'{" ".join(taught)}: a teacher is needed, --t_model FILE of --kd_mode audio')
+    refuse_amp(args)
     device = setup(args)
     folder = output_folder(Path(args.save_root) / (args.note or f'sequences-s{args.seed}'))
     log, origin = session.Log(folder), provenance(device)
@@ -201,7 +204,7 @@ def train_step(run: Run, batch, teacher, heard, args) -> None:
             (s.out.argmax(dim=2) != target)[valid].float().mean()
         )  # of symbols, the truth before each
         loss, terms['dsa'], terms['esa'] = attention_losses(run.kd, s, t, batch, valid, err, ce, args)
-    if not run.meter.guard(loss, run.opt, t.out if run.name in ('libs', 'c2kd') else None):
+    if not run.meter.guard(loss, run.opt, *([t.out] if run.name in ('libs', 'c2kd') else [])):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import engine.threads  # noqa: E402, F401  before torch
+
 import torch  # noqa: E402
 
 import models  # noqa: E402
@@ -24,8 +26,8 @@ from engine.errors import user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, fraction, positive_int, seed_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
-from engine.record import provenance, save_checkpoint, write_atomic  # noqa: E402
-from engine.session import read_data  # noqa: E402
+from engine.record import output_folder, provenance, save_checkpoint, write_atomic  # noqa: E402
+from engine.session import labelled_part, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from models import slimming  # noqa: E402
 
@@ -56,8 +58,10 @@ def parse_args():
 def main():
     args = parse_args()
     device = setup(args)
+    folder = output_folder(Path(args.out))
     amp = autocast(device, args.amp)
     train, test = read_data(args, device)
+    train = labelled_part(train)
     with user_errors():
         net = models.build_for(args.model, args.net_name, train.num_classes)
     before = load_teacher(net, args.model, test, amp)
@@ -84,8 +88,6 @@ def main():
         print(
             '{}: {parameters} parameters, {macs} multiply-adds, top-1 {top1:.2f}'.format(name, **facts[name])
         )
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / 'net.pt', models.named_weights(small, train.class_names))
     facts |= {'kind': args.kind, 'how': args.how, 'ratio': args.ratio, 'seed': args.seed,
               'widths': {group.name: int(mask.sum()) for group, mask in zip(groups, keep)}}  # fmt: skip

@@ -17,11 +17,13 @@ last.pt (continued by --resume auto), best.pt, student.pt, metrics.csv, results.
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402
@@ -30,8 +32,8 @@ from engine.batch import as_float  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import add_common_flags, fraction, positive_float, positive_int  # noqa: E402
-from engine.ka_tools import begin, record_of, train, write_table  # noqa: E402
+from engine.flags import add_common_flags, any_number, fraction, positive_float, positive_int  # noqa: E402
+from engine.ka_tools import begin, record_of, sound, train, write_table  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
@@ -51,7 +53,7 @@ def parse_args():
          help="what students begin with; all but the classifier, e.g. the teacher's file; default: fresh "
               'weights')
     flag('--sub', required=True, metavar='LIST', help='the classes to keep, e.g. 0-4')
-    flag('--lambda_adv', nargs='+', type=float, default=[0.0, 0.5], metavar='W',
+    flag('--lambda_adv', nargs='+', type=any_number, default=[0.0, 0.5], metavar='W',
          help='weights of unlearning; a student each, default 0 0.5')
     flag('--adv_cap', type=positive_float, metavar='KL',
          help="no more unlearning where the head's divergence is above it; default: no limit, as the authors")
@@ -119,7 +121,8 @@ def main():
                 for name, part in (('student', net), ('head', head))}  # fmt: skip
         name = f'lambda-{lam:g}'
         parts = {'net': net, 'head': head, **{f'opt_{key}': opt for key, opt in opts.items()}}
-        record = record_of(folder / name, parts, recipe | {'lambda_adv': lam}, origin, args)
+        record = record_of(folder / name, parts, recipe | {'lambda_adv': lam},
+                           origin | class_names_of(kept), args)  # fmt: skip
 
         def step(img, *_, net=net, head=head, loss=loss, opts=opts):
             """The student first, then the head on the same features."""
@@ -130,6 +133,7 @@ def main():
                 f = net(img, True)
             f = as_float(f)
             total, terms = loss(f.out, head(f.feat), out_t.float(), return_terms=True)
+            sound(total, out_t)
             for part in opts.values():
                 part.zero_grad(set_to_none=True)
             total.backward()
@@ -144,6 +148,8 @@ def main():
 
         train(record, name, opts.values(), batches, steps, step, measure, args, log)
         log(f'{name}: {record.finish("student.pt", facts | {"lambda_adv": lam})}')
+        path = folder / name / 'student.pt'
+        log(f'weights: {models.how_to_load(path, args.s_name, None, len(sub))}')
         last = record.history[-1]
         rows.append(attacked(net, args.s_name, f'student, lambda {lam:g}') | {
             'kept': last['test_top1'], 'divergence of the head': last['adv'],

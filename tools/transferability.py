@@ -15,24 +15,26 @@ import sys
 import time
 from pathlib import Path
 
-import scipy.stats
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import scipy.stats  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import dataset  # noqa: E402
 import models  # noqa: E402
 import transferability as tr  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.device import autocast, setup  # noqa: E402
+from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, positive_float, positive_int, seed_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic, write_json  # noqa: E402
-from engine.session import read_data  # noqa: E402
+from engine.session import labelled_part, read_data  # noqa: E402
 from engine.sources import HELP, Seen, Source, look, probe_images, read_sources, some  # noqa: E402
 
 # from what a network says of the task's images; higher is better for all
@@ -188,12 +190,15 @@ def agreement_table(found: dict[str, dict]) -> str:
 
 def main():
     args = parse_args()
+    if args.train and args.tune == 'all':
+        refuse_fp16(args)
     device = setup(args)
     folder = output_folder(Path(args.out)) if args.out else None
     amp = autocast(device, args.amp)
     sources = read_sources(args.networks, args.data_name)
     goal = read_sources([args.target], args.data_name)[0] if args.target else None
     train, test = read_data(args, device)
+    train = labelled_part(train)
     classes = None
     with user_errors():
         if args.classes:

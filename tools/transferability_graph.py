@@ -19,14 +19,16 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 import transferability as tr  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.device import setup  # noqa: E402
+from engine.device import refuse_amp, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, positive_int, seed_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
@@ -193,6 +195,7 @@ def page(graph: dict, title: str) -> str:
 
 def main():
     args = parse_args()
+    refuse_amp(args)
     device = setup(args)
     folder = output_folder(Path(args.out))
     cache = None if args.no_cache else output_folder(folder / 'maps')

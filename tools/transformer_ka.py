@@ -16,10 +16,12 @@ last.pt (continued by --resume auto), best.pt, student.pt, metrics.csv, results.
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 from dataset.boxes import KINDS, load_boxes  # noqa: E402
 from engine import errors  # noqa: E402
@@ -27,7 +29,7 @@ from engine.detection import WithLabels, ap_of_kinds  # noqa: E402
 from engine.device import setup  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.flags import add_common_flags, positive_float, positive_int  # noqa: E402
-from engine.ka_tools import begin, record_of, train, write_table  # noqa: E402
+from engine.ka_tools import begin, record_of, sound, train, write_table  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import fingerprint, provenance, write_json  # noqa: E402
@@ -92,6 +94,7 @@ def main():
         def step(*batch):
             net.train(), more.train()
             value, terms = loss(*net(batch[0]), batch)
+            sound(value)
             opt.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(params, args.clip)

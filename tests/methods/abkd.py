@@ -3,6 +3,21 @@
 from kd_losses.abkd import ABKD
 from tests.methods.shared import case
 
+cases = {
+    'abkd': """
+loss = m.ABKD()
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+    'abkd_limits': """
+loss = m.ABKD(alpha=0.0, beta=1.0, T=2.0)
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+}
+
 
 def golden(z):
     a, b, T = z.hp('alpha', 'beta', 'T').values()

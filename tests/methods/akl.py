@@ -3,6 +3,16 @@
 from kd_losses.akl import AKL
 from tests.methods.shared import case
 
+cases = {
+    'akl': """
+loss = m.AKL()
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+}
+exceptions = {'no_gradcheck': 'the share of the head is a constant by definition'}
+
 
 def golden(z):
     loss = AKL(**z.hp('mu'))

@@ -11,6 +11,7 @@ exceptions = {
     'masked_class': 'the divergence is weighed by probabilities, a class of probability 0 counts nothing',
     'own_order': 'its page fixes the order of the arguments: both views of the student come first',
     'coarse': 'the teacher on the strong view',
+    'labels_in_part': 'the divergences need no label',
     'layers': 'the teacher on the strong view',
     'no_meta': 'runs networks',
 }

@@ -8,6 +8,7 @@ from tests.methods.shared import case, parameters
 exceptions = {
     'own_order': 'its page fixes the order of the arguments: maps first, logits if they are used',
     'layers': 'convolutions of the diffusion model',
+    'class_by_class': 'the classes are channels of the layers that learn to denoise logits',
     'no_meta': 'draws on the generator of the batch',
     'no_batch_of_one': ('batch norms of logits', 'two values per channel'),
 }

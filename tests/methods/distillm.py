@@ -5,6 +5,21 @@ import torch
 from kd_losses.distillm import DistiLLM, SampleSchedule
 from tests.methods.shared import case
 
+cases = {
+    'distillm': """
+loss = m.DistiLLM()
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+    'distillm_reverse': """
+loss = m.DistiLLM(reverse=True)
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+}
+
 
 def golden(z):
     args, hp = ('out_s', 'out_t', 'target'), z.hp('alpha')

@@ -8,7 +8,10 @@ from tests.methods.shared import case
 MASKED = 'a class that the teacher rules out has weight 0, in both terms'
 rows = {
     'dkl': {'masked_class': MASKED, 'no_labels': 'without a prior forward reads none'},
-    'dkl_gkl': {'masked_class': MASKED},
+    'dkl_gkl': {
+        'masked_class': MASKED,
+        'class_by_class': 'the prior is a distribution of every class over the classes',
+    },
 }
 
 

@@ -3,11 +3,6 @@
 from kd_losses.dskd import DSKD, DSKDCMA
 from tests.methods.shared import case, parameters
 
-alone = """
-loss = m.DSKD(4, 6)
-inputs = {'out_s': S(n, 5, 7), 'hid_s': S(n, 5, 4), 'head_s': T(7, 4)}
-inputs |= {'out_t': T(n, 5, 7), 'hid_t': T(n, 5, 6), 'head_t': T(7, 6), 'target': torch.ones(n, 5).long()}
-"""
 S = ('out_s', 'hid_s', 'head_s')
 T = ('out_t', 'hid_t', 'head_t')
 TERMS = ('ce', 'student_space', 'teacher_space')
@@ -19,6 +14,25 @@ def roles(*maps: str) -> dict:
 
 def expected(filled: dict, of: str = '') -> dict:
     return {key.replace('gradparam_', f'gradparam_{of}'): p for key, p in filled.items()}
+
+
+cases = {
+    'dskd': """
+loss = m.DSKD(4, 6)
+y = torch.arange(n * 5).reshape(n, 5) % K
+inputs = {'out_s': S(n, 5, K), 'hid_s': S(n, 5, 4), 'head_s': T(K, 4)}
+inputs |= {'out_t': T(n, 5, K), 'hid_t': T(n, 5, 6), 'head_t': T(K, 6), 'target': y}
+""",
+    'dskd_cma': """
+loss = m.DSKDCMA(4, 6)
+y = torch.arange(n * 5).reshape(n, 5) % K
+y_t = torch.arange(n * 4).reshape(n, 4) % (K + 2)
+inputs = {'out_s': S(n, 5, K), 'hid_s': S(n, 5, 4), 'head_s': T(K, 4), 'emb_s': T(K, 4), 'input_s': y,
+          'out_t': T(n, 4, K + 2), 'hid_t': T(n, 4, 6), 'head_t': T(K + 2, 6), 'emb_t': T(K + 2, 6),
+          'input_t': y_t, 'target': y.roll(1, 1), 'target_t': y_t}
+""",
+}
+exceptions = {'layers': 'the linear maps'}
 
 
 def golden(z):

@@ -5,6 +5,23 @@ from tests.methods.shared import case
 
 ARGS = ('out_s', 'out_t', 'target', 'out_s_gen', 'out_t_gen', 'target_gen')
 
+cases = {
+    'fdistill': """
+loss = m.FDistill()
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+inputs |= {'out_s_gen': S(n, 4, K), 'out_t_gen': T(n, 4, K), 'target_gen': y[:, 1:]}
+""",
+    'fdistill_js': """
+loss = m.FDistill('js')
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+inputs |= {'out_s_gen': S(n, 4, K), 'out_t_gen': T(n, 4, K), 'target_gen': y[:, 1:]}
+""",
+}
+
 
 def golden(z):
     hp = z.hp('beta', 'T')

@@ -3,6 +3,27 @@
 from kd_losses.gkd import GKD
 from tests.methods.shared import Case, case
 
+cases = {
+    'gkd': """
+loss = m.GKD()
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+    'gkd_forward': """
+loss = m.GKD(beta=0.0)
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+    'gkd_reverse': """
+loss = m.GKD(beta=1.0)
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+}
+
 
 def golden(z):
     hp = z.hp('beta', 'temperature')

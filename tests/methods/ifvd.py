@@ -5,7 +5,7 @@ from tests.methods.shared import case
 
 cases = {
     'ifvd': """
-loss = m.IFVD(3)
+loss = m.IFVD(K)
 inputs = {'fm_s': S(n, 4, 3, 5), 'fm_t': T(n, 6, 3, 5), 'target': torch.arange(n * 42) % 4 % 3}
 inputs['target'] = inputs['target'].reshape(n, 6, 7)
 inputs['target'][:, 0, 2:4] = -1

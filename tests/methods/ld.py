@@ -8,11 +8,11 @@ from tests.methods.shared import case
 cases = {
     'ld': """
 loss = m.LD()
-inputs = {'out_s': S(n, 5), 'out_t': T(n, 5)}
+inputs = {'out_s': S(n, K), 'out_t': T(n, K)}
 """,
     'ld_weighted': """
 loss = m.LD(T=2.0)
-inputs = {'out_s': S(n, 5), 'out_t': T(n, 5), 'weight': torch.arange(n) / 4}
+inputs = {'out_s': S(n, K), 'out_t': T(n, K), 'weight': torch.arange(n) / 4}
 """,
 }
 exceptions = {'empty_is_legal': 'a level may have no anchor in the region'}

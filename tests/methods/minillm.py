@@ -5,13 +5,20 @@ import torch
 from kd_losses.minillm import MiniLLM, ReverseKL, lm_term, rollout
 from tests.methods.shared import Case
 
-alone = """
+cases = {
+    'minillm': """
 loss = m.MiniLLM()
-y, out_s, out_t = torch.ones(n, 5).long(), S(n, 5, 7), T(n, 5, 7)
-old = m.rollout(T(n, 5, 7), out_t, y, torch.ones(n, 5))
-inputs = {'out_s': out_s, 'out_t': out_t, 'tokens': y, 'mask': torch.ones(n, 5)}
-inputs |= dict(zip(('logp_old', 'reward', 'weight'), old))
-"""
+y, out_s, out_t = torch.arange(n * 5).reshape(n, 5) % K, S(n, 5, K), T(n, 5, K)
+inputs = {'out_s': out_s, 'out_t': out_t, 'tokens': y, 'mask': torch.ones(n, 5, dtype=torch.bool)}
+inputs |= {'logp_old': T(n, 5), 'reward': T(n, 5), 'weight': T(n, 5)}
+""",
+    'minillm_reverse': """
+loss = m.ReverseKL()
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+}
 
 
 def golden(z):

@@ -8,6 +8,7 @@ from tests.methods.shared import Case
 
 exceptions = {
     'gradient_not_of_value': 'the choice of spots is a constant for the student, with a softened gradient',
+    'labels_in_part': 'soft targets need no label',
     'layers': 'the policy, the adapters and the networks',
     'masked_class': 'the divergence is weighed by probabilities, a class of probability 0 counts nothing',
     'no_meta': 'draws on the generator of the batch',

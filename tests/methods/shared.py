@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass
@@ -141,3 +142,18 @@ def seed(number: int) -> None:
 
 def leaf(*shape, dtype) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+class Grown(TorchDispatchMode):
+    """The operations that made a tensor of `times` axes of a length that nothing else has, or a multiple."""
+
+    def __init__(self, length: int, times: int) -> None:
+        super().__init__()
+        self.unit, self.made = length**times, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(x, torch.Tensor) and x.numel() and x.numel() % self.unit == 0:
+                self.made.add(f'{func.overloadpacket.__name__} {tuple(x.shape)}')
+        return out

@@ -6,11 +6,11 @@ from tests.methods.shared import case
 cases = {
     'skds': """
 loss = m.PixelWise()
-inputs = {'out_s': S(n, 5, 4, 3), 'out_t': T(n, 5, 4, 3)}
+inputs = {'out_s': S(n, K, 4, 3), 'out_t': T(n, K, 4, 3)}
 """,
     'skds_kl': """
 loss = m.PixelWise(normalize=True)
-inputs = {'out_s': S(n, 5, 4, 3), 'out_t': T(n, 5, 4, 3)}
+inputs = {'out_s': S(n, K, 4, 3), 'out_t': T(n, K, 4, 3)}
 """,
     'skds_pair': """
 loss = m.PairWise()

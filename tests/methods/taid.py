@@ -4,6 +4,16 @@ import torch
 
 from kd_losses.taid import TAID
 
+cases = {
+    'taid': """
+loss = m.TAID().eval()
+y = torch.arange(n * 5).reshape(n, 5) % K
+y[:, 2] = -100
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K), 'target': y}
+""",
+}
+exceptions = {'no_gradcheck': 'the interpolation is a constant by definition'}
+
 
 def golden(z):
     """Consecutive calls of one module; nothing is left for a Case to check."""

@@ -3,11 +3,14 @@
 from kd_losses.uld import ULD
 from tests.methods.shared import case
 
-alone = """
-loss = m.ULD()
-y = torch.ones(n, 5).long()
-inputs = {'out_s': S(n, 5, 7), 'out_t': T(n, 4, 9), 'target': y, 'target_t': y[:, :4]}
-"""
+cases = {
+    'uld': """
+loss = m.ULD(skip_eos_s=False)
+y = torch.arange(n * 5).reshape(n, 5) % K
+inputs = {'out_s': S(n, 5, K), 'out_t': T(n, 5, K + 2), 'target': y, 'target_t': y}
+""",
+}
+exceptions = {'any_size': {'out_s': 'any vocabulary', 'out_t': 'any vocabulary'}}
 
 
 def golden(z):

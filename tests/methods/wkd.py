@@ -7,7 +7,10 @@ from kd_losses.wkd import WKDFeature, WKDLogit, cka_cost, prototype_cost, sinkho
 from tests.methods.shared import Case, case, parameters
 
 rows = {
-    'wkd': {'masked_class': 'a class of probability 0 is moved nowhere'},
+    'wkd': {
+        'masked_class': 'a class of probability 0 is moved nowhere',
+        'class_by_class': 'what it costs to move one class to another is its definition',
+    },
     'wkd_feature': {'layers': 'the projector'},
 }
 alone = """

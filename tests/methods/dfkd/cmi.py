@@ -12,7 +12,7 @@ inputs = {'local': S(n, 5), 'global_': T(n, 5), 'bank': T(8, 10)}
     'cmi_adversarial': """
 loss = torch.nn.Identity()
 call = m.masked_adversarial
-inputs = {'out_s': S(n, 7), 'out_t': S(n, 7)}
+inputs = {'out_s': S(n, K), 'out_t': S(n, K)}
 """,
 }
 exceptions = {

@@ -6,12 +6,12 @@ from tests.methods.shared import case
 cases = {
     'dafl': """
 loss = m.DAFL()
-inputs = {'out_t': S(n, 7), 'feat_t': S(n, 5)}
+inputs = {'out_t': S(n, K), 'feat_t': S(n, 5)}
 """,
     'dafl_student': """
 loss = m.DAFL()
 call = loss.student_loss
-inputs = {'out_s': S(n, 7), 'out_t': T(n, 7)}
+inputs = {'out_s': S(n, K), 'out_t': T(n, K)}
 """,
 }
 

@@ -15,13 +15,13 @@ from tests.methods.shared import Case, many
 cases = {
     'deepinversion': """
 loss = m.DeepInversion(tv_l1=1.0, l2=1.0, compete=1.0)
-inputs = {'x': S(n, 3, 6, 5), 'out_t': S(n, 7), 'target': torch.arange(n) % 7, 'bn_loss': S(),
-          'out_s': S(n, 7)}
+inputs = {'x': S(n, 3, 6, 5), 'out_t': S(n, K), 'target': torch.arange(n) % K, 'bn_loss': S(),
+          'out_s': S(n, K)}
 """,
     'deepinversion_exact': """
 loss = m.DeepInversion(tv_l2=0.0, compete=1.0, exact=True)
-inputs = {'x': S(n, 3, 6, 5), 'out_t': S(n, 7), 'target': torch.arange(n) % 7, 'bn_loss': S(),
-          'out_s': S(n, 7)}
+inputs = {'x': S(n, 3, 6, 5), 'out_t': S(n, K), 'target': torch.arange(n) % K, 'bn_loss': S(),
+          'out_s': S(n, K)}
 """,
     'deepinversion_statistics': """
 loss = torch.nn.Identity()
@@ -31,7 +31,7 @@ inputs = {'bn_inputs': [S(n, 4, 5, 3), S(n, 6, 2, 2)], 'means': [C(4), C(6)], 'v
     'deepinversion_js': """
 loss = torch.nn.Identity()
 call = m.js_divergence
-inputs = {'out_s': S(n, 7), 'out_t': S(n, 7)}
+inputs = {'out_s': S(n, K), 'out_t': S(n, K)}
 """,
 }
 

@@ -6,17 +6,17 @@ from tests.methods.shared import case
 cases = {
     'dfad': """
 loss = m.DFAD()
-inputs = {'out_s': S(n, 7), 'out_t': T(n, 7)}
+inputs = {'out_s': S(n, K), 'out_t': T(n, K)}
 """,
     'dfad_generator': """
 loss = m.DFAD()
 call = loss.generator_loss
-inputs = {'out_s': S(n, 7), 'out_t': S(n, 7)}
+inputs = {'out_s': S(n, K), 'out_t': S(n, K)}
 """,
     'dfad_generator_log': """
 loss = m.DFAD(log=True)
 call = loss.generator_loss
-inputs = {'out_s': S(n, 7), 'out_t': S(n, 7)}
+inputs = {'out_s': S(n, K), 'out_t': S(n, K)}
 """,
 }
 

@@ -5,7 +5,7 @@ without_vector = 'a variant that shares the loop of dfad; test_dfkd.py compares 
 cases = {
     'dfq': """
 loss = m.DFQ()
-inputs = {'out_s': S(n, 7), 'out_t': S(n, 7), 'bn_loss': S()}
+inputs = {'out_s': S(n, K), 'out_t': S(n, K), 'bn_loss': S()}
 """,
 }
 

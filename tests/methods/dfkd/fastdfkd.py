@@ -8,7 +8,7 @@ cases = {
     'fastdfkd': """
 loss = torch.nn.Identity()
 call = m.masked_adversarial
-inputs = {'out_s': S(n, 7), 'out_t': S(n, 7)}
+inputs = {'out_s': S(n, K), 'out_t': S(n, K)}
 """,
 }
 

@@ -5,17 +5,17 @@ from dfkd_losses.kegnet import KegNet
 cases = {
     'kegnet': """
 loss = m.KegNet()
-inputs = {'out_t': S(n, 7), 'label': torch.arange(n) % 7, 'z_hat': S(n, 4), 'z': C(n, 4),
+inputs = {'out_t': S(n, K), 'label': torch.arange(n) % K, 'z_hat': S(n, 4), 'z': C(n, 4),
           'images': S(n, 3, 4, 4)}
 """,
     'kegnet_l2': """
 loss = m.KegNet(metric='l2')
-inputs = {'out_t': S(n, 7), 'label': torch.arange(n) % 7, 'z_hat': S(n, 4), 'z': C(n, 4),
+inputs = {'out_t': S(n, K), 'label': torch.arange(n) % K, 'z_hat': S(n, 4), 'z': C(n, 4),
           'images': S(n, 3, 4, 4)}
 """,
     'kegnet_cosine': """
 loss = m.KegNet(metric='cosine')
-inputs = {'out_t': S(n, 7), 'label': C(n, 7).softmax(1), 'z_hat': S(n, 4), 'z': C(n, 4),
+inputs = {'out_t': S(n, K), 'label': C(n, K).softmax(1), 'z_hat': S(n, 4), 'z': C(n, 4),
           'images': S(n, 3, 4, 4)}
 """,
 }

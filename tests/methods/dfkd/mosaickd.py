@@ -5,7 +5,7 @@ from dfkd_losses.mosaickd import MosaicKD
 cases = {
     'mosaickd': """
 loss = m.MosaicKD()
-inputs = {'out_s': S(n, 7), 'out_t': S(n, 7), 'd_fake': S(n, 1, 4, 3)}
+inputs = {'out_s': S(n, K), 'out_t': S(n, K), 'd_fake': S(n, 1, 4, 3)}
 """,
     'mosaickd_discriminator': """
 loss = m.MosaicKD()

@@ -5,13 +5,13 @@ without_vector = 'a variant that shares the loop of dfad; test_dfkd.py compares 
 cases = {
     'zskt': """
 loss = m.ZSKT()
-inputs = {'out_s': S(n, 7), 'out_t': T(n, 7), 'fms_s': [S(n, 4, 6, 3), S(n, 8, 3, 2)],
+inputs = {'out_s': S(n, K), 'out_t': T(n, K), 'fms_s': [S(n, 4, 6, 3), S(n, 8, 3, 2)],
           'fms_t': [T(n, 5, 6, 3), T(n, 6, 3, 2)]}
 """,
     'zskt_generator': """
 loss = m.ZSKT()
 call = loss.generator_loss
-inputs = {'out_s': S(n, 7), 'out_t': S(n, 7)}
+inputs = {'out_s': S(n, K), 'out_t': S(n, K)}
 """,
 }
 

@@ -6,11 +6,11 @@ from tests.methods.shared import listed, many
 cases = {
     'concat_kd': """
 loss = m.ConcatKD()
-inputs = {'out_s': S(n, 7), 'outs_t': [T(n, 3), T(n, 4)]}
+inputs = {'out_s': S(n, K), 'outs_t': [T(n, 3), T(n, K - 3)]}
 """,
     'concat_kd_parts': """
 loss = m.ConcatKD(T=2.0, mode='parts', align='center')
-inputs = {'out_s': S(n, 7), 'outs_t': [T(n, 3), T(n, 4)]}
+inputs = {'out_s': S(n, K), 'outs_t': [T(n, 3), T(n, K - 3)]}
 """,
 }
 

@@ -5,16 +5,17 @@ import torch
 from ka_losses.customize import Customize, entropies, select_teacher
 from tests.methods.shared import fill, listed, many, parameters, terms_of
 
+exceptions = {'one_logit': 'squared errors of logits'}
 cases = {
     'customize': """
 loss = m.Customize([4, 6], [5, 8], [2, 4])
 inputs = {'fms_s': [S(n, 4, 4, 5), S(n, 6, 2, 3)], 'fms_t': [T(n, 5, 4, 5), T(n, 8, 2, 3)],
-          'out_s': S(n, 3), 'out_t': T(n, 3)}
+          'out_s': S(n, K), 'out_t': T(n, K)}
 """,
     'customize_target': """
 loss = m.Customize([4, 6], None, [5, 8], scale_logits=False)
 inputs = {'fms_s': [S(n, 4, 4, 5), S(n, 6, 2, 3)], 'fms_t': [T(n, 5, 4, 5), T(n, 8, 2, 3)],
-          'out_s': S(n, 3), 'out_t': T(n, 3)}
+          'out_s': S(n, K), 'out_t': T(n, K)}
 """,
 }
 

@@ -6,7 +6,7 @@ from tests.methods.shared import Case, many, terms_of
 cases = {
     'ood_ka': """
 loss = m.OODKAGenerator()
-inputs = {'out_s': S(n, 7), 'outs_t': [S(n, 3), S(n, 4)],
+inputs = {'out_s': S(n, K), 'outs_t': [S(n, 3), S(n, K - 3)],
           'fms_t': [[S(n, 5, 3, 5), S(n, 2, 2, 2)], [S(n, 6, 3, 5), S(n, 3, 2, 2)]],
           'd_fake': S(n, 1, 2, 2), 'bn_stats': [(S(n, 5, 3, 5), torch.zeros(5), torch.ones(5))]}
 """,

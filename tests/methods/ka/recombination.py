@@ -9,7 +9,7 @@ from tests.methods.shared import fill, listed, many
 cases = {
     'recombination': """
 loss = m.SoftFocal(gamma=2.0)
-inputs = {'out_s': S(n, 5, 3, 4), 'out_t': T(n, 5, 3, 4)}
+inputs = {'out_s': S(n, K, 3, 4), 'out_t': T(n, K, 3, 4)}
 """,
 }
 

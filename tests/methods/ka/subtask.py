@@ -3,10 +3,11 @@
 from ka_losses.subtask import SubTask
 from tests.methods.shared import listed, terms_of
 
+exceptions = {'one_logit': 'its constructor refuses it, which test_ka_contract.py tests'}
 cases = {
     'subtask': """
-loss = m.SubTask([0, 3], 6)
-inputs = {'out_s': S(n, 2), 'out_adv': S(n, 4), 'out_t': T(n, 6)}
+loss = m.SubTask([0, 3], K)
+inputs = {'out_s': S(n, 2), 'out_adv': S(n, K - 2), 'out_t': T(n, K)}
 """,
 }
 

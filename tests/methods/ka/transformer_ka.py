@@ -23,6 +23,7 @@ inputs = {'seq_s': S(4, n, 5), 'seqs_t': [T(4, n, 5), T(4, n, 5)]}
 }
 rows = {
     'transformer_ka': {
+        'one_logit': 'the background is a class',
         'no_gradcheck': 'its boxes are made of leaves before the call',
         'not_compiled': "scipy's assignment",
         'any_size': {'outs_t.boxes': "a teacher's boxes go with its logits"},
