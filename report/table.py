@@ -180,7 +180,7 @@ def figure(results: list[dict], path: Path) -> None:
     groups = group(results)
     methods = [key for key in groups if key[3] != 'baseline']
     short = max((key[4] for key in methods), default=9) < 4
-    fig = (last_epochs if len(methods) > 24 or short else curves)(groups, plt)
+    fig = (last_epochs if len(methods) > 16 or short else curves)(groups, plt)
     fig.savefig(path, dpi=130, metadata={'Source': source_of_figure(results)})
     plt.close(fig)
 
@@ -242,9 +242,8 @@ def curves(groups: dict, plt):
             axes.plot(range(1, epochs + 1), curve, color='black', linewidth=2.5, label=label, zorder=5)
         else:
             style = ('-', '--', ':')[number // 10 % 3]
-            axes.plot(
-                range(1, epochs + 1), curve, style, color=colours[number * 2 % 20], linewidth=1.5, label=label
-            )
+            colour, began = colours[number * 2 % 20], epochs - len(curve) + 1  # later after phases inside
+            axes.plot(range(began, epochs + 1), curve, style, color=colour, linewidth=1.5, label=label)
             number += 1
     axes.set(xlabel='epoch', ylabel='test top-1 (%)', title=f'{title(groups)}, last epoch in the legend')
     axes.grid(alpha=0.3)

@@ -400,10 +400,11 @@ def test_shape_messages_name_the_remedy(name):
 
 
 def one_class(value):
-    """Logits, or lists of them, of one class instead of several."""
+    """Logits, or lists of them, of one class instead of several; maps have their classes on axis 1."""
     if isinstance(value, (list, tuple)):
         return [one_class(x) for x in value]
-    return value.narrow(1, 0, 1) if isinstance(value, torch.Tensor) and value.dim() > 1 else value
+    many = isinstance(value, torch.Tensor) and value.dim() > 1
+    return value.narrow(1 if value.dim() == 4 else -1, 0, 1) if many else value
 
 
 @pytest.mark.parametrize('name', cases_but('one_logit'))

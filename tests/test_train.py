@@ -1,6 +1,7 @@
 """The scripts, end to end on the embedded data: every method, files, results, equality of runs."""
 
 import csv
+import importlib
 import json
 import sys
 
@@ -532,6 +533,11 @@ def test_table_and_figure(train_kd, script, tmp_path, monkeypatch, capsys):
 
     with Image.open(tmp_path / 'o' / 'accuracy.png') as image:
         assert min(image.size) > 400
+    results = report.table.read_results([str(tmp_path / 'kd'), str(tmp_path / 'base')])
+    (late,) = [r for r in results if r['method'] == 'at']
+    late['curve'] = late['curve'][1:]  # a phase was inside
+    fig = report.table.curves(report.table.group(results), importlib.import_module('matplotlib.pyplot'))
+    assert sorted(list(line.get_xdata()) for line in fig.axes[0].lines) == [[1, 2], [1, 2], [2]]
     (tmp_path / 'empty').mkdir()
     monkeypatch.setattr(sys, 'argv', ['table.py', str(tmp_path / 'empty'), '--out', str(tmp_path / 'o')])
     with pytest.raises(engine.errors.UserError, match='no result files'):
