@@ -12,7 +12,7 @@ import models
 import transferability as tr
 from models.grafting import Grafted, parts_of
 from models.kdexplainer import KDExplainer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Killed
 
 DATA = ('--data_name', 'shapes:96', '--threads', 1)
 
@@ -115,10 +115,10 @@ def test_graft_killed_between_phases_ends_alike(tool, script, teacher, tmp_path,
     def killed(*words):
         calls.append(words)
         if len(calls) == 5:
-            raise KeyboardInterrupt
+            raise Killed
         return fit(*words)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(tools.graft, 'fit', killed)
         tool('graft', teacher, *GRAFT, '--note', 'cut')
     done = tool('graft', teacher, *GRAFT, '--note', 'cut', '--resume', 'auto')
@@ -220,11 +220,11 @@ def test_the_tree_killed_in_both_stages_ends_alike(tool, teacher, tmp_path, monk
     def killed(*words):
         calls.append(words)
         if len(calls) in (2, 4):
-            raise KeyboardInterrupt
+            raise Killed
         return epoch(*words)
 
     for _ in range(2):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(tools.kdexplainer, 'one_epoch', killed)
             tool('kdexplainer', teacher, *TREE, '--note', 'cut', '--resume', 'auto')
     done = tool('kdexplainer', teacher, *TREE, '--note', 'cut', '--resume', 'auto')
@@ -305,10 +305,10 @@ def test_knowledge_killed_and_resumed(tool, teacher, tmp_path, monkeypatch):
         def killed(*words):
             calls.append(words)  # noqa: B023
             if len(calls) == at:  # noqa: B023
-                raise KeyboardInterrupt
+                raise Killed
             return plain(*words)  # noqa: B023
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(tools.knowledge, name, killed)
             tool('knowledge', teacher, *KNOWLEDGE, '--note', 'cut', '--resume', 'auto')
     done = tool('knowledge', teacher, *KNOWLEDGE, '--note', 'cut', '--resume', 'auto')

@@ -14,6 +14,7 @@ from ka_losses.recombination import combine_models
 from models import build
 from models.detector import Detector, position_code
 from report import ka_rows
+from tests.conftest import Killed
 from tests.test_train import rows, same, weights
 from tools.recombination import Recombined, count, inner, least, prune
 
@@ -46,10 +47,6 @@ def halves(tmp_path):
 def table_of(folder) -> dict:
     rows = json.loads((folder / 'results.json').read_text())['table']
     return {row.pop('row'): row for row in rows}
-
-
-class Killed(BaseException):
-    pass
 
 
 def killed_at(monkeypatch, count: int):

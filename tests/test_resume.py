@@ -15,16 +15,12 @@ import engine.optimise
 import engine.record
 import engine.session
 import models
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, Killed
 from tests.test_train import rows, same, weights
 
 FOUR = ('--data_name', 'shapes:96', '--batch_size', '32', '--epochs', '4')
 # one of each kind: plain, adapters with batch norm, learned variances, a ramp, a sum
 GROUP = ('st', 'ofd', 'vid', 'dkd', 'pkt+st')
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL at an exact place: nothing after it runs."""
 
 
 def check_equal(a, b):

@@ -27,7 +27,7 @@ from engine.batch import Batch, InFloat32
 from engine.teachers import Teachers
 from methods import METHODS
 from models import Feats, build
-from tests.conftest import ROOT, TRANSFORMERS
+from tests.conftest import ROOT, TRANSFORMERS, Killed
 from tests.test_contract import NoReadBack
 
 EVERY = [name for name, m in METHODS.items() if not m.own.peers and name not in TRANSFORMERS]
@@ -616,9 +616,9 @@ def test_lean_checkpoints(script, teacher, tmp_path, monkeypatch):
     def dies(record, row, save=True):
         real(record, row, save)
         if record.epoch == 4 and record.folder.name == 'vid':
-            raise KeyboardInterrupt
+            raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(engine.record.Record, 'epoch_done', dies)
         script('train_kd', *words, '--note', 'lean', '--save_every', 3)
     done = script('train_kd', *words, '--note', 'lean', '--save_every', 3, '--resume', 'auto')

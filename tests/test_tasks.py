@@ -11,6 +11,7 @@ from dataset.digits import END, digits
 from dataset.graphs import CLASSES, graphs
 from models.gat import GAT
 from models.seq2seq import Seq2Seq
+from tests.conftest import Killed
 from tools import sequences
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -126,10 +127,6 @@ def test_errors_are_counted_as_edits():
     assert sequences.right(text, text) == 100 and sequences.right(said, text) == pytest.approx(600 / 7)
     assert sequences.whole(said, text) == 50
     assert sequences.shifted(text).tolist() == [[END, 1, 2, 3, END], [END, 4, 5, 6, 7]]
-
-
-class Killed(BaseException):
-    pass
 
 
 def dies():
