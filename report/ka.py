@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 
 import models
+from dataset.dense_views import USUAL
 from engine.errors import UserError
 from engine.parser import Parser
 from engine.record import output_folder
@@ -78,6 +79,12 @@ def parts_table(results: list[dict]) -> list[list[str]]:
     return rows
 
 
+def augmented(views: dict | None) -> str:
+    """What a row says of its views: the flag, with what differs from its usual numbers."""
+    own = {key: value for key, value in (views or {}).items() if value != USUAL[key]}
+    return ' '.join([', --augment', *(f'{key}={value}' for key, value in own.items())]) if views else ''
+
+
 def dense_table(results: list[dict]) -> list[list[str]]:
     keys = {
         'miou': 'mIoU %',
@@ -117,7 +124,7 @@ def dense_table(results: list[dict]) -> list[list[str]]:
                     rows.append(['sbm, after the block phase', *cells(block), '', block['epoch'], len(runs)])
             points = ', '.join(map(str, first['branch_points']))
             name = 'one network, labels' if first['method'] == 'scratch' else first['method']
-            name += ', --augment' * bool(first.get('augment'))
+            name += augmented(first.get('augment'))
             rows.append([f'{name} (branches at {points})', *cells(*(r['last'] for r in runs)),
                          f'{first["parameters"]:,}', first['epochs'], len(runs)])  # fmt: skip
             if first['method'] == 'sbm':
