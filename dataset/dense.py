@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .labels import labelled_cross_entropy
 from .views import count_steps, shares, view_seed
 
 TASKS = ('seg', 'depth', 'normal')
@@ -74,9 +75,7 @@ def channels_of(task: str, num_classes: int) -> int:
 def supervised(task: str, out: Tensor, label: Tensor) -> Tensor:
     """The loss of a task with labels, over known pixels: cross-entropy, L1, or 1 - cosine."""
     if task == 'seg':
-        known = label >= 0  # there may be none
-        total = F.cross_entropy(out, label.clamp(min=-1), ignore_index=-1, reduction='sum')
-        return total / known.sum().clamp(min=1)
+        return labelled_cross_entropy(out, label.clamp(min=-1), -1)
     if task == 'depth':
         known = label > 0
         return ((out - label).abs() * known).sum() / known.sum().clamp(min=1)

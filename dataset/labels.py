@@ -1,8 +1,16 @@
 """Training images without labels: their target is NO_LABEL, which cross-entropy and losses leave out."""
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 NO_LABEL = -100
+
+
+def labelled_cross_entropy(out: Tensor, target: Tensor, unknown: int = NO_LABEL) -> Tensor:
+    """The mean over the labels that are known; 0, not NaN, where there is none."""
+    count = (target != unknown).sum()
+    return F.cross_entropy(out, target, ignore_index=unknown, reduction='sum') / count.clamp(min=1)
 
 
 def forget_labels(data, share: float, seed: int):

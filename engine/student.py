@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.labels import labelled_cross_entropy
 from engine import optimise
 from engine.batch import Batch, InFloat32, Probe
 from engine.meter import Meter
@@ -98,8 +99,7 @@ class Student(nn.Module):
     def cross_entropy(self, out: Tensor, target: Tensor) -> Tensor:
         if self.all_labelled:
             return F.cross_entropy(out, target)
-        count = (target != -100).sum()  # may be 0
-        return F.cross_entropy(out, target, reduction='sum') / count.clamp(min=1)
+        return labelled_cross_entropy(out, target)
 
     def look_at(self, img: Tensor) -> InFloat32:
         """What the student says of further images."""

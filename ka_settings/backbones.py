@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dataset
 import engine.session
 import models
+from dataset.labels import labelled_cross_entropy
 from engine.batch import as_float
 from engine.device import autocast
 from engine.errors import UserError, user_errors
@@ -166,8 +167,7 @@ class Backbones:
     def supervised(self, s, target: Tensor) -> Tensor:
         if target.dim() == 2:
             return F.cross_entropy(s.out.unflatten(1, (-1, 2)).flatten(0, 1), target.flatten())
-        known = (target != dataset.NO_LABEL).sum().clamp(min=1)
-        return F.cross_entropy(s.out, target, reduction='sum') / known
+        return labelled_cross_entropy(s.out, target)
 
     def measure(self, net: nn.Module) -> dict[str, float]:
         row, known = {}, self._read(net, self.train, lambda f: f.feat, PROBE)

@@ -27,6 +27,8 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from dataset.labels import labelled_cross_entropy
+
 from .hooks import Tap
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -214,9 +216,7 @@ class Segmented:
 
     def loss(self, target: Tensor) -> Tensor:
         """Cross-entropy of the enlarged logits; -1: no label; 0 where there is none at all."""
-        out = enlarged(self.out, target.shape[1:])
-        total = F.cross_entropy(out, target, ignore_index=-1, reduction='sum')
-        return total / (target != -1).sum().clamp(min=1)
+        return labelled_cross_entropy(enlarged(self.out, target.shape[1:]), target, -1)
 
     def replaced(self, out: Tensor) -> 'Segmented':
         """The same with other logits."""
