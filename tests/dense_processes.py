@@ -16,6 +16,7 @@ from torch import nn
 import train_dense
 from engine import dense as parts
 from engine import errors
+from engine.dense_tasks import Detection, Segmentation
 from engine.processes import averaged, gathered, rank
 
 
@@ -45,12 +46,12 @@ def find_some(patch=setattr) -> None:
             made.append({'boxes': boxes, 'labels': labels, 'scores': torch.linspace(0.9, 0.1, len(labels))})
         return made
 
-    patch(parts.Detection, 'found', found)
+    patch(Detection, 'found', found)
 
 
 def main():
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
-    runs, make, step, loss = [], train_dense.make_run, train_dense.train_student, parts.Segmentation.loss
+    runs, make, step, loss = [], train_dense.make_run, train_dense.train_student, Segmentation.loss
 
     def call(*words):
         runs.clear()
@@ -99,7 +100,7 @@ def main():
     boxes = ('--task', 'detection', '--s_name', 'fasterrcnn:resnet10', '--kd_mode', 'pkd', 'maskd')
     call(*boxes, '--steps', '1', '--note', 'boxes')
 
-    parts.Segmentation.loss = lambda *args: loss(*args) * (float('nan') if rank() else 1)
+    Segmentation.loss = lambda *args: loss(*args) * (float('nan') if rank() else 1)
     try:
         call('--kd_mode', 'alone', '--steps', '1', '--note', 'nan')
     except errors.NonFinite as error:

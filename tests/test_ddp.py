@@ -11,7 +11,7 @@ import torch
 import dataset
 import models.dense
 from dataset import annotated
-from engine import dense as parts
+from engine.dense_tasks import TASKS, World
 from engine.device import autocast
 from tests.conftest import ROOT, TINY
 from tests.dense_processes import find_some, keep_statistics
@@ -242,8 +242,8 @@ def test_dense_training_on_two_processes(script, img_root, tmp_path, monkeypatch
         net = models.dense.build(task, net, len(test.class_names), 32).eval()
         models.load_weights(net, two / name / 'student.pt')
         cpu = torch.device('cpu')
-        world = parts.World(test, len(test.class_names), cpu, autocast(cpu, 'off'), 0, 1, None, 6)
-        figures = parts.TASKS[task](world, net).measure(net)
+        world = World(test, len(test.class_names), cpu, autocast(cpu, 'off'), 0, 1, None, 6)
+        figures = TASKS[task](world, net).measure(net)
         last = results(two / name)['last']
         assert 0 < min(figures.values()) and figures == pytest.approx({key: last[key] for key in figures}), (
             task
