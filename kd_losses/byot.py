@@ -72,16 +72,17 @@ class BYOT(nn.Module):
     def terms(self, outs: list[Tensor], feats: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         target, valid = self._check(outs, feats, target)
         with _no_autocast(outs[0]):
-            outs, feats = [_full(x) for x in outs], [_full(x) for x in feats]
-            hard = _ce(outs[0], target, valid)
+            (out, *outs), (feat, *feats) = [_full(x) for x in outs], [_full(x) for x in feats]
+            hard = _ce(out, target, valid)
             soft, features = torch.zeros_like(hard), torch.zeros_like(hard)
-            q = F.softmax(outs[0].detach() / self.T, dim=1)
-            for i, (out, feat, adapt) in enumerate(zip(outs[1:], feats[1:], self.adapt), 1):
-                hard = hard + (1 - self.alpha) * _ce(out, target, valid)
-                log_p = F.log_softmax(out / self.T, dim=1)
-                soft = soft - self.alpha * _per_sample(q * log_p, valid)
+            if outs:
+                exits = torch.stack(outs)
+                hard = hard + (1 - self.alpha) * _ce_sum(exits, target, valid)
+                q, log_p = F.softmax(out.detach() / self.T, dim=1), F.log_softmax(exits / self.T, dim=2)
+                soft = -self.alpha * _per_sample(q * log_p, valid, 1)
+            for i, (shallow, adapt) in enumerate(zip(feats, self.adapt), 1):
                 if i not in self.skip:
-                    gap = _run(adapt, feat) - feats[0].detach()
+                    gap = _run(adapt, shallow) - feat.detach()
                     gap = gap if valid is None else torch.where(valid[:, None], gap, 0.0)
                     features = features + self.beta * torch.linalg.vector_norm(gap)
             return hard, soft, features
@@ -194,6 +195,13 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce_sum(outs: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropies of M networks, logits (M, N, K), summed: all their rows in one call."""
+    m = len(outs)
+    valid = valid if valid is None else valid.repeat(m)
+    return m * _ce(outs.flatten(0, 1), target.repeat(m), valid)
 
 
 def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
