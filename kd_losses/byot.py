@@ -74,18 +74,19 @@ class BYOT(nn.Module):
         with _no_autocast(outs[0]):
             (out, *outs), (feat, *feats) = [_full(x) for x in outs], [_full(x) for x in feats]
             hard = _ce(out, target, valid)
-            soft, features = torch.zeros_like(hard), torch.zeros_like(hard)
+            soft = lengths = torch.zeros_like(hard)
             if outs:
                 exits = torch.stack(outs)
                 hard = hard + (1 - self.alpha) * _ce_sum(exits, target, valid)
                 q, log_p = F.softmax(out.detach() / self.T, dim=1), F.log_softmax(exits / self.T, dim=2)
                 soft = -self.alpha * _per_sample(q * log_p, valid, 1)
+            goal = feat.detach()
             for i, (shallow, adapt) in enumerate(zip(feats, self.adapt), 1):
                 if i not in self.skip:
-                    gap = _run(adapt, shallow) - feat.detach()
+                    gap = _run(adapt, shallow) - goal
                     gap = gap if valid is None else torch.where(valid[:, None], gap, 0.0)
-                    features = features + self.beta * torch.linalg.vector_norm(gap)
-            return hard, soft, features
+                    lengths = lengths + torch.linalg.vector_norm(gap)
+            return hard, soft, self.beta * lengths
 
     def _check(self, outs: list[Tensor], feats: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         if len(outs) != len(self.feat_dims) or len(feats) != len(outs):

@@ -87,6 +87,7 @@ class OKDDip(nn.Module):
         with _no_autocast(out_leader):
             logits = torch.stack([_full(z, outs[0]) for z in (*outs, out_leader)])
             hard = _ce_sum(logits, target, valid)
+            logits = logits / self.T
             peers = logits[:-1]
             goals = torch.cat([self.targets(peers, feats).permute(2, 0, 1), peers.mean(dim=0, keepdim=True)])
             kl = self._kl(logits, goals.detach() if self.detach else goals, valid)
@@ -103,9 +104,9 @@ class OKDDip(nn.Module):
         return (self.attention(feats).to(outs.dtype) @ outs.transpose(0, 1)).mT
 
     def _kl(self, outs: Tensor, goals: Tensor, valid: Tensor | None) -> Tensor:
-        """Of each network: (M, N, K) -> (M,)."""
-        p = (goals / self.T).softmax(dim=2) + 1e-7
-        kl = (p * (p.log() - F.log_softmax(outs / self.T, dim=2))).sum(dim=2)
+        """Of each network, both sides over T already: (M, N, K) -> (M,)."""
+        p = goals.softmax(dim=2) + 1e-7
+        kl = (p * (p.log() - F.log_softmax(outs, dim=2))).sum(dim=2)
         return _mean(kl.T, valid) * self.T**2
 
 

@@ -63,7 +63,9 @@ class Sobolev(nn.Module):
             jac_t = _gradient(out_t, img, target, valid)
         jac_s = _gradient(out_s, img, target, valid, create_graph=True)
         j_s, j_t = (_unit(_full(j, out_s).flatten(1)) for j in (jac_s, jac_t.detach()))
-        return _mean(F.mse_loss(j_s, j_t, reduction='none').mean(dim=1), valid)
+        if valid is None:
+            return F.mse_loss(j_s, j_t)
+        return _mean((j_s - j_t).square().mean(dim=1), valid)
 
 
 def input_gradient(out: Tensor, img: Tensor, target: Tensor, create_graph: bool = False) -> Tensor:
