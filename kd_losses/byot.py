@@ -74,12 +74,11 @@ class BYOT(nn.Module):
         with _no_autocast(outs[0]):
             (out, *outs), (feat, *feats) = [_full(x) for x in outs], [_full(x) for x in feats]
             hard = _ce(out, target, valid)
-            soft = lengths = torch.zeros_like(hard)
-            if outs:
-                exits = torch.stack(outs)
-                hard = hard + (1 - self.alpha) * _ce_sum(exits, target, valid)
-                q, log_p = F.softmax(out.detach() / self.T, dim=1), F.log_softmax(exits / self.T, dim=2)
-                soft = -self.alpha * _per_sample(q * log_p, valid, 1)
+            lengths = torch.zeros_like(hard)
+            hard = hard + (1 - self.alpha) * sum(_ce(z, target, valid) for z in outs)
+            q = F.softmax(out.detach() / self.T, dim=1)  # one for all exits: their logarithms are summed
+            log_p = sum(F.log_softmax(z / self.T, dim=1) for z in outs)
+            soft = -self.alpha * _per_sample(q * log_p, valid)
             goal = feat.detach()
             for i, (shallow, adapt) in enumerate(zip(feats, self.adapt), 1):
                 if i not in self.skip:
@@ -196,13 +195,6 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
-
-
-def _ce_sum(outs: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-    """Cross-entropies of M networks, logits (M, N, K), summed: all their rows in one call."""
-    m = len(outs)
-    valid = valid if valid is None else valid.repeat(m)
-    return m * _ce(outs.flatten(0, 1), target.repeat(m), valid)
 
 
 def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
