@@ -31,7 +31,9 @@ from dataset import annotated
 from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
-from engine.dense_build import clipped, make_run, make_world, rows_for, share_of_rate, taught
+from engine.dense_build import make_run, rows_for, share_of_rate, taught
+from engine.dense_tasks import SHOWN, World
+from engine.dense_world import make_world
 from engine.device import refuse_fp16, setup
 from engine.errors import UserError
 from engine.flags import (
@@ -236,7 +238,7 @@ def train_student(run: parts.Run, seen: parts.Look, args) -> None:
     run.opt.zero_grad(set_to_none=True)
     loss.backward()
     averaged(run.parameters)
-    clipped(run.parameters, task.clip)
+    task.clipped(run.parameters)
     set_learning_rate(run.opt, args.lr * share_of_rate(args, seen.step))
     run.opt.step()
     run.meter.add(None, seen.parts['labelled'][0], **terms)
@@ -248,9 +250,9 @@ def how_to_build(args, world) -> str:
     return f'models.dense.build({words}) is the network, models.load_weights(net, path) fills it'
 
 
-def keep_panels(world: parts.World, runs: list, path: Path) -> None:
+def keep_panels(world: World, runs: list, path: Path) -> None:
     """What teacher and students find in some test pictures, for `python -m report dense`."""
-    chosen = [i % len(world.test) for i in parts.SHOWN]
+    chosen = [i % len(world.test) for i in SHOWN]
     pictures = [world.test[i] for i in chosen]
     arrays = {'image': np.stack([(image.numpy() * 255).round().astype(np.uint8) for image, _ in pictures]),
               'truth': np.stack([world.task.truth(target) for _, target in pictures])}  # fmt: skip

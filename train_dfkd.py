@@ -25,7 +25,8 @@ from torchvision.utils import make_grid, save_image
 import models
 from engine import errors, listing, session
 from engine.device import autocast, setup
-from engine.dfkd_build import WEIGHTS, Run, build_run, read_methods, read_teacher, setting_of
+from engine.dfkd_build import Run, build_run, read_teacher, setting_of
+from engine.dfkd_flags import WEIGHTS, read_methods
 from engine.errors import UserError, user_errors
 from engine.evaluate import classes, counted, figures
 from engine.flags import (

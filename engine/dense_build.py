@@ -1,32 +1,21 @@
-"""From the flags of train_dense.py to its teacher and students."""
+"""From the flags of train_dense.py to its students."""
 
-import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import models
-from dataset import annotated
 from engine import dense as parts
-from engine import session
-from engine.device import autocast
-from engine.errors import NonFinite, UserError, user_errors
-from engine.flags import read_augment
-from engine.meter import Meter, all_finite
-from engine.optimise import one_cycle, set_learning_rate
-from engine.processes import averaged, gathered, processes, rank, same_weights
+from engine.errors import UserError, user_errors
+from engine.meter import Meter
+from engine.optimise import one_cycle
+from engine.processes import averaged, processes, same_weights
 from engine.recipe import resume_point
-from engine.record import fingerprint, save_checkpoint
-from models.changed import read_state
+from engine.record import fingerprint
 from models.dense import Detected, build
 
 MASKS_LR = 1e-3  # of what a loss learns before the training, by Adam
-T_LR = 2e-3  # of a teacher that is trained here
-# what wrappers leave before the names of weights, one after another
-WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|model|net|student)\.)+')
 
 
 def rows_for(rows: dict, task: str, s_name: str) -> dict:
@@ -53,144 +42,6 @@ def optimiser(args, parameters) -> torch.optim.Optimizer:
     if args.optim == 'sgd':
         return torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=1e-4)
     return torch.optim.AdamW(parameters, args.lr, weight_decay=0.01)
-
-
-# -------------------------------------------------------------------------------------------- what all share
-
-
-def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[parts.World, nn.Module]:
-    """Pictures and teacher, and the weights that every student starts from."""
-    with user_errors():
-        whole, more, test = annotated.load(args.task, args.data_name, args.img_root, args.size)
-    rooms = more is not None
-    n = args.labelled or ((50 if args.task == 'segmentation' else 100) if rooms else len(whole))
-    n = min(n, len(whole))
-    labelled = torch.utils.data.Subset(whole, range(n))
-    rest = more if rooms else torch.utils.data.Subset(whole, range(n, len(whole)))
-    free = len(rest) if rooms and args.unlabelled is None else min(args.unlabelled or 0, len(rest))
-    unlabelled = torch.utils.data.Subset(rest, range(free)) if free else None
-    crop = args.size if not rooms and args.task == 'segmentation' else None
-    if min(n, free or n) < processes():
-        raise UserError(f'--labelled, --unlabelled: {n} and {free} pictures for {processes()} processes')
-    view, numbers = read_augment(args, args.size)
-    shard = rank(), processes()
-    steps = annotated.Steps(labelled, unlabelled, args.batch_size, args.seed, crop, view, shard)
-    K = len(whole.class_names)
-    with user_errors():
-        torch.manual_seed(args.seed)
-        start = build(args.task, args.s_name, K, args.size, frozen=bool(args.s_init))
-        net_t = (
-            build(args.task, args.t_name, K, args.size, frozen=frozen_in(args.t_model))
-            if needs_teacher
-            else None
-        )
-    if args.s_init:
-        log(f'--s_init: {started(start, args.s_init)}')
-    start.to(device, memory_format=torch.channels_last)
-    world = parts.World(test, K, device, autocast(device, args.amp), args.seed, args.steps, steps, n)
-    world.task = parts.TASKS[args.task](world, start)
-    world.class_names, world.unlabelled = whole.class_names, free
-    world.augmented = {'augment': numbers} if numbers else {}
-    if needs_teacher:
-        everything = annotated.Steps(whole, None, args.batch_size, 0)
-        world.net_t = the_teacher(args, world, net_t, everything if rooms else None, root, log)
-    log(f'{args.data_name}: {n} labelled and {free} other pictures to learn from, {len(test)} for the test')
-    return world, start
-
-
-def frozen_in(path: str | None) -> bool:
-    """Whether the batch norms of these weights were frozen: they count no batches."""
-    if not path:
-        return False
-    with user_errors():
-        state = read_state(path)
-    return not any(name.endswith('num_batches_tracked') for name in state)
-
-
-def started(net: nn.Module, path: str) -> str:
-    """Weights of the whole network, or of its backbone alone, as torchvision offers them for ImageNet."""
-    with user_errors():
-        state = read_state(path)
-    own = net.state_dict()
-    fits = {}
-    for name, value in state.items():
-        forms = name, WRAPPERS.sub('', name)
-        places = [part + form for form in forms for part in ('', 'backbone.', 'backbone.body.')]
-        places += [part + form.removeprefix('features.') for form in forms
-                   for part in ('backbone.', 'backbone.body.')]  # fmt: skip
-        place = next((p for p in places if p in own and own[p].shape == getattr(value, 'shape', None)), None)
-        if place:
-            fits[place] = value
-    if len(fits) < len(own) / 4:
-        raise UserError(f'--s_init {path}: {len(fits)} of {len(own)} tensors of the student are in it')
-    net.load_state_dict(own | fits)
-    return f'{len(fits)} of {len(own)} tensors from {path}'
-
-
-def the_teacher(args, world, net, steps, root: Path, log) -> nn.Module:
-    """From --t_model, or trained here once, on all rooms, and kept."""
-    if args.t_model:
-        path = Path(args.t_model)
-    else:
-        name = f'dense_teacher_{args.task}_{args.data_name}_{args.size}_{args.t_name}_{args.t_steps}.pt'
-        path = root / name.replace(':', '')
-        if steps is None:
-            raise UserError(
-                f'--t_model: needed with {args.data_name}; train one: --kd_mode alone --s_name {args.t_name}'
-            )
-        if not path.exists():
-            torch.manual_seed(0)  # every process trains it, alike and alone: waiting has a time limit
-            net.load_state_dict(build(args.task, args.t_name, world.num_classes, args.size).state_dict())
-            learn_from_labels(args, world, net, steps, log)
-            if not all_finite(net):
-                raise NonFinite('the teacher: a weight is not finite after its training')
-            save_checkpoint(path, models.named_weights(net, world.class_names))
-        gathered(None)  # from here on it is there
-    with user_errors():
-        models.load_weights(net, path, class_names=world.class_names)
-    net.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    if args.task == 'detection':
-        same = ('image_mean', 'image_std', 'min_size', 'max_size', 'size_divisible')
-        for key in same:
-            ours, its = getattr(world.task.transform, key), getattr(net.transform, key)
-            if ours != its:
-                raise UserError(
-                    f'--t_name, --s_name: pictures are prepared differently, {key} {its} and {ours}'
-                )
-    figures = world.task.measure(net)
-    if not all(math.isfinite(p.sum()) for p in net.state_dict().values() if p.is_floating_point()):
-        raise UserError(f'{path}: a weight is not finite')
-    world.facts = {'name': args.t_name, **figures}
-    log(f'teacher {args.t_name}: {path.name}, ' + ', '.join(f'{k} {v:.2f}' for k, v in figures.items()))
-    return net
-
-
-def learn_from_labels(args, world, net, steps, log) -> None:
-    """A teacher of rooms: AdamW and one cycle, no checkpoint on the way."""
-    net.to(world.device, memory_format=torch.channels_last).train()
-    opt = torch.optim.AdamW(net.parameters(), T_LR, weight_decay=0.01)
-    bar = session.progress_bar(args.t_steps, 0, log)
-    for step in range(args.t_steps):
-        seen = parts.Look(world, step, steps[step])
-        given = seen.given('labelled')
-        loss = world.task.loss(world.task.look(net, given), given)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        clipped(net.parameters(), world.task.clip)
-        set_learning_rate(opt, T_LR * one_cycle((step + 0.5) / args.t_steps))
-        opt.step()
-        bar.update()
-        if step % 50 == 0 and not bar.disable:
-            bar.set_postfix_str(f'teacher, loss {loss.item():.3f}')
-    bar.close()
-
-
-def clipped(parameters, norm: float | None) -> None:
-    if norm:
-        nn.utils.clip_grad_norm_(parameters, norm)
-
-
-# ------------------------------------------------------------------------------------------------- a student
 
 
 def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: str, chosen: dict) -> parts.Run:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +10,17 @@ from torch import Tensor, nn
 import models
 from dataset import Resident, pictures
 from engine.device import precision
+from engine.dfkd_flags import Wanted
 from engine.dfkd_kinds import SOURCES
 from engine.dfkd_source import Setting, Source
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
-from engine.method_flags import key_values, refuse_many_processes, refuse_repeated, refuse_unknown
 from engine.optimise import set_learning_rate, sgd
 from engine.recipe import resume_point
 from engine.record import Record, fingerprint, fingerprint_of
 from engine.teachers import load_teachers
-from methods.dfkd import DFKD, Method, Recipe
+from methods.dfkd import Method, Recipe
 from models.checkpoint import read_checkpoint
-
-
-@dataclass
-class Wanted:
-    """A row with what the flags make of it."""
-
-    row: Method
-    recipe: Recipe
-    weights: dict[str, float]
-    options: dict
 
 
 @dataclass
@@ -91,80 +81,6 @@ class Run:
             p.grad is not None for p in self.net_t.parameters()
         ):
             raise RuntimeError(f'{self.name} has changed its teacher: this is a bug of the method')
-
-
-WEIGHTS = sorted({name for row in DFKD.values() for name in row.weights})
-
-
-def read_methods(args) -> dict[str, Wanted]:
-    """{word of --kd_mode: its row with the recipe, weights and options that the flags ask for}"""
-    names = args.kd_mode
-    refuse_unknown('--kd_mode', names, DFKD)
-    refuse_many_processes(names, DFKD)
-    refuse_repeated('--kd_mode', names)
-    if args.amp == 'fp16':
-        raise UserError('--amp fp16: distances to running statistics overflow; use bf16')
-    if len(args.t_name) != 1 or len(args.t_model) > 1 or not (args.t_model or args.dry_run):
-        raise UserError('--t_name and --t_model are needed: one teacher and its checkpoint')
-    weights = {name: getattr(args, name) for name in WEIGHTS if getattr(args, name) is not None}
-    for key in weights:
-        if not any(key in DFKD[name].weights for name in names):
-            having = ', '.join(name for name, row in DFKD.items() if key in row.weights)
-            raise UserError(f'--{key}: is a weight of {having}, not of {" ".join(names)}')
-    options = given_options(args)
-    given, made = {'ood': args.ood_name, 'pool': args.pool_init}, {}
-    for name in names:
-        row = DFKD[name]
-        for need, flag in (('ood', '--ood_name'), ('pool', '--pool_init')):
-            if getattr(row.needs, need) and not given[need]:
-                raise UserError(f'{flag}: {name} needs it')
-        own = {key: value for key, value in weights.items() if key in row.weights}
-        made[name] = Wanted(row, recipe_of(args, name), row.weights | own, row.options | options[name])
-    return made
-
-
-def recipe_of(args, name: str) -> Recipe:
-    """The preset, with what flags say otherwise."""
-    given = {f.name: getattr(args, f.name, None) for f in fields(Recipe)}
-    given = {key: value for key, value in given.items() if value is not None}
-    recipe = replace(DFKD[name].recipe, **given)
-    if args.dry_run:
-        few, warmup = min(recipe.kd_steps, 3), min(recipe.warmup, 1)
-        recipe = replace(
-            recipe, kd_steps=few, ep_steps=3 * few, g_steps=min(recipe.g_steps, 3), batch_size=32,
-            synth_batch_size=32, warmup=warmup, epochs=warmup + 1,
-        )  # fmt: skip
-    if not recipe.synth_batch_size:
-        recipe = replace(recipe, synth_batch_size=recipe.batch_size)
-    if recipe.warmup >= recipe.epochs:
-        raise UserError(f'--epochs {recipe.epochs}: {name} has {recipe.warmup} of warm-up, --warmup, before')
-    if recipe.ep_steps and recipe.ep_steps < recipe.kd_steps:
-        raise UserError(f'--ep_steps {recipe.ep_steps}: {name} has {recipe.kd_steps} --kd_steps a round')
-    return recipe
-
-
-def given_options(args) -> dict[str, dict]:
-    """{method: what --kd_args says}"""
-    options = {name: {} for name in args.kd_mode}
-    for key, value in key_values(args.kd_args, '--kd_args').items():
-        name, _, key = key.rpartition('.')
-        if not name and len(args.kd_mode) > 1:
-            raise UserError(f'--kd_args {key}: with several methods say METHOD.{key}=VALUE')
-        name = name or args.kd_mode[0]
-        if name not in options:
-            raise UserError(f'--kd_args: {name!r} is not among --kd_mode {" ".join(args.kd_mode)}')
-        known = DFKD[name].options
-        if key not in known:
-            raise UserError(f'--kd_args: {name} has no {key!r}; it has {", ".join(known) or "none"}')
-        kind = type(known[key])
-        if not isinstance(value, (int, float) if kind is float else kind) or (
-            isinstance(value, bool) and kind is not bool
-        ):
-            raise UserError(
-                f'--kd_args: {key}={value!r} of {name} has the wrong type, its default is {known[key]!r}'
-            )
-        options[name][key] = value
-    return options
 
 
 def read_teacher(args, test, amp, log) -> tuple[list[nn.Module], dict]:

@@ -1,11 +1,15 @@
-"""Shared by all tests: one thread, and training scripts called inside the test process."""
+"""Shared by all tests: one thread, and training scripts called inside the test process, or in two others."""
 
 import contextlib
 import ctypes
 import gc
 import importlib
+import json
+import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +77,44 @@ def script(monkeypatch, capsys, img_root, tmp_path):
         return SimpleNamespace(code=code, out=out, err=err)
 
     return call
+
+
+def torchrun(*words) -> list[str]:
+    return [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', *words]
+
+
+@pytest.fixture(scope='session')
+def two(tmp_path_factory):
+    """two('train_kd.py', '--kd_mode', ...) -> code (the larger), out, err (of both) of two processes.
+
+    They are started once and stay, see tests/two_processes.py.
+    """
+    folder, asked = tmp_path_factory.mktemp('two'), []
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    command = torchrun('-m', 'tests.two_processes', str(folder))
+    with open(folder / 'log', 'w') as log:
+        both = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+    def ask(*words, timeout=300):
+        n, until = len(asked), time.time() + timeout
+        asked.append(words)
+        wanted = json.dumps([str(words[0]), [str(word) for word in words[1:]]] if words else [])
+        (folder / 'next').write_text(wanted)
+        (folder / 'next').rename(folder / f'{n}.json')
+        said = [folder / f'{n}-{rank}.json' for rank in range(2)]
+        while words and not all(file.exists() for file in said):
+            assert both.poll() is None and time.time() < until, (folder / 'log').read_text()[-3000:]
+            time.sleep(0.02)
+        if words:
+            codes, outs, errs = zip(*(json.loads(file.read_text()) for file in said))
+            return SimpleNamespace(code=max(codes), out=''.join(outs), err=''.join(errs))
+
+    yield ask
+    if both.poll() is None:
+        ask()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            both.wait(30)
+    both.kill()
 
 
 TINY = ('--data_name', 'shapes:96', '--batch_size', '32', '--epochs', '2')

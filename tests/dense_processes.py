@@ -1,25 +1,28 @@
 """What test_ddp.py has two processes do with train_dense.py, one after the other: starting takes longest.
 
-    torchrun --nproc_per_node=2 -m tests.dense_processes FOLDER FLAGS...      FLAGS: of train_dense.py
+    two('tests/dense_processes.py', FOLDER, FLAGS...)      FLAGS: of train_dense.py
 
 FOLDER/said.pt has what each process ended with.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
 
+import pytest
 import torch
 from torch import nn
 
 import train_dense
 from engine import dense as parts
 from engine import errors
+from engine.dense_tasks import Detection, Segmentation
 from engine.processes import averaged, gathered, rank
 
 
-def keep_statistics(patch=setattr) -> None:
+def keep_statistics(patch) -> None:
     """Batch norms of students with a teacher stay as they are: with their process's pictures they differ."""
     train = parts.Run.train
 
@@ -32,7 +35,7 @@ def keep_statistics(patch=setattr) -> None:
     patch(parts.Run, 'train', still)
 
 
-def find_some(patch=setattr) -> None:
+def find_some(patch) -> None:
     """Detectors that know two of the test pictures: what untrained ones find has precision 0 in any share."""
 
     def found(task, net, images):
@@ -45,12 +48,12 @@ def find_some(patch=setattr) -> None:
             made.append({'boxes': boxes, 'labels': labels, 'scores': torch.linspace(0.9, 0.1, len(labels))})
         return made
 
-    patch(parts.Detection, 'found', found)
+    patch(Detection, 'found', found)
 
 
-def main():
+def main(patch):
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
-    runs, make, step, loss = [], train_dense.make_run, train_dense.train_student, parts.Segmentation.loss
+    runs, make, step, loss = [], train_dense.make_run, train_dense.train_student, Segmentation.loss
 
     def call(*words):
         runs.clear()
@@ -66,8 +69,8 @@ def main():
             raise MemoryError
         step(student, seen, args)
 
-    keep_statistics()
-    train_dense.make_run = made
+    keep_statistics(patch)
+    patch(train_dense, 'make_run', made)
     modes = (
         '--s_name',
         'lraspp:resnet10',
@@ -88,18 +91,18 @@ def main():
             states |= {f'{run.name} {term.name} {key}': v for key, v in term.kd.state_dict().items()}
     said = {'states': gathered(states)}
 
-    train_dense.train_student = killed
+    patch(train_dense, 'train_student', killed)
     try:
         call(*modes, '--note', 'half')
     except MemoryError:
-        train_dense.train_student = step
+        patch(train_dense, 'train_student', step)
     call(*modes, '--note', 'half', '--resume', 'auto')
 
-    find_some()
+    find_some(patch)
     boxes = ('--task', 'detection', '--s_name', 'fasterrcnn:resnet10', '--kd_mode', 'pkd', 'maskd')
     call(*boxes, '--steps', '1', '--note', 'boxes')
 
-    parts.Segmentation.loss = lambda *args: loss(*args) * (float('nan') if rank() else 1)
+    patch(Segmentation, 'loss', lambda *args: loss(*args) * (float('nan') if rank() else 1))
     try:
         call('--kd_mode', 'alone', '--steps', '1', '--note', 'nan')
     except errors.NonFinite as error:
@@ -114,4 +117,5 @@ def main():
 
 
 if __name__ == '__main__':
-    errors.run(main)
+    with pytest.MonkeyPatch.context() as monkey:
+        errors.run(partial(main, monkey.setattr))

@@ -25,6 +25,7 @@ import train_lm
 from methods import KA as KA_METHODS
 from methods import KD, METHODS
 from models.checkpoint import compare_classes
+from tests import fresh
 from tests.conftest import ROOT, TINY
 from tests.test_data import write_folder
 
@@ -667,9 +668,7 @@ def test_mistakes_with_tools(script, tmp_path, monkeypatch, words, said):
 
 
 def test_mistakes_with_the_download():
-    done = subprocess.run(
-        [sys.executable, '-m', 'dataset.download', 'nonsense'], capture_output=True, text=True, cwd=ROOT
-    )
+    done = fresh.run('-m', 'dataset.download', 'nonsense')
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'nonsense' in done.stderr
 
 
@@ -924,9 +923,7 @@ def test_an_overview_of_what_quick_trained(tmp_path):
     for name in ('cifar10-resnet20-resnet8-12epochs', 'ka-cifar10-two', 'dfkd-patterns'):
         for path in (ROOT / 'results' / name).glob('*.json'):
             shutil.copy(path, tmp_path / f'{name}-{path.name}')
-    done = subprocess.run(
-        [sys.executable, '-m', 'report', 'overview', str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = fresh.run('-m', 'report', 'overview', tmp_path)
     assert done.returncode == 0, done.stderr
     alone = json.loads((tmp_path / 'cifar10-resnet20-resnet8-12epochs-baseline-resnet8-s2.json').read_text())
     taught = json.loads((tmp_path / 'cifar10-resnet20-resnet8-12epochs-st-s2.json').read_text())
@@ -943,8 +940,5 @@ def test_an_overview_of_what_quick_trained(tmp_path):
     assert lines['these teachers together'][2].endswith('% of the last row')
     assert lines['resnet8 with fastdfkd'][0].startswith('no image')
     assert (tmp_path / 'overview.png').stat().st_size > 10_000 and (tmp_path / 'overview.md').exists()
-    done = subprocess.run(
-        [sys.executable, '-m', 'report', 'overview', str(tmp_path / 'nothing')],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = fresh.run('-m', 'report', 'overview', tmp_path / 'nothing')
     assert done.returncode == 2 and done.stderr.count('\n') == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -9,25 +10,19 @@ import pytest
 import torch
 
 import dataset
+import models
 import models.dense
 from dataset import annotated
-from engine import dense as parts
+from engine.dense_tasks import TASKS, World
 from engine.device import autocast
-from tests.conftest import ROOT, TINY
+from engine.evaluate import evaluate
+from methods import METHODS
+from tests.conftest import ROOT, TINY, torchrun
 from tests.dense_processes import find_some, keep_statistics
 from tests.test_dense import results
 from tests.test_train import rows, same, weights
 
 PAIR = ('--t_name', 'resnet8', '--s_name', 'resnet8')
-
-
-def torchrun(*words, processes=2, program=None, restarts=0, timeout=300):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    start = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--standalone']
-    start += [f'--max-restarts={restarts}'] if restarts else []
-    start += [str(program)] if program else []
-    command = [*start, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 GRADIENTS = """
@@ -96,17 +91,21 @@ if many > 1:  # a process that ends in the middle of it may crash
 """
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    """2 x 6 samples with global relations = 1 x 12, for every relational loss and a plain one."""
-    from methods import METHODS
+def gradients(program: str, names: str, two, folder, monkeypatch) -> list[dict]:
+    """{method: gradients} of one process and of two."""
+    file = folder / 'gradients.py'
+    file.write_text(program)
+    monkeypatch.setattr(sys, 'argv', [str(file), names, str(folder / '1.pt')])
+    runpy.run_path(str(file), run_name='__main__')
+    done = two(file, names, folder / '2.pt')
+    assert done.code == 0, done.err
+    return [torch.load(folder / f'{many}.pt', weights_only=True) for many in (1, 2)]
 
+
+def test_two_processes_give_the_gradient_of_one(two, tmp_path, monkeypatch):
+    """2 x 6 samples with global relations = 1 x 12, for every relational loss and a plain one."""
     names = ','.join(['st', *(name for name, m in METHODS.items() if m.needs.relations)])
-    program = tmp_path / 'gradients.py'
-    program.write_text(GRADIENTS)
-    for many in (1, 2):
-        done = torchrun(names, tmp_path / f'{many}.pt', processes=many, program=program)
-        assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / f'{many}.pt', weights_only=True) for many in (1, 2))
+    one, two = gradients(GRADIENTS, names, two, tmp_path, monkeypatch)
     for name in one:
         assert len(one[name]) == len(two[name]) > 4
         scale = max(float(g.abs().max()) for g in one[name])
@@ -114,15 +113,10 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * scale), name
 
 
-def test_relations_of_one_process_are_not_those_of_all(tmp_path):
+def test_relations_of_one_process_are_not_those_of_all(two, tmp_path, monkeypatch):
     """The test above can fail: without gathering, a relational loss has another gradient."""
-    program = tmp_path / 'gradients.py'
-    program.write_text(
-        GRADIENTS.replace('engine.processes.gather_batches(self.net(img), t, b)', '(self.net(img), t, b)')
-    )
-    for many in (1, 2):
-        assert torchrun('rkd,st', tmp_path / f'{many}.pt', processes=many, program=program).returncode == 0
-    one, two = (torch.load(tmp_path / f'{many}.pt', weights_only=True) for many in (1, 2))
+    apart = GRADIENTS.replace('engine.processes.gather_batches(self.net(img), t, b)', '(self.net(img), t, b)')
+    one, two = gradients(apart, 'rkd,st', two, tmp_path, monkeypatch)
     torch.testing.assert_close(one['st'][0], two['st'][0])
     assert (one['rkd'][0] - two['rkd'][0]).norm() > 0.1 * one['rkd'][0].norm()
 
@@ -132,44 +126,41 @@ def root(img_root, tmp_path):
     return ('--img_root', img_root, '--save_root', tmp_path, '--threads', 1)
 
 
-def test_training_on_two_processes(script, teacher, root, tmp_path):
+def test_training_on_two_processes(two, teacher, root, tmp_path):
     """Every script runs; the first process writes; accuracies are those of the weights in one process."""
     words = ('--batch_size', 16, '--data_name', 'shapes:96', '--epochs', 2)
     model = ('--t_model', teacher)
     kinds = ('st', 'vid', 'rkd', 'ab', 'simkd', 'sla')
     flags = (*PAIR, *model, *words, *root, '--note', 'two', '--global_relations')
-    done = torchrun('train_kd.py', '--kd_mode', *kinds, *flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('teacher resnet8: top-1') == 1 and '2 processes x 16 images' in done.stdout
+    done = two('train_kd.py', '--kd_mode', *kinds, *flags)
+    assert done.code == 0, done.err
+    assert done.out.count('teacher resnet8: top-1') == 1 and '2 processes x 16 images' in done.out
     for token in kinds:
         result = json.loads((tmp_path / 'two' / token / 'results.json').read_text())
         assert result['processes'] == 2 and result['global_relations'] is True
-    import engine.device
-    import engine.evaluate
-    from models import build, load_weights
-
-    net = build('resnet8', 10)
-    load_weights(net, tmp_path / 'two' / 'st' / 'student.pt')
+    net = models.build('resnet8', 10)
+    models.load_weights(net, tmp_path / 'two' / 'st' / 'student.pt')
     test = dataset.load('shapes:96', tmp_path)[1]
-    alone = engine.evaluate.evaluate(net, test, engine.device.autocast(torch.device('cpu'), 'off'))
+    alone = evaluate(net, test, autocast(torch.device('cpu'), 'off'))
     assert alone['top1'] == pytest.approx(float(rows(tmp_path / 'two' / 'st')[-1]['test_top1']), abs=1e-3)
-    done = torchrun('train_base.py', '--net_name', 'resnet8', *words, *root, '--note', 'base')
-    assert done.returncode == 0, done.stderr
-    done = torchrun('train_dml.py', '--kd_mode', 'dml', '--net_names', 'resnet8', 'resnet8', *words, *root,
-                    '--note', 'dml')  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = two('train_base.py', '--net_name', 'resnet8', *words, *root, '--note', 'base')
+    assert done.code == 0, done.err
+    nets = ('--net_names', 'resnet8', 'resnet8')
+    done = two('train_dml.py', '--kd_mode', 'dml', *nets, *words, *root, '--note', 'dml')
+    assert done.code == 0, done.err
 
 
-def test_memory_banks_refuse(teacher, root):
-    done = torchrun('train_kd.py', '--kd_mode', 'crd', *PAIR, '--t_model', teacher, *TINY, *root)
-    assert done.returncode != 0 and 'crd runs in one process only' in done.stderr
+def test_memory_banks_refuse(two, teacher, root):
+    done = two('train_kd.py', '--kd_mode', 'crd', *PAIR, '--t_model', teacher, *TINY, *root)
+    assert done.code == 2 and 'crd runs in one process only' in done.err
 
 
-def test_a_killed_process_is_restarted(teacher, root, tmp_path):
+def test_a_killed_process_is_restarted(two, teacher, root, tmp_path):
     """A process dies in the third epoch, all begin again at the last checkpoint."""
     words = ('--kd_mode', 'st', 'vid', *PAIR, '--t_model', teacher, '--data_name', 'shapes:96')
     words += ('--batch_size', 16, '--epochs', 4, *root, '--resume', 'auto')
-    assert torchrun('train_kd.py', *words, '--note', 'whole').returncode == 0
+    done = two('train_kd.py', *words, '--note', 'whole')
+    assert done.code == 0, done.err
     program = tmp_path / 'dies.py'
     program.write_text(
         'import os, signal, sys\n'
@@ -189,7 +180,11 @@ def test_a_killed_process_is_restarted(teacher, root, tmp_path):
         'finally:\n'
         '    assert not engine.processes.dist.is_initialized()\n'
     )
-    done = torchrun(*words, '--note', 'cut', program=program, restarts=2)
+    command = torchrun('--max-restarts=2', program, *words, '--note', 'cut')
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'died').exists() and '2 of 4 epochs done' in done.stdout
     for token in ('st', 'vid'):
@@ -198,17 +193,17 @@ def test_a_killed_process_is_restarted(teacher, root, tmp_path):
         assert rows(tmp_path / 'whole' / token) == rows(tmp_path / 'cut' / token)
 
 
-def test_dense_training_on_two_processes(script, img_root, tmp_path, monkeypatch):
+def test_dense_training_on_two_processes(two, script, img_root, tmp_path, monkeypatch):
     """tests/dense_processes.py: 2 x 2 pictures are 1 x 4, a kill changes nothing, figures are of all."""
     quick = ('--data_name', 'scenes:24', '--size', 32, '--labelled', 6, '--t_steps', 2, '--optim', 'sgd')
     flags = (*quick, '--lr', 0.05, '--img_root', img_root, '--threads', 1)
     student, length = ('--s_name', 'lraspp:resnet10'), ('--steps', 4, '--eval_every', 2)
-    two, one = tmp_path / 'two', tmp_path / 'one'
-    two.mkdir()
-    done = torchrun('-m', 'tests.dense_processes', two, *flags, '--batch_size', 2, '--save_root', two)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('teacher lraspp:resnet18: ') == 3 and '2 processes x 2 pictures' in done.stdout
-    said = torch.load(two / 'said.pt', weights_only=True)
+    both, one = tmp_path / 'both', tmp_path / 'one'
+    both.mkdir()
+    done = two('tests/dense_processes.py', both, *flags, '--batch_size', 2, '--save_root', both)
+    assert done.code == 0, done.err
+    assert done.out.count('teacher lraspp:resnet18: ') == 3 and '2 processes x 2 pictures' in done.out
+    said = torch.load(both / 'said.pt', weights_only=True)
     assert len(said['states']) == 2 and same(*said['states']), 'weights, statistics, masks that were learnt'
     assert [text.rpartition('(')[2] for text in said['failures']] == ['in another process)', 'nan)']
     every, some, none = said['means']
@@ -224,27 +219,27 @@ def test_dense_training_on_two_processes(script, img_root, tmp_path, monkeypatch
     for name in taught:
         mine, joint, less = (
             torch.cat([x.flatten().double() for x in weights(path / name)['net'].values()])
-            for path in (two / 'whole', one / '4', one / '2')
+            for path in (both / 'whole', one / '4', one / '2')
         )
         assert (mine - joint).norm() < 1e-4 * (less - joint).norm(), name
-        mine, joint = (results(path / name) for path in (two / 'half', one / '4'))
+        mine, joint = (results(path / name) for path in (both / 'half', one / '4'))
         assert mine['processes'] == mine['recipe']['processes'] == 2 and joint['processes'] == 1
         assert mine['recipe']['teacher'] == joint['recipe']['teacher'], 'it belongs to no number of processes'
     for name in ('alone', *taught):
-        whole, half = (weights(two / note / name) for note in ('whole', 'half'))
+        whole, half = (weights(both / note / name) for note in ('whole', 'half'))
         assert same(whole['net'], half['net']) and same(whole['kd'], half['kd']), name
     done = script('train_dense', *flags, *student, *length, '--kd_mode', 'alone', '--batch_size', 2,
-                  '--save_root', two, '--note', 'half', '--resume', 'auto')  # fmt: skip
+                  '--save_root', both, '--note', 'half', '--resume', 'auto')  # fmt: skip
     assert done.code == 2 and 'cannot resume, processes was 2, is 1' in done.err, done.err
     for task, name, net in (('segmentation', 'half/alone', 'lraspp:resnet10'),
                             ('detection', 'boxes/maskd', 'fasterrcnn:resnet10')):  # fmt: skip
         test = annotated.load(task, 'scenes:24', img_root, 32)[2]
         net = models.dense.build(task, net, len(test.class_names), 32).eval()
-        models.load_weights(net, two / name / 'student.pt')
+        models.load_weights(net, both / name / 'student.pt')
         cpu = torch.device('cpu')
-        world = parts.World(test, len(test.class_names), cpu, autocast(cpu, 'off'), 0, 1, None, 6)
-        figures = parts.TASKS[task](world, net).measure(net)
-        last = results(two / name)['last']
+        world = World(test, len(test.class_names), cpu, autocast(cpu, 'off'), 0, 1, None, 6)
+        figures = TASKS[task](world, net).measure(net)
+        last = results(both / name)['last']
         assert 0 < min(figures.values()) and figures == pytest.approx({key: last[key] for key in figures}), (
             task
         )

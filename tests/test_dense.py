@@ -17,7 +17,8 @@ from dataset import annotated, scenes
 from dataset import average_precision as ap
 from dataset.dense_views import dense_views
 from engine import dense as parts
-from engine import dense_build
+from engine import dense_build, dense_world
+from engine.dense_tasks import TASKS, World
 from engine.device import autocast
 from methods.dense import DENSE
 from models.dense import Detected, build, enlarged, normalised, segment
@@ -278,7 +279,7 @@ def test_average_precision_on_random_pictures():
 
 def batch_of(task, net, data, n=2):
     world = SimpleNamespace(device=torch.device('cpu'), amp=lambda: torch.autocast('cpu', enabled=False))
-    made = parts.TASKS[task](world, net)
+    made = TASKS[task](world, net)
     images, targets = zip(*(data[i] for i in range(n)))
     return made, made.given(list(images), list(targets)), list(images), list(targets)
 
@@ -407,8 +408,8 @@ def test_which_losses_are_means_over_pictures(img_root):
         ('detection', DETECTORS[1], DETECTORS[1]),
     ):
         net_t, net = (build(task, name, 6, 32).eval() for name in (teacher, student))
-        world = parts.World(None, 6, torch.device('cpu'), autocast(torch.device('cpu'), 'off'), 1, 1, None, 4)
-        world.task, world.net_t, data = parts.TASKS[task](world, net), net_t, rooms(task, img_root)
+        world = World(None, 6, torch.device('cpu'), autocast(torch.device('cpu'), 'off'), 1, 1, None, 4)
+        world.task, world.net_t, data = TASKS[task](world, net), net_t, rooms(task, img_root)
         for name, row in DENSE.items():
             if row.task != task or row.heads and type(net).__name__.lower() not in row.heads:
                 continue
@@ -607,7 +608,7 @@ def test_queues_of_one_process(script, monkeypatch):
     assert done.code == 2 and done.err.count('\n') == 1
     assert 'cirkd runs in one process only: its queues' in done.err
     monkeypatch.delenv('WORLD_SIZE')
-    monkeypatch.setattr(dense_build, 'processes', lambda: 7)
+    monkeypatch.setattr(dense_world, 'processes', lambda: 7)
     done = script('train_dense', *QUICK, '--kd_mode', 'alone')
     assert done.code == 2 and '6 and 24 pictures for 7 processes' in done.err
 

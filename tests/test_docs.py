@@ -16,6 +16,7 @@ from methods.dense import DENSE
 from methods.dfkd import DFKD
 from report import refresh
 from report.pages import parser_of
+from tests import fresh
 from tests.conftest import ROOT
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -66,8 +67,11 @@ def test_the_code_runs(page, block, tmp_path):
     (tmp_path / 'rkd.py').write_bytes((ROOT / 'kd_losses' / 'rkd.py').read_bytes())
     env = {'PATH': '/usr/bin:/bin', 'OMP_NUM_THREADS': '1'}
     env |= {} if 'from rkd' in block else {'PYTHONPATH': str(ROOT)}
-    words = [sys.executable, '-c', block]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
+    if 'PYTHONPATH' in env:
+        done = fresh.run('-c', block, cwd=tmp_path, env=env)
+    else:  # torch alone
+        words = [sys.executable, '-c', block]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
 
@@ -166,6 +170,5 @@ def test_what_a_list_says_of_a_method(script):
     'words,code', [('', 2), ('nonsense', 2), ('table', 2), ('--help', 0), ('ka --help', 0)]
 )
 def test_report_explains_itself_and_refuses_in_one_line(words, code):
-    line = [sys.executable, '-m', 'report', *words.split()]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    done = fresh.run('-m', 'report', *words.split())
     assert done.returncode == code and done.stderr.count('\n') == (code > 0), done.stderr

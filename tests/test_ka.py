@@ -22,7 +22,6 @@ from models import build
 from models.branching import JointNet
 from models.segmentation import SegNet
 from tests.conftest import ROOT
-from tests.test_ddp import torchrun
 from tests.test_train import rows, same, weights
 
 DATA = ('--data_name', 'shapes:96', '--batch_size', '32')
@@ -454,11 +453,11 @@ def test_optimisers_and_layers(ka, tmp_path):
     assert recipe['method'] == ['cfl', 3.0, 0.5, {'block': 'fc', 'h_channels': 8}]
 
 
-def test_two_processes(halves, img_root, tmp_path):
+def test_two_processes(two, halves, img_root, tmp_path):
     root = ('--img_root', img_root, '--save_root', tmp_path, '--threads', 1)
     words = ('--t_name', 'resnet8', '--t_model', *halves, *DATA[:2], '--batch_size', 16, '--epochs', 1, *root)
-    done = torchrun('train_ka.py', '--ka_mode', 'layerwise', 'cfl', *words, '--note', 'two')
-    assert done.returncode == 0, done.stderr
+    done = two('train_ka.py', '--ka_mode', 'layerwise', 'cfl', *words, '--note', 'two')
+    assert done.code == 0, done.err
     assert json.loads((tmp_path / 'two' / 'cfl' / 'results.json').read_text())['processes'] == 2
     rooms = (
         '--data_name',
@@ -473,10 +472,10 @@ def test_two_processes(halves, img_root, tmp_path):
         0,
         *root,
     )
-    done = torchrun('train_ka.py', '--ka_mode', 'scratch', *rooms, '--note', 'rooms')
-    assert done.returncode == 0, done.stderr
-    done = torchrun('train_ka.py', '--ka_mode', 'soka', *words, '--note', 'soka')
-    assert done.returncode != 0 and 'soka runs in one process only' in done.stderr
+    done = two('train_ka.py', '--ka_mode', 'scratch', *rooms, '--note', 'rooms')
+    assert done.code == 0, done.err
+    done = two('train_ka.py', '--ka_mode', 'soka', *words, '--note', 'soka')
+    assert done.code == 2 and 'soka runs in one process only' in done.err
 
 
 @pytest.fixture

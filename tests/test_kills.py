@@ -7,13 +7,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY
+from tests import fresh
+from tests.conftest import TINY
 from tests.test_train import rows, same
 
 KILLS = int(os.environ.get('KILLS', 1))
@@ -40,28 +40,27 @@ def command(kind, words, teacher, img_root, root, note):
     place = ['--img_root', str(img_root), '--save_root', str(root), '--threads', '1', '--note', note]
     if kind.startswith('peers'):
         nets = ['--net_names', 'resnet8', 'resnet8']
-        return [sys.executable, 'train_dml.py', '--kd_mode', *words, *nets, *data, *place]
+        return ['train_dml.py', '--kd_mode', *words, *nets, *data, *place]
     if kind == 'amalgamation':
         halves = [str(root / f'half{part}' / 'net.pt') for part in (0, 1)]
         pair = ['--t_name', 'resnet8', '--t_model', *halves]
-        return [sys.executable, 'train_ka.py', '--ka_mode', *words, *pair, *data, *place]
+        return ['train_ka.py', '--ka_mode', *words, *pair, *data, *place]
     pair = ['--t_name', 'resnet8', '--t_model', str(teacher), '--s_name', 'resnet8']
     if kind == 'data-free':
         small = '--ep_steps 4 --kd_steps 2 --g_steps 2 --synth_batch_size 16 --width 4 --warmup 1'.split()
-        return [sys.executable, 'train_dfkd.py', '--kd_mode', *words, *pair, *data, *place, *small]
-    return [sys.executable, 'train_kd.py', '--kd_mode', *words, *pair, *data, *place]
+        return ['train_dfkd.py', '--kd_mode', *words, *pair, *data, *place, *small]
+    return ['train_kd.py', '--kd_mode', *words, *pair, *data, *place]
 
 
-def run(words, seconds=None):
-    """The exit code; after so many seconds the process is killed."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def run(words, seconds=300):
+    """The exit code and what was said; after so many seconds the process is killed."""
+    process = fresh.Popen(*words, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     try:
-        out, _ = process.communicate(timeout=seconds)
+        said = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-        out, _ = process.communicate()
-    return process.returncode, out.decode()
+        said = process.communicate()
+    return process.returncode, ''.join(said)
 
 
 @pytest.mark.parametrize(

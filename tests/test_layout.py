@@ -61,12 +61,12 @@ def test_whoever_steps_in_fp16_scales_gradients():
     for path in [*ROOT.glob('train_*.py'), *(ROOT / 'tools').glob('[!_]*.py')]:
         source = path.read_text()
         if '.backward()' in source and re.search(r'add_(machine|common)_flags|--amp', source):
-            scales = ('GradScaler', 'run.scaler.', 'refuse_fp16(args)', 'ka_tools import', 'dfkd_build')
+            scales = ('GradScaler', 'run.scaler.', 'refuse_fp16(args)', 'ka_tools import', 'dfkd_flags')
             scales += ('refuse_amp(args)',)
             assert any(word in source for word in scales), f'{path.name}: --amp fp16 without a GradScaler'
         if path.parent.name == 'tools' and 'add_machine_flags(' in source:
             assert re.search(r'args\.amp|refuse_amp', source), f'{path.name} has --amp and does not read it'
-    for name in ('ka_tools', 'dfkd_build'):
+    for name in ('ka_tools', 'dfkd_flags'):
         assert re.search('refuse_fp16|--amp fp16', (ROOT / 'engine' / f'{name}.py').read_text())
 
 
@@ -122,7 +122,7 @@ def test_every_update_is_guarded():
     """What is not finite stops a training before the update: guard, sound or isfinite before backward."""
     allowed = {
         'engine/lm_networks.py:trained': 'its network is looked at before it is kept',
-        'engine/dense_build.py:learn_from_labels': 'its network is looked at before it is kept',
+        'engine/dense_world.py:learn_from_labels': 'its network is looked at before it is kept',
         'engine/dense_build.py:learn_masks': 'a dozen steps; the loss that reads the masks is guarded',
         'ka_settings/backbones.py:fit_probe': 'a probe, whose accuracy is all that is kept',
         'tools/subtask.py:attack': 'an attacker, whose accuracy is all that is kept',

@@ -11,6 +11,7 @@ from argparse import Namespace
 
 import pytest
 
+from tests import fresh
 from tests.conftest import ROOT
 
 
@@ -25,11 +26,10 @@ def reproduce(tmp_path, img_root, script):
     def call(*words, idle=False):
         places = ['--grid', tmp_path / 'grid.json', '--results', tmp_path / 'results', '--img_root', img_root,
                   '--save_root', tmp_path / 'save']  # fmt: skip
-        command = [sys.executable, ROOT / 'tools' / 'reproduce.py', *places, *words]
         if '--dry_run' in words or idle:
             done = script('tools.reproduce', *places, *words)
             return Namespace(returncode=done.code, stdout=done.out, stderr=done.err)
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+        return fresh.run(ROOT / 'tools' / 'reproduce.py', *places, *words, cwd=tmp_path)
 
     return call
 
@@ -85,11 +85,11 @@ def test_a_stopped_script_leaves_no_training_behind(tmp_path, img_root):
     (tmp_path / 'grid.json').write_text(json.dumps([table]))
     places = ['--grid', tmp_path / 'grid.json', '--results', tmp_path / 'results', '--img_root', img_root,
               '--save_root', tmp_path / 'save']  # fmt: skip
-    command = [sys.executable, ROOT / 'tools' / 'reproduce.py', *places]
-    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path)
+    process = fresh.Popen(ROOT / 'tools' / 'reproduce.py', *places, cwd=tmp_path)
     (log,) = wait_for(lambda: list((tmp_path / 'save').glob('*/metrics.csv')))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
     epochs = log.read_text()
     time.sleep(2)  # an epoch takes much less
     assert log.read_text() == epochs
@@ -255,8 +255,7 @@ def test_every_table_is_one_command(name, tmp_path):
 def test_a_dry_run_of_published_tables(tmp_path):
     """A name stands for all tables that begin with it."""
     words = ['--dry_run', '--table', '--only', 'kd-zoo-cifar10', 'mdistiller-imagenet']
-    command = [sys.executable, ROOT / 'tools' / 'reproduce.py', *words, '--results', tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = fresh.run(ROOT / 'tools' / 'reproduce.py', *words, '--results', tmp_path)
     assert done.returncode == 0, done.stderr
     lines = list(map(shlex.split, done.stdout.splitlines()))
     made = [line[4].split('/')[-1] for line in lines if line[1:4] == ['-m', 'report', 'table']]

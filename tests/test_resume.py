@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,7 +13,8 @@ import engine.optimise
 import engine.record
 import engine.session
 import models
-from tests.conftest import ROOT, TINY, Killed
+from tests import fresh
+from tests.conftest import TINY, Killed
 from tests.test_train import rows, same, weights
 
 FOUR = ('--data_name', 'shapes:96', '--batch_size', '32', '--epochs', '4')
@@ -212,40 +211,13 @@ def test_nothing_is_overwritten_unasked(train_kd, tmp_path):
 # ----------------------------------------------------------------------------------------- real signals
 
 
-def start(tmp_path, img_root, teacher, *words) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        str(ROOT / 'train_kd.py'),
-        '--kd_mode',
-        'vid',
-        'pkt+st',
-        '--t_name',
-        'resnet8',
-        '--t_model',
-        str(teacher),
-        '--s_name',
-        'resnet8',
-        '--img_root',
-        str(img_root),
-        '--save_root',
-        str(tmp_path),
-        '--threads',
-        '1',
-        '--data_name',
-        'shapes:400',
-        '--batch_size',
-        '32',
-        '--epochs',
-        '6',
-        *words,
-    ]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
+def start(tmp_path, img_root, teacher, *words) -> fresh.Popen:
+    pair = ('--t_name', 'resnet8', '--t_model', teacher, '--s_name', 'resnet8')
+    place = ('--img_root', img_root, '--save_root', tmp_path, '--threads', 1)
+    length = ('--data_name', 'shapes:400', '--batch_size', 32, '--epochs', 6)
+    words = (*pair, *place, *length, *words)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return fresh.Popen('train_kd.py', '--kd_mode', 'vid', 'pkt+st', *words, env=env)
 
 
 def wait_for_epoch(folder, process, epochs):
