@@ -72,19 +72,20 @@ class BYOT(nn.Module):
     def terms(self, outs: list[Tensor], feats: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         target, valid = self._check(outs, feats, target)
         with _no_autocast(outs[0]):
-            outs, feats = [_full(x) for x in outs], [_full(x) for x in feats]
-            hard = _ce(outs[0], target, valid)
-            soft, features = torch.zeros_like(hard), torch.zeros_like(hard)
-            q = F.softmax(outs[0].detach() / self.T, dim=1)
-            for i, (out, feat, adapt) in enumerate(zip(outs[1:], feats[1:], self.adapt), 1):
-                hard = hard + (1 - self.alpha) * _ce(out, target, valid)
-                log_p = F.log_softmax(out / self.T, dim=1)
-                soft = soft - self.alpha * _per_sample(q * log_p, valid)
+            (out, *outs), (feat, *feats) = [_full(x) for x in outs], [_full(x) for x in feats]
+            hard = _ce(out, target, valid)
+            lengths = torch.zeros_like(hard)
+            hard = hard + (1 - self.alpha) * sum(_ce(z, target, valid) for z in outs)
+            q = F.softmax(out.detach() / self.T, dim=1)  # one for all exits: their logarithms are summed
+            log_p = sum(F.log_softmax(z / self.T, dim=1) for z in outs)
+            soft = -self.alpha * _per_sample(q * log_p, valid)
+            goal = feat.detach()
+            for i, (shallow, adapt) in enumerate(zip(feats, self.adapt), 1):
                 if i not in self.skip:
-                    gap = _run(adapt, feat) - feats[0].detach()
+                    gap = _run(adapt, shallow) - goal
                     gap = gap if valid is None else torch.where(valid[:, None], gap, 0.0)
-                    features = features + self.beta * torch.linalg.vector_norm(gap)
-            return hard, soft, features
+                    lengths = lengths + torch.linalg.vector_norm(gap)
+            return hard, soft, self.beta * lengths
 
     def _check(self, outs: list[Tensor], feats: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         if len(outs) != len(self.feat_dims) or len(feats) != len(outs):

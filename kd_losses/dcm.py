@@ -65,23 +65,26 @@ class DCM(nn.Module):
             for i, z in enumerate(outs):
                 _expect('DCM', f'{name}[{i}]', z, *(('N', 'K') if z is outs_1[0] else outs_1[0].shape))
         target, valid = _labels('DCM', target, *outs_1[0].shape)
-        outs_1, outs_2 = ([_full(z, outs_1[0]) for z in outs] for outs in (outs_1, outs_2))
-        hard = sum(_ce(z, target, valid) for z in (*outs_1, *outs_2))
-        q_1, q_2 = (self._smooth(torch.stack(outs)) for outs in (outs_1, outs_2))
-        return hard, self._pairs(q_1, q_2, valid) + self._pairs(q_2, q_1, valid)
+        outs = torch.stack([_full(z, outs_1[0]) for z in (*outs_1, *outs_2)])
+        return _ce_sum(outs, target, valid), self._pairs(*self._smooth(outs), valid)
 
-    def _smooth(self, outs: Tensor) -> Tensor:
-        """(L, N, K) logits -> smoothed log-probabilities."""
+    def _smooth(self, outs: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits -> smoothed probabilities without gradient, and their logarithms."""
         if self.eps == 0:
-            return F.log_softmax(outs, dim=2)
-        return ((outs.softmax(dim=2) + self.eps) / (1 + outs.shape[2] * self.eps)).log()
+            log_q = F.log_softmax(outs, dim=2)
+            return log_q.detach().exp(), log_q
+        q = (outs.softmax(dim=2) + self.eps) / (1 + outs.shape[2] * self.eps)
+        return q.detach(), q.log()
 
-    def _pairs(self, log_a: Tensor, log_b: Tensor, valid: Tensor | None) -> Tensor:
-        """Over all (a, b), KL(a, b) summed: L sum of a log a - (sum of a) (sum of log b)."""
-        log_a = log_a.detach()
-        a = log_a.exp()
-        entropy = _per_sample(torch.where(a == 0, 0.0, a * log_a), valid, 1) * len(log_b)
-        return entropy - _per_sample(a.sum(dim=0) * log_b.sum(dim=0), valid)
+    def _pairs(self, q: Tensor, log_q: Tensor, valid: Tensor | None) -> Tensor:
+        """Over all (a, b) and (b, a), of (2 L, N, K), network 1 first.
+
+        KL(a, b) summed over L classifiers a and b is L sum of a log a - (sum of a) (sum of log b).
+        """
+        L = len(q) // 2
+        (a, b), (log_a, log_b) = (x.unflatten(0, (2, L)).sum(dim=1) for x in (q, log_q))
+        entropy = L * _per_sample(q * log_q.detach(), valid, 1)
+        return entropy - _per_sample(a * log_b + b * log_a, valid)
 
 
 class DCMStudent(nn.Module):
@@ -169,6 +172,13 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce_sum(outs: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropies of M networks, logits (M, N, K), summed: all their rows in one call."""
+    m = len(outs)
+    valid = valid if valid is None else valid.repeat(m)
+    return m * _ce(outs.flatten(0, 1), target.repeat(m), valid)
 
 
 def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:

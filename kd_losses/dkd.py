@@ -64,21 +64,21 @@ class DKD(nn.Module):
         _expect('DKD', 'out_s', out_s, 'N', 'K')
         _expect('DKD', 'out_t', out_t, *out_s.shape)
         target, valid = _labels('DKD', target, *out_s.shape)
-        is_y = _is(target, out_s.shape[1])
-        y_s, rest_s, other_s = _log_probabilities(_full(out_s) / self.T, is_y)
-        y_t, rest_t, other_t = _log_probabilities(_full(out_t.detach(), out_s) / self.T, is_y)
-        tckd = _mean(_kl(y_t, y_s) + _kl(rest_t, rest_s), valid)
-        nckd = _mean(_kl(other_t, other_s).sum(dim=1), valid)
+        sure_s, other_s = _log_probabilities(_full(out_s) / self.T, target)
+        sure_t, other_t = _log_probabilities(_full(out_t.detach(), out_s) / self.T, target)
+        tckd, nckd = (
+            _mean(_kl(log_p_t, log_p_s).sum(dim=1), valid)
+            for log_p_t, log_p_s in ((sure_t, sure_s), (other_t, other_s))
+        )
         return tckd * self.T**2, nckd * self.T**2
 
 
-def _log_probabilities(z: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p_y (N,), log(1 - p_y) (N,), and the log-softmax over the other classes (N, K), -inf at y."""
-    others = z.masked_fill(is_y, -torch.inf)
-    rest = others.logsumexp(dim=1)
-    z_y = torch.where(is_y, z, 0.0).sum(dim=1)
-    total = torch.logaddexp(z_y, rest)
-    return z_y - total, rest - total, others - rest[:, None]
+def _log_probabilities(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """log p_y and log(1 - p_y), (N, 2), and the log-softmax over the other classes, (N, K), -inf at y."""
+    y = target[:, None]
+    others = z.scatter(1, y, -torch.inf)
+    rest = others.logsumexp(dim=1, keepdim=True)
+    return torch.cat([z.gather(1, y), rest], dim=1).log_softmax(dim=1), others - rest
 
 
 def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
@@ -142,13 +142,6 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
-
-
-def _is(target: Tensor, K: int) -> Tensor:
-    """(N,) -> (N, K), True at the label."""
-    return torch.zeros(len(target), K, dtype=torch.bool, device=target.device).scatter_(
-        1, target[:, None], True
-    )
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -85,13 +85,13 @@ class OKDDip(nn.Module):
             _expect('OKDDip', f'feats[{i}]', feat, len(z), self.feat_dim)
         target, valid = _labels('OKDDip', target, *out_leader.shape)
         with _no_autocast(out_leader):
-            outs, leader = torch.stack([_full(z, outs[0]) for z in outs]), _full(out_leader, outs[0])
-            hard = sum(_ce(z, target, valid) for z in (*outs, leader))
-            goals = self.targets(outs, feats).permute(2, 0, 1)
-            mean = outs.mean(dim=0)
-            if self.detach:
-                goals, mean = goals.detach(), mean.detach()
-            return hard, self._kl(outs, goals, valid), self._kl(leader[None], mean[None], valid)
+            logits = torch.stack([_full(z, outs[0]) for z in (*outs, out_leader)])
+            hard = _ce_sum(logits, target, valid)
+            logits = logits / self.T
+            peers = logits[:-1]
+            goals = torch.cat([self.targets(peers, feats).permute(2, 0, 1), peers.mean(dim=0, keepdim=True)])
+            kl = self._kl(logits, goals.detach() if self.detach else goals, valid)
+            return hard, kl[:-1].sum(), kl[-1]
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """(N, M, M): sample, learning peer, peer it listens to."""
@@ -101,11 +101,13 @@ class OKDDip(nn.Module):
 
     def targets(self, outs: Tensor, feats: list[Tensor]) -> Tensor:
         """(N, K, M): the logits that each peer learns from."""
-        return torch.einsum('nab,bnk->nka', self.attention(feats).to(outs.dtype), outs)
+        return (self.attention(feats).to(outs.dtype) @ outs.transpose(0, 1)).mT
 
     def _kl(self, outs: Tensor, goals: Tensor, valid: Tensor | None) -> Tensor:
-        p = (goals / self.T).softmax(dim=2) + 1e-7
-        return _per_sample(p * (p.log() - F.log_softmax(outs / self.T, dim=2)), valid, 1) * self.T**2
+        """Of each network, both sides over T already: (M, N, K) -> (M,)."""
+        p = goals.softmax(dim=2) + 1e-7
+        kl = (p * (p.log() - F.log_softmax(outs, dim=2))).sum(dim=2)
+        return _mean(kl.T, valid) * self.T**2
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -159,18 +161,18 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
     return torch.where(valid, target, 0), valid
 
 
+def _ce_sum(outs: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropies of M networks, logits (M, N, K), summed: all their rows in one call."""
+    m = len(outs)
+    valid = valid if valid is None else valid.repeat(m)
+    return m * _ce(outs.flatten(0, 1), target.repeat(m), valid)
+
+
 def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
     """Cross-entropy, the mean over the rows that count."""
     if valid is None:
         return F.cross_entropy(out, target)
     return _mean(F.cross_entropy(out, target, reduction='none'), valid)
-
-
-def _per_sample(x: Tensor, valid: Tensor | None, axis: int = 0) -> Tensor:
-    """The sum over all axes but that of the samples, and the mean over the samples that count."""
-    if valid is None:
-        return x.sum() / x.shape[axis]
-    return _mean(x.movedim(axis, 0).flatten(1).sum(dim=1), valid)
 
 
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:

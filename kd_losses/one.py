@@ -78,10 +78,12 @@ class ONE(nn.Module):
             outs = torch.stack([_full(z, outs[0]) for z in outs])
             z = self.combine(outs, feat)
             self.ensemble = z.detach()
-            hard = sum(_ce(out, target, valid) for out in (*outs, z))
-            q = (z.detach() / self.T).softmax(dim=1) + 1e-7
-            log_p = F.log_softmax(outs / self.T, dim=2)
-            return hard, _per_sample(q * (q.log() - log_p), valid, 1) * self.T**2
+            hard = _ce_sum(outs, target, valid) + _ce(z, target, valid)
+            q = (z.detach() / self.T).softmax(
+                dim=1
+            ) + 1e-7  # one for all branches: their logarithms are summed
+            log_p = F.log_softmax(outs / self.T, dim=2).sum(dim=0)
+            return hard, _per_sample(q * (len(outs) * q.log() - log_p), valid) * self.T**2
 
     def combine(self, outs: Tensor, feat: Tensor) -> Tensor:
         """Branches' logits (M, N, K) and trunk features (N, feat_dim) -> the ensemble's logits (N, K)."""
@@ -94,7 +96,7 @@ class ONE(nn.Module):
                 x = F.batch_norm(x, *known, eps=n.eps)
             else:
                 x = _run(self.norm, x)
-            return torch.einsum('nm,mnk->nk', F.softmax(x.relu(), dim=1), outs)
+            return (F.softmax(x.relu(), dim=1).T[..., None] * outs).sum(dim=0)
 
 
 class Branches(nn.Module):
@@ -178,6 +180,13 @@ def _labels(who: str, target: Tensor, n: int, K: int, name: str = 'target') -> t
                 raise ValueError(f'{who}: {name} must be in 0..{K - 1}, or -100 to leave a row out, got {y}')
     valid = target != -100
     return torch.where(valid, target, 0), valid
+
+
+def _ce_sum(outs: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Cross-entropies of M networks, logits (M, N, K), summed: all their rows in one call."""
+    m = len(outs)
+    valid = valid if valid is None else valid.repeat(m)
+    return m * _ce(outs.flatten(0, 1), target.repeat(m), valid)
 
 
 def _ce(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:

@@ -54,13 +54,15 @@ class PKT(nn.Module):
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         _expect('PKT', 'feat_s', feat_s, 'N', *'D' * (feat_s.dim() - 1 or 1))  # one axis of features or more
         _expect('PKT', 'feat_t', feat_t, len(feat_s), *'D' * (feat_t.dim() - 1 or 1))
-        feat_s, feat_t = _full(feat_s).flatten(1), _full(feat_t.detach(), feat_s).flatten(1)
+        feat_s = _full(feat_s).flatten(1)
+        x = _exact(feat_s.detach())
         with _no_autocast(feat_s):
-            return _Divergence.apply(feat_s, feat_t, self.eps)[0]
+            loss, grad = _divergence(x, _full(feat_t.detach(), x).flatten(1), self.eps)
+        return _Known.apply(feat_s, loss.to(feat_s.dtype), grad.to(feat_s.dtype))
 
     def neighbours(self, feat: Tensor) -> Tensor:
         """(N, D) -> (N, N): row i is how likely i picks each sample as its neighbour."""
-        u, _, longer = _rows(feat.flatten(1), self.eps)
+        u, _, longer = _rows(_exact(feat.flatten(1)), self.eps)
         return (1 + _surplus(u, longer, self.eps)[0]) / len(feat)
 
 
@@ -77,42 +79,45 @@ def _surplus(u: Tensor, longer: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     starts from 4 (1 - c), which is small then: with v = u - mean, short = 1 - |u|^2 and h = short + |v|^2 it
     is h_i + h_j - 2 v_i.v_j, its row mean h_i + mean(h), and N p - 1 their difference / 4 mean of c.
     """
-    v, short = _exact(u - u.mean(dim=0)), eps / longer
-    h = short * (2 - short) + v.square().sum(dim=1, keepdim=True)
+    v, short = u - u.mean(dim=0), eps / longer
+    h = torch.addcmul(v.square().sum(dim=1, keepdim=True), short, 2 - short)
     mean = h.mean()
     c = (4 - mean) - h
     return torch.addmm(mean - h.T, v, v.T, alpha=2) / c, c
 
 
-class _Divergence(torch.autograd.Function):
+def _divergence(feat_s: Tensor, feat_t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The loss and its gradient. With p = (1 + q) / N, plain autograd would subtract numbers near 1."""
+    n = len(feat_s)
+    (u, norm, longer), (u_t, _, longer_t) = _rows(feat_s, eps), _rows(feat_t, eps)
+    (q_s, c), (q_t, _) = _surplus(u, longer, eps), _surplus(u_t, longer_t, eps)
+    # log(a / b) = 2 atanh((a - b) / (a + b)), exact for a near b too
+    gap, base = q_t - q_s, q_s + (1 + n * eps)
+    half_log = torch.atanh(gap / torch.add(gap, base, alpha=2))
+    loss = torch.addcmul(half_log, half_log, q_t).mean() * (2 / n)
+    # the slope for q_s, less its mean with the weights 1 + q_s (gap has mean 0 in a row), for c, for u
+    slope = (n * eps - gap) / base
+    slope = torch.add(slope, slope.mean(dim=1, keepdim=True) - 1, alpha=n * eps) / (c * (n**3 / 2))
+    grad = (slope + slope.T) @ u
+    # through u = feat / (norm + eps); a zero row has none
+    norm = norm.masked_fill(norm == 0, torch.inf)
+    return loss, grad / (norm + eps) - u * ((u * grad).sum(dim=1, keepdim=True) / norm)
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradient for x is known."""
 
     @staticmethod
-    def forward(feat_s: Tensor, feat_t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        n = len(feat_s)
-        (u, norm, longer), (u_t, _, longer_t) = _rows(feat_s, eps), _rows(feat_t, eps)
-        (q_s, c), (q_t, _) = _surplus(u, longer, eps), _surplus(u_t, longer_t, eps)
-        # log(a / b) = 2 atanh((a - b) / (a + b)), exact for a near b too
-        gap, base = q_t - q_s, q_s + (1 + n * eps)
-        half_log = torch.atanh(gap / torch.add(gap, base, alpha=2))
-        loss = torch.addcmul(half_log, half_log, q_t).mean() * (2 / n)
-        # the slope for q_s, less its mean with the weights 1 + q_s (gap has mean 0 in a row), for c, for u
-        slope = (n * eps - gap) / base
-        slope = (slope - n * eps * (1 - slope.mean(dim=1, keepdim=True))) / (c * (n**3 / 2))
-        grad = ((slope + slope.T) @ _exact(u)).to(u.dtype)
-        # through u = feat / (norm + eps)
-        dead = norm == 0
-        inward = (u * grad).sum(dim=1, keepdim=True) / norm.masked_fill(dead, 1)
-        return loss.to(u.dtype), grad * (1 / longer).masked_fill(dead, 0) - u * inward
+    def forward(x: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        return loss.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out: Tensor, _):
+    def backward(ctx, grad_out: Tensor):
         return grad_out * ctx.saved_tensors[0], None, None
 
 

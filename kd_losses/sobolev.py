@@ -28,6 +28,7 @@ Use:
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -49,23 +50,33 @@ class Sobolev(nn.Module):
     ) -> Tensor:
         _expect('Sobolev', 'out_s', out_s, 'N', 'C')
         _expect('Sobolev', 'img', img, len(out_s), *'D' * (img.dim() - 1 or 1))
-        _, valid = _labels('Sobolev', target, *out_s.shape)
-        if jac_t is None:
-            if out_t is None:
-                raise ValueError('Sobolev: out_t must be given, got None: or else jac_t')
-            _expect('Sobolev', 'out_t', out_t, len(out_s), 'C')
-            jac_t = input_gradient(out_t, img, target)
-        else:
+        classes = out_s.shape[1]
+        if jac_t is not None:
             _expect('Sobolev', 'jac_t', jac_t, *img.shape)
-        jac_s = input_gradient(out_s, img, target, create_graph=True)
+        elif out_t is None:
+            raise ValueError('Sobolev: out_t must be given, got None: or else jac_t')
+        else:
+            _expect('Sobolev', 'out_t', out_t, len(out_s), 'C')
+            classes = min(classes, out_t.shape[1])
+        target, valid = _labels('Sobolev', target, len(out_s), classes)
+        if jac_t is None:
+            jac_t = _gradient(out_t, img, target, valid)
+        jac_s = _gradient(out_s, img, target, valid, create_graph=True)
         j_s, j_t = (_unit(_full(j, out_s).flatten(1)) for j in (jac_s, jac_t.detach()))
+        if valid is None:
+            return F.mse_loss(j_s, j_t)
         return _mean((j_s - j_t).square().mean(dim=1), valid)
 
 
 def input_gradient(out: Tensor, img: Tensor, target: Tensor, create_graph: bool = False) -> Tensor:
     """d (sum over n of out[n, target_n]) / d img, of img's shape; the graph of out survives."""
+    return _gradient(out, img, *_labels('Sobolev', target, *out.shape), create_graph)
+
+
+def _gradient(
+    out: Tensor, img: Tensor, target: Tensor, valid: Tensor | None, create_graph: bool = False
+) -> Tensor:
     grad = None
-    target, valid = _labels('Sobolev', target, *out.shape)
     if img.requires_grad and out.requires_grad:
         chosen = out.gather(1, target[:, None])
         chosen = (chosen if valid is None else torch.where(valid[:, None], chosen, 0.0)).sum()
