@@ -79,9 +79,8 @@ class ONE(nn.Module):
             z = self.combine(outs, feat)
             self.ensemble = z.detach()
             hard = _ce_sum(outs, target, valid) + _ce(z, target, valid)
-            q = (z.detach() / self.T).softmax(
-                dim=1
-            ) + 1e-7  # one for all branches: their logarithms are summed
+            # one target for all branches, so their logarithms can be summed
+            q = (z.detach() / self.T).softmax(dim=1) + 1e-7
             log_p = F.log_softmax(outs / self.T, dim=2).sum(dim=0)
             return hard, _per_sample(q * (len(outs) * q.log() - log_p), valid) * self.T**2
 
