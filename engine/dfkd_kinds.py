@@ -13,11 +13,11 @@ class Online(Source):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        recipe, device = self.recipe, self.setting.device
-        self.generator = self.row.images.generator(recipe, self.setting, self.options).to(device)
+        recipe = self.recipe
+        self.generator = self.network(self.row.images.generator(recipe, self.setting, self.options))
         self.parts |= {'generator': self.generator}
         self.parts['opt_g'] = self.opt_g = self.adam(self.generator.parameters(), recipe.lr_g)
-        self.judge = self.row.images.judge(self.options).to(device) if self.row.images.judge else None
+        self.judge = self.network(self.row.images.judge(self.options)) if self.row.images.judge else None
         if self.judge:
             self.parts['judge'] = self.judge
             self.parts['opt_d'] = self.opt_d = self.adam(self.judge.parameters(), recipe.lr_g)
@@ -84,13 +84,12 @@ class Fixed(Source):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        make, device, options = self.row.images, self.setting.device, self.options
+        make, options = self.row.images, self.options
         count = range(options['n_gen'])
         nets = [make.generator(self.recipe, self.setting, options) for _ in count]
-        self.generators = nn.ModuleList(nets).to(device)
-        self.decoders = nn.ModuleList(make.decoder(self.recipe, self.setting, options) for _ in count).to(
-            device
-        )
+        self.generators = self.network(nn.ModuleList(nets))
+        decoders = [make.decoder(self.recipe, self.setting, options) for _ in count]
+        self.decoders = self.network(nn.ModuleList(decoders))
         self.opt_g = self.adam([*self.generators.parameters(), *self.decoders.parameters()], self.recipe.lr_g)
         self.parts |= {'generators': self.generators, 'decoders': self.decoders, 'opt_g': self.opt_g}
         self.order, self.trained = iter(()), False

@@ -19,7 +19,7 @@ class Pool(Source):
         images, recipe = self.row.images, self.recipe
         self.pool, self.generator = None, None
         if images.generator:
-            self.generator = images.generator(recipe, self.setting, self.options).to(self.setting.device)
+            self.generator = self.network(images.generator(recipe, self.setting, self.options))
             # an update of the generator itself, where clones of it make the images
             self.slow = self.adam(self.generator.parameters(), recipe.lr_g * recipe.g_steps)
             self.parts |= {'generator': self.generator, 'slow': self.slow}
