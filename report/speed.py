@@ -57,9 +57,19 @@ def memory() -> str:
     )  # fmt: skip
 
 
+def images() -> str:
+    return table(
+        ('method', 'networks', 'ms per update', 'plain form', 'times as fast', 'spread'),
+        *((f'`{r["method"]}`', {'off': 'float32', 'bf16': 'bfloat16'}[r['amp']], f'{r["ms"]:.0f}',
+           f'{r["ms_plain"]:.0f}', f'{r["ratio"]:.2f}', f'{r["ratio_low"]:.2f} to {r["ratio_high"]:.2f}')
+          for r in rows_of('images')),
+    )  # fmt: skip
+
+
 PARTS = {
     'benchmarks/training': training,
     'benchmarks/losses': losses,
     'benchmarks/side-by-side': side_by_side,
     'benchmarks/memory': memory,
+    'benchmarks/images': images,
 }
