@@ -1,7 +1,8 @@
 """One table and one figure of everything that was trained below a folder: `python -m report overview FOLDER`.
 
-Made for `example_train_script.sh quick`: a teacher, a student alone, students with a teacher, and students of
-several teachers who know some classes each. It writes overview.md and overview.png into the folder.
+Made for `example_train_script.sh quick`: a teacher, a student alone, students with a teacher, students of
+several teachers who know some classes each, a student without data. It writes overview.md and overview.png
+into the folder.
 """
 
 from pathlib import Path
@@ -86,18 +87,21 @@ def text_of(table: list[tuple]) -> str:
 
 
 def draw(results: list[dict], path: Path, plt) -> None:
-    """Three panels: what the data look like, students of one teacher, students of several."""
+    """Panels: what the data look like; students of one teacher; of several; images that stand for data."""
     base, kd, ka = by_kind(results)
-    panels = [bool(kd), bool(ka)]
+    made = sorted(path.parent.rglob('images/epoch*.png'))
+    widths = [3.6] + [4.2] * (bool(kd) + bool(ka)) + [2.7] * bool(made)
     fig, axes = plt.subplots(
-        1, 1 + sum(panels), figsize=(3.6 + 4.2 * sum(panels), 3.7), layout='constrained', squeeze=False
+        1, len(widths), figsize=(sum(widths), 3.7), layout='constrained', squeeze=False, width_ratios=widths
     )
     axes = iter(axes[0])
-    draw_images(results[0]['data'], next(axes))
+    draw_images((kd or ka or results)[0]['data'], next(axes))
     if kd:
         draw_curves(base, kd, next(axes))
     if ka:
         draw_bars(ka, next(axes))
+    if made:
+        draw_made(made[-1], next(axes), plt)
     fig.savefig(path, dpi=160)
     plt.close(fig)
 
@@ -116,6 +120,15 @@ def draw_images(name: str, axis) -> None:
         axis.text(-4, k * side + side / 2, word, ha='right', va='center', fontsize=8)
     axis.set(xlim=(0, across * side), ylim=(len(CLASSES) * side, 0))
     axis.set_title(f'images of the {len(CLASSES)} classes', fontsize=10)
+
+
+def draw_made(path: Path, axis, plt) -> None:
+    """The upper part of the grid of images that a method has made."""
+    grid = plt.imread(path)
+    axis.imshow(grid[: grid.shape[0] // 2 + 1, : grid.shape[1] // 2 + 1], interpolation='nearest')
+    axis.axis('off')
+    method = path.parent.parent.name
+    axis.set_title(f'no data: images that {method}\nmade of what a teacher knows', fontsize=10)
 
 
 def draw_curves(base: list[dict], kd: list[dict], axis) -> None:
