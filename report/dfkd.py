@@ -32,7 +32,7 @@ def table(results: list[dict]) -> str:
     for r in mine(results):
         groups.setdefault((r['data'], r['teacher'], r['student']), {}).setdefault(r['method'], []).append(r)
     for (data, teacher, student), methods in groups.items():
-        top1 = [r['teacher_top1'] for runs in methods.values() for r in runs]
+        top1 = sorted({r['teacher_top1'] for runs in methods.values() for r in runs})
         lines += [
             f'**{data}: {teacher} (top-1 {spread(top1)}) to {student}, no training image**\n',
             '| | agreement with the teacher | top-1, last epoch | best* | updates of the student | of images '
