@@ -483,10 +483,10 @@ rerun() {
 
 # A first look, on the embedded data set with a short schedule, sized for two CPU cores.
 quick() {
-    DATA=shapes:5000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=5 SAVE_ROOT=$SAVE_ROOT/quick
+    DATA=shapes:4000 T_NAME=resnet20 S_NAME=resnet8 EPOCHS=5 SAVE_ROOT=$SAVE_ROOT/quick
     T_RUN=teacher S_RUN=baseline KD_RUN=kd
     FLAGS="--batch_size 32 --schedule onecycle --lr 0.05 $FLAGS"
-    say "Ten kinds of shapes, rendered here, 5000 images to learn from: four minutes on two cores. What is done stays;" \
+    say "Ten kinds of shapes, rendered here, 4000 images to learn from: four minutes on two cores. What is done stays;" \
         'interrupted, the same command continues.'
     say '1 of 4  A larger network, resnet20, learns from labels; it will be the teacher. Beside it, on another core, a' \
         'small one, resnet8, learns from labels alone: that is what distillation has to beat. Then, there, too, a' \
@@ -501,7 +501,7 @@ quick() {
     # two teachers with half of the shapes each, students that know all ten
     say '3 of 4  Knowledge amalgamation: two teachers that know five shapes each. A minute.'
     PARTS=2 SPLIT=contiguous KA_RUN=amalgamated
-    EPOCHS=8 FLAGS="$FLAGS --threads 1" two_part_teachers
+    EPOCHS=10 FLAGS="$FLAGS --threads 1" two_part_teachers
     say '4 of 4  A small network learns all ten shapes from these two teachers without a single label: layerwise (from' \
         'their maps and outputs). scratch is the reference: it gets all labels. A minute.'
     KA_MODES='layerwise scratch' KA_EPOCHS=8 KA_FLAGS="--optim sgd"
