@@ -223,7 +223,8 @@ def main():
         print(LINE.format(**rows[-1]), flush=True)
     if args.out:
         origin = provenance(torch.device('cpu'))
-        origin['command'] = ' '.join(['python -m benchmarks.against', str(args.folder), *args.names])
+        words = [str(args.folder), *args.names, '--rounds', str(args.rounds), '--out', args.out]
+        origin['command'] = ' '.join(['python -m benchmarks.against', *words])
         write_json(Path(args.out), {'rows': rows, 'commit_there': commit_of(args.folder), **origin})
 
 
