@@ -193,18 +193,30 @@ def source_of_figure(results: list[dict]) -> str:
 
 
 def last_epochs(groups: dict, plt):
-    """A dot per run, methods ordered by their mean; the student alone as a line, with its runs as dots."""
+    """A dot per run, methods ordered by their mean; the student alone as a line, with its runs as dots.
+
+    A run far below the others, which diverged, is a triangle at the edge with its number, or nothing else
+    could be told apart.
+    """
     students = students_of(groups)
     rows = [key for key in groups if key[3] != 'baseline' or key[2] in students][::-1]
     rows.sort(key=lambda key: mean(groups[key], 'last'))
+    every = sorted(r['last']['top1'] for key in rows for r in groups[key])
+    usual = every[len(every) // 4]
+    edge = usual - 4 * (every[-1] - usual)
     fig, axes = plt.subplots(figsize=(7, max(3.2, 1.2 + 0.19 * len(rows))), layout='constrained')
     for height, key in enumerate(rows):
         alone = key[3] == 'baseline'
         values = [r['last']['top1'] for r in groups[key]]
         colour = 'black' if alone else 'tab:orange' if '+' in key[2] or not key[1] else 'tab:blue'
-        axes.plot(values, [height] * len(values), 'o', color=colour, markersize=4)
+        seen = [value for value in values if value >= edge]
+        axes.plot(seen, [height] * len(seen), 'o', color=colour, markersize=4)
         if alone:
             axes.axvline(mean(groups[key], 'last'), color='black', linewidth=0.8)
+        if lost := [value for value in values if value < edge]:
+            axes.plot([edge], [height], '<', color=colour, markersize=5)
+            said = '  '.join(f'{value:.1f}' for value in lost)
+            axes.annotate(said, (edge, height), (7, 0), textcoords='offset points', va='center', fontsize=7)
     length = ' or '.join(f'{epochs} epochs' for epochs in sorted({key[4] for key in rows}))
     names = [f'{key[2]} alone' if key[3] == 'baseline' else key[3] for key in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7)
