@@ -202,8 +202,10 @@ def last_epochs(groups: dict, plt):
     rows = [key for key in groups if key[3] != 'baseline' or key[2] in students][::-1]
     rows.sort(key=lambda key: mean(groups[key], 'last'))
     every = sorted(r['last']['top1'] for key in rows for r in groups[key])
-    usual = every[len(every) // 4]
-    edge = usual - 4 * (every[-1] - usual)
+    usual = every[len(every) // 2]
+    edge = usual - max(5 * (every[-1] - usual), 20)
+    least = min(value for value in every if value >= edge)
+    aside = least - 0.1 * (every[-1] - least)  # of the lowest that is shown where it is
     fig, axes = plt.subplots(figsize=(7, max(3.2, 1.2 + 0.19 * len(rows))), layout='constrained')
     for height, key in enumerate(rows):
         alone = key[3] == 'baseline'
@@ -214,9 +216,9 @@ def last_epochs(groups: dict, plt):
         if alone:
             axes.axvline(mean(groups[key], 'last'), color='black', linewidth=0.8)
         if lost := [value for value in values if value < edge]:
-            axes.plot([edge], [height], '<', color=colour, markersize=5)
+            axes.plot([aside], [height], '<', color=colour, markersize=5)
             said = '  '.join(f'{value:.1f}' for value in lost)
-            axes.annotate(said, (edge, height), (7, 0), textcoords='offset points', va='center', fontsize=7)
+            axes.annotate(said, (aside, height), (7, 0), textcoords='offset points', va='center', fontsize=7)
     length = ' or '.join(f'{epochs} epochs' for epochs in sorted({key[4] for key in rows}))
     names = [f'{key[2]} alone' if key[3] == 'baseline' else key[3] for key in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7)

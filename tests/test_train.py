@@ -538,6 +538,11 @@ def test_table_and_figure(train_kd, script, tmp_path, monkeypatch, capsys):
     late['curve'] = late['curve'][1:]  # a phase was inside
     fig = report.table.curves(report.table.group(results), importlib.import_module('matplotlib.pyplot'))
     assert sorted(list(line.get_xdata()) for line in fig.axes[0].lines) == [[1, 2], [1, 2], [2]]
+    for r, top1 in zip(results, (80.0, 10.0, 81.0)):
+        r['last']['top1'] = top1
+    fig = report.table.last_epochs(report.table.group(results), importlib.import_module('matplotlib.pyplot'))
+    assert fig.axes[0].get_xlim()[0] > 50, 'one that diverged does not push the others together'
+    assert [text.get_text() for text in fig.axes[0].texts] == ['10.0']
     (tmp_path / 'empty').mkdir()
     monkeypatch.setattr(sys, 'argv', ['table.py', str(tmp_path / 'empty'), '--out', str(tmp_path / 'o')])
     with pytest.raises(engine.errors.UserError, match='no result files'):
