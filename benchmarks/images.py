@@ -17,6 +17,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from engine.record import provenance, write_json
 from methods.dfkd import DFKD
 from models.generators import crop_and_flip
 
-N, K, SIZE, STEPS, ROUNDS, CPU = 64, 10, 32, 4, 9, torch.device('cpu')
+N, K, SIZE, WIDTH, STEPS, ROUNDS, CPU = 64, 10, 32, 32, 4, 9, torch.device('cpu')
 MEAN, STD = (torch.full((3, 1, 1), x) for x in (0.5, 0.25))
 LINE = '{:10}{:>10}{:>10}{:>10}{:>8}  {}'
 
@@ -59,9 +60,7 @@ def begun(seed: int = 1) -> torch.Generator:
 def source(name: str, amp: str) -> Source:
     """The image source of a row, as train_dfkd.py builds it."""
     row, (net_t, net_s) = DFKD[name], networks()
-    recipe = copy.copy(row.recipe)
-    for key, value in (('batch_size', N), ('synth_batch_size', N), ('g_steps', STEPS), ('width', 32)):
-        object.__setattr__(recipe, key, value)
+    recipe = replace(row.recipe, batch_size=N, synth_batch_size=N, g_steps=STEPS, width=WIDTH)
     to_networks = autocast(CPU, amp)
     setting = Setting(MEAN, STD, SIZE, K, CPU, to_networks)
     net_t.requires_grad_(False)
@@ -120,9 +119,9 @@ def distance(m: nn.BatchNorm2d, x: Tensor, k: int) -> Tensor:
 
 def generator_of(name: str) -> nn.Module:
     torch.manual_seed(0)
-    recipe = copy.copy(DFKD[name].recipe)
-    object.__setattr__(recipe, 'width', 32)
-    return DFKD[name].images.generator(recipe, Setting(MEAN, STD, SIZE, K, CPU, None), DFKD[name].options)
+    row = DFKD[name]
+    setting = Setting(MEAN, STD, SIZE, K, CPU, None)
+    return row.images.generator(replace(row.recipe, width=WIDTH), setting, row.options)
 
 
 def plain_dafl() -> Callable[[], float]:
@@ -182,7 +181,8 @@ def plain_deepinv() -> Callable[[], float]:
             loss.backward()
             opt.step()
             x.data = torch.max(torch.min(x.data, high), low)
-        return said[0] if images.numel() else 0.0
+        assert len(images) == N
+        return said[0]
 
     return updates
 
@@ -233,7 +233,8 @@ def plain_fastdfkd() -> Callable[[], float]:
         for k, pair in now.items():
             kept[k] = tuple(0.9 * a + 0.1 * b for a, b in zip(kept[k], pair)) if k in kept else pair
         slow.step()
-        return said[0] if images.numel() else 0.0
+        assert len(images) == N
+        return said[0]
 
     return updates
 
@@ -282,7 +283,7 @@ def main() -> int:
             print(LINE.format(name, amp, r['ms'], r['ms_plain'], r['ratio'], spread), flush=True)
     if args.out:
         origin = provenance(CPU)
-        words = [*args.names, '--rounds', str(args.rounds), '--out', 'results/benchmarks-images.json']
+        words = [*args.names, '--rounds', str(args.rounds), '--out', args.out]
         origin['command'] = ' '.join(['python -m benchmarks.images', *words])
         write_json(Path(args.out), {'rows': rows, **origin})
     return 0

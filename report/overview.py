@@ -123,7 +123,7 @@ def draw_images(name: str, axis) -> None:
 
 
 def draw_made(path: Path, axis, plt) -> None:
-    """The upper part of the grid of images that a method has made."""
+    """A quarter of the grid of images that a method has made."""
     grid = plt.imread(path)
     axis.imshow(grid[: grid.shape[0] // 2 + 1, : grid.shape[1] // 2 + 1], interpolation='nearest')
     axis.axis('off')

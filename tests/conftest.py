@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import engine.errors
+from engine.record import write_atomic
 from methods import METHODS
 
 # rows that two convolutional networks cannot have
@@ -54,6 +56,17 @@ def img_root(tmp_path_factory):
     return tmp_path_factory.mktemp('data')
 
 
+@contextlib.contextmanager
+def own_handlers():
+    """What a script makes of signals ends with it, also where its process goes on."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def script(monkeypatch, capsys, img_root, tmp_path):
     """script('train_kd', '--kd_mode', 'st', ...) -> exit code, out, err; data and output folder are set."""
@@ -64,15 +77,12 @@ def script(monkeypatch, capsys, img_root, tmp_path):
             if name.startswith('train') and flag not in words and (name, flag) != ('train_lm', '--img_root'):
                 words += [flag, str(value)]
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *words])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
         try:
-            engine.errors.run(importlib.import_module(name).main)
+            with own_handlers():
+                engine.errors.run(importlib.import_module(name).main)
         except SystemExit as stop:
             code = stop.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
@@ -89,29 +99,29 @@ def two(tmp_path_factory):
 
     They are started once and stay, see tests/two_processes.py.
     """
-    folder, asked = tmp_path_factory.mktemp('two'), []
+    folder, numbers = tmp_path_factory.mktemp('two'), itertools.count()
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     command = torchrun('-m', 'tests.two_processes', str(folder))
     with open(folder / 'log', 'w') as log:
         both = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
+    def tell(*words) -> int:
+        n = next(numbers)
+        write_atomic(folder / f'{n}.json', json.dumps([str(word) for word in words]).encode())
+        return n
+
     def ask(*words, timeout=300):
-        n, until = len(asked), time.time() + timeout
-        asked.append(words)
-        wanted = json.dumps([str(words[0]), [str(word) for word in words[1:]]] if words else [])
-        (folder / 'next').write_text(wanted)
-        (folder / 'next').rename(folder / f'{n}.json')
+        n, until = tell(*words), time.time() + timeout
         said = [folder / f'{n}-{rank}.json' for rank in range(2)]
-        while words and not all(file.exists() for file in said):
+        while not all(file.exists() for file in said):
             assert both.poll() is None and time.time() < until, (folder / 'log').read_text()[-3000:]
             time.sleep(0.02)
-        if words:
-            codes, outs, errs = zip(*(json.loads(file.read_text()) for file in said))
-            return SimpleNamespace(code=max(codes), out=''.join(outs), err=''.join(errs))
+        codes, outs, errs = zip(*(json.loads(file.read_text()) for file in said))
+        return SimpleNamespace(code=max(codes), out=''.join(outs), err=''.join(errs))
 
     yield ask
     if both.poll() is None:
-        ask()
+        tell()  # to end
         with contextlib.suppress(subprocess.TimeoutExpired):
             both.wait(30)
     both.kill()

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 -m tests.two_processes FOLDER
 
-FOLDER/N.json, for N = 0, 1 ..., is [file of a program, its words]; each process runs it and then writes
+FOLDER/N.json, for N = 0, 1 ..., is [file of a program, its words...]; each process runs it and then writes
 FOLDER/N-RANK.json, [exit code, standard output, standard error]. An empty list ends both.
 """
 
@@ -11,7 +11,6 @@ import io
 import json
 import os
 import runpy
-import signal
 import sys
 import time
 import traceback
@@ -23,21 +22,20 @@ import engine.threads  # noqa: F401  before torch
 import torch.distributed as dist
 
 from engine.record import write_atomic
+from tests.conftest import own_handlers
 
 
-def run(program: str, words: list[str]) -> int:
-    sys.argv = [program, *words]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def run(words: list[str]) -> int:
+    sys.argv = words
     try:
-        runpy.run_path(program, run_name='__main__')
+        with own_handlers():
+            runpy.run_path(words[0], run_name='__main__')
     except SystemExit as stop:
         return stop.code or 0
     except BaseException:
         traceback.print_exc()
         return 1
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if dist.is_initialized():  # it failed
             dist.destroy_process_group()
     return 0
@@ -54,7 +52,7 @@ def main(folder: Path) -> None:
         os.environ['TORCHELASTIC_RESTART_COUNT'] = str(n)  # a corner of the store where nobody has been
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run(*words)
+            code = run(words)
         said = json.dumps([code, out.getvalue(), err.getvalue()])
         write_atomic(folder / f'{n}-{os.environ["RANK"]}.json', said.encode())
 
