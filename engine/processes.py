@@ -53,8 +53,8 @@ def leave_processes() -> None:
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     """DistributedDataParallel around a training step; the module itself without torchrun.
 
-    All processes get rank 0's weights here. Buffers are not sent at every step: batch norm statistics belong
-    to their process (evaluation uses rank 0's).
+    All processes get rank 0's weights here, but not its buffers, neither now (same_weights does) nor at every
+    step: batch norm statistics belong to their process (evaluation uses rank 0's).
     """
     if processes() == 1:
         return module
