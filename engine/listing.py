@@ -89,6 +89,8 @@ def needs(row) -> list[str]:
         return _without_data(row)
     source = inspect.getsource(row.feed)
     words = [word for pattern, word in READS.items() if word and re.search(pattern, source)]
+    if 'layers added to the student' in words and isinstance(row, Method) and not row.own.student:
+        words[words.index('layers added to the student')] = 'a distillation head, if the student has one'
     if 'maps' in words and 'maps before the ReLU' in words:
         words.remove('maps')
     if getattr(row, 'task', ''):  # a feat of theirs is a map
@@ -136,6 +138,7 @@ def _of_distillation(row) -> list[str]:
         *(['vision transformers'] if needed.tokens else []),
         *(['one process'] if row.limits.one_process else []),
         *([f'{when.alone} of 200 epochs alone'] if when.alone else []),
+        *(['a look at the training set before'] if row.own.before else []),
         *dense(row),
         *([f'{when.pretrain} of 200 epochs for its own modules'] if when.pretrain else []),
     ]

@@ -345,11 +345,14 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def build(loss, probe, **options):
-    return loss(prototype_cost(probe.net_t.classifier_layer().weight), **options)
+    return loss(torch.zeros(probe.num_classes, probe.num_classes), **options)  # see before
 
 
 def before(kd, teacher, probe, per_class=100):
-    """The cost from the teacher's logits of the training images, not augmented, up to 100 of each class."""
+    """The cost from the teacher's logits of the training images, not augmented, up to 100 of each class.
+
+    A class with fewer has its images several times; one without any is at cost 1 from all.
+    """
     K = len(kd.cost)
     found = [[] for _ in range(K)]
     with torch.no_grad():
@@ -357,10 +360,14 @@ def before(kd, teacher, probe, per_class=100):
             for out, y in zip(teacher(img).out, target.tolist()):
                 if 0 <= y < K and len(found[y]) < per_class:
                     found[y].append(out)
-        many = min(len(outs) for outs in found if outs)
-        nothing = torch.zeros_like(out).expand(many, K)  # of a class without images
-        feats = torch.stack([torch.stack(outs[:many]) if outs else nothing for outs in found])
-        kd.cost.copy_(cka_cost(feats))
+            if min(map(len, found)) == per_class:
+                break
+        many = max(map(len, found))
+        if not many:
+            raise ValueError('wkd: the training set has no labels: the cost compares images of each class')
+        nothing = torch.zeros(many, K, device=kd.cost.device)
+        feats = [torch.stack((many * outs)[:many]) if outs else nothing for outs in found]
+        kd.cost.copy_(cka_cost(torch.stack(feats)))
 
 
 def feed(kd, s, t, batch):
