@@ -100,7 +100,8 @@ class SKD(nn.Module):
             D = D / K
         centred = D - D.mean(dim=0)
         S = centred.T @ centred / (n - 1) + self.tikhonov * torch.eye(n, dtype=D.dtype, device=D.device)
-        factor = torch.linalg.cholesky_ex(S, check_errors=False).L  # NaN if it fails, and so the loss
+        factor, failed = torch.linalg.cholesky_ex(S, check_errors=False)
+        factor = torch.where(failed == 0, factor, torch.nan)  # of a failure a part, finite and wrong
         white = torch.linalg.solve_triangular(factor, D.T, upper=False)
         return torch.linalg.vector_norm(white, dim=0).mean().to(s.dtype)  # gradient 0 at 0
 
