@@ -111,10 +111,9 @@ class SLAStudent(nn.Module):
         if not feats:
             return self.net(x)
         f = self.net(rotations(x), True)
-        first = [[m[::4] for m in maps] for maps in (f.fms, f.pres)]
-        return f._replace(
-            out=f.out[::4], feat=f.feat[::4], fms=first[0], pres=first[1], extra=self.joint(f.feat)
-        )
+        upright = {name: [x[::4] for x in part] for name, part in f._asdict().items() if type(part) is list}
+        extra = self.joint(f.feat)
+        return f._replace(**upright | {'out': f.out[::4], 'feat': f.feat[::4], 'extra': extra})
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -18,8 +18,10 @@ Tap: logits of all 4 n rows, and the embeddings through a head (`SSHead`) on eac
 cross-entropy. `SSKDStudent` turns the images and has the student's head, which training alone needs.
 
 Differences: the authors' code, but for its sort: among equal ranks the earlier row is kept. The authors crop
-every turned image anew; in our trainer the four share a crop. Nothing kept gives 0, where the authors' code
-gives NaN. A teacher's row that is not finite is always kept, so that it shows. torchdistill weighs ce by 1.
+every turned image anew; in our trainer the four share a crop, and the head learns at a tenth of the
+training's rate throughout (authors: 0.05, a tenth of it from epochs 30 and 45 of 60 on). Nothing kept gives
+0, where the authors' code gives NaN. A teacher's row that is not finite is always kept, so that it shows.
+torchdistill weighs ce by 1.
 
 Source: xuguodong03/SSKD, student.py and wrapper.py (wrapper).
 
@@ -132,6 +134,11 @@ class SSHead(nn.Sequential):
 def head_loss(proj: Tensor) -> Tensor:
     """How badly (4 n, D) projections tell which image each turned one was made from."""
     _expect('head_loss', 'proj', proj, 'N', 'D')
+    if len(proj) % 4:
+        raise ValueError(
+            f'head_loss: proj must have 4 rows per image, got {tuple(proj.shape)}: the upright image and its '
+            f'three turns, image by image'
+        )
     log_p = F.log_softmax(similarities(_full(proj)), dim=1)
     return -log_p.unflatten(0, (-1, 3)).diagonal(dim1=0, dim2=2).mean()
 
@@ -203,9 +210,9 @@ class SSKDStudent(nn.Module):
         if not feats:
             return self.net(x)
         f = self.net(rotations(x), True)
-        first = [[m[::4] for m in maps] for maps in (f.fms, f.pres)]
+        upright = {name: [x[::4] for x in part] for name, part in f._asdict().items() if type(part) is list}
         extra = [f.out, self.head(f.feat)]
-        return f._replace(out=f.out[::4], feat=f.feat[::4], fms=first[0], pres=first[1], extra=extra)
+        return f._replace(**upright | {'out': f.out[::4], 'feat': f.feat[::4], 'extra': extra})
 
 
 def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
