@@ -57,10 +57,11 @@ class MomentumBNStatistics(nn.Module):
             raise ValueError(f'MomentumBNStatistics: momentum must be from 0 to below 1, got {momentum}')
         self.norms, self.inputs, self.last = _batch_norms('MomentumBNStatistics', teacher), {}, []
         self.momentum = momentum
-        self.register_buffer('a', torch.zeros(()))
+        like = _full(self.norms[0].running_mean)  # 0.9 in float32 is another number than in float64
+        self.register_buffer('a', like.new_zeros(()))
         for k, m in enumerate(self.norms):
-            self.register_buffer(f'mean{k}', torch.zeros(m.num_features))
-            self.register_buffer(f'var{k}', torch.zeros(m.num_features))
+            self.register_buffer(f'mean{k}', like.new_zeros(m.num_features))
+            self.register_buffer(f'var{k}', like.new_zeros(m.num_features))
         self.hooks = [m.register_forward_pre_hook(self._see) for m in self.norms]
 
     def _see(self, norm: nn.Module, inputs: tuple) -> None:
@@ -191,7 +192,11 @@ def feed(kd, made):
 
 
 def begin(kd, source, rng):
-    """A clone makes this batch. Once, long after the warm-up, the generator's first layers start anew."""
+    """A clone makes this batch. Once, the generator's first layers start anew.
+
+    When, and when the adversarial term begins, is counted in calls. With the preset a call is an epoch, as
+    with the authors; with more calls an epoch both come so many times earlier.
+    """
     if source.options['reset_l0'] and source.calls == source.recipe.warmup + 120:
         linear = next(m for m in source.generator.modules() if isinstance(m, nn.Linear))
         norm = next(m for m in source.generator.modules() if isinstance(m, nn.BatchNorm2d))
