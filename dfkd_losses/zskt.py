@@ -136,6 +136,11 @@ def feed(kd, made):
 
 
 def student(kd, s, t, T):
+    if len(s.fms) != len(t.fms):
+        raise ValueError(
+            f'zskt: compares the maps of every stage, got a student with {len(s.fms) - 1} and a teacher with '
+            f'{len(t.fms) - 1}: take networks of as many stages, or dfad, which has no maps'
+        )
     sizes = [fm.shape[2:] for fm in s.fms[1:]]
     fms_t = [F.adaptive_avg_pool2d(fm, size) for fm, size in zip(t.fms[1:], sizes)]
     return kd(s.out, t.out, s.fms[1:], fms_t)

@@ -149,6 +149,8 @@ def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, set
         source = SOURCES[row.images.kind](
             name, row, recipe, wanted.weights, wanted.options, kd, own_t, net, setting
         )
+        if not row.needs.statistics:  # hooks should see the images alone
+            try_student(row, kd, net, own_t, noise, recipe)
     if row.needs.pool or (args.pool_init and hasattr(source, 'fill')):
         source.fill(read_pool(args.pool_init, setting))
     opt = optimiser(net, recipe, device)
@@ -164,6 +166,12 @@ def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, set
     return Run(
         name, row, recipe, net, kd, opt, source, record, Meter(name, 0, device), own_t, fingerprint(own_t)
     )
+
+
+@torch.no_grad()
+def try_student(row: Method, kd: nn.Module, net: nn.Module, net_t: nn.Module, x: Tensor, recipe: Recipe):
+    """The student's loss once: networks that do not fit show here, before anything is trained."""
+    row.student(kd, net.eval()(x, True), net_t(x, True), recipe.T)
 
 
 def optimiser(net: nn.Module, recipe: Recipe, device) -> torch.optim.Optimizer:

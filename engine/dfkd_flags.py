@@ -42,6 +42,8 @@ def read_methods(args) -> dict[str, Wanted]:
             if getattr(row.needs, need) and not given[need]:
                 raise UserError(f'{flag}: {name} needs it')
         own = {key: value for key, value in weights.items() if key in row.weights}
+        if row.weights and not any((row.weights | own).values()):
+            raise UserError(f'--{" --".join(row.weights)}: with all at 0 nothing is left to make images by')
         made[name] = Wanted(row, recipe_of(args, name), row.weights | own, row.options | options[name])
     return made
 
