@@ -71,7 +71,7 @@ class Run:
 
     def data(self, seen: Look) -> tuple[Look | Texts, bool]:
         """The step's text, or one of the student's own, and whether it is that."""
-        if not self.lmbda:
+        if not self.lmbda or not self.weight:  # of its own texts it would learn nothing
             return seen, False
         u = torch.rand((), generator=self.generator, device=self.generator.device).item()
         buffer = self.memory.get(

@@ -46,7 +46,7 @@ class AKL(nn.Module):
     Shape:
         out_s, out_t: (N, L, K) or (N, K) logits of the same tokens and classes, K >= 2.
         target: (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of
-        -100 are left out, other numbers are not read; None: every position counts.
+        -100 are left out, other numbers only have to be classes; None: every position counts.
         Returns a scalar. No gradient reaches out_t. Computed in float32, or in float64 as the student.
         `terms` returns the means of w * KL(p, q) and of (1 - w) * KL(q, p); `head_ratio` w at every position.
 
@@ -91,14 +91,21 @@ class AKL(nn.Module):
     def _over_head(self, gap: Tensor, p: Tensor) -> Tensor:
         """Sum of gap over the head of p. Sorting all classes is what costs."""
         some = p.shape[1] > 2048 and p.device.type == 'cpu'  # elsewhere the look at the mass would wait
-        top, index = p.topk(512, dim=1) if some else p.sort(dim=1, descending=True, stable=True)
-        mass = top.cumsum(dim=1)
-        if some and not bool((mass[:, -1] > self.mu).all()):
+        if some:
+            index = p.topk(512, dim=1).indices.sort(dim=1).values  # which of equals come first it leaves open
+            top, order = p.gather(1, index).sort(dim=1, descending=True, stable=True)
+            index, head = index.gather(1, order), self._head(top)
+            least = torch.where(head, top, 1.0).amin(dim=1)
+            some = bool(((least > top[:, -1]) & ~head[:, -1]).all())  # no equal of the head's is left out
+        if not some:
             top, index = p.sort(dim=1, descending=True, stable=True)
-            mass = top.cumsum(dim=1)
-        head = mass <= self.mu
-        head[:, 0] = True
+            head = self._head(top)
         return (gap.gather(1, index) * head).sum(dim=1)
+
+    def _head(self, top: Tensor) -> Tensor:
+        head = top.cumsum(dim=1) <= self.mu
+        head[:, 0] = True
+        return head
 
 
 def _tokens(

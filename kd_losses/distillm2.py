@@ -100,15 +100,19 @@ class DistiLLM2(nn.Module):
             )
         _texts('DistiLLM2', out_s, out_t, target, '')
         _texts('DistiLLM2', out_s_gen, out_t_gen, target_gen, '_gen')
-        if not self.anchor_t or not self.anchor_s:  # an anchor of 0 also gives alpha, at any gap
-            return tuple(torch.full((len(x),), self.alpha, dtype=_full(x[:0]).dtype, device=x.device)
-                         for x in (out_s, out_s_gen))  # fmt: skip
-        gaps = (gap(out_t, out_s, target), gap(out_s_gen, out_t_gen, target_gen))
-        low = min(0.01, self.alpha)
-        return tuple(
-            (1 - (1 - self.alpha) * anchor / (_full(g, out_s) + 1e-5)).clamp(low, self.alpha)
-            for anchor, g in zip((self.anchor_t, self.anchor_s), gaps)
-        )
+        found, low = [], min(0.01, self.alpha)
+        for anchor, out, texts in (
+            (self.anchor_t, out_s, (out_t, out_s, target)),
+            (self.anchor_s, out_s_gen, (out_s_gen, out_t_gen, target_gen)),
+        ):
+            if anchor:
+                skew = 1 - (1 - self.alpha) * anchor / (_full(gap(*texts), out) + 1e-5)
+                found.append(skew.clamp(low, self.alpha))
+            else:  # no anchor, and an anchor of 0 at any gap
+                found.append(
+                    torch.full((len(out),), self.alpha, dtype=_full(out[:0]).dtype, device=out.device)
+                )
+        return tuple(found)
 
 
 @torch.no_grad()

@@ -50,8 +50,8 @@ class FDistill(nn.Module):
     Shape:
         out_s, out_t: (N, L, K) or (N, K) logits on texts of the teacher or of the data, K >= 2; target:
         (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of -100
-        are left out, other numbers are not read; None: every position counts. out_s_gen, out_t_gen,
-        target_gen: the same on texts that the student wrote, of another length maybe.
+        are left out, other numbers only have to be classes; None: every position counts. out_s_gen,
+        out_t_gen, target_gen: the same on texts that the student wrote, of another length maybe.
         Returns a scalar. No gradient reaches out_t, out_t_gen. `terms` returns the means over the first
         and the second texts, times T^2, without beta and 1/2, 0 for texts that are missing or not used.
         Computed in float32, or in float64 as the student.

@@ -53,7 +53,7 @@ class TAID(nn.Module):
     Shape:
         out_s, out_t: (N, L, K) or (N, K) logits of the same tokens and classes, K >= 2.
         target: (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of
-        -100 are left out, other numbers are not read; None: every position counts.
+        -100 are left out, other numbers only have to be classes; None: every position counts.
         Returns a scalar. No gradient reaches out_t. Computed in float32, or in float64 as the student.
         progress: steps done / all steps, 0 at the first one.
 
@@ -100,9 +100,11 @@ class TAID(nn.Module):
     @torch.no_grad()
     def _move(self, loss: Tensor, counts: Tensor | None, progress: Tensor | float) -> None:
         x = loss.to(self.t.dtype)
+        has = torch.ones_like(x) if counts is None else counts.any().to(x)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(x)
-            x = x / torch.distributed.get_world_size()
+            both = torch.stack([x * has, has])  # a process without a position has no loss to say
+            torch.distributed.all_reduce(both)
+            x, has = both[0] / both[1].clamp(min=1), both[1]
         first = self.prev_loss == torch.inf
         change = torch.where(first, 0.0, (self.prev_loss - x) / (self.prev_loss + 1e-15))
         momentum = torch.where(first, self.momentum, self.beta * self.momentum + (1 - self.beta) * change)
@@ -111,7 +113,7 @@ class TAID(nn.Module):
         if self.adaptive:
             t = torch.maximum(t, self.t + self.alpha * momentum.sigmoid() * (1 - self.t))
         t = torch.where(first, self.t, t.clamp(max=self.t_end))
-        good = torch.isfinite(x) if counts is None else torch.isfinite(x) & counts.any()
+        good = torch.isfinite(x) & (has > 0)
         for name, new in (('t', t), ('prev_loss', x), ('momentum', momentum)):
             buffer = getattr(self, name)
             buffer.copy_(torch.where(good, new, buffer))
