@@ -70,7 +70,7 @@ class ConcatKD(nn.Module):
         _expect('ConcatKD', 'out_s', out_s, len(out_s), sum(widths))  # the classes of all outs_t
         out_s, outs_t = _full(out_s), [_full(out_t.detach(), out_s) for out_t in outs_t]
         if self.align == 'center':
-            outs_t = [out_t - out_t.mean(dim=1, keepdim=True) for out_t in outs_t]
+            outs_t = [_centred(out_t) for out_t in outs_t]
         if self.mode == 'mse':
             loss = F.mse_loss(out_s, torch.cat(outs_t, dim=1))
         elif self.mode == 'parts':
@@ -86,6 +86,12 @@ class ConcatKD(nn.Module):
         inner = -log_q if self.mode == 'soft_ce' else log_p - log_q
         # a class that a teacher excludes (p = 0) adds nothing, whatever its logarithm
         return torch.where(p == 0, 0.0, p * inner).sum(dim=1).mean() * self.T**2
+
+
+def _centred(out: Tensor) -> Tensor:
+    """Minus its mean over the classes that are not excluded by -inf."""
+    known = out != -torch.inf
+    return out - torch.where(known, out, 0.0).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -118,7 +118,8 @@ class Customize(nn.Module):
 def entropies(outs_t: list[Tensor]) -> Tensor:
     """Logits of the sources, each (N, K) -> (N, number of sources) entropies of their softmax."""
     logs = [F.log_softmax(_full(out_t.detach()), dim=1) for out_t in outs_t]
-    return torch.stack([-(log_p.exp() * log_p).sum(dim=1) for log_p in logs], dim=1)
+    terms = [torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p) for log_p in logs]
+    return torch.stack([-term.sum(dim=1) for term in terms], dim=1)
 
 
 def select_teacher(outs_t: list[Tensor]) -> Tensor:

@@ -151,7 +151,8 @@ class TaskAmalgamation(nn.Module):
         got = torch.cat([logits[n, source] for n, (source, _) in enumerate(pairs)])
         want = torch.cat([target['logits'][j] for target, (_, j) in zip(targets, pairs)])
         log_q, log_p = F.log_softmax(got / self.T, dim=1), F.log_softmax(want / self.T, dim=1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum() * self.T**2
+        p = log_p.exp()
+        divergence = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum() * self.T**2
         background = -F.log_softmax(logits, dim=2)[..., 0][~matched].sum()
         weight = matched.to(logits).sum() + self.eos * (~matched).to(logits).sum()
         kd = (divergence + self.eos * background) / weight.clamp(min=1e-12)
@@ -246,8 +247,10 @@ class SeqAgg(nn.Module):
 
     def forward(self, seq_s: Tensor, seqs_t: list[Tensor], return_terms: bool = False):
         _check_sequences('SeqAgg', seq_s, seqs_t, self.n_teachers, 1)
-        joined = torch.cat([_run(self.norm, _full(seq_t.detach(), seq_s)) for seq_t in seqs_t], dim=2)
-        loss = F.mse_loss(_run(self.norm, _full(seq_s)), joined @ _full(self.proj, seq_s))
+        with _no_autocast(seq_s):
+            joined = torch.cat([_run(self.norm, _full(seq_t.detach(), seq_s)) for seq_t in seqs_t], dim=2)
+            wanted = (_exact(joined) @ _exact(_full(self.proj, seq_s))).to(joined.dtype)
+            loss = F.mse_loss(_run(self.norm, _full(seq_s)), wanted)
         return (loss, {'agg': loss}) if return_terms else loss
 
 
@@ -356,6 +359,11 @@ def _run(module: nn.Module, x: Tensor, *more):
             if b is not state[name]:  # a copy onto itself is a change, which backward would refuse
                 b.copy_(state[name])
     return y
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
 
 
 def _exact(x: Tensor) -> Tensor:
