@@ -41,6 +41,9 @@ def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
     refuse_repeated('--ka_mode', args.ka_mode)
     weights, options = weights_and_options(args, names, KA, 'ka')
     rows = {name: KA[name] for name in names}
+    for name, method in rows.items():
+        if method.loss is ConcatKD and args.T != 1 and 'T' not in options[name]:
+            options[name]['T'] = args.T  # its loss is soft targets itself
     terms = {
         name: Term(name, method, weights[name], soft_targets(method, args), options[name])
         for name, method in rows.items()

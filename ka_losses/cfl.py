@@ -241,17 +241,17 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def feed(ka, s, all_t, batch):
-    """The last of the levels, or the embeddings where the block is fully connected."""
-    (loss,) = ka
-    k = batch.layers[-1]
-    if loss.conv:
-        return loss(s.fms[k], [t.fms[k] for t in all_t], return_terms=True)
-    return loss(s.feat, [t.feat for t in all_t], return_terms=True)
+    """The sum over the levels, or the embeddings where the block is fully connected."""
+    if not ka[0].conv:
+        return ka[0](s.feat, [t.feat for t in all_t], return_terms=True)
+    each = [loss(s.fms[k], [t.fms[k] for t in all_t], return_terms=True) for k, loss in zip(batch.layers, ka)]
+    terms = {key: sum(term[key] for _, term in each) for key in ('mmd', 'recons')}
+    return sum(loss for loss, _ in each), terms
 
 
 def build(loss, probe, **options):
-    k = probe.layers[-1]
     conv = options.get('block', 'conv') == 'conv'
-    widths = [(f.fms[k] if conv else f.feat).shape[1] for f in (probe.s, *probe.all_t)]
-    options.setdefault('h_channels', 32 if conv else max(widths[0] // 4, 1))
-    return nn.ModuleList([loss(widths[0], widths[1:], **options)])
+    taps = [lambda f, k=k: f.fms[k] for k in probe.layers] if conv else [lambda f: f.feat]
+    widths = [[tap(f).shape[1] for f in (probe.s, *probe.all_t)] for tap in taps]
+    options.setdefault('h_channels', 32 if conv else max(widths[0][0] // 4, 1))
+    return nn.ModuleList(loss(s, t, **options) for s, *t in widths)

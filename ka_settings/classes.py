@@ -64,6 +64,13 @@ class Classes:
             needs = method.needs
             if needs.shared_classes != self.split.overlap and not needs.labels:
                 raise UserError(f'--ka_mode {name}: {asks[needs.shared_classes]}')
+            if needs.shared_classes and any(len(block) < len(self.split.classes) for block in self.blocks):
+                raise UserError(
+                    f'--ka_mode {name}: every teacher must know all classes of --wanted, or of --t_classes '
+                    f'without it'
+                )
+            if needs.labels and args.unlabeled:
+                raise UserError(f'--ka_mode {name}: learns from labels, and --unlabeled images have none')
         self.nets, figures = [], []
         for i, (name, path, part) in enumerate(zip(names, args.t_model, parts), 1):
             net, top1 = self._teacher(i, name, path, part, test, log)
