@@ -98,13 +98,13 @@ def combine_convs(convs: list[nn.Conv2d]) -> nn.Conv2d:
     """One convolution that applies each of the given ones to its own share of the channels.
 
     Raises:
-        ValueError: groups, or kernel, stride, padding, dilation or bias that differ.
+        ValueError: groups, or kernel, stride, padding and its mode, dilation or bias that differ.
     """
     first = convs[0]
     for conv in convs:
         same = all(
             getattr(conv, name) == getattr(first, name)
-            for name in ('kernel_size', 'stride', 'padding', 'dilation')
+            for name in ('kernel_size', 'stride', 'padding', 'dilation', 'padding_mode')
         )
         if conv.groups > 1 or not same or (conv.bias is None) != (first.bias is None):
             raise ValueError(
@@ -113,6 +113,7 @@ def combine_convs(convs: list[nn.Conv2d]) -> nn.Conv2d:
     joined = nn.Conv2d(
         sum(conv.in_channels for conv in convs), sum(conv.out_channels for conv in convs), first.kernel_size,
         first.stride, first.padding, first.dilation, bias=first.bias is not None,
+        padding_mode=first.padding_mode,
     ).to(first.weight)  # fmt: skip
     _fill(joined, convs)
     return joined
@@ -134,7 +135,21 @@ def combine_linears(linears: list[nn.Linear]) -> nn.Linear:
 
 
 def combine_bns(bns: list[nn.BatchNorm2d]) -> nn.BatchNorm2d:
-    """One batch norm for the concatenated channels."""
+    """One batch norm for the concatenated channels.
+
+    Raises:
+        ValueError: eps, momentum, affine or track_running_stats differ, or there are no weights.
+    """
+    for bn in bns:
+        same = all(
+            getattr(bn, name) == getattr(bns[0], name)
+            for name in ('eps', 'momentum', 'affine', 'track_running_stats')
+        )
+        if not same or not bn.affine or not bn.track_running_stats:
+            raise ValueError(
+                f'combine_bns: needs equal batch norms with weights and running statistics, got {bns[0]} and '
+                f'{bn}: build all networks as one architecture'
+            )
     joined = nn.BatchNorm2d(sum(bn.num_features for bn in bns), bns[0].eps, bns[0].momentum)
     state = {
         key: value.clone()
@@ -173,7 +188,10 @@ def combine_models(models: list[nn.Module]) -> nn.Module:
             f'{type(first).__name__}: keep its parameters in such layers'
         )
     joined = first.__new__(type(first))
-    joined.__dict__ = dict(first.__dict__)
+    joined.__dict__ = {  # dictionaries of hooks and parts are its own
+        key: value.copy() if isinstance(value, (dict, set)) else value
+        for key, value in first.__dict__.items()
+    }
     joined._modules = {
         name: None if child is None else combine_models([model._modules[name] for model in models])
         for name, child in first._modules.items()
