@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import models
 from engine import errors, listing, optimise, session
 from engine.batch import Batch
-from engine.device import autocast, compile_networks, setup
+from engine.device import autocast, compile_networks, exact, setup
 from engine.errors import NonFinite, user_errors
 from engine.evaluate import outputs
 from engine.flags import RATE, add_common_flags, add_head_flag, add_optimiser_flag, check_head, with_rate
@@ -189,7 +189,7 @@ def measure(reading: Reading, val, test) -> dict[str, float]:
             continue
         outs, target = outputs(reading, data)
         ranked = outs.topk(min(5, outs.shape[2]), dim=2).indices == target[None, :, None]
-        top1, top5 = (100 * ranked[:, :, :k].any(dim=2).double().mean(dim=1) for k in (1, 5))
+        top1, top5 = (100 * exact(ranked[:, :, :k].any(dim=2)).mean(dim=1) for k in (1, 5))
         row |= {f'{half}_top1': float(top1[:-1].mean()), f'{half}_top5': float(top5[:-1].mean())}
         for k in range(len(outs)):
             name = 'ensemble' if k == len(outs) - 1 else f'net{k + 1}'

@@ -102,9 +102,9 @@ def attribute_figures(out: Tensor, target: Tensor, names: Sequence[str]) -> dict
     accuracy_NAME: right answers; balanced_NAME: mean of the recalls of yes and of no, absent where all images
     are of one kind; accuracy, balanced: their means over the attributes.
     """
-    right = (out.unflatten(1, (-1, 2)).argmax(dim=2) == target).double()
+    right = (out.unflatten(1, (-1, 2)).argmax(dim=2) == target).cpu().double()
     result = {}
-    for name, hits, yes in zip(names, right.unbind(1), (target == 1).unbind(1)):
+    for name, hits, yes in zip(names, right.unbind(1), (target == 1).cpu().unbind(1)):
         result[f'accuracy_{name}'] = 100 * float(hits.mean())
         if yes.any() and not yes.all():
             result[f'balanced_{name}'] = 50 * float(hits[yes].mean() + hits[~yes].mean())
@@ -117,5 +117,5 @@ def attribute_figures(out: Tensor, target: Tensor, names: Sequence[str]) -> dict
 
 def majority(target: Tensor, names: Sequence[str]) -> dict[str, float]:
     """The accuracy of who always says what most test images are, in percent."""
-    share = target.double().mean(dim=0)
+    share = target.cpu().double().mean(dim=0)
     return {name: 100 * float(torch.maximum(x, 1 - x)) for name, x in zip(names, share)}

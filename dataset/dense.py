@@ -88,6 +88,7 @@ class DenseMetrics:
 
     def __init__(self, tasks: tuple, num_classes: int, device) -> None:
         self.tasks, self.num_classes = tasks, num_classes
+        device = 'cpu' if device.type == 'mps' else device  # which has no float64
         self.confusion = torch.zeros(num_classes**2, dtype=torch.float64, device=device)
         self.depth = torch.zeros(4, dtype=torch.float64, device=device)
         self.angles: list[Tensor] = []
@@ -118,7 +119,7 @@ class DenseMetrics:
     def _add_seg(self, out: Tensor, label: Tensor) -> None:
         known = label >= 0
         pair = label[known] * self.num_classes + out.argmax(dim=1)[known]
-        self.confusion += torch.bincount(pair, minlength=self.num_classes**2)
+        self.confusion += torch.bincount(pair, minlength=self.num_classes**2).to(self.confusion.device)
 
     def _read_seg(self) -> dict[str, float]:
         table = self.confusion.view(self.num_classes, self.num_classes)
@@ -129,7 +130,7 @@ class DenseMetrics:
 
     def _add_depth(self, out: Tensor, label: Tensor) -> None:
         known = label > 0
-        d, g = out[known].double(), label[known].double()
+        d, g = (x[known].to(self.depth.device).double() for x in (out, label))
         ratio = torch.maximum(d.clamp(min=1e-6) / g, g / d.clamp(min=1e-6))
         near, error = (ratio < 1.25).sum(), (d - g)
         self.depth += torch.stack([error.square().sum(), (error.abs() / g).sum(), near, near * 0 + len(g)])
@@ -141,7 +142,7 @@ class DenseMetrics:
     def _add_normal(self, out: Tensor, label: Tensor) -> None:
         known = label.square().sum(dim=1) > 0
         cosine = F.cosine_similarity(out, label, dim=1)[known].clamp(-1, 1)
-        self.angles.append(torch.rad2deg(torch.acos(cosine)))
+        self.angles.append(torch.rad2deg(torch.acos(cosine)).to(self.depth.device))
 
     def _read_normal(self) -> dict[str, float]:
         angle = torch.cat(self.angles).double()

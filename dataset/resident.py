@@ -98,8 +98,8 @@ class Resident:
         if view == 'pair':
             by_class = self.targets.argsort(stable=True)
             count = torch.bincount(self.targets, minlength=self.num_classes)
-            share = torch.rand(len(self), generator=generator, dtype=torch.float64).to(self.device)
-            rank = (share * count[self.targets]).long()
+            share = torch.rand(len(self), generator=generator, dtype=torch.float64)
+            rank = (share * count[self.targets].cpu()).long().to(self.device)
             partner = by_class[(count.cumsum(0) - count)[self.targets] + rank]
             return lambda index: self.crops(partner[index], shift[index], flip[index])
         if view == 'strong':

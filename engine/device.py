@@ -37,6 +37,11 @@ def setup(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def exact(x: torch.Tensor) -> torch.Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
+
+
 def cores() -> int:
     """Cores that this process may use: torch counts those of the whole machine."""
     if (chosen := os.environ.get('OMP_NUM_THREADS', '')).isdecimal():

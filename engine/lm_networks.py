@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.device import exact
 from engine.errors import NonFinite, user_errors
 from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
 from engine.meter import all_finite
@@ -70,15 +71,15 @@ def loaded(path: str | Path) -> nn.Module:
 def measure(net: nn.Module, world: World) -> tuple[dict[str, float], str]:
     """Figures of the held-out text, and what the student makes of its first prompt."""
     exam, first = world.exam, world.text.first
-    sums, count = torch.zeros(4, dtype=torch.float64, device=world.device), 0
+    sums, count = exact(torch.zeros(4, device=world.device)), 0
     for x, target, out_t in zip(exam.x.split(128), exam.target.split(128), exam.out_t.split(128)):
         log_q = F.log_softmax(world.look(net, x).out[:, first:].float(), dim=2)
         log_p = F.log_softmax(out_t[:, first:], dim=2)
         sums += torch.stack([
-            -log_q.gather(2, target[:, first:, None]).double().sum(),
-            (log_q.argmax(dim=2) == log_p.argmax(dim=2)).double().sum(),
-            (log_p.exp() * (log_p - log_q)).double().sum(),
-            (log_q.exp() * (log_q - log_p)).double().sum(),
+            -exact(log_q.gather(2, target[:, first:, None])).sum(),
+            exact(log_q.argmax(dim=2) == log_p.argmax(dim=2)).sum(),
+            exact(log_p.exp() * (log_p - log_q)).sum(),
+            exact(log_q.exp() * (log_q - log_p)).sum(),
         ])  # fmt: skip
         count += log_q[..., 0].numel()
     loss, agreement, kl_ts, kl_st = (sums / count).tolist()

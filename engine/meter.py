@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from engine.device import exact
 from engine.processes import processes, summed
 
 
@@ -84,7 +85,7 @@ class Meter:
             return {}
         if not self.sums:
             return {}
-        total = torch.stack([value.double() for value in self.sums.values()])
+        total = torch.stack([exact(value) for value in self.sums.values()])
         if net is not None:
             total = summed(total)
         sums = dict(zip(self.sums, total.tolist()))

@@ -12,7 +12,7 @@ import engine.session
 import models
 from dataset.attributes import attribute_figures, majority
 from engine.batch import as_float
-from engine.device import autocast
+from engine.device import autocast, exact
 from engine.errors import UserError, user_errors
 from engine.processes import gathered, same_buffers
 from ka_losses.customize import select_teacher
@@ -188,7 +188,7 @@ class Attributes:
             surest = torch.stack(outs)[which, torch.arange(len(which), device=which.device)]
             rows = {f'source {i}': self._read(out, target) for i, out in enumerate(outs, 1)}
             for i, row in enumerate(rows.values()):
-                row['surest_of'] = 100 * float((which == i).double().mean())
+                row['surest_of'] = 100 * float(exact(which == i).mean())
             return rows | {'the surest source': self._read(surest, target)}
         joined, unsure = self._joined(outs), set(range(2 * len(self.attributes))) - set().union(*self.blocks)
         return {} if unsure else {'side by side': self._read(joined, target)}

@@ -18,7 +18,7 @@ import engine.session
 import models
 from dataset.labels import labelled_cross_entropy
 from engine.batch import as_float
-from engine.device import autocast
+from engine.device import autocast, exact
 from engine.errors import UserError, user_errors
 from engine.processes import gathered, same_buffers
 
@@ -221,7 +221,8 @@ def fit_probe(feat: Tensor, labels: Tensor, choices: int, decay: float = 1e-4):
     float64, L-BFGS from zero: nothing is drawn.
     """
     own = (labels >= 0).any(dim=1)
-    feat, labels = feat[own].double(), labels[own]
+    feat = exact(feat[own])
+    labels = labels[own].to(feat.device)
     mean, deviation = feat.mean(dim=0), feat.std(dim=0).clamp(min=1e-6)
     x, heads = (feat - mean) / deviation, labels.shape[1]
     weight = torch.zeros(feat.shape[1], heads * choices, dtype=x.dtype, device=x.device, requires_grad=True)
@@ -238,10 +239,10 @@ def fit_probe(feat: Tensor, labels: Tensor, choices: int, decay: float = 1e-4):
     with torch.enable_grad():
         opt.step(loss)
     weight, bias = weight.detach(), bias.detach()
-    return lambda feat: (((feat.double() - mean) / deviation) @ weight + bias).unflatten(1, (heads, choices))
+    return lambda feat: (((exact(feat) - mean) / deviation) @ weight + bias).unflatten(1, (heads, choices))
 
 
 def accuracy(out: Tensor, labels: Tensor) -> float:
     """Percent: out (N, heads, choices), labels (N, heads); -1 does not count."""
-    known = labels >= 0
-    return 100 * float((out.argmax(dim=2) == labels)[known].double().mean())
+    labels = labels.to(out.device)
+    return 100 * float((out.argmax(dim=2) == labels)[labels >= 0].double().mean())

@@ -87,7 +87,7 @@ def difference(m_s: Tensor, m_t: Tensor, max_diff: float = 3.0) -> tuple[Tensor,
 def agreement(out_s: Tensor, out_t: Tensor) -> dict[str, float]:
     log_s, log_t = out_s.log_softmax(dim=1), out_t.log_softmax(dim=1)
     return {
-        'same_class': 100 * float((out_s.argmax(dim=1) == out_t.argmax(dim=1)).double().mean()),
+        'same_class': 100 * float((out_s.argmax(dim=1) == out_t.argmax(dim=1)).cpu().double().mean()),
         'kl': float((log_t.exp() * (log_t - log_s)).sum(dim=1).mean()),
         'logit_difference': float((out_s - out_t).abs().mean()),
     }

@@ -97,7 +97,7 @@ def train_head(seen: Seen, test: Seen, epochs: int, lr: float, seed: int) -> flo
         loss.backward()
         opt.step()
     with torch.no_grad():
-        return 100 * float((head(x_test).argmax(1) == test.target).double().mean())
+        return 100 * float((head(x_test).argmax(1) == test.target).cpu().double().mean())
 
 
 def train_all(source: Source, train, test, args, lr: float, amp) -> float:
