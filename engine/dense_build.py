@@ -1,5 +1,6 @@
 """From the flags of train_dense.py to its students."""
 
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 from engine import dense as parts
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
-from engine.optimise import one_cycle
+from engine.optimise import adamw, one_cycle, sgd
 from engine.processes import averaged, processes, same_weights
 from engine.recipe import resume_point
 from engine.record import fingerprint
@@ -38,10 +39,9 @@ def share_of_rate(args, step: int) -> float:
 
 
 def optimiser(args, parameters) -> torch.optim.Optimizer:
-    parameters = list(parameters)
     if args.optim == 'sgd':
-        return torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=1e-4)
-    return torch.optim.AdamW(parameters, args.lr, weight_decay=0.01)
+        return sgd(parameters, Namespace(lr=args.lr, momentum=0.9, weight_decay=1e-4, nesterov=False))
+    return adamw(parameters, Namespace(lr=args.lr, weight_decay=0.01))
 
 
 def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: str, chosen: dict) -> parts.Run:
@@ -65,7 +65,7 @@ def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: st
     kds = nn.ModuleDict({term.name: term.kd for term in terms})
     same_weights(net, kds)
     opt = optimiser(args, [*net.parameters(), *kds.parameters()])
-    run = parts.Run(word, terms, net, opt, Meter(word, 0, world.device), world)
+    run = parts.Run(word, terms, net, opt, Meter(word, 0, world.device, 'before evaluation'), world)
     recipe = {key: getattr(args, key) for key in
               ('task', 'data_name', 'size', 'seed', 'steps', 'batch_size', 'lr', 'optim', 'schedule',
                'warmup', 'eval_every', 'amp', 's_name')}  # fmt: skip

@@ -15,7 +15,7 @@ from engine.dfkd_kinds import SOURCES
 from engine.dfkd_source import Setting, Source
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
-from engine.optimise import set_learning_rate, sgd
+from engine.optimise import adam, set_learning_rate, sgd
 from engine.recipe import resume_point
 from engine.record import Record, fingerprint, fingerprint_of
 from engine.teachers import load_teachers
@@ -153,7 +153,7 @@ def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, set
             try_student(row, kd, net, own_t, noise, recipe)
     if row.needs.pool or (args.pool_init and hasattr(source, 'fill')):
         source.fill(read_pool(args.pool_init, setting))
-    opt = optimiser(net, recipe, device)
+    opt = optimiser(net, recipe)
     pool = args.pool_init and hasattr(source, 'fill') and fingerprint_of({'images': source.pool.images})
     math = {
         'script': 'train_dfkd', 'data_name': args.data_name, 'seed': args.seed, 'amp': args.amp,
@@ -174,11 +174,10 @@ def try_student(row: Method, kd: nn.Module, net: nn.Module, net_t: nn.Module, x:
     row.student(kd, net.eval()(x, True), net_t(x, True), recipe.T)
 
 
-def optimiser(net: nn.Module, recipe: Recipe, device) -> torch.optim.Optimizer:
+def optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optim == 'sgd':
         return sgd(net.parameters(), Plain(recipe.lr, recipe.momentum, recipe.weight_decay))
-    cuda = device.type == 'cuda'
-    return torch.optim.Adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=cuda)
+    return adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
 
 
 def read_pool(path: str, setting: Setting) -> Tensor:

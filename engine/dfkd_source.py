@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dataset import Resident
 from engine.batch import InFloat32
 from engine.meter import Meter
+from engine.optimise import adam
 from methods.dfkd import Method, Recipe
 from models.generators import resized_crop_and_flip
 
@@ -167,8 +168,7 @@ class Source:
         return x.contiguous(memory_format=torch.channels_last)
 
     def adam(self, groups, lr: float, betas: tuple = ()) -> torch.optim.Adam:
-        fused = self.setting.device.type == 'cuda'
-        opt = torch.optim.Adam(groups, lr, betas or self.recipe.betas, fused=fused)
+        opt = adam(groups, lr, betas=betas or self.recipe.betas)
         for group in opt.param_groups:
             group['full'] = group['lr']
         return opt

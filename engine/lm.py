@@ -56,7 +56,10 @@ class Run:
 
     def recall(self) -> None:
         """After one was loaded."""
-        self.generator.set_state(self.memory['generator'])
+        if len(self.memory['generator']) == len(self.generator.get_state()):
+            self.generator.set_state(self.memory['generator'])
+        else:  # of another kind of device, whose numbers are others anyway
+            self.generator.manual_seed(self.world.seed * 1_000_003 + self.record.epoch)
         self.schedule.load_state_dict(self.memory['schedule'])
         for key, value in self.memory.items():
             if isinstance(value, Tensor) and key != 'generator':

@@ -94,7 +94,7 @@ def make_run(args, world, folder, origin, name, method, weight, options) -> part
         groups.append({'params': maps, 'base': MAPS_LR})
     ce, generator = share(args, method), torch.Generator(world.device)
     meter = Meter(name, 0, world.device, 'before evaluation')
-    run = parts.Run(name, method, kd, weight, ce, net, adamw(groups, world.device), meter, world,
+    run = parts.Run(name, method, kd, weight, ce, net, adamw(groups), meter, world,
                     args.lmbda, generator)  # fmt: skip
     run.schedule.update(world.start_loss)
     recipe = {key: getattr(args, key) for key in

@@ -29,7 +29,7 @@ def trained(
 ) -> nn.Module:
     """net after so many steps of cross-entropy; batches: step -> (x, target)."""
     net.to(device).train()
-    opt = adamw([{'params': list(net.parameters()), 'base': rate}], device)
+    opt = adamw([{'params': list(net.parameters()), 'base': rate}])
     for step in range(steps):
         x, target = batches(step)
         set_rates(opt, share_of_rate(step, steps))

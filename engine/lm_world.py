@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dataset.text import Pairs, Text
 from engine.errors import user_errors
+from engine.optimise import adam
 from engine.record import fingerprint, save_checkpoint
 from models import lm
 from models.checkpoint import read_checkpoint
@@ -34,11 +35,9 @@ def share_of_rate(step: int, steps: int) -> float:
     return min(1, (step + 1) / WARM_UP) * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def adamw(groups: list[dict], device: torch.device) -> torch.optim.AdamW:
+def adamw(groups: list[dict]) -> torch.optim.AdamW:
     """groups: {'params': ..., 'base': its highest learning rate}."""
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True if device.type == 'cuda' else None
-    )
+    return adam(groups, 0.0, torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.01)
 
 
 def set_rates(opt: torch.optim.Optimizer, share: float) -> None:

@@ -45,17 +45,22 @@ def optimiser(parameters: Iterable[nn.Parameter | dict], args: argparse.Namespac
 
 
 def adamw(parameters: Iterable[nn.Parameter | dict], args: argparse.Namespace) -> torch.optim.AdamW:
-    """On CUDA by the kernel that can skip an update on the device (Meter.guard)."""
+    return adam(parameters, args.lr, torch.optim.AdamW, weight_decay=args.weight_decay)
+
+
+def adam(parameters: Iterable[nn.Parameter | dict], lr: float, kind=torch.optim.Adam, **options):
+    """Adam or AdamW; on CUDA by the kernel that can skip an update on the device (Meter.guard)."""
     parameters = list(parameters)
     fused = on_cuda(parameters)
-    opt = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=fused)
+    opt = kind(parameters, lr, fused=fused, foreach=False, **options)
 
     def own_kernel(opt):
         """Whatever device the checkpoint came from."""
         for group in opt.param_groups:
             group |= {'fused': fused, 'foreach': False}
         for p, state in opt.state.items():
-            state['step'] = state['step'].to(p.device if fused else 'cpu')
+            if 'step' in state:
+                state['step'] = state['step'].to(p.device if fused else 'cpu')
 
     opt.register_load_state_dict_post_hook(own_kernel)
     return opt

@@ -13,6 +13,7 @@ import engine.errors
 import engine.meter
 import engine.optimise
 import engine.record
+from dataset import text as texts
 from engine.errors import NonFinite
 from engine.ka_tools import sound
 from tests.conftest import ROOT, TINY
@@ -221,3 +222,68 @@ def test_the_device_side_guard(monkeypatch):
         assert torch.equal(weight, before) == (step in (1, 3))
         assert torch.isfinite(weight).all()
     assert meter.read() == {} and 'epoch 5, step 2' in meter.failure
+
+
+HALF = ('--data_name', 'shapes:96', '--batch_size', 32, '--epochs', 1)
+GUARDED = {
+    'train_base': (*HALF, '--net_name', 'resnet8', '--optim', 'adamw'),
+    'train_kd': (*HALF, '--kd_mode', 'st', '--t_name', 'resnet8', '--s_name', 'resnet8', '--t_model', '{t}'),
+    'train_dml': (*HALF, '--kd_mode', 'dml', '--net_names', 'resnet8', 'resnet8'),
+    'train_ka': (*HALF, '--ka_mode', 'concat', '--t_name', 'resnet8', '--t_model', '{0}', '{1}'),
+    'train_dfkd': ('--data_name', 'shapes:96', '--kd_mode', 'dafl', '--t_name', 'resnet8', '--t_model', '{t}',
+                   '--s_name', 'resnet8', '--dry_run', '--width', 4),
+    'train_dense': ('--data_name', 'scenes:24', '--size', 32, '--labelled', 6, '--batch_size', 4, '--kd_mode',
+                    'alone', '--steps', 2),
+    'train_dense ': ('--data_name', 'scenes:24', '--size', 32, '--labelled', 6, '--batch_size', 4,
+                     '--kd_mode', 'alone', '--steps', 2, '--optim', 'sgd'),
+    'train_lm': ('--data_name', 'markov', '--kd_mode', 'ce', '--steps', 2, '--init_steps', 0),
+    'tools.graphs': ('--train', 3, '--test', 2, '--nodes', 30, '--batch_size', 2, '--t_width', 4, '--epochs',
+                     1, '--kd_mode', 'teacher'),
+    'tools.sequences': ('--train', 48, '--test', 12, '--t_width', 16, '--batch_size', 16, '--epochs', 1,
+                        '--kd_mode', 'audio'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', GUARDED)
+def test_whoever_asks_the_guard_can_skip_on_the_device(script, tmp_path, monkeypatch, name):
+    """As on CUDA, where `guard` tells the optimiser: one without a fused kernel refuses to be told."""
+    monkeypatch.setattr(texts, 'SIZE', 20_000)
+    parts = {f'{{{part}}}': ('--num_parts', 2, '--part', part) for part in (0, 1)}
+    files = {word: tmp_path / word.strip('{}') / 'net.pt' for word in ('{t}', *parts)}
+    for word in set(GUARDED[name]) & set(files):
+        note = ('--note', word.strip('{}'))
+        done = script('train_base', *HALF, '--net_name', 'resnet8', *note, *parts.get(word, ()))
+        assert done.code == 0, done.err
+    words = [files.get(word, word) for word in GUARDED[name]]
+    told, real = [], engine.meter.Meter.guard
+
+    def guard(meter, loss, opt, *teachers):
+        opt.found_inf = torch.zeros(())
+        told.append(opt)
+        return real(meter, loss, opt, *teachers)
+
+    monkeypatch.setattr(engine.optimise, 'on_cuda', lambda parameters: True)
+    monkeypatch.setattr(engine.meter.Meter, 'guard', guard)
+    place = () if name.startswith('train') else ('--save_root', tmp_path, '--threads', 1)
+    done = script(name.strip(), *words, *place, '--note', 'told')
+    assert done.code == 0, done.err
+    assert told and all(group['fused'] for opt in told for group in opt.param_groups)
+
+
+def test_a_checkpoint_changes_no_kernel(monkeypatch):
+    """Adam's state of a device without the fused kernel goes on with it, and the other way round."""
+    for fused in (True, False):
+        opts = []
+        for now in (not fused, fused):
+            monkeypatch.setattr(engine.optimise, 'on_cuda', lambda parameters, now=now: now)
+            weight = torch.nn.Parameter(torch.ones(3))
+            opts.append((weight, engine.optimise.adam([weight], 0.1)))
+        (weight, opt), (other, again) = opts
+        weight.grad = torch.ones(3)
+        opt.step()
+        again.load_state_dict(opt.state_dict())
+        other.grad = torch.ones(3)
+        if fused:
+            again.found_inf = torch.zeros(())
+        again.step()
+        assert again.param_groups[0]['fused'] is fused and other.max() < 1

@@ -39,6 +39,7 @@ from engine.flags import (  # noqa: E402
 )
 from engine.meter import Meter  # noqa: E402
 from engine.method_flags import refuse_repeated  # noqa: E402
+from engine.optimise import adam  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import resume_point  # noqa: E402
 from engine.record import Record, fingerprint, output_folder, provenance  # noqa: E402
@@ -152,7 +153,7 @@ class Run:
         names += ('lambda_kd', 'kernel', 'gamma', 'sigma') * bool(self.teacher)
         recipe = {key: getattr(args, key) for key in names} | self.teacher
         recipe |= {'script': 'graphs', 'method': name, 'initial': fingerprint(net)}
-        self.opt = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
+        self.opt = adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
         self.meter = Meter(name, 0, next(net.parameters()).device)
         self.record = Record(folder / name, {'net': net, 'opt': self.opt}, recipe, origin, 'test')
         self.record.resume(resume_point(args.resume, folder / name))

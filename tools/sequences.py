@@ -40,6 +40,7 @@ from engine.flags import (  # noqa: E402
 )
 from engine.meter import Meter  # noqa: E402
 from engine.method_flags import refuse_repeated  # noqa: E402
+from engine.optimise import adam  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import resume_point  # noqa: E402
 from engine.record import Record, fingerprint, output_folder, provenance  # noqa: E402
@@ -63,8 +64,8 @@ def parse_args(words=None):
     flag('--w_frame', type=share_of_ce, default=10.0, metavar='W',
          help="libs: weight of its frames; default 10, the paper's")
     flag('--ce_floor', type=share_of_ce, default=0.0, metavar='W',
-         help="c2kd: least weight of cross-entropy; the paper's falls to 0 as soon as three in ten symbols "
-              'are right; default 0')
+         help="c2kd: least weight of cross-entropy; the paper's falls to 0 as soon as about two in three "
+              'symbols are right; default 0')
     flag('--train', type=positive_int, default=2000, metavar='N', help='training strings, default 2000')
     flag('--test', type=positive_int, default=500, metavar='N', help='test strings, default 500')
     flag('--noise', type=share_of_ce, default=0.3, help="deviation of the video's noise, default 0.3")
@@ -162,7 +163,7 @@ class Run:
             else nn.ModuleList([DSA(), ESA()])
         )
         self.kd.to(next(net.parameters()).device)
-        self.opt = torch.optim.Adam([*net.parameters(), *self.kd.parameters()], args.lr)
+        self.opt = adam([*net.parameters(), *self.kd.parameters()], args.lr)
         self.meter = Meter(name, 0, next(net.parameters()).device)
         parts = {'net': net, 'kd': self.kd, 'opt': self.opt}
         self.record = Record(folder / name, parts, recipe, origin, 'test', 'right')
