@@ -13,7 +13,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,35 @@ def build(task: str, name: str, num_classes: int, size: int = 64, frozen: bool =
     extra = dict(getattr(net.backbone.fpn.extra_blocks, 'named_children', dict)())
     levels += [f'fpn.extra_blocks.{name}' for name in ('p6', 'p7') if name in extra]
     net.backbone = Tap(net.backbone, levels, feat=levels[-1], classifier=levels[-1])
+    _boxes_in_float32(net)
     return net
+
+
+def _boxes_in_float32(net: nn.Module) -> None:
+    """Under autocast torchvision makes anchors and boxes in the maps' precision: pixels apart in bfloat16."""
+    two = isinstance(net, detection.FasterRCNN)
+    anchors = net.rpn.anchor_generator if two else net.anchor_generator
+    anchors.register_forward_pre_hook(_of_float32_maps)
+    for head in (net.rpn.head, net.roi_heads.box_predictor) if two else (net.head,):
+        head.register_forward_hook(_at_least_float32)
+
+
+def _of_float32_maps(module, inputs: tuple) -> tuple:
+    """An anchor generator reads sizes, precision and device of the maps."""
+    images, maps = inputs
+    return images, [fm[:1, :1].to(_at_least(fm.dtype)) for fm in maps]
+
+
+def _at_least_float32(module, inputs: tuple, out):
+    if isinstance(out, dict):
+        return {key: _at_least_float32(module, inputs, x) for key, x in out.items()}
+    if isinstance(out, (list, tuple)):
+        return type(out)(_at_least_float32(module, inputs, x) for x in out)
+    return out.to(_at_least(out.dtype))
+
+
+def _at_least(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _unknown(task: str, name: str) -> ValueError:
@@ -233,8 +261,15 @@ def enlarged(out: Tensor, size) -> Tensor:
     return F.interpolate(out.float(), tuple(size), mode='bilinear', align_corners=False)
 
 
+@lru_cache
+@torch.inference_mode(False)  # or a training after it could not use them
+def _per_channel(device: torch.device) -> list[Tensor]:
+    """Mean and deviation on the device: made there once, since every copy waits."""
+    return [torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD)]
+
+
 def normalised(x: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (MEAN, STD))
+    mean, std = _per_channel(x.device)
     return (x - mean) / std
 
 
