@@ -35,6 +35,7 @@ from engine.flags import (
     add_label_flag,
     add_optimiser_flag,
     check_head,
+    fraction,
     positive_int,
     whole_number,
     with_rate,
@@ -42,7 +43,7 @@ from engine.flags import (
 from engine.meter import Meter
 from engine.optimise import optimiser
 from engine.parser import Parser
-from engine.processes import distributed
+from engine.processes import distributed, rank
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
 from engine.session import Log, labelled_part, load_data
@@ -57,6 +58,9 @@ def parse_args():
     add_head_flag(parser.add_argument, '--init')
     parser.add_argument('--keep', type=positive_int, metavar='N',
         help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip
+    parser.add_argument('--bn_l1', type=fraction, default=0.0, metavar='W',
+        help="adds W times the sum of all batch norms' absolute weights; 0.0001 in the paper of network "
+             'slimming: tools/slim.py --kind bn tells channels apart by them; default 0')  # fmt: skip
     add_label_flag(parser.add_argument)
     # fmt: off
     flag = parser.add_argument_group('a part of the classes, for train_ka.py').add_argument
@@ -129,13 +133,18 @@ def main():
     steps, step = train.steps(args.batch_size), distributed(net, device)
     cast = PRECISIONS[args.amp] if graphs else None
     counters = side_by_side.host_counters(net) if graphs else []
-    run = Run(args.net_name, step, opt, scaler, amp, Meter(args.net_name, 0, device), cast, counters)
+    scales = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+    run = Run(
+        args.net_name, step, opt, scaler, amp, Meter(args.net_name, 0, device), cast, counters, args.bn_l1,
+        scales,
+    )  # fmt: skip
     how = side_by_side.Graphs(device, log) if graphs else side_by_side.InTurn()
     live = session.start(args, log, origin, val=val, done=record.epoch, epochs=args.epochs, steps=steps)
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = optimise.learning_rate(args, epoch)
         run.meter.reset(epoch)
+        torch.manual_seed(args.seed * 1_000_003 + epoch + 7919 * rank())  # dropout
         net.train()
         batches = train.train_batches(args.batch_size, args.seed, epoch)
         for number, batch in enumerate(how.looks(Batch, batches), 1):
@@ -186,6 +195,8 @@ class Run:
     meter: Meter
     cast: torch.dtype | None  # the precision into which weights are cast all at once, see --cuda_graphs
     counters: list[Tensor]  # counts of batches that are kept on the host, see --cuda_graphs
+    bn_l1: float
+    scales: list[Tensor]  # of the batch norms, see --bn_l1
     generators: tuple = ()  # nothing is drawn
     usual_only: str = ''  # why a CUDA graph cannot repeat its step
 
@@ -200,14 +211,16 @@ def train_step(run: Run, batch: Batch) -> None:
             out = torch.func.functional_call(run.net, cast_weights(run.net, run.cast), batch.img)
         else:
             out = run.net(batch.img)
-    loss = F.cross_entropy(out.float(), batch.target)
+    loss = ce = F.cross_entropy(out.float(), batch.target)
+    if run.bn_l1:
+        loss = ce + run.bn_l1 * sum(scale.abs().sum() for scale in run.scales)
     if not run.meter.guard(loss, run.opt):
         return
     run.opt.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.step(run.opt)
     run.scaler.update()
-    run.meter.add(out, batch.target, ce=loss)
+    run.meter.add(out, batch.target, ce=ce)
 
 
 if __name__ == '__main__':

@@ -187,6 +187,7 @@ def main():
 def train_epoch(run: Run, epoch: int, seed: int, live) -> None:
     """Rounds of an update of the images' source and of the student."""
     recipe, source = run.recipe, run.source
+    torch.manual_seed(seed * 1_000_003 + epoch)  # dropout
     run.net.train()
     run.meter.reset(epoch)
     source.begin_epoch(seed, epoch)

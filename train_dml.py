@@ -100,6 +100,7 @@ def main():
             with user_errors():
                 method.own.each_epoch(step.kd, lambda: held_out(reading, val))
         generator.manual_seed(args.seed * 1_000_003 + epoch + 7919 * rank())
+        torch.manual_seed(args.seed * 1_000_003 + epoch + 7919 * rank())  # dropout
         inner = method.when.inner and method.when.inner(epoch, args.epochs)
         meters = [Meter(f'net{k}', epoch, device) for k in range(1, len(nets) + 1)]
         step.train()

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
 
+import torch
+
 import models
 from engine import drawing, errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
@@ -34,7 +36,7 @@ from engine.ka_student import Batch, Moment, Run
 from engine.meter import Meter
 from engine.optimise import one_cycle
 from engine.parser import Parser
-from engine.processes import processes
+from engine.processes import processes, rank
 from engine.record import (
     class_names_of,
     logits_of,
@@ -130,7 +132,7 @@ def main():
     steps, images = setting.train.steps(args.batch_size), f'{len(setting.train)} + {len(setting.test)} images'
     log(f'{len(runs)} x {setting.student_name} on {args.data_name}: {images}, {device}')
     live = session.start(args, log, origin, val=setting.val, done=start, epochs=total, steps=steps)
-    together = side_by_side.choose(args, device, len(runs), log)
+    together = side_by_side.choose(args, device, runs, log)
 
     def seen_by_teachers(img, target, index, _):
         return Batch(img, target, index, setting.teachers_on(img))
@@ -190,6 +192,8 @@ def train_student(run: Run, seen: Batch, setting, now: Moment) -> None:
         supervised=setting.supervised,
     )  # fmt: skip
     said = {}
+    if run.draws:
+        torch.manual_seed(run.seeds.getrandbits(63))
     for update in run.method.when.updates_now(now.done):
         batch.update, opt = update, run.opts[update]
         for group in opt.param_groups:
@@ -209,7 +213,8 @@ def train_student(run: Run, seen: Batch, setting, now: Moment) -> None:
 
 def begin_epoch(run: Run, epoch: int, phase: int, begins: bool, setting, args, log) -> None:
     """Generators, meter and modes of a run for this epoch; what its method does where a phase begins."""
-    run.rng = random.Random(args.seed * 1_000_003 + epoch)
+    seed = args.seed * 1_000_003 + epoch
+    run.rng, run.seeds = random.Random(seed), random.Random(seed + 7919 * rank())
     run.meter = Meter(run.name, epoch, setting.train.device)  # a new one: updates differ in their terms
     own = run.method.own
     if own.before and epoch == 0:

@@ -143,7 +143,8 @@ def main():
     if processes() > 1:
         scope = 'the batches of all processes' if args.global_relations else "each process's own batch"
         log(f'{processes()} processes x {args.batch_size} images; relations between samples: {scope}')
-    together, steps = side_by_side.choose(args, device, len(runs), log), train.steps(args.batch_size)
+    together = side_by_side.choose(args, device, runs, log)
+    steps = train.steps(args.batch_size)
     live = session.start(
         args, log, origin, val=val, done=start - first, epochs=args.epochs - first, steps=steps
     )
@@ -207,6 +208,8 @@ def train_student(run: Run, seen: Batch) -> None:
     if run.meter.failure or incomplete:
         return
     batch = replace(seen, now=run.now, epochs=run.epochs, generator=run.generator, rng=run.rng)
+    if run.draws:
+        torch.manual_seed(run.seeds.getrandbits(63))
     out, terms = run.step(batch, run.weights, run.inner, run.phase)
     run.reads_epoch = batch.reads_epoch
     weights = run.weights
@@ -240,7 +243,7 @@ def begin_epoch(run: Run, epoch: int, args) -> None:
     run.inner = whole.inner(run.now, run.epochs)
     seed = args.seed * 1_000_003 + epoch
     run.generator.manual_seed(seed + 7919 * rank())  # processes draw different numbers
-    run.rng = random.Random(seed)
+    run.rng, run.seeds = random.Random(seed), random.Random(seed + 7919 * rank())
     run.meter.reset(epoch)
 
 

@@ -12,7 +12,7 @@ import models
 from dataset.labels import NO_LABEL
 from engine import side_by_side
 from engine.batch import Batch, Probe
-from engine.device import PRECISIONS
+from engine.device import PRECISIONS, random_state
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
 from engine.method_flags import (
@@ -182,6 +182,7 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
     """A step of each phase on a copy: shapes that do not meet show here, before anything is trained."""
     trial = copy.deepcopy(step).train()
     trial.gather = None
+    state = random_state(seen.img.device)
     generator = torch.Generator(seen.img.device)
     try:
         with user_errors():
@@ -193,6 +194,8 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
                     trial(batch, trial.weights(phase, batch.now, run.epochs), inner, phase)
     except AttributeError as error:  # a network of the user's own, without a part that this method asks for
         raise UserError(f'{run.name}: {error}') from None
+    if not torch.equal(state, random_state(seen.img.device)):
+        run.draws, run.usual_only = True, '; '.join(filter(None, (run.usual_only, 'it has dropout')))
 
 
 def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:

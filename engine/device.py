@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
-from engine.processes import join_processes
+from engine.processes import join_processes, processes
 
 
 def setup(args: argparse.Namespace) -> torch.device:
@@ -24,6 +24,10 @@ def setup(args: argparse.Namespace) -> torch.device:
     name = args.device or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')
     try:
         device = torch.device(name)
+        if device.type == 'cuda' and torch.cuda.is_available():
+            index = int(os.environ['LOCAL_RANK']) if processes() > 1 else device.index
+            if index is not None:  # what is recorded, and what a process opens, is on the current one
+                torch.cuda.set_device(index)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from None
@@ -51,6 +55,13 @@ def cores() -> int:
         quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
         count = min(count, -(-int(quota) // int(period)))
     return max(count, 1)
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """Of torch's global generators: two that differ say that something has drawn from them."""
+    own = {'cuda': lambda: torch.cuda.get_rng_state(device), 'mps': lambda: torch.mps.get_rng_state()}
+    here = own.get(device.type, lambda: torch.empty(0, dtype=torch.uint8))()
+    return torch.cat([torch.get_rng_state(), here.cpu()])
 
 
 def seed_all(seed: int) -> None:

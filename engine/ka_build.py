@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from engine.device import random_state
 from engine.errors import UserError, user_errors
 from engine.ka_student import Batch, Probe, Run, Student, Term
 from engine.meter import Meter
@@ -17,7 +18,7 @@ from engine.method_flags import (
     refuse_unknown,
     weights_and_options,
 )
-from engine.optimise import sgd
+from engine.optimise import adam, sgd
 from engine.processes import distributed
 from engine.recipe import math_args, resume_point
 from engine.record import Record, fingerprint
@@ -82,9 +83,11 @@ def build_run(args, term: Term, setting, folder, origin) -> Run:
     step = Student(net, ka, term, setting, args.T)
     opts = {update: optimiser(args, *both) for update, both in method.own.parameters(net, ka).items()}
     trial = Student(*copy.deepcopy((net, ka)), term, setting, args.T).train()
+    state = random_state(device)
     with user_errors():  # shapes that do not meet show here, before anything is trained
         for update in opts:
             trial(replace(batch, update=update))
+    draws = not torch.equal(state, random_state(device))
     recipe = math_args(
         args, script='train_ka', student=setting.student_name, initial=initial,
         method=[name, term.weight, term.soft, term.options],
@@ -96,7 +99,7 @@ def build_run(args, term: Term, setting, folder, origin) -> Run:
     record = Record(folder / name, state, recipe, origin, 'val' if setting.val else 'test', setting.key)
     record.resume(resume_point(args.resume, folder / name))
     step = distributed(step, device)
-    return Run(name, method, step, net, ka, opts, scaler, record, layers, Meter(name, 0, device))
+    return Run(name, method, step, net, ka, opts, scaler, record, layers, Meter(name, 0, device), draws)
 
 
 def first_look(args, net: nn.Module, setting, layers: tuple[int, ...]) -> tuple[Batch, Probe]:
@@ -126,8 +129,7 @@ def optimiser(args, net: list, ka: list) -> torch.optim.Optimizer:
     """Of parameters of the student and of the loss, each with a learning rate of its own."""
     groups = [{'params': params, 'role': role} for role, params in (('net', net), ('ka', ka)) if params]
     if args.optim == 'adam':
-        cuda = groups[0]['params'][0].is_cuda
-        return torch.optim.Adam(groups, args.lr, weight_decay=args.weight_decay, fused=cuda)
+        return adam(groups, args.lr, weight_decay=args.weight_decay)
     return sgd(groups, args)
 
 

@@ -115,4 +115,6 @@ class Run:
     record: Record
     layers: tuple[int, ...]
     meter: Meter
+    draws: bool = False  # from torch's global generator, as dropout does: seeded before every step then
     rng: random.Random | None = None  # for losses that draw a choice
+    seeds: random.Random | None = None  # for these steps

@@ -10,7 +10,7 @@ from models.checkpoint import read_checkpoint
 # flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
-         'select': 'saliency', 'labelled': None, 'augment': None, 'processes': 1}  # fmt: skip
+         'select': 'saliency', 'labelled': None, 'augment': None, 'bn_l1': 0.0, 'processes': 1}  # fmt: skip
 
 
 def math_args(args: argparse.Namespace, **more) -> dict:
@@ -59,6 +59,8 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
         for path in candidates:
             if path.is_file():
                 return path
+        if any(path.parent.name != folder.name for path in Path(choice).glob('*/last.pt')):
+            return None  # the group's folder, and this run has not begun
         raise UserError(
             f'--resume {choice}: no checkpoint there, looked for {", ".join(map(str, candidates))}'
         )

@@ -30,18 +30,19 @@ from engine.processes import processes
 from engine.recording import Repeated, cast_weights, cuda_capture, host_counters  # noqa: F401  asked for here
 
 
-def choose(args, device: torch.device, students: int, log: Callable[[str], None]):
-    """One of the three, as the flags, the device and the cores say."""
+def choose(args, device: torch.device, runs: list, log: Callable[[str], None]):
+    """One of the three, as the flags, the device, the cores, and students that draw from a generator say."""
     if engine.side_by_side.graphs_wanted(args, device):
         return Graphs(device, log)
     if device.type != 'cpu' or engine.processes.processes() > 1:
         return InTurn()
     each, cores = args.student_threads, torch.get_num_threads()
-    if students == 1 and each < cores:
+    if len(runs) == 1 and each < cores:
         log(f'the student uses {each} of {cores} cores (--student_threads {cores} gives it all of them, with '
             f'other last digits)')  # fmt: skip
     torch.set_num_threads(each)
-    return Workers(cores // each, each) if cores >= 2 * each else InTurn()
+    alone = any(run.draws for run in runs)  # threads would share the one that dropout draws from
+    return Workers(cores // each, each) if cores >= 2 * each and not alone else InTurn()
 
 
 # --------------------------------------------------------------------------------------- one after another
@@ -134,6 +135,8 @@ class Graphs:
                 tensors = self.places
             batch = (*tensors[:3], dict(zip(views, tensors[3:])))
             resting = getattr(look, 'resting', None)  # another look than the recorded one
+            nobody = resting or not (getattr(look, 'nets', ()) or getattr(look, 'stored', None))
+            self.look.capture = _nothing if nobody else cuda_capture(None, [])
             yield self.look(partial(_settled, look, batch), resting, recordable=whole)
 
     def train(self, step: Callable, runs: list, seen) -> None:
@@ -179,6 +182,11 @@ class Graphs:
         yield lambda run: torch.cuda.stream(self.streams[run.name])
         for run in runs:
             main.wait_stream(self.streams[run.name])
+
+
+def _nothing(work: Callable) -> tuple[Callable, object]:
+    """Of a look that asks nobody: CUDA warns of a graph without a kernel. The batch lies where it will."""
+    return lambda: None, work()
 
 
 def _settled(look: Callable, batch: tuple):

@@ -155,6 +155,8 @@ class Run:
     inside: bool  # the phases before it are the first of the --epochs, see --phases
     counters: list[Tensor]  # counts of batches that are kept on the host, see --cuda_graphs
     rng: random.Random = None  # for losses that draw a choice
+    draws: bool = False  # from torch's global generator, as dropout does: seeded before every step then
+    seeds: random.Random = None  # for these steps
     phase: str = 'train'
     now: int = 0  # epochs of the training proper that lie behind; negative in the phases before
     weights: dict[str, float] = field(default_factory=dict)  # of cross-entropy and the methods, in this epoch

@@ -262,3 +262,49 @@ def test_signals(tmp_path, img_root, undisturbed, number):
     assert again.returncode == 0, err
     for token in ('vid', 'pkt+st'):
         check_equal(whole / token, tmp_path / 'cut' / token)
+
+
+class Dropping(torch.nn.Module):
+    """resnet8 with a dropout before its classifier."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, net.fc = net, torch.nn.Sequential(torch.nn.Dropout(0.5), net.fc)
+
+    def forward(self, *args):
+        return self.net(*args)
+
+
+@pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_ka', 'train_dml'])
+def test_dropout_resumes(script, teacher, tmp_path, monkeypatch, name):
+    """What it draws is a function of seed, epoch and step; nor do students take numbers from each other."""
+    pair = ('--t_name', 'resnet8', '--t_model', teacher, '--s_name', 'drops')
+    halves = [tmp_path / f'half{part}' / 'net.pt' for part in (0, 1)]
+    kinds = {
+        'train_base': ('--net_name', 'drops'), 'train_kd': ('--kd_mode', 'st', 'logits', *pair),
+        'train_dml': ('--kd_mode', 'dml', '--net_names', 'drops', 'drops'),
+        'train_ka': ('--ka_mode', 'concat', 'mse', '--t_name', 'resnet8', '--t_model', *halves, '--s_name',
+                     'drops'),
+    }  # fmt: skip
+    for part in (0, 1) if name == 'train_ka' else ():
+        flags = ('--num_parts', 2, '--part', part, '--note', f'half{part}')
+        assert script('train_base', '--net_name', 'resnet8', *TINY, *flags).code == 0
+    monkeypatch.setitem(
+        models.MODELS, 'drops', lambda num_classes: Dropping(models.build('resnet8', num_classes))
+    )
+    words = (*kinds[name], *FOUR, '--note')
+    done = script(name, *words, 'whole')
+    assert done.code == 0, done.err
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(2, patch)
+        script(name, *words, 'cut')
+    assert script(name, *words, 'cut', '--resume', 'auto').code == 0
+    runs = {'train_kd': ('st', 'logits'), 'train_ka': ('concat', 'mse')}.get(name, ('',))
+    for run in runs:
+        one, two = (weights(tmp_path / note / run) for note in ('whole', 'cut'))
+        assert same(one['net'], two['net']), run
+    if len(runs) > 1:
+        alone = [runs[1] if word == runs[0] else word for word in words if word != runs[1]]
+        assert script(name, *alone, 'alone').code == 0
+        one, two = (weights(tmp_path / note / runs[1]) for note in ('whole', 'alone'))
+        assert same(one['net'], two['net'])
