@@ -26,6 +26,7 @@ from pathlib import Path
 import engine.threads  # noqa: F401  before torch
 
 import numpy as np
+import torch
 
 from dataset import annotated
 from dataset.average_precision import library
@@ -146,6 +147,8 @@ def main():
     args = parse_args()
     wanted = read_methods(args)
     device = setup(args)
+    if not args.data_name.startswith('scenes'):  # pictures of other sizes in every step
+        torch.backends.cudnn.benchmark = False
     if args.dry_run:
         if rank() > 0:
             return
@@ -173,7 +176,9 @@ def main():
     if processes() > 1:
         log(f'{processes()} processes x {args.batch_size} pictures')
     bar = session.progress_bar(args.steps, before, log)
-    live = session.Session(args, log, bar, None, StopAfterEpoch(), segments)
+    live = session.Session(
+        args, log, bar, None, StopAfterEpoch('the next evaluation'), segments, 'evaluation'
+    )
     for segment in range(first, segments):
         started = time.time()
         begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead

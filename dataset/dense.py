@@ -88,7 +88,7 @@ class DenseMetrics:
 
     def __init__(self, tasks: tuple, num_classes: int, device) -> None:
         self.tasks, self.num_classes = tasks, num_classes
-        device = 'cpu' if device.type == 'mps' else device  # which has no float64
+        device = 'cpu' if torch.device(device).type == 'mps' else device  # which has no float64
         self.confusion = torch.zeros(num_classes**2, dtype=torch.float64, device=device)
         self.depth = torch.zeros(4, dtype=torch.float64, device=device)
         self.angles: list[Tensor] = []

@@ -120,13 +120,13 @@ def chosen_views(given: dict, size: int) -> tuple[transforms.Compose, dict]:
 def seen_through(view, seeds: Iterable[int], images: Tensor, **labels: Tensor) -> tuple[Tensor, dict]:
     """(images, labels) of a batch, every picture seen as its own seed decides.
 
-    The global generator is left as it was. Another thread must not draw from it meanwhile: networks for dense
-    tasks have no dropout.
+    The CPU's global generator is left as it was, and CUDA's is not touched. Another thread must not draw from
+    it meanwhile.
     """
     seen = []
     with torch.random.fork_rng(devices=[]):  # torchvision draws on the CPU
         for k, seed in enumerate(seeds):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             seen.append(unwrap(view(wrap({'image': images[k], **{key: x[k] for key, x in labels.items()}}))))
     whole = {key: torch.stack([one[key] for one in seen]) for key in seen[0]}
     return whole.pop('image'), whole

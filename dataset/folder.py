@@ -241,13 +241,13 @@ class _Views(Dataset):
 
     def __getitem__(self, i: int) -> tuple:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(view_seed('first', self.seed, self.epoch, i))
+            torch.default_generator.manual_seed(view_seed('first', self.seed, self.epoch, i))
             image, target = self.images[i]
             return image, *(self._view(view, i) for view in self.views), target
 
     def _view(self, view: str, i: int) -> Tensor:
         seed = view_seed(view, self.seed, self.epoch, i)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if view == 'pair':
             same = (self.targets == self.targets[i]).nonzero()[:, 0]
             i = int(same[torch.randint(len(same), ())])

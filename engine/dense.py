@@ -43,7 +43,7 @@ class Look:
     def given(self, part: str) -> Given:
         if part not in self._given:
             with torch.random.fork_rng(devices=[]):  # once for all students: it must not move what they draw
-                torch.manual_seed(self.number)
+                torch.default_generator.manual_seed(self.number)  # CUDA's would not come back
                 self._given[part] = self.world.task.given(*self.parts[part])
         return self._given[part]
 
