@@ -53,7 +53,7 @@ def draw(live, setting, runs: list, rows: list[dict], last: bool) -> None:
             live.board.add_image(f'{run.name}/draw', picture, epoch, dataformats='HWC')
         curves([*run.record.history, row], setting.shown, folder / 'curves.png', live.log)
         if last:
-            evolution(setting, folder)
+            evolution(setting, folder, every, epoch)
 
 
 def packed(arrays: dict) -> bytes:
@@ -63,9 +63,10 @@ def packed(arrays: dict) -> bytes:
     return file.getvalue()
 
 
-def evolution(setting, folder: Path) -> None:
-    """The first image, a row per epoch."""
-    files = sorted(folder.glob('epoch_*.npz'))[-LAST:]
+def evolution(setting, folder: Path, every: int, epoch: int) -> None:
+    """The first image, a row per epoch that this run has drawn; an earlier one may have left others."""
+    drawn = sorted({*range(every, epoch + 1, every), epoch})
+    files = [path for k in drawn if (path := folder / f'epoch_{k:04d}.npz').exists()][-LAST:]
     kept = []
     for path in files:
         with np.load(path) as file:

@@ -81,7 +81,7 @@ class SBM(nn.Module):
         if weights is not None and len(weights) != len(tasks):
             raise ValueError(f'SBM: weights must have {len(tasks)} entries, got {len(weights)}: one per task')
         self.tasks, self.T, self.seg, self.depth = tuple(tasks), T, seg, depth
-        self.weights = tuple(weights or [1.0] * len(tasks))
+        self.weights = tuple([1.0] * len(tasks) if weights is None else weights)
 
     def forward(
         self,

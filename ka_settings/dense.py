@@ -115,7 +115,8 @@ class Dense:
         if method.needs.labels and len(fresh) == 1:
             return fresh[0]  # a teacher
         torch.manual_seed(self.args.seed)
-        return JointNet(fresh if method.needs.labels else self.nets)
+        with user_errors():
+            return JointNet(fresh if method.needs.labels else self.nets)
 
     def forward(self, net: nn.Module, batch):
         return listed(net(batch.img))

@@ -33,6 +33,11 @@ class Leaving(nn.Module):
         self.points.copy_(torch.tensor(points))
 
 
+def _widths(net: SegNet) -> list[int]:
+    """Channels of the levels, from the encoder's output on."""
+    return [getattr(net, f'down{i}').layers[-1][0].out_channels for i in range(net.levels, 0, -1)]
+
+
 class JointNet(Leaving):
     """The trunk is a whole SegNet; branch u leaves it at point k, through a channel coding and the remaining
     decoder blocks of its own SegNet, which are given the trunk's pooling indices.
@@ -46,6 +51,9 @@ class JointNet(Leaving):
 
     Shape:
         x: (N, 3, H, W). Returns the list of the tasks' outputs, (N, K_u, H, W).
+
+    Raises:
+        ValueError: the networks differ in levels or widths.
     """
 
     def __init__(self, nets: list[SegNet]) -> None:
@@ -56,7 +64,12 @@ class JointNet(Leaving):
             nn.ModuleList(copy.deepcopy(getattr(net, f'up{i}')) for i in range(self.levels, 0, -1))
             for net in nets
         )
-        widths = [getattr(nets[0], f'down{i}').layers[-1][0].out_channels for i in range(self.levels, 0, -1)]
+        widths = _widths(nets[0])
+        if any(_widths(net) != widths for net in nets):
+            raise ValueError(
+                f'JointNet: nets must have equal levels and widths, got '
+                f'{[_widths(net) for net in nets]}: take networks of one kind'
+            )
         self.codings = nn.ModuleList(nn.ModuleList(ChannelCoding(c) for c in widths) for _ in nets)
         self.register_buffer('points', torch.zeros(len(nets), dtype=torch.int64))
         self.frozen = False

@@ -77,6 +77,7 @@ def main():
     for folder in args.earlier:
         with user_errors():
             (images, _), *_ = read_arrays(Path(folder))
+        check_pool(Path(folder) / 'pool.json', facts)
         pool.append(torch.from_numpy(images[args.real :]).to(device))
     if args.s_model:
         amp = autocast(device, args.amp)
@@ -112,6 +113,19 @@ def main():
     facts['mixes'] = len(images) - args.real
     write_atomic(folder / 'pool.json', json.dumps(facts | provenance(device), indent=1).encode())
     print(f'{folder}: {args.real} real images and {facts["mixes"]} mixes, without labels')
+
+
+def check_pool(path: Path, facts: dict) -> None:
+    """An earlier pool begins with the same real images; what follows them are its mixes."""
+    try:
+        pool = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f'--earlier: {path}: {error}') from None
+    for key in ('real', 'data', 'seed'):
+        if pool.get(key) != facts[key]:
+            raise UserError(
+                f'--earlier {path.parent}: its {key} was {pool.get(key)!r}, is {facts[key]!r} here'
+            )
 
 
 if __name__ == '__main__':
