@@ -11,7 +11,8 @@ W. Zhang, D. Liu, W. Cai, C. Ma, "Cross-View Consistency Regularisation for Know
     loss = within + cross
 
 Tap: the logits of both networks on two views of the same images, one weakly and one strongly augmented. Both
-views also get a cross-entropy of weight 1 each.
+views also get a cross-entropy of weight 1 each; in our trainer the strong view's is part of this loss
+(--lambda_kd), the other one --lambda_ce.
 
 Differences: the authors' code. The strong view's own term is masked by the weak view's confidence, and both
 crossed terms by the strong view's. Means are over all samples, masked ones count as 0. The confidence is that

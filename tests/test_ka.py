@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import train_ka
 from dataset.dense import DenseMetrics, supervised
 from dataset.parts import ClassParts, read_classes, split_classes, take_classes
 from dataset.scenes import objects, scene
-from ka_losses.recombination import combine_models
+from ka_losses.recombination import combine_bns, combine_convs, combine_models
 from ka_settings import SETTINGS, Setting, setting_for
 from methods.ka import KA as METHODS
 from models import build
@@ -842,3 +843,48 @@ def test_unlearnt_classes_leave_the_feature():
     kept, known = left(1e-9)
     kept_too, unknown = left(2.0)
     assert kept > 0.95 and kept_too > 0.9 and unknown > 2 * known
+
+
+def test_what_cannot_be_joined_exactly_is_refused():
+    circular = nn.Conv2d(4, 4, 3, padding=1, padding_mode='circular')
+    x = torch.randn(2, 8, 6, 6)
+    wanted = torch.cat([circular(part) for part in x.chunk(2, dim=1)], dim=1)
+    torch.testing.assert_close(combine_convs([circular, circular])(x), wanted)
+    bad = [
+        (combine_convs, [circular, nn.Conv2d(4, 4, 3, padding=1)]),
+        (combine_bns, [nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.1)]),
+        (combine_bns, [nn.BatchNorm2d(4, affine=False)] * 2),
+        (combine_bns, [nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)]),
+    ]
+    for combine, parts in bad:
+        with pytest.raises(ValueError, match='equal'):
+            combine(parts)
+
+
+def test_a_joined_network_has_hooks_of_its_own():
+    nets, seen = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in 'ab'], []
+    joined = combine_models(nets)
+    joined.register_forward_hook(lambda *_: seen.append('joined'))
+    joined[1].register_forward_hook(lambda *_: seen.append('a part of it'))
+    nets[0](torch.randn(1, 3, 2, 2))
+    assert not seen
+    joined(torch.randn(1, 6, 2, 2))
+    assert seen == ['a part of it', 'joined']
+
+
+def test_networks_that_do_not_join_are_refused():
+    with pytest.raises(ValueError, match='equal levels and widths'):
+        JointNet([SegNet(1, (4, 6), (1, 1)), SegNet(1, (4, 8), (1, 1))])
+
+
+def test_cfl_attaches_to_every_stage_that_is_asked_for():
+    nets = [build('resnet8', k).eval() for k in (5, 3, 2)]
+    s, *all_t = (net(torch.randn(4, 3, 16, 16), True) for net in nets)
+    row = METHODS['cfl']
+    ka = row.build(row.loss, SimpleNamespace(s=s, all_t=all_t, layers=(2, 3)))
+    batch = SimpleNamespace(layers=(2, 3))
+    loss, terms = row.feed(ka, s, all_t, batch)
+    each = [ka[i](s.fms[k], [t.fms[k] for t in all_t]) for i, k in enumerate((2, 3))]
+    assert len(ka) == 2 and ka[0].channels[0] < ka[1].channels[0]
+    torch.testing.assert_close(loss, sum(each))
+    assert set(terms) == {'mmd', 'recons'}

@@ -554,3 +554,22 @@ def test_minillm_ignores_padding():
     poisoned = out_t.detach().clone()
     poisoned[2, 2] = torch.nan
     assert not torch.isfinite(MiniLLM()(out_s, out_t, tokens, mask, *rollout(out_s, poisoned, tokens, mask)))
+
+
+def test_equals_of_akl_come_in_the_order_of_their_numbers():
+    """Also where the top classes alone are sorted: logits of bfloat16 have many equals."""
+    seed(1)
+    out_s, out_t = ((3 * torch.randn(6, 5000)).bfloat16().double() for _ in 'st')
+    gap, p = (out_t.softmax(1) - out_s.softmax(1)).abs(), out_t.softmax(1)
+    top, index = p.sort(dim=1, descending=True, stable=True)
+    head = top.cumsum(dim=1) <= 0.5
+    head[:, 0] = True
+    near(AKL(0.5).head_ratio(out_s, out_t), (gap.gather(1, index) * head).sum(1) / gap.sum(1))
+
+
+def test_an_anchor_of_zero_concerns_its_own_text():
+    args = batch(torch.float64)
+    both, none, one = (DistiLLM2(anchor_t=a, anchor_s=b).skews(*args, *args)
+                       for a, b in ((0.05, 0.05), (0.0, 0.0), (0.05, 0.0)))  # fmt: skip
+    assert torch.equal(one[0], both[0]) and torch.equal(one[1], none[1]) and (none[1] == 0.1).all()
+    assert not torch.equal(both[0], none[0])
