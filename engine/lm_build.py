@@ -94,6 +94,8 @@ def make_run(args, world, folder, origin, name, method, weight, options) -> part
         groups.append({'params': maps, 'base': MAPS_LR})
     ce, generator = share(args, method), torch.Generator(world.device)
     meter = Meter(name, 0, world.device, 'before evaluation')
+    if not weight and not ce:
+        raise UserError(f'{name}: has nothing to learn: a weight of 0, and no cross-entropy (--lambda_ce)')
     run = parts.Run(name, method, kd, weight, ce, net, adamw(groups), meter, world,
                     args.lmbda, generator)  # fmt: skip
     run.schedule.update(world.start_loss)

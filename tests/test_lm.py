@@ -349,3 +349,20 @@ def test_ten_lines_for_any_causal_language_model():
     exec(block, scope)
     grad = scope['student'].table.weight.grad
     assert grad.abs().sum() > 0 and scope['teacher'].table.weight.grad is None
+
+
+def test_no_text_is_written_for_a_weight_of_0(script):
+    run(script, '--kd_mode', 'ce', '--lmbda', 1, '--steps', 2, '--note', 'x')
+    done = script('train_lm', *QUICK, '--kd_mode', 'gkd', '--lambda_kd', 0, '--note', 'y')
+    assert done.code == 2 and 'nothing to learn' in done.err and done.err.count('\n') == 1, done.err
+
+
+def test_a_generator_of_another_device(script, tmp_path):
+    """Its state has another size: the numbers go on from the seed."""
+    words = ('--kd_mode', 'gkd', '--lmbda', 1, '--eval_every', 2)
+    run(script, *words, '--steps', 4, '--note', 'x')
+    path = tmp_path / 'x' / 'gkd' / 'last.pt'
+    state = torch.load(path, weights_only=True)
+    state['memory']['generator'] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(state, path)
+    run(script, *words, '--steps', 4, '--note', 'x', '--resume', 'auto')
