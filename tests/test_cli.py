@@ -105,6 +105,7 @@ def test_the_flags_are_frozen(monkeypatch):
         '--net_name',
         '--init',
         '--new_head',
+        '--bn_l1',
         '--keep',
         '--cuda_graphs',
         '--labelled',
