@@ -243,3 +243,24 @@ def test_dense_training_on_two_processes(two, script, img_root, tmp_path, monkey
         assert 0 < min(figures.values()) and figures == pytest.approx({key: last[key] for key in figures}), (
             task
         )
+
+
+def test_what_is_found_before_a_training_reaches_every_process(two, teacher, root, tmp_path):
+    """wkd's costs are a buffer that the first process fills; DistributedDataParallel sends no buffers."""
+    program = tmp_path / 'costs.py'
+    program.write_text(
+        'import sys\n'
+        f'sys.path.insert(0, {str(ROOT)!r})\n'
+        'import torch, train_kd, engine.errors, engine.processes\n'
+        'real = train_kd.begin_epoch\n'
+        'def begin(run, epoch, args):\n'
+        f'    place = {str(tmp_path)!r} + "/cost" + str(engine.processes.rank()) + ".pt"\n'
+        '    torch.save(run.terms[0].loss.cost, place)\n'
+        '    return real(run, epoch, args)\n'
+        'train_kd.begin_epoch = begin\n'
+        'engine.errors.run(train_kd.main)\n'
+    )
+    done = two(program, '--kd_mode', 'wkd', *PAIR, '--t_model', teacher, *TINY, '--epochs', 1, *root)
+    assert done.code == 0, done.err
+    first, second = (torch.load(tmp_path / f'cost{k}.pt', weights_only=True) for k in (0, 1))
+    assert torch.equal(first, second) and first.fill_diagonal_(1).min() > 0

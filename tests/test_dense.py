@@ -639,3 +639,21 @@ def test_the_rows_say_what_they_need(script):
     assert 'Shu et al., ICCV 2021' in text and 'labels' in text
     assert (ROOT / 'train_dense.py').read_text().count('\n') < 300
     assert segment and Detected
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_boxes_are_float32_under_autocast(name, img_root):
+    """torchvision makes anchors and boxes in the precision of the maps, pixels apart in bfloat16."""
+    torch.manual_seed(0)
+    net = build('detection', name, 4, 32)
+    task, given, images, _ = batch_of('detection', net, rooms('detection', img_root))
+    plain = task.look(net, given).anchors_of_levels()
+    task.world.amp = lambda: torch.autocast('cpu', torch.bfloat16)
+    seen = task.look(net, given)
+    for a, b in zip(plain, seen.anchors_of_levels()):
+        assert torch.equal(a, b)
+    assert torch.isfinite(seen.loss())
+    if seen.two_stage:
+        assert all(box.dtype == torch.float32 for box in seen.rois.boxes)
+    for found in task.found(net.eval(), images):
+        assert found['boxes'].dtype == found['scores'].dtype == torch.float32

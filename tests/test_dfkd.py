@@ -533,3 +533,23 @@ def test_no_teacher_and_several_processes(script, dfkd, monkeypatch):
     for name in DFKD:
         done = dfkd(name, *OOD, '--pool_init', 'x')
         assert done.code == 2 and f'{name} runs in one process only: every process would' in done.err
+
+
+def test_networks_that_zskt_cannot_compare(script, random_teacher):
+    words = (
+        '--data_name',
+        'shapes:40',
+        '--t_name',
+        'resnet8',
+        '--t_model',
+        random_teacher,
+        '--s_name',
+        'vgg8',
+    )
+    done = script('train_dfkd', '--kd_mode', 'zskt', *words, '--dry_run', '--width', 4)
+    assert done.code == 2 and 'as many stages' in done.err and done.err.count('\n') == 1, done.err
+
+
+def test_a_source_without_any_weight(dfkd):
+    done = dfkd('dfad', '--adv', 0, '--dry_run')
+    assert done.code == 2 and 'nothing is left' in done.err and done.err.count('\n') == 1, done.err

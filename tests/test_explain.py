@@ -1,6 +1,7 @@
 """Grafting, the tree of classes, concepts: what their networks compute, and the tools, killed and resumed."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -315,3 +316,19 @@ def test_knowledge_killed_and_resumed(tool, teacher, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     cut = json.loads((tmp_path / 'cut' / 'results.json').read_text())
     assert all(cut[way] == whole[way] for way in ('labels', 'distilled'))
+
+
+def test_a_tree_resumed_from_the_folder_of_a_group(tool, teacher, tmp_path, monkeypatch):
+    """--resume PATH: its search goes on, its tree had not begun."""
+    import tools.kdexplainer
+
+    monkeypatch.setattr(tools.kdexplainer, 'draw', lambda *_: None)
+    done = tool('kdexplainer', teacher, *TREE, '--note', 'whole')
+    assert done.code == 0, done.err
+    shutil.copytree(tmp_path / 'whole' / 'search', tmp_path / 'cut' / 'search')
+    done = tool('kdexplainer', teacher, *TREE, '--note', 'on', '--resume', tmp_path / 'cut')
+    assert done.code == 0, done.err
+    done = tool(
+        'kdexplainer', teacher, *TREE, '--note', 'x', '--resume', tmp_path / 'cut' / 'search' / 'last.pt'
+    )
+    assert done.code == 2 and "stage was 'search', is 'tree'" in done.err, done.err

@@ -888,3 +888,21 @@ def test_cfl_attaches_to_every_stage_that_is_asked_for():
     assert len(ka) == 2 and ka[0].channels[0] < ka[1].channels[0]
     torch.testing.assert_close(loss, sum(each))
     assert set(terms) == {'mmd', 'recons'}
+
+
+def test_the_temperature_of_soft_targets_is_theirs(ka, tmp_path):
+    """--T is that of concat itself, where nothing stands beside it."""
+    for T, note in ((1, 'one'), (4, 'four')):
+        done = ka('concat', '--epochs', 1, '--T', T, '--note', note)
+        assert done.code == 0, done.err
+    one, four = (weights(tmp_path / note / 'concat') for note in ('one', 'four'))
+    assert not same(one['net'], four['net'])
+
+
+def test_labels_and_classes_that_are_not_there(ka):
+    for words, said in (
+        (('scratch', '--unlabeled', 'shapes:96'), 'images have none'),
+        (('customize', '--t_classes', '0-4', '3-7', '--wanted', '0-4'), 'all classes of --wanted'),
+    ):
+        done = ka(*words, '--epochs', 1)
+        assert done.code == 2 and said in done.err and done.err.count('\n') == 1, done.err

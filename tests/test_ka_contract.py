@@ -487,3 +487,36 @@ def test_wrong_options_are_named():
     for build in bad:
         with pytest.raises(ValueError, match='got|needs'):
             build()
+
+
+def test_a_teacher_may_exclude_classes():
+    """Logits of -inf: such a class adds nothing, anywhere."""
+    from ka_losses import ConcatKD, TaskAmalgamation
+    from ka_losses.customize import entropies, select_teacher
+
+    seed(0)
+    outs = [torch.randn(4, 3) for _ in 'ab']
+    sure = [out.clone() for out in outs]
+    sure[0][:, 1:] = -torch.inf
+    assert (entropies(sure)[:, 0] == 0).all() and (select_teacher(sure) == 0).all()
+    out_s = torch.randn(4, 6, requires_grad=True)
+    outs[0][:, 2] = -torch.inf
+    loss = ConcatKD(align='center')(out_s, outs)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(out_s.grad).all()
+    s = {'logits': torch.randn(2, 5, 4, requires_grad=True), 'boxes': torch.rand(2, 5, 4)}
+    ts = [{'logits': torch.randn(2, 5, k), 'boxes': torch.rand(2, 5, 4)} for k in (2, 3)]
+    ts[0]['logits'][:, :, 0] = -torch.inf
+    loss = TaskAmalgamation([[0], [1, 2]], 3)(s, ts)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(s['logits'].grad).all()
+
+
+def test_joined_channels_of_sequences_are_exact_under_autocast():
+    from ka_losses.transformer_ka import SeqAgg
+
+    seed(0)
+    loss, s, ts = SeqAgg(2, 8), torch.randn(3, 2, 8), [torch.randn(3, 2, 8) for _ in 'ab']
+    with torch.autocast('cpu', torch.bfloat16):
+        inside = loss(s, ts)
+    assert inside == loss(s, ts)

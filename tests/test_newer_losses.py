@@ -1,10 +1,13 @@
 """What the pages of the newer losses say beyond their vectors: fast forms, queues, orders, limits."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import models
+from kd_losses import sla, sskd, wkd
 from kd_losses.clipkd import CLIPKD, gd, keep_patches
 from kd_losses.crld import CRLD
 from kd_losses.dcd import DCD
@@ -167,3 +170,59 @@ def test_diffkd_schedule_and_autoencoder():
     sum(terms.values()).backward()
     assert terms.keys() == {'feature', 'ddim', 'rec'}
     assert all(p.grad is not None for p in kd.parameters())
+
+
+def test_a_failed_factorisation_of_skd_is_nan():
+    """Not the finite part of a factor that was found until then."""
+    torch.manual_seed(0)
+    out_s, out_t = (5 * torch.randn(64, 4) for _ in 'st')
+    assert not torch.isfinite(SKD(per_class=False, tikhonov=1e-12)(out_s, out_t))
+    assert torch.isfinite(SKD(per_class=False)(out_s, out_t))
+
+
+class Labelled:
+    def __init__(self, target):
+        self.target = torch.tensor(target)
+
+    def test_batches(self, n):
+        img = torch.arange(len(self.target))
+        return zip(img.split(n), self.target.split(n), img.split(n))
+
+
+def test_costs_of_wkd_where_a_class_has_few_images():
+    """A class of one image costs 1 to all and leaves the others as they are; no label at all is refused."""
+    torch.manual_seed(0)
+    logits = torch.randn(200, 4)
+    kd, rare = (wkd.WKDLogit(torch.zeros(4, 4)) for _ in 'ab')
+    probe = SimpleNamespace(train_set=Labelled([0, 1, 2] * 60 + [3] * 20), batch_size=64)
+    teacher = lambda img: SimpleNamespace(out=logits[img])  # noqa: E731
+    wkd.before(kd, teacher, probe)
+    probe.train_set = Labelled([0, 1, 2] * 60 + [3] + [-100] * 19)
+    wkd.before(rare, teacher, probe)
+    near(kd.cost[:3, :3], rare.cost[:3, :3])
+    apart = ~torch.eye(4, dtype=torch.bool)
+    assert (kd.cost[apart] < 0.63).all() and (kd.cost[apart] > 0).all()
+    near(rare.cost[3, :3], torch.full((3,), 1 - math.exp(-1)))
+    probe.train_set = Labelled([-100] * 9)
+    with pytest.raises(ValueError, match='no labels'):
+        wkd.before(kd, teacher, probe)
+
+
+@pytest.mark.parametrize(
+    'make', [lambda net: sskd.SSKDStudent(net, 64), lambda net: sla.SLAStudent(net, 64, 5)]
+)
+def test_turned_students_hand_out_the_upright_images(make):
+    net = models.build('vit_64_3', 5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    alone, turned = net(x, True), make(net).eval()(x, True)
+    for name in ('out', 'feat'):
+        near(getattr(turned, name), getattr(alone, name), 1e-4)
+    for name in ('fms', 'pres', 'tokens', 'levels'):
+        assert len(getattr(turned, name)) == len(getattr(alone, name)) > 0
+        for a, b in zip(getattr(turned, name), getattr(alone, name)):
+            near(a, b, 1e-4)
+
+
+def test_rows_of_turned_images_come_in_fours():
+    with pytest.raises(ValueError, match='4 rows per image'):
+        sskd.head_loss(torch.randn(6, 5))

@@ -343,3 +343,22 @@ def test_the_worst_teacher_of_an_image_is_never_dropped():
     loss.train().drop = 0.5
     drawn = torch.stack([loss.select(each, torch.Generator().manual_seed(k)) for k in range(200)]).mean(dim=0)
     assert drawn[1, 0] == 1 and 0.4 < drawn[0, 0] < 0.6
+
+
+def test_a_teacher_of_camkd_that_excludes_the_right_class_weighs_nothing():
+    outs = torch.randn(3, 2, 5)
+    outs[1, 0, 4] = -torch.inf
+    w = CAMKD.weights(outs, torch.tensor([4, 0]))
+    assert w[1, 0] == 0 and torch.isfinite(w).all()
+    near(w.sum(0), torch.ones(2))
+
+
+def test_libs_where_the_teacher_has_no_frame():
+    torch.manual_seed(0)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1] = False
+    seq, frm_s = torch.randn(2, 4), torch.randn(2, 3, 4, requires_grad=True)
+    args = (seq, torch.randn(2, 5), torch.randn(2, 3, 4), torch.randn(2, 4, 5), frm_s, torch.randn(2, 6, 5))
+    frame = LIBS(4, 5).terms(*args, [[], []], None, mask)[2]
+    frame.backward()
+    assert torch.isfinite(frame) and frm_s.grad[0].norm() > 0 and frm_s.grad[1].norm() == 0

@@ -215,3 +215,13 @@ def test_what_a_box_and_a_policy_do_inside(script, train_kd, teacher, tmp_path, 
         assert (tmp_path / 'out' / f'{name}.png').stat().st_size > 3000
     done = script('tools.box', *box, *data, '--results', 'nothing')
     assert done.code == 2 and 'expected NAME=FILE' in done.err and done.err.count('\n') == 1
+
+
+def test_pools_of_other_images_do_not_mix(script, tmp_path, img_root):
+    words = ('--data_name', 'shapes:96', '--img_root', img_root, '--out')
+    pool = ('--earlier', tmp_path / 'a')
+    assert script('tools.select_mixup', *words, tmp_path / 'a', '--real', 9).code == 0
+    done = script('tools.select_mixup', *words, tmp_path / 'b', '--real', 8, *pool)
+    assert done.code == 2 and 'its real was 9, is 8 here' in done.err and done.err.count('\n') == 1, done.err
+    done = script('tools.select_mixup', *words, tmp_path / 'b', '--real', 9, *pool)
+    assert done.code == 0, done.err

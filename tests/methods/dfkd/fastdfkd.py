@@ -17,7 +17,7 @@ def golden(z):
     norm = torch.nn.BatchNorm2d(z.shape('in_bn_mean')[0]).double().eval().requires_grad_(False)
     norm.running_mean.copy_(z.input('bn_mean').detach())
     norm.running_var.copy_(z.input('bn_var').detach())
-    loss, call = MomentumBNStatistics(norm, z.hp('bn_mmt')['bn_mmt']).double(), 0
+    loss, call = MomentumBNStatistics(norm, z.hp('bn_mmt')['bn_mmt']), 0
     while f'in_x{call}_0' in z:
         step = 0
         while f'in_x{call}_{step}' in z:
