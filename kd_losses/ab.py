@@ -150,5 +150,11 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def build(loss, probe, **options):
     """One for each stage, with the margin of Knowledge-Distillation-Zoo."""
+    for side, f in (('student', probe.s), ('teacher', probe.t)):
+        if any((pre >= 0).all() for pre in f.pres[1:]):
+            raise ValueError(
+                f'AB: the {side} must give maps from before the ReLU, got one without a negative number: '
+                f'name those layers, models.hooks.Tap(..., pres=[...])'
+            )
     pairs = zip(probe.s.pres[1:], probe.t.pres[1:])
     return nn.ModuleList(loss(x.shape[1], y.shape[1], **{'margin': 2.0, **options}) for x, y in pairs)

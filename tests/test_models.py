@@ -1177,3 +1177,17 @@ def test_a_tap_in_several_threads():
         seen = list(pool.map(lambda img: tap(img, True), images))
     for img, f in zip(images, seen):
         assert torch.equal(f.fms[0], conv(img)) and len(f.out) == len(img)
+
+
+def test_a_loss_of_maps_before_the_relu_wants_them_named():
+    """A Tap without `pres` repeats the maps after it, in which AB would find no boundary."""
+    from methods import METHODS
+
+    row, x = METHODS['ab'], torch.randn(2, 3, 32, 32)
+    named = tap_torchvision('resnet18', 10).eval()
+    seen = named(x, True)
+    assert len(row.build(row.loss, SimpleNamespace(s=seen, t=seen))) == 4
+    after = Tap(torchvision.models.resnet18(num_classes=10), fms=['relu', 'layer1', 'layer2']).eval()(x, True)
+    for s, t, side in ((after, seen, 'student'), (seen, after, 'teacher')):
+        with pytest.raises(ValueError, match=f'the {side} must give maps from before the ReLU'):
+            row.build(row.loss, SimpleNamespace(s=s, t=t))
