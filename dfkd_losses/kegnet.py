@@ -113,7 +113,7 @@ def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

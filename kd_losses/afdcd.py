@@ -109,7 +109,7 @@ class AfDCD(nn.Module):
                 f'{tuple(fm_s.shape)}: take a smaller pool (0 is none) and patch, or another map'
             )
         if mask is None:
-            mask = torch.rand(n, 1, *size, device=fm_s.device, generator=generator) >= self.mask_ratio
+            mask = torch.rand(n, 1, *size, device=fm_s.device, **_by(generator)) >= self.mask_ratio
         else:
             _expect('AfDCD', 'mask', mask, n, 1, *size)
         with _no_autocast(fm_s):
@@ -156,10 +156,15 @@ def _conv(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

@@ -100,7 +100,7 @@ class BSS(nn.Module):
         index, valid = choose(out_s, out_t, wanted, self.attack_size)
         slots = torch.arange(len(index), device=index.device)
         index = index[slots % valid.sum().clamp(min=1)]
-        u = torch.rand(len(index), generator=generator, device=index.device)
+        u = torch.rand(len(index), **_by(generator), device=index.device)
         attack_class = sample_attack_class(out_t, index, u.to(_full(out_t).dtype))
         # what is not finite counts as right, and must show in the images
         hidden = 0 * (out_s + out_t).softmax(dim=1).sum(dim=1)[index]
@@ -190,10 +190,15 @@ def sample_attack_class(out_t: Tensor, idx: Tensor, u: Tensor | None = None) -> 
     return classes[:, 1:].gather(1, first[:, None])[:, 0]
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

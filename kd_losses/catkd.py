@@ -73,7 +73,7 @@ def to_cam(fm: Tensor, fc_weight: Tensor) -> Tensor:
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
@@ -133,7 +133,8 @@ def build(loss, probe, **options):
 def student(net, kd, probe):
     """The classifier's bias is held at 0, so that logits are averages of class activation maps."""
     bias = net.classifier_layer().bias
-    with torch.no_grad():
-        bias.zero_()
-    bias.requires_grad_(False)
+    if bias is not None:
+        with torch.no_grad():
+            bias.zero_()
+        bias.requires_grad_(False)
     return net

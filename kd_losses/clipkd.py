@@ -202,7 +202,7 @@ def keep_patches(
     left = int(patches * (1 - r))
     if not 0 <= r < 1 or left < 1:
         raise ValueError(f'keep_patches: r must be a share that leaves a patch of {patches}, got {r}')
-    order = torch.rand(n, patches, device=x.device, generator=generator).argsort(dim=1)
+    order = torch.rand(n, patches, device=x.device, **_by(generator)).argsort(dim=1)
     restore = order.argsort(dim=1)
     return x.gather(1, order[:, :left, None].expand(-1, -1, width)), restore >= left, restore
 
@@ -263,10 +263,15 @@ def _number(scale: Tensor | float, like: Tensor, constant: bool = False) -> Tens
     return _full(scale.detach() if constant else scale, like)
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

@@ -164,19 +164,15 @@ class CRD(nn.Module):
         """(N, 1 + nce_n): the image itself, then its negatives."""
         n, device = len(index), index.device
         if self.targets is None:
-            negatives = torch.randint(self.n_data, (n, self.nce_n), device=device, generator=generator)
+            negatives = torch.randint(self.n_data, (n, self.nce_n), device=device, **_by(generator))
         else:
             other = self.targets != self.targets[index][:, None]  # (N, n_data)
             other = other & (self.targets != -100)
             if self.enough:  # the largest of random keys: uniform, without replacement
-                keys = torch.rand(n, self.n_data, device=device, generator=generator).masked_fill(
-                    ~other, -1.0
-                )
+                keys = torch.rand(n, self.n_data, device=device, **_by(generator)).masked_fill(~other, -1.0)
                 negatives = keys.topk(self.nce_n, dim=1, sorted=False).indices
             else:
-                negatives = torch.multinomial(
-                    other.float(), self.nce_n, replacement=True, generator=generator
-                )
+                negatives = torch.multinomial(other.float(), self.nce_n, replacement=True, **_by(generator))
         return torch.cat([index[:, None], negatives], dim=1)
 
 
@@ -228,10 +224,15 @@ def _by_rows(f, n: int) -> Tensor:
     return torch.stack([f(i) for i in range(n)])
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

@@ -80,7 +80,7 @@ class DGKD(nn.Module):
 
     def _draw(self, count: int, device, generator: torch.Generator | None) -> Tensor:
         dropped = min(self.drop, count - 1) if self.training else 0
-        rank = torch.rand(count, device=device, generator=generator).argsort().argsort()
+        rank = torch.rand(count, device=device, **_by(generator)).argsort().argsort()
         return rank >= dropped
 
 
@@ -96,10 +96,15 @@ def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
     return torch.where(p_t == 0, 0.0, kl)
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

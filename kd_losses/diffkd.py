@@ -197,7 +197,7 @@ class Denoiser(nn.Module):
             noise_s = self._noise('noise_s', noise_s, x, generator)
             noise_t = self._noise('noise_t', noise_t, x, generator)
             if t is None:
-                t = torch.randint(self.train_steps, (len(x),), device=x.device, generator=generator)
+                t = torch.randint(self.train_steps, (len(x),), device=x.device, **_by(generator))
             _expect('Denoiser', 't', t, len(x))
             gamma = _run(self.noise_adapter, x)[:, None, None, None]
             refined = _run(self.proj, self._sampled(gamma * x + (1 - gamma) * noise_s))
@@ -214,7 +214,7 @@ class Denoiser(nn.Module):
 
     def _noise(self, name: str, noise: Tensor | None, like: Tensor, generator) -> Tensor:
         if noise is None:
-            return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+            return torch.randn(like.shape, dtype=like.dtype, device=like.device, **_by(generator))
         _expect('Denoiser', name, noise, *like.shape)
         return _full(noise.detach(), like)
 
@@ -283,10 +283,15 @@ def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

@@ -72,15 +72,18 @@ def _samples(out: Tensor) -> Tensor:
 
 
 def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    length = [torch.linalg.vector_norm(x, dim=dim) for x in (a, b)]
     a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
-    norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
-    return torch.where(norms <= 1e-12, 0.0, (a * b).sum(dim) / (norms + 1e-8))
+    norms = [torch.linalg.vector_norm(x, dim=dim) for x in (a, b)]
+    # of equal numbers the mean is off by a rounding, and what is left is no direction
+    dead = [norm <= 8 * torch.finfo(norm.dtype).eps * of for norm, of in zip(norms, length)]
+    return torch.where(dead[0] | dead[1], 0.0, (a * b).sum(dim) / (norms[0] * norms[1] + 1e-8))
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

@@ -77,7 +77,7 @@ class DLB(nn.Module):
         if not all(given):
             raise ValueError(
                 f'DLB: out_prev_now, out_prev_then and target_prev must all be given, or none, got '
-                f'{sum(given)} of them: leave them out at the first step of an epoch'
+                f'{sum(given)} of them: leave them out at the very first step'
             )
         _expect('DLB', 'out_prev_now', out_prev_now, 'N', out.shape[1])
         _expect('DLB', 'out_prev_then', out_prev_then, *out_prev_now.shape)
@@ -94,7 +94,8 @@ class DLB(nn.Module):
 
     def remember(self, img: Tensor, target: Tensor, out: Tensor) -> None:
         """Keep this batch for the next step: its second view, labels, and logits of the first view."""
-        self.last = (img.detach(), target, _full(out.detach()).clone())
+        # copies: a trainer may use the batch's memory again, for the next one
+        self.last = (img.detach().clone(), target.clone(), _full(out.detach()).clone())
 
     def get_extra_state(self):
         return self.last
@@ -118,7 +119,7 @@ def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:
@@ -202,7 +203,7 @@ def feed(kd, s, t, batch):
     """The last batch's second view now, against what was said of its first view then."""
     past = ()
     if kd.last is not None:
-        img, target, then = kd.last
+        img, target, then = (x.to(batch.img.device) for x in kd.last)  # a checkpoint is read on the CPU
         past = (batch.student(img).out, then, target)
     loss = kd(s.out, batch.target, *past)
     if kd.training:

@@ -71,14 +71,16 @@ def standardize(out: Tensor, eps: float = 1e-7) -> Tensor:
     """(N, K) logits to mean 0, deviation 1 (with K - 1) per sample; constant rows to 0, without gradient."""
     centred = out - out.mean(dim=1, keepdim=True)
     deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / (out.shape[1] - 1) ** 0.5
-    dead = deviation <= 1e-12
+    # of equal numbers the mean is off by a rounding, and what is left is no direction
+    noise = 4 * torch.finfo(out.dtype).eps * out.detach().abs().amax(dim=1, keepdim=True)
+    dead = deviation <= noise.clamp(min=1e-12)
     return torch.where(dead, 0.0, centred / (eps + torch.where(dead, 1.0, deviation)))
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

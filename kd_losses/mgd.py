@@ -72,7 +72,7 @@ class MGD(nn.Module):
         n, _, h, w = fm_s.shape
         shape = (n, self.t_channels, 1, 1) if self.channel_mask else (n, 1, h, w)
         if mask is None:
-            mask = torch.rand(shape, device=fm_s.device, generator=generator) >= self.mask_ratio
+            mask = torch.rand(shape, device=fm_s.device, **_by(generator)) >= self.mask_ratio
         else:
             _expect('MGD', 'mask', mask, *shape)
         with _no_autocast(fm_s):
@@ -81,10 +81,15 @@ class MGD(nn.Module):
             return F.mse_loss(_run(self.generation, x * mask.to(x.dtype)), fm_t, reduction='sum') / n
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

@@ -102,7 +102,7 @@ def _relative_distances(f: Tensor) -> Tensor:
 def _few_coordinates(f: Tensor) -> Tensor:
     """Angles only need inner products of differences: wide features fit exactly into N coordinates."""
     f = _exact(f - f.mean(dim=0))
-    if f.shape[1] <= len(f):
+    if f.shape[1] <= max(len(f), 64):  # few anyway, and equal rows stay equal
         return f
     with torch.no_grad():
         basis = torch.linalg.qr(f.T).Q  # (D, N), spans the rows of f
@@ -153,7 +153,7 @@ def _directions(f: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

@@ -119,7 +119,8 @@ class SimKDStudent(nn.Module):
         self.net, self.loss = net, loss
         loss.size.copy_(torch.tensor(size))
         self.size = tuple(size)
-        self.classifier = nn.Linear(classifier.in_features, classifier.out_features)
+        bias = classifier.bias is not None
+        self.classifier = nn.Linear(classifier.in_features, classifier.out_features, bias)
         self.classifier.load_state_dict(classifier.state_dict())
         self.classifier.requires_grad_(False)
 
@@ -134,7 +135,7 @@ class SimKDStudent(nn.Module):
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

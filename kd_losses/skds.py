@@ -147,18 +147,21 @@ class Holistic(nn.Module):
         _expect('Holistic', 'x_s', x_s, 'N', *'D' * (x_s.dim() - 1))
         _expect('Holistic', 'x_t', x_t, *x_s.shape)
         x_s, x_t = _full(x_s.detach()), _full(x_t.detach(), x_s)
-        a = torch.rand(
-            len(x_s), *[1] * (x_s.dim() - 1), dtype=x_s.dtype, device=x_s.device, generator=generator
-        )
+        a = torch.rand(len(x_s), *[1] * (x_s.dim() - 1), dtype=x_s.dtype, device=x_s.device, **_by(generator))
         x = (a * x_t + (1 - a) * x_s).requires_grad_()
         (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
         return (torch.linalg.vector_norm(grad.flatten(1), dim=1) - 1).square().mean()
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

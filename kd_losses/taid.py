@@ -15,10 +15,11 @@ before are buffers (float64), so a checkpoint has them.
 The relative change c is tiny: t grows by about alpha / 2 * (1 - t) a step, which leads the straight line
 only in runs of more than 2 / alpha = 4,000 steps; for a shorter one take alpha about 8 / steps.
 
-Differences: the authors' module, which also moves t in validation; here only in training mode, not after a
-loss that is not finite or of no position, and under torchrun with the mean loss of all processes. Positions
-of target -100 reach neither value nor gradient, whatever stands in their logits; a class of -inf in either
-network counts nothing. Memory: a chunk of positions at a time is in float32, in backward again.
+Differences: the authors' module, which also moves t in validation; here only in training mode and with
+gradients, not after a loss that is not finite or of no position, and under torchrun with the mean loss of all
+processes. Positions of target -100 reach neither value nor gradient, whatever stands in their logits; a class
+of -inf in either network counts nothing. Memory: a chunk of positions at a time is in float32, in backward
+again.
 
 Source: SakanaAI/TAID, src/distil_losses/taid.py (TAID), src/distil_losses/fkl.py.
 
@@ -93,7 +94,7 @@ class TAID(nn.Module):
             return -(r * log_q.masked_fill(log_q == -torch.inf, 0.0)).sum(dim=1)
 
         loss = _mean(_by_position(cross_entropy, rows, rows_t, counts), counts)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self._move(loss.detach(), counts, progress)
         return loss
 
@@ -221,7 +222,7 @@ class _InChunks(torch.autograd.Function):
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

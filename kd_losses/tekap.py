@@ -41,7 +41,7 @@ def perturb(
 ) -> Tensor:
     """(1 - mix) * x + mix * scale * e, e = sample, or drawn from N(0, 1)."""
     if sample is None:
-        sample = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        sample = torch.randn(x.shape, dtype=x.dtype, device=x.device, **_by(generator))
     return (1 - mix) * x + mix * scale * sample
 
 
@@ -103,10 +103,15 @@ class TeKAP(nn.Module):
         return (negentropy - torch.where(p == 0, 0.0, p * log_p_s).sum(dim=1)).mean()
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

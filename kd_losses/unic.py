@@ -138,7 +138,7 @@ class UNIC(nn.Module):
         """(teachers, N) of 0 and 1: all in eval mode."""
         u = torch.ones_like(losses, requires_grad=False)
         if self.training and self.drop > 0:
-            u = torch.rand(losses.shape, dtype=losses.dtype, device=losses.device, generator=generator)
+            u = torch.rand(losses.shape, dtype=losses.dtype, device=losses.device, **_by(generator))
         worst = torch.zeros_like(u).scatter_(0, losses.detach().argmax(dim=0, keepdim=True), 1.0)
         return torch.maximum(worst, (u >= self.drop).to(u.dtype))
 
@@ -214,10 +214,15 @@ def _cosine_rows(a: Tensor, b: Tensor) -> Tensor:
     return (units[0] * units[1]).sum(dim=-1)
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

@@ -99,7 +99,7 @@ class ViTKD(nn.Module):
             )
         first = tokens_s[0]
         if noise is None:
-            noise = torch.rand(N, L, device=first.device, generator=generator)
+            noise = torch.rand(N, L, device=first.device, **_by(generator))
         _expect('ViTKD', 'noise', noise, N, L)
         with _no_autocast(first):
             a = [_full(x, first) for x in tokens_s]
@@ -137,10 +137,15 @@ class ViTKD(nn.Module):
         return N, L
 
 
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
-    right = [n > (w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
+    right = [n > int(w == 'K') if isinstance(w, str) else n == w for n, w in zip(got, wanted)]
     if len(got) == len(wanted) and all(right) and 0 not in got:
         return
     if 0 in got:

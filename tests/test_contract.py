@@ -393,6 +393,30 @@ def test_compiles_without_a_graph_break(name):
         torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['st', 'dkd', 'rkd', 'at', 'mgd', 'tekap', 'crd', 'nst'])
+def test_compiled_for_a_last_batch_that_is_smaller(name):
+    """The second size of a batch is traced as a symbol; a draw is handed no generator that is None."""
+    w, last = world(name), world(name, n=3)
+    kd = build(name, w)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s, t, b: METHODS[name].feed(kd, s, t, b), backend='aot_eager')
+    for v in (w, last):
+        loss = compiled(v.s, v.t, SimpleNamespace(**{**vars(v.b), 'generator': None}))
+        loss.backward()
+        assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in learning(v))
+
+
+@pytest.mark.parametrize('name', ['dist', 'distplus', 'lskd'])
+@pytest.mark.parametrize('K', [10, 20, 1000])
+def test_equal_logits_have_no_direction(name, K):
+    """The mean of equal float32 numbers is off by a rounding, which is no direction to learn."""
+    w = world(name, n=4)
+    out = torch.full((4, K), 0.1, requires_grad=True)
+    s, t = w.s._replace(out=out), w.t._replace(out=torch.randn(4, K))
+    METHODS[name].feed(build(name, w), s, t, w.b).backward()
+    assert out.grad.abs().max() < 10
+
+
 class NoReadBack(TorchDispatchMode):
     """Fails on operations that make a GPU wait for the host: reading a value, data-dependent shapes."""
 
