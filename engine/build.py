@@ -125,16 +125,11 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         net = copy.deepcopy(net_s)
         for term in terms:
             net = build_term(term, net, probe, device)
-        ces = [term.method.when.ce for term in terms]
-        ce = math.prod(1.0 if callable(ce) else ce for ce in ces)
-        ce = ce if args.lambda_ce is None else args.lambda_ce
-        before = tuple(
-            max((phase_epochs(epochs, args.epochs, chosen) for epochs in of_200), default=0)
-            for of_200, chosen in (
-                ([term.method.when.pretrain for term in terms], args.pretrain_epochs),
-                ([term.method.when.alone for term in terms], args.init_epochs),
+        ce, before = weight_of_ce(terms, args), epochs_before(terms, args)
+        if not ce and not any(term.weight for term in terms):
+            raise UserError(
+                f'{token}: has nothing to learn: a weight of 0, and no cross-entropy (--lambda_ce)'
             )
-        )
         inside = args.phases == 'inside'
         if inside and sum(before) >= args.epochs:
             raise UserError(
@@ -176,6 +171,23 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         run.step = distributed(step, device)
         runs.append(run)
     return runs
+
+
+def weight_of_ce(terms: list[Term], args) -> float:
+    ces = [term.method.when.ce for term in terms]
+    ce = math.prod(1.0 if callable(ce) else ce for ce in ces)
+    return ce if args.lambda_ce is None else args.lambda_ce
+
+
+def epochs_before(terms: list[Term], args) -> tuple[int, int]:
+    """Of pretraining and of initialisation, before the training proper."""
+    return tuple(
+        max((phase_epochs(epochs, args.epochs, chosen) for epochs in of_200), default=0)
+        for of_200, chosen in (
+            ([term.method.when.pretrain for term in terms], args.pretrain_epochs),
+            ([term.method.when.alone for term in terms], args.init_epochs),
+        )
+    )
 
 
 def try_once(run: Run, step: Student, seen: Batch) -> None:

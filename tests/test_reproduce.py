@@ -78,6 +78,60 @@ def test_a_diverging_method_does_not_stop_the_others(reproduce, tmp_path):
     assert (results / 'st-s3.json').exists() and not (results / 'st-s2.json').exists()
 
 
+def test_a_teacher_that_diverges_does_not_stop_the_grid(reproduce, tmp_path):
+    """Its students are left out; nothing is kept of a run that was refused."""
+    (table,) = json.loads((tmp_path / 'grid.json').read_text())
+    table |= {'seeds': [3], 'epochs': 1, 'methods': ['st']}
+    wild = {'seeds': [2], 'teacher_flags': f'{table["flags"]} --lr 1e30'}
+    (tmp_path / 'grid.json').write_text(json.dumps([table | wild, table]))
+    done = reproduce()
+    assert done.returncode == 1 and 'resnet14: ' in done.stderr
+    results = tmp_path / 'results' / 'tiny'
+    assert sorted(path.name for path in results.iterdir()) == [
+        'baseline-resnet8-s3.json', 'st-s3.json', 'teacher-resnet14-s3.json'
+    ]  # fmt: skip
+    (results / 'st-s3.json').unlink()
+    (tmp_path / 'grid.json').write_text(json.dumps([table | {'weights': {'st': 0.5}}]))
+    assert reproduce().returncode == 2 and not (results / 'st-s3.json').exists()
+
+
+def test_called_from_elsewhere(tmp_path, monkeypatch):
+    """Trainings run in the checkout: relative folders are the caller's."""
+    import tools.reproduce
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['reproduce.py', '--results', 'r', '--save_root', 's', '--budget', '1'])
+    seen = []
+    monkeypatch.setattr(tools.reproduce, 'jobs', lambda table, seed, args: seen.append(args) or [])
+    assert tools.reproduce.main() == 0
+    assert seen[0].save_root == str(tmp_path / 's') and seen[0].results == tmp_path / 'r'
+
+
+def test_other_recipes_are_not_joined():
+    """Only runs that differ in their seed are; a student is compared with its own recipe's baseline."""
+    from report.table import group, table
+
+    def run(method, seed, top1, **recipe):
+        recipe = {'seed': seed, 'lr': 0.1, 'batch_size': 128, 'amp': 'off', **recipe}
+        last = {'top1': top1, 'selected_on': 'test'}
+        return {'method': method, 'seed': seed, 'data': 'x', 'teacher': None, 'student': 'resnet8',
+                'epochs': 2, 'recipe': recipe, 'machine': {'device': 'cpu'}, 'curve': [], 'last': last,
+                'best': last}  # fmt: skip
+
+    alone = [run('baseline', 2, 50.0), run('baseline', 3, 51.0)]
+    other = [run('baseline', 2, 40.0, lr=0.01)]
+    assert [len(runs) for runs in group(alone).values()] == [2]
+    groups = group([*alone, *other])
+    assert {key[3]: len(runs) for key, runs in groups.items()} == {
+        'baseline (lr 0.1)': 2, 'baseline (lr 0.01)': 1
+    }  # fmt: skip
+    rows = table([*alone, *other, run('byot', 2, 42.0, lr=0.01)]).splitlines()
+    assert any('| byot |' in row and '+2.00' in row for row in rows), rows
+    rows = table([*alone, run('byot', 2, 42.0, labelled=0.5)]).splitlines()
+    (row,) = [row for row in rows if '| byot |' in row]
+    assert '50 % of the labels' in row and '-8' not in row
+
+
 def test_a_stopped_script_leaves_no_training_behind(tmp_path, img_root):
     """Or the next start would train beside it in the same folder."""
     table = {'name': 'tiny', 'data': 'shapes:60', 'teacher': 'resnet14', 'student': 'resnet8', 'epochs': 500,

@@ -2,8 +2,10 @@
 
     python tools/missing.py at rkd -- train_kd.py --t_name resnet20 ... --epochs 12
 
-The words after -- are the command without --kd_mode. A result counts if its data, its networks, the weight of
-the loss and every flag that changes the numbers are the same. example_train_script.sh asks before it trains.
+The words after -- are the command without --kd_mode. A result counts if its data, its networks' names, the
+weight of the loss and every flag that changes the numbers are the same. Weights are not compared: a teacher
+trained here and one that somebody else trained by the same flags are the same to it.
+example_train_script.sh asks before it trains.
 """
 
 import importlib
@@ -15,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine.threads  # noqa: E402, F401  before torch
 
 from engine import errors  # noqa: E402
+from engine.build import epochs_before, weight_of_ce  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import NEWER, math_args  # noqa: E402
@@ -34,7 +37,9 @@ def wanted(script: str, token: str | None, words: list[str]) -> dict:
     elif hasattr(args, 's_name'):
         parts = module.read_methods(args)[token]
         recipe |= {'student': args.s_name, 'teacher': '+'.join(args.t_name),
-                   'methods': [part.recipe for part in parts]}  # fmt: skip
+                   'methods': [part.recipe for part in parts], 'ce': weight_of_ce(parts, args),
+                   'before': list(epochs_before(parts, args)),
+                   'global_relations': args.global_relations}  # fmt: skip
     else:
         _, weight, options = module.read_method(args)
         recipe |= {'nets': args.net_names, 'method': [token, weight, options]}

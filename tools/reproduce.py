@@ -25,6 +25,10 @@ Per seed the teachers and the student alone are trained first (their weights sta
 missing methods in groups that share the teacher's forward. A finished run's results.json is copied to
 results/NAME. Kill it at any moment and start it again: every training continues from its last epoch. What
 results/NAME holds with the same recipe, as tools/missing.py compares them, is not trained again.
+
+The exit code is 0 when nothing is missing, 1 when nothing is left but what has diverged: calling it again
+would not change that. After a change of the grid a training of the old recipe is refused (2): delete its
+folder below SAVE_ROOT/NAME-sSEED.
 """
 
 import json
@@ -77,6 +81,10 @@ def main() -> int:
         if not any(means(word, name) for name in names):
             raise UserError(f'--only: no table is called {word}; there are {", ".join(names)}')
     names = [name for name in names if not args.only or any(means(word, name) for word in args.only)]
+    for key in ('save_root', 'img_root'):  # trainings run in the checkout, wherever this was called
+        path = Path(getattr(args, key)).resolve()
+        setattr(args, key, str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
+    args.results = args.results.resolve()
     end = time.time() + 60 * args.budget if args.budget else float('inf')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = 0
@@ -89,8 +97,10 @@ def main() -> int:
                     print(shlex.join(['python', *run.words]), flush=True)
                 elif (code := run.do(end)) > 1:
                     return code
-                else:  # 1: a student diverged; the rest of the grid is not to suffer
+                else:  # 1: something diverged; the rest of the grid is not to suffer
                     failed = failed or code
+                    if code and run.needed:
+                        break
     for place in [args.results / name for name in names if args.table]:
         dense = any('task' in table for table in grid if table['name'] == place.name)
         run = Job(['-m', 'report', 'dense' if dense else 'table', str(place), '--out', str(place)], {})
@@ -107,28 +117,33 @@ def means(word: str, name: str) -> bool:
 
 
 class Job:
-    """One training command, and which of its results are kept where."""
+    """One training command, which of its results are kept where, and whether those after it need it."""
 
-    def __init__(self, words: list[str], kept: dict[Path, Path]) -> None:
-        self.words, self.kept = words, kept
+    def __init__(self, words: list[str], kept: dict[Path, Path], needed: bool = False) -> None:
+        self.words, self.kept, self.needed = words, kept, needed
 
     def do(self, end: float) -> int:
         """0, or the exit code to leave with; at the end of the budget the script stops at a checkpoint."""
         if time.time() > end:
             print('budget used up; run again to continue')
             return 128 + signal.SIGTERM
-        process = subprocess.Popen([sys.executable, *self.words], cwd=ROOT)
+        process, told = subprocess.Popen([sys.executable, *self.words], cwd=ROOT), False
         try:
-            process.wait(timeout=None if end == float('inf') else max(end - time.time(), 1))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            process.returncode = process.returncode and 128 + signal.SIGTERM
-        except SystemExit:
-            process.send_signal(signal.SIGTERM)  # it ends after its epoch; two must not write into one folder
+            try:
+                process.wait(timeout=None if end == float('inf') else max(end - time.time(), 1))
+            except subprocess.TimeoutExpired:
+                told = True
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                process.returncode = process.returncode and 128 + signal.SIGTERM
+        except (SystemExit, KeyboardInterrupt) as stop:
+            # it ends after its epoch; two must not write into one folder. A second signal would end it at
+            # once, and Ctrl-C has reached it already
+            if not told and isinstance(stop, SystemExit):
+                process.send_signal(signal.SIGTERM)
             process.wait()
             raise
-        for source, place in self.kept.items():
+        for source, place in self.kept.items() if process.returncode != 2 else ():  # refused: an old result
             if source.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(place, source.read_bytes())
@@ -138,7 +153,7 @@ class Job:
 def jobs(table: dict, seed: int, args) -> list[Job]:
     """The trainings that a seed of a table still lacks, in order; none if it is complete."""
     save, place = Path(args.save_root), args.results / table['name']
-    root = save.resolve()
+    root = ROOT / save
     if 'task' in table:
         return dense_jobs(table, seed, args, root, place)
 
@@ -157,11 +172,12 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
         name = run_name(net, epochs, seed)
         words = ['train_base.py', '--net_name', net, '--note', name, *common(epochs, seed, flags)]
         kept = place / f'{kind}-{net.replace(":", "")}-s{seed}.json'
-        return Job(words, {root / name / 'results.json': kept})
+        return Job(words, {root / name / 'results.json': kept}, kind == 'teacher')
 
     def trained(script: str, part: list[str], words: list[str]) -> Job:
-        note = f'{table["name"]}-s{seed}-{part[0]}'
         words = [*words, *losses(table, part)]
+        note = f'{table["name"]}-s{seed}'  # one folder: students find their checkpoints in any company
+        note += '' if script == 'train_kd.py' else f'-{part[0]}'
         results = {name: root / note / name if script == 'train_kd.py' else root / note for name in part}
         words = [script, '--kd_mode', *part, *words, '--note', note, *common(table['epochs'], seed),
                  *own_flags(table, part[0])]  # fmt: skip
@@ -220,7 +236,7 @@ def dense_jobs(table: dict, seed: int, args, root: Path, place: Path) -> list[Jo
     group = table.get('group', len(methods))
     for first in range(0, len(methods), max(group, 1)):
         part = methods[first : first + group]
-        note = f'{table["name"]}-s{seed}-{part[0]}'
+        note = f'{table["name"]}-s{seed}'
         words = ['train_dense.py', '--task', table['task'], '--kd_mode', *part, *losses(table, part),
                  '--t_name', table['teacher'], '--t_model', str(Path(args.img_root) / table['teacher_file']),
                  '--s_name', table['student'], '--s_init', str(Path(args.img_root) / table['student_file']),
