@@ -60,19 +60,22 @@ def parts_table(results: list[dict]) -> list[list[str]]:
         for i, teacher in enumerate(first['teachers'], 1):
             name = f'teacher {i}, {teacher["name"]}: {", ".join(map(str, teacher["classes"]))}'
             size = _size(teacher['name'], len(teacher['classes']))
-            rows.append([name, '', f'{teacher["top1"]:.2f}', '', '', '', len(runs), size])
+            top1 = statistics.mean(r['teachers'][i - 1]['top1'] for r in runs)
+            rows.append([name, '', f'{top1:.2f}', '', '', '', len(runs), size])
         names = {'A': 'raw logits', 'B': 'softmax each', 'C': 'logits - mean'}
-        for key, form in first['ensembles'].items():
+        for key in first['ensembles']:
+            forms = [r['ensembles'][key] for r in runs]
             name = f'ensemble {key}, {names[key]}' if key in names else f'{key}, cut to the wanted classes'
-            rows.append([name, f'{form["top1"]:.2f}', _parts(form),
-                         _routed(form['routing']), '', '', len(runs), ''])  # fmt: skip
+            rows.append([name, spread([form['top1'] for form in forms]), _parts(*forms),
+                         _routed(*(form['routing'] for form in forms)), '', '', len(runs), ''])  # fmt: skip
     trained = group([r for r in results if r['method'] != 'ensemble'])
     order = sorted(trained, key=lambda k: (k[3] != 'scratch', -statistics.mean(_last(trained[k], 'top1'))))
     for key in order:
         runs = trained[key]
         name = f'{key[3]} ({"reads labels" if key[3] == "scratch" else runs[0]["student"]})'
         rows.append([
-            name, spread(_last(runs, 'top1')), _parts(runs[0]['last']), _routed(runs[0]['routing']),
+            name, spread(_last(runs, 'top1')), _parts(*(r['last'] for r in runs)),
+            _routed(*(r['routing'] for r in runs)),
             spread([r['best']['top1'] for r in runs]), runs[0]['epochs'], len(runs),
             _size(runs[0]['student'], len(runs[0]['classes'])),
         ])  # fmt: skip
@@ -212,13 +215,15 @@ def _last(runs: list[dict], key: str) -> list[float]:
     return [r['last'][key] for r in runs]
 
 
-def _parts(figures: dict) -> str:
-    found = [figures[f'part{i}'] for i in range(1, 20) if f'part{i}' in figures]
-    return ' / '.join(f'{x:.2f}' for x in found)
+def _parts(*figures: dict) -> str:
+    """Means over runs."""
+    found = [f'part{i}' for i in range(1, 20) if f'part{i}' in figures[0]]
+    return ' / '.join(f'{statistics.mean(f[part] for f in figures):.2f}' for part in found)
 
 
-def _routed(matrix: list[list[float]]) -> str:
-    return ' / '.join(f'{row[i]:.1f}' for i, row in enumerate(matrix))
+def _routed(*matrices: list[list[float]]) -> str:
+    parts = range(len(matrices[0]))
+    return ' / '.join(f'{statistics.mean(matrix[i][i] for matrix in matrices):.1f}' for i in parts)
 
 
 def markdown(rows: list[list]) -> str:

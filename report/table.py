@@ -13,11 +13,15 @@ from pathlib import Path
 
 from engine.errors import UserError, user_errors
 from engine.parser import Parser
+from engine.recipe import NEWER
 from engine.record import output_folder
 from methods import METHODS
 
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
 COLUMNS += ('schedule', 'device', 'published')
+PER_SEED = {'seed', 'initial', 'teacher_weights', 'script'}  # what repetitions of a run differ in
+RECIPE = ('lr', 'batch_size', 'schedule', 'milestones', 'amp', 'optim', 'weight_decay', 'momentum',
+          'nesterov', 'pad', 'labelled', 'val_split')  # fmt: skip
 PUBLISHED = Path(__file__).parent.parent / 'results' / 'published.json'
 
 
@@ -53,19 +57,41 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
         for key, every in groups.items()
         for more, runs in apart(every).items()
     }
-    return dict(sorted(groups.items(), key=lambda item: (item[0][3] != 'baseline', -mean(item[1], 'last'))))
+    return dict(
+        sorted(groups.items(), key=lambda item: (not is_baseline(item[0][3]), -mean(item[1], 'last')))
+    )
+
+
+def is_baseline(method: str) -> bool:
+    """Also one that something tells apart, 'baseline (lr 0.1)'."""
+    return method.partition(' ')[0] == 'baseline'
 
 
 def apart(runs: list[dict]) -> dict[str, list[dict]]:
-    """{what tells them apart: runs}: those of one seed are no repetitions, they differ in something."""
-    if len({r['seed'] for r in runs}) == len(runs):
+    """{what tells them apart: runs}: other recipes, and runs of one seed, are no repetitions."""
+    recipes = [NEWER | r['recipe'] for r in runs]
+    known = set.intersection(*map(set, recipes)) - PER_SEED  # older results do not know newer flags
+    differ = [k for k in sorted(known) if len({json.dumps(recipe[k]) for recipe in recipes}) > 1]
+    again = len({r['seed'] for r in runs}) < len(runs)
+    if not differ and not again:
         return {'': runs}
     made = {}
     for r in runs:
-        options = [f'{k}={v}' for _, _, given, *_ in r['recipe'].get('methods', []) for k, v in given.items()]
-        options += [f'teacher at {r["teacher_top1"]:.2f}'] if r.get('teacher_top1') else []
-        made.setdefault(f' ({", ".join(options)})', []).append(r)
-    return made
+        own = [f'{k}={v}' for _, _, given, *_ in r['recipe'].get('methods', []) for k, v in given.items()]
+        weights = {json.dumps([one[1] for one in recipe.get('methods', [])]) for recipe in recipes}
+        if len(weights) > 1:
+            own += [f'weight {weight:g}' for _, weight, *_ in r['recipe']['methods']]
+        own += [f'{k} {r["recipe"].get(k, NEWER.get(k))}' for k in differ if k != 'methods']
+        own += [f'teacher at {r["teacher_top1"]:.2f}'] if again and r.get('teacher_top1') else []
+        made.setdefault(', '.join(own), []).append(r)
+    found = {}
+    for label, alike in made.items():
+        starts = list(dict.fromkeys(r['recipe'].get('initial') for r in alike))
+        for r in alike:  # students that go on from others' weights
+            more = f'start {starts.index(r["recipe"].get("initial")) + 1}'
+            several = len({r['seed'] for r in alike}) < len(alike) and len(starts) > 1
+            found.setdefault(', '.join(filter(None, [label, more * several])), []).append(r)
+    return {f' ({label})': every for label, every in found.items()}
 
 
 def mean(runs: list[dict], which: str) -> float:
@@ -78,20 +104,26 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def baseline_of(groups: dict, key: tuple) -> list[dict] | None:
-    """The student's own training without a teacher, on the same data for as many epochs.
+    """The student's own training without a teacher, on the same data, by the same recipe.
 
     Networks that learn from each other are compared with one of them, if they are of one kind.
     """
     data, _, student, method, epochs = key
     kinds = set(student.split('+'))
-    if method == 'baseline' or len(kinds) > 1:
+    if is_baseline(method) or len(kinds) > 1:
         return None
-    return groups.get((data, '', kinds.pop(), 'baseline', epochs))
+    own = NEWER | groups[key][0]['recipe']
+    for (*pair, kind, length), runs in groups.items():
+        alone = NEWER | runs[0]['recipe']
+        alike = all(own[k] == alone[k] for k in RECIPE if k in own and k in alone)
+        if [*pair, length] == [data, '', *kinds, epochs] and is_baseline(kind) and alike:
+            return runs
+    return None
 
 
 def students_of(groups: dict) -> set[str]:
     """The networks that a method trained; any other network trained alone is a teacher."""
-    trained = [key[2] for key in groups if key[3] != 'baseline'] or [key[2] for key in groups]
+    trained = [key[2] for key in groups if not is_baseline(key[3])] or [key[2] for key in groups]
     return {name for student in trained for name in student.split('+')}
 
 
@@ -102,13 +134,20 @@ def schedule(runs: list[dict]) -> str:
     more = [f'{word} {recipe[key]}' for key, (word, default) in usual.items() if recipe[key] != default]
     if recipe.get('schedule') == 'onecycle':
         more.insert(0, 'one cycle')
+    if recipe.get('labelled'):
+        more.append(f'{100 * recipe["labelled"]:g} % of the labels')
     return ', '.join([f'{runs[0]["epochs"]} epochs', *(text.strip() for text in more)])
+
+
+# what others call a row; their MLKD is the released code's, which has two views
+OTHER_NAMES = {'baseline': ('vanilla',), 'st': ('st', 'kd'), 'wsld': ('wsl',), 'mlkd': (),
+               'mlkd_strong': ('mlkd',)}  # fmt: skip
 
 
 def published(key: tuple) -> str:
     """What others report for this data, pair and method, from results/published.json."""
     data, teacher, student, method, _ = key
-    names = {'baseline': ('vanilla',), 'st': ('st', 'kd'), 'wsld': ('wsl',)}.get(method, (method,))
+    names = OTHER_NAMES.get(method, (method,))
     found = [
         f'{entry["top1"]:.2f} ({source(entry)})'
         for entry in json.loads(PUBLISHED.read_text())
@@ -137,7 +176,7 @@ def table(results: list[dict]) -> str:
         gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
         pair = f'{teacher} -> {student}' if teacher else student
         pair += f', {data}' if several else ''
-        if method == 'baseline' and student not in students_of(groups):
+        if is_baseline(method) and student not in students_of(groups):
             method = 'teacher'
         last, best = (spread([r[which]['top1'] for r in runs]) for which in ('last', 'best'))
         cells = (method, pair, last, len(runs), gain, best, schedule(runs),
@@ -160,7 +199,7 @@ def summary(results: list[dict]) -> str:
         alone = baseline_of(groups, key)
         gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
         kind = 'student alone' if key[2] in students_of(groups) else 'teacher'
-        name = f'{kind}, {key[2]}' if key[3] == 'baseline' else f'`{key[3]}`'
+        name = f'{kind}, {key[2]}' if is_baseline(key[3]) else f'`{key[3]}`'
         lines.append(f'| {name} | {spread([r["last"]["top1"] for r in runs])} | {gain} |')
     first = next((k for k, line in enumerate(lines) if line.startswith('| `')), len(lines))
     if (between := len(lines) - first - 9) > 3:
@@ -178,7 +217,7 @@ def figure(results: list[dict], path: Path) -> None:
     except ImportError:
         raise UserError('no figure, matplotlib is not installed (pip install matplotlib)') from None
     groups = group(results)
-    methods = [key for key in groups if key[3] != 'baseline']
+    methods = [key for key in groups if not is_baseline(key[3])]
     short = max((key[4] for key in methods), default=9) < 4
     fig = (last_epochs if len(methods) > 16 or short else curves)(groups, plt)
     fig.savefig(path, dpi=130, metadata={'Source': source_of_figure(results)})
@@ -199,7 +238,7 @@ def last_epochs(groups: dict, plt):
     could be told apart.
     """
     students = students_of(groups)
-    rows = [key for key in groups if key[3] != 'baseline' or key[2] in students][::-1]
+    rows = [key for key in groups if not is_baseline(key[3]) or key[2] in students][::-1]
     rows.sort(key=lambda key: mean(groups[key], 'last'))
     every = sorted(r['last']['top1'] for key in rows for r in groups[key])
     usual = every[len(every) // 2]
@@ -208,7 +247,7 @@ def last_epochs(groups: dict, plt):
     aside = least - 0.1 * (every[-1] - least)  # of the lowest that is shown where it is
     fig, axes = plt.subplots(figsize=(7, max(3.2, 1.2 + 0.19 * len(rows))), layout='constrained')
     for height, key in enumerate(rows):
-        alone = key[3] == 'baseline'
+        alone = is_baseline(key[3])
         values = [r['last']['top1'] for r in groups[key]]
         colour = 'black' if alone else 'tab:orange' if '+' in key[2] or not key[1] else 'tab:blue'
         seen = [value for value in values if value >= edge]
@@ -220,7 +259,7 @@ def last_epochs(groups: dict, plt):
             said = '  '.join(f'{value:.1f}' for value in lost)
             axes.annotate(said, (aside, height), (7, 0), textcoords='offset points', va='center', fontsize=7)
     length = ' or '.join(f'{epochs} epochs' for epochs in sorted({key[4] for key in rows}))
-    names = [f'{key[2]} alone' if key[3] == 'baseline' else key[3] for key in rows]
+    names = [f'{key[2]} alone' if is_baseline(key[3]) else key[3] for key in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7)
     axes.set(
         xlabel='test top-1 of the last epoch (%)', ylim=(-0.7, len(rows) - 0.3),
@@ -242,7 +281,7 @@ def curves(groups: dict, plt):
     for key, runs in groups.items():
         _, teacher, student, method, epochs = key
         curve = [statistics.mean(values) for values in zip(*(r['curve'] for r in runs))]
-        alone = method == 'baseline'
+        alone = is_baseline(method)
         label = f'{student + " alone" if alone else method}  {mean(runs, "last"):.1f}'
         if alone and student not in students:
             axes.axhline(
