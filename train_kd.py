@@ -217,10 +217,15 @@ def train_student(run: Run, seen: Batch) -> None:
     # without a weight, cross-entropy stays out: 0 times it would still move the classifier
     loss = weights['ce'] * terms['ce'] + loss_kd if weights.get('ce') else loss_kd
 
+    if not isinstance(loss, torch.Tensor):  # in this epoch its method rests, and there is no cross-entropy
+        run.meter.add(out, batch.target, **terms)
+        return
     if not run.meter.guard(loss, run.opt, *(t.out for t in seen.all_t)):
         return
-    special = [term.method.own.update for term in run.terms if term.method.own.update]
-    if special and run.phase == 'train':
+    special = [
+        term.method.own.update for term in run.terms if term.method.own.update and term.name in weights
+    ]
+    if special and weights.get('ce') and run.phase == 'train':
         special[0](run.opt, weights['ce'] * terms['ce'], loss_kd, batch.epoch)
     else:
         run.opt.zero_grad(set_to_none=True)

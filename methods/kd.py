@@ -149,7 +149,7 @@ KD = {
     'cd':       Method(cd.CD,                 18.0, each_map,            per_stage_channels, needs=stages),
     'cd_edt':   Method(cd.CD,                 18.0, each_map,            per_stage_channels,
                        When(ce=steps((0, 0.0), (60, 1.0), of=200),
-                            ramp=steps((0, 1.0), (60, 0.9), (160, 0.81), of=200)), stages),
+                            ramp=steps((0, 1.0), (59, 0.9), (159, 0.81), of=200)), stages),
     'clipkd':   Method(clipkd.CLIPKD,          1.0, clipkd.feed,         widths,
                        needs=Needs(views=('second',))),
     'crd':      Method(crd.CRD,                0.2, crd.feed,            crd.build, limits=Limits(BANK)),

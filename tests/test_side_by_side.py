@@ -704,3 +704,22 @@ def test_casting_all_weights_at_once_changes_nothing(name):
         assert not run.meter.failure
         ends.append(run.step.state_dict())
     assert all(torch.equal(ends[0][key], value) for key, value in ends[1].items())
+
+
+def test_what_dlb_remembers_is_not_overwritten_by_the_next_batch():
+    """Every whole batch lies in the same place under --cuda_graphs."""
+    from kd_losses.dlb import DLB
+
+    batches = [
+        (torch.full((2, 3, 4, 4), float(k)), torch.tensor([k, k]), torch.arange(2), {}) for k in (1, 2)
+    ]
+    loss, seen = DLB(), []
+
+    def look(img, target, index, views):
+        return Batch(img, target, index, views)
+
+    for batch in side_by_side.Graphs(torch.device('cpu')).looks(look, batches):
+        if loss.last:
+            seen += [float(loss.last[0].mean()), int(loss.last[1][0])]
+        loss.remember(batch.img, batch.target, torch.zeros(2, 5))
+    assert seen == [1.0, 1]

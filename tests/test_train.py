@@ -641,3 +641,15 @@ def test_compiled_networks_train_alike(script, teacher, tmp_path, monkeypatch):
     peers = ('--kd_mode', 'dml', '--net_names', 'resnet8', 'resnet8')
     assert script('train_dml', *peers, *TINY, '--note', 'peers', '--compile').code == 0
     assert compiled == ['ResNet'] * 3
+
+
+def test_a_method_that_rests_takes_its_own_step_no_longer(train_kd, tmp_path):
+    """--kd_stop with a method that has an update of its own; an epoch with nothing to learn."""
+    for words in (('dot', '--kd_stop', 1), ('mhgd', '--kd_stop', 1, '--pretrain_epochs', 1)):
+        done = train_kd(*words, '--note', words[0])
+        assert done.code == 0, done.err
+    done = train_kd('reviewkd', '--lambda_ce', 0, '--note', 'r')
+    assert done.code == 0, done.err
+    assert float(rows(tmp_path / 'r' / 'reviewkd')[-1]['reviewkd']) > 0
+    done = train_kd('st', '--lambda_ce', 0, '--lambda_kd', 0, '--note', 'n')
+    assert done.code == 2 and 'nothing to learn' in done.err and done.err.count('\n') == 1, done.err
