@@ -9,6 +9,7 @@ are easily taken for each other stand in the same half of the list: teachers of 
 know from what they do not.
 """
 
+import contextlib
 import math
 import os
 import zipfile
@@ -49,14 +50,16 @@ def cached_shapes(root: str | Path, n: int, seed: int) -> tuple[np.ndarray, np.n
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass
     images, labels = shapes(n, seed)
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
         with open(temporary, 'wb') as file:
             np.savez(file, images=images, labels=labels)
         os.replace(temporary, path)
     except OSError:
-        pass  # a read-only or full disk costs a few seconds at the next start, nothing else
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # a read-only or full disk costs a few seconds at the next start, nothing else
     return images, labels
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def git(folder: Path, *words: str) -> str | None:
 
 
 def commit_of(folder: Path) -> str | None:
+    if Path(git(folder, 'rev-parse', '--show-toplevel') or '/').resolve() != folder.resolve():
+        return None  # a copy inside somebody's repository
     return git(folder, 'rev-parse', 'HEAD')
 
 
@@ -36,7 +39,7 @@ def provenance(device: torch.device) -> dict:
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return {
-        'command': ' '.join(['python', str(script), *sys.argv[1:]]),
+        'command': shlex.join(['python', str(script), *sys.argv[1:]]),
         'commit': commit,
         'machine': {
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,

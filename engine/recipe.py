@@ -50,9 +50,9 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
     if choice == 'auto':
         return last if last.exists() else None
     if choice == 'never':
-        for name in ('last.pt', 'best.pt', 'results.json', 'metrics.csv'):
-            if rank() == 0:
-                (folder / name).unlink(missing_ok=True)
+        names = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'student.pt')
+        for path in (*map(folder.joinpath, names), *folder.glob('epoch[0-9]*.pt')) if rank() == 0 else ():
+            path.unlink(missing_ok=True)  # or a run that stops would have another's weights
         return None
     if choice is not None:  # a file, a run's folder, or the folder of a group of runs
         candidates = [Path(choice), Path(choice) / 'last.pt', Path(choice) / folder.name / 'last.pt']

@@ -5,7 +5,7 @@ beside the checks, then as many students as fit, group after group. docs/gpu.md 
     python tools/gpu/second.py --first 6 --checks 0 --more 170       for this command and 170 s of another
     python tools/gpu/second.py --first 6 --checks 0 --deadline 165   that other: it goes on
     python tools/gpu/second.py --device cpu --data shapes:100 --epochs 5 --first 4 --checks 0 --keep keep \\
-        --out out --flags "--batch_size 32"                    a rehearsal
+        --out out --flags "--batch_size 32" --teacher none     a rehearsal
 
 What is done lies in archives under OUT, written again after every group: results.tgz (logs, results, checks)
 and weights0.tgz, ... of twelve networks each.
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.cuda import ROWS  # noqa: E402
 from dataset.cifar import bad_files  # noqa: E402
+from methods import KD  # noqa: E402
 
 TEACHER = 'results/cifar10-resnet20-resnet20-200epochs'
 STUDENTS = (
@@ -198,12 +199,17 @@ def train_students(lease: Lease) -> None:
 
 def students_that_fit(lease: Lease, process, group: str, names: list[str]) -> int:
     """All, or how many, judged by the third epoch."""
-    while process.poll() is None and len(lease.rows(group, names[-1])) < 3 and lease.left > 0:
+
+    def longest() -> list[dict]:
+        return max((lease.rows(group, name) for name in names), key=len)  # one may have diverged
+
+    while process.poll() is None and len(longest()) < 3 and lease.left > 0:
         time.sleep(1)
-    rows = lease.rows(group, names[-1])
+    rows = longest()
     if not 3 <= len(rows) <= 5:  # stopped, or a former command has judged
         return len(names)
-    need = float(rows[2]['seconds']) * (lease.args.epochs - len(rows))
+    phases = max(KD[name].when.pretrain + KD[name].when.alone for name in names)  # of 200, before them
+    need = float(rows[2]['seconds']) * (lease.args.epochs * (1 + phases / 200) - len(rows))
     left = lease.left - 8 + lease.args.more
     lease.say(
         group, f'{len(names)} students, {rows[2]["seconds"]} s per epoch, needs {need:.0f} of {left:.0f} s'
