@@ -151,7 +151,7 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 def build(loss, probe, **options):
     """One for each stage, with the margin of Knowledge-Distillation-Zoo."""
     for side, f in (('student', probe.s), ('teacher', probe.t)):
-        if any((pre >= 0).all() for pre in f.pres[1:]):
+        if any((pre >= 0).all() and pre.any() for pre in f.pres[1:]):
             raise ValueError(
                 f'AB: the {side} must give maps from before the ReLU, got one without a negative number: '
                 f'name those layers, models.hooks.Tap(..., pres=[...])'

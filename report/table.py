@@ -78,9 +78,10 @@ def apart(runs: list[dict]) -> dict[str, list[dict]]:
     made = {}
     for r in runs:
         own = [f'{k}={v}' for _, _, given, *_ in r['recipe'].get('methods', []) for k, v in given.items()]
-        weights = {json.dumps([one[1] for one in recipe.get('methods', [])]) for recipe in recipes}
+        named = [recipe['methods'] for recipe in recipes if 'methods' in recipe]
+        weights = {json.dumps([one[1] for one in methods]) for methods in named}
         if len(weights) > 1:
-            own += [f'weight {weight:g}' for _, weight, *_ in r['recipe']['methods']]
+            own += [f'weight {weight:g}' for _, weight, *_ in r['recipe'].get('methods', [])]
         own += [f'{k} {r["recipe"].get(k, NEWER.get(k))}' for k in differ if k != 'methods']
         own += [f'teacher at {r["teacher_top1"]:.2f}'] if again and r.get('teacher_top1') else []
         made.setdefault(', '.join(own), []).append(r)

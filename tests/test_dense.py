@@ -616,7 +616,7 @@ def test_queues_of_one_process(script, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_one_student(script, tmp_path):
     done = script('train_dense', *QUICK, '--kd_mode', 'alone', 'cwd', '--lambda_kd', 'cwd=1e39', '--steps', 1,
                   '--note', 'x')  # fmt: skip
-    assert done.code == 1 and 'cwd: the loss is not finite at epoch 1, step 1' in done.err, done.err
+    assert done.code == 1 and 'cwd: the loss is not finite before evaluation 1, step 1' in done.err, done.err
     assert (tmp_path / 'x' / 'alone' / 'results.json').exists()
     assert not (tmp_path / 'x' / 'cwd' / 'results.json').exists()
 

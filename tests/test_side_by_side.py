@@ -261,6 +261,8 @@ def test_batches_go_where_the_recorded_one_lay(monkeypatch):
         seen.append((img.data_ptr(), img.stride(), float(img.sum()), int(target[0]), sorted(views)))
         return Batch(img, target, index, views)
 
+    look.nets = ['a teacher']
+
     def batches():
         for k in range(7):
             img = torch.full((2, 3, 4, 4), float(k)).to(memory_format=torch.channels_last)
@@ -274,6 +276,11 @@ def test_batches_go_where_the_recorded_one_lay(monkeypatch):
     assert len(set(strides)) == 1 and strides[0] == next(batches())[0].stride()
     assert sums == tuple(96.0 * k for k in range(7)) and targets == tuple(range(7))
     assert set(map(tuple, views)) == {('second',)}
+    look.nets = []  # nobody is asked: no graph, which CUDA would call empty; batches go there all the same
+    graphs = side_by_side.Graphs(torch.device('cpu'))
+    monkeypatch.setattr(side_by_side, 'cuda_capture', lambda *_: pytest.fail('recorded'))
+    sums = [float(batch.img.sum()) for batch in graphs.looks(look, batches())]
+    assert sums == [96.0 * k for k in range(7)]
 
 
 # ---------------------------------------------------------------------- what a row must be like for all this
