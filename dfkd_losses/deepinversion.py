@@ -32,6 +32,8 @@ Use:
     tensor(True)
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -193,8 +195,9 @@ def _disagreement(out_s: Tensor, out_t: Tensor, T: float, exact: bool) -> Tensor
     """(N,)"""
     if exact:
         log_p, log_q = F.log_softmax(out_s / T, dim=1), F.log_softmax(out_t / T, dim=1)
-        log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log().item()
-        return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(dim=1) / 2
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        terms = (torch.where(x == -torch.inf, 0.0, x.exp() * (x - log_m)) for x in (log_p, log_q))
+        return sum(terms).sum(dim=1) / 2
     p, q = F.softmax(out_s / T, dim=1), F.softmax(out_t / T, dim=1)
     p, q, m = (y.clamp(0.01, 0.99) for y in (p, q, (p + q) / 2))
     return (m * (2 * m.log() - p.log() - q.log())).sum(dim=1) / 2

@@ -78,7 +78,8 @@ def host_counters(net: nn.Module) -> list[Tensor]:
     counters = []
     for module in net.modules():
         count = getattr(module, 'num_batches_tracked', None)
-        if isinstance(count, Tensor):
+        # without a momentum Python reads the count: on the device that refuses a recording, as it must
+        if isinstance(count, Tensor) and module.momentum is not None:
             module.num_batches_tracked = count.cpu()
             counters.append(module.num_batches_tracked)
     return counters

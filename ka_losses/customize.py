@@ -186,7 +186,7 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def feed(ka, s, all_t, batch):
-    """Round one: each image from the source that is surest of it."""
+    """Round one: each image from the source that is surest of it. A GPU waits for who that is."""
     which = select_teacher([t.out for t in all_t])
     results = []
     for i, (loss, t) in enumerate(zip(ka, all_t)):

@@ -58,7 +58,7 @@ class TaskAmalgamation(nn.Module):
         out_s: {'logits': (N, Q, 1 + num_classes), 'boxes': (N, Q, 4) as centre x, centre y, width, height in
         0..1}; outs_t: list of the same with 1 + len(teacher_tasks[i]) columns and any Q. Returns a scalar,
         with return_terms=True also {'kd', 'bbox', 'giou'} without weights. No gradient reaches outs_t.
-        Computed in float32, also under TF32, or in float64 as the student.
+        Computed in float32, also under TF32, or in float64 as the student. A GPU waits: the CPU matches.
 
     Raises:
         ValueError: classes outside the range; shapes that do not meet; a box of negative size.

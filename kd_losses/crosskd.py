@@ -163,7 +163,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _at_least_one(avg_factor: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(avg_factor, dtype=like.dtype, device=like.device).clamp(min=1) + EPS
+    x = avg_factor.to(like) if isinstance(avg_factor, Tensor) else like.new_full((), avg_factor)
+    return x.clamp(min=1) + EPS
 
 
 def _expect_rows(who: str, name: str, x: Tensor, rows: int | str, *wanted: int | str) -> None:

@@ -93,7 +93,7 @@ class GKD(nn.Module):
         if self.reduction == 'none':
             return jsd.reshape(out_s.shape[:-1])
         if num_items is not None:
-            n = torch.as_tensor(num_items, dtype=jsd.dtype, device=jsd.device)
+            n = num_items.to(jsd) if isinstance(num_items, Tensor) else jsd.new_full((), num_items)
             return torch.where(n == 0, 0.0, jsd.sum() / torch.where(n == 0, 1.0, n))
         if self.reduction == 'sum':
             return jsd.sum()

@@ -148,7 +148,7 @@ class SpotPolicy(nn.Module):
         both = torch.cat([_full(feat_t.detach(), feat_s), _full(feat_s.detach())], dim=1)
         with _no_autocast(feat_s):
             logits = _run(self.linear, both).unflatten(1, (self.num_spots, 2))
-        u = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device, generator=generator)
+        u = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device, **_by(generator))
         action = choose(logits, -torch.log(-torch.log(u + 1e-20) + 1e-20), tau)[0][:, :, 0]
         return action + 0 * logits.detach().sum(dim=2)  # a choice hides what is not finite
 
@@ -189,6 +189,11 @@ def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
     if on_host and p_t.amin().view(1).tolist()[0] > 0:  # not with NaN
         return kl
     return torch.where(p_t == 0, 0.0, kl)
+
+
+def _by(generator: torch.Generator | None) -> dict:
+    """Left out where there is none: torch.compile cannot pass None for a batch of another size."""
+    return {} if generator is None else {'generator': generator}
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -86,7 +86,7 @@ class SimKD(nn.Module):
 
     def predict(self, fm_s: Tensor, classifier, size: tuple[int, int] | None = None) -> Tensor:
         """Logits of the student with the teacher's classifier; size: of the teacher's map, default the last
-        one seen."""
+        one seen, for which a GPU waits."""
         if size is None:
             size = tuple(self.size.tolist()) if int(self.size[0]) else None
         pooled = self.project(fm_s, size).mean(dim=(2, 3))

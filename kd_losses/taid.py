@@ -110,7 +110,8 @@ class TAID(nn.Module):
         change = torch.where(first, 0.0, (self.prev_loss - x) / (self.prev_loss + 1e-15))
         momentum = torch.where(first, self.momentum, self.beta * self.momentum + (1 - self.beta) * change)
         line = self.t_start + (self.t_end - self.t_start) * progress
-        t = torch.as_tensor(line, dtype=self.t.dtype, device=self.t.device)
+        # a number is filled in on the device: copying it there would wait
+        t = line.to(self.t) if isinstance(line, Tensor) else torch.full_like(self.t, line)
         if self.adaptive:
             t = torch.maximum(t, self.t + self.alpha * momentum.sigmoid() * (1 - self.t))
         t = torch.where(first, self.t, t.clamp(max=self.t_end))
