@@ -119,7 +119,7 @@ def mmd(x: Tensor, y: Tensor, sigmas: tuple, normalized: bool = True) -> Tensor:
     """Squared maximum mean discrepancy of two batches, (N, ...) each; diagonals included."""
     x, y = x.flatten(1), y.flatten(1)
     if normalized:
-        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+        x, y = _unit(x), _unit(y)
     return (_kernel(x, x, sigmas) + _kernel(y, y, sigmas) - 2 * _kernel(x, y, sigmas)).mean().clamp(min=0)
 
 
@@ -131,6 +131,12 @@ def _kernel(x: Tensor, y: Tensor, sigmas: tuple) -> Tensor:
         d2 = d2.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
     d2 = d2.clamp(min=floor)
     return sum(torch.exp(-d2 / (2 * sigma**2)) for sigma in sigmas)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows divided by their length; a zero row stays zero and gets no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)  # NaN is not: it must show in the loss
 
 
 class _Residual(nn.Module):

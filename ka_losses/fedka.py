@@ -115,9 +115,13 @@ def saliency(fm: Tensor, out: Tensor) -> Tensor:
     fm: (N, C, H, W), with a graph to out: (N, K).
     """
     grad = torch.autograd.grad(out.max(dim=1).values.sum(), fm)[0]
-    cam = F.relu((grad.mean(dim=(2, 3), keepdim=True) * fm).sum(dim=1)).flatten(1).detach()
-    low, high = cam.min(dim=1, keepdim=True).values, cam.max(dim=1, keepdim=True).values
-    return torch.where(high > low, (cam - low) / (high - low).clamp(min=1e-12), 0.0)
+    parts = (grad.mean(dim=(2, 3), keepdim=True) * fm).detach()
+    cam = F.relu(parts.sum(dim=1)).flatten(1)
+    size = parts.abs().sum(dim=1).flatten(1).amax(dim=1, keepdim=True)
+    low, high = cam.amin(dim=1, keepdim=True), cam.amax(dim=1, keepdim=True)
+    # equal positions differ by a rounding of their sums. NaN is not flat: it must show
+    flat = high - low <= 4 * torch.finfo(cam.dtype).eps * size
+    return torch.where(flat, 0.0, (cam - low) / (high - low).clamp(min=1e-12))
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -160,8 +160,14 @@ def _si(s: Tensor, t: Tensor) -> Tensor:
     return each.sum() / valid.any(dim=1).sum().clamp(min=1) + hidden
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Rows divided by their length; a zero row stays zero and gets no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)  # NaN is not: it must show in the loss
+
+
 def _cosine(s: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
-    dot = (F.normalize(s, dim=1) * F.normalize(t, dim=1)).sum(dim=1, keepdim=True)
+    dot = (_unit(s.movedim(1, -1)) * _unit(t.movedim(1, -1))).sum(dim=-1)[:, None]
     if mask is None:
         return -dot.mean()
     _expect('SBM', 'mask', mask, *dot.shape)

@@ -152,13 +152,15 @@ def align(fm_s: Tensor, fm_t: Tensor) -> Tensor:
             f'CrossKD: fm_s must have two values per channel, got {tuple(fm_s.shape)}: leave this level out'
         )
     (mean_s, std_s), (mean_t, std_t) = (_moments(x) for x in (_full(fm_s), _full(fm_t.detach(), fm_s)))
-    return (_full(fm_s) - mean_s) / (std_s + 1e-6) * std_t + mean_t
+    unit = torch.where(std_s == 0, 0.0, (_full(fm_s) - mean_s) / (std_s + 1e-6))
+    return unit * std_t + mean_t
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean(dim=(0, 2, 3), keepdim=True)
     var = (x - mean).square().sum(dim=(0, 2, 3), keepdim=True) / (x[:, 0].numel() - 1)
-    dead = var <= 1e-24  # NaN is not: it must show
+    # of equal numbers the mean is off by a rounding. NaN is not dead: it must show
+    dead = var <= (8 * torch.finfo(x.dtype).eps * mean).square().clamp(min=1e-24)
     return mean, torch.where(dead, 0.0, torch.where(dead, 1.0, var).sqrt())
 
 

@@ -72,7 +72,7 @@ def standardize(out: Tensor, eps: float = 1e-7) -> Tensor:
     centred = out - out.mean(dim=1, keepdim=True)
     deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / (out.shape[1] - 1) ** 0.5
     # of equal numbers the mean is off by a rounding, and what is left is no direction
-    noise = 4 * torch.finfo(out.dtype).eps * out.detach().abs().amax(dim=1, keepdim=True)
+    noise = 8 * torch.finfo(out.dtype).eps * out.detach().abs().amax(dim=1, keepdim=True)
     dead = deviation <= noise.clamp(min=1e-12)
     return torch.where(dead, 0.0, centred / (eps + torch.where(dead, 1.0, deviation)))
 

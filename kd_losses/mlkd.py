@@ -134,7 +134,7 @@ def _standardize(out: Tensor) -> Tensor:
     centred = out - out.mean(dim=1, keepdim=True)
     deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / (out.shape[1] - 1) ** 0.5
     # of equal numbers the mean is off by a rounding, and what is left is no direction
-    noise = 4 * torch.finfo(out.dtype).eps * out.detach().abs().amax(dim=1, keepdim=True)
+    noise = 8 * torch.finfo(out.dtype).eps * out.detach().abs().amax(dim=1, keepdim=True)
     dead = deviation <= noise.clamp(min=1e-12)
     return torch.where(dead, 0.0, centred / (1e-7 + torch.where(dead, 1.0, deviation)))
 

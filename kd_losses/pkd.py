@@ -85,9 +85,11 @@ class PKD(nn.Module):
 
 def _by_deviation(x: Tensor) -> Tensor:
     """Every channel with mean 0 and deviation 1 over batch and positions; 0, and no gradient, if constant."""
-    x = x - x.mean(dim=(0, 2, 3), keepdim=True)
+    mean = x.mean(dim=(0, 2, 3), keepdim=True)
+    x = x - mean
     var = x.square().sum(dim=(0, 2, 3), keepdim=True) / (x[:, 0].numel() - 1)
-    dead = var <= 1e-24  # NaN is not: it must show in the loss
+    # of equal numbers the mean is off by a rounding. NaN is not dead: it must show in the loss
+    dead = var <= (8 * torch.finfo(x.dtype).eps * mean).square().clamp(min=1e-24)
     return torch.where(dead, 0.0, x / (torch.where(dead, 1.0, var).sqrt() + 1e-6))
 
 

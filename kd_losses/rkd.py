@@ -146,7 +146,9 @@ def _directions(f: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     """Unit vectors from `count` vertices to every sample, and one over their lengths (0 for duplicates)."""
     v = f[None] - f[start : start + count, None]
     norm = torch.linalg.vector_norm(v, dim=2, keepdim=True)
-    inverse = torch.where(norm <= 1e-12, 0.0, 1 / norm.clamp(min=1e-12))
+    # _few_coordinates may leave a rounding between equal rows: no direction either
+    noise = 4 * torch.finfo(f.dtype).eps * torch.linalg.vector_norm(f, dim=1, keepdim=True)
+    inverse = torch.where(norm <= noise.clamp(min=1e-12), 0.0, 1 / norm.clamp(min=1e-12))
     return v * inverse, inverse
 
 

@@ -32,8 +32,6 @@ Use:
     tensor(True)
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,7 +81,7 @@ class RLD(nn.Module):
         target, valid = _labels('RLD', target, *out_s.shape)
         s, t, K = _full(out_s), _full(out_t.detach(), out_s), out_s.shape[1]
         if self.standardise:
-            s, t = _standardised(s), _standardised(t)
+            s, t = _standardize(s), _standardize(t)
 
         b, rest_b, _ = _log_probabilities(s / self.T_conf, _is(target, K))
         a, rest_a, _ = _log_probabilities(t / self.T_conf, _is(t.argmax(dim=1), K))
@@ -103,11 +101,14 @@ class RLD(nn.Module):
         return out_t >= out_t.gather(1, target[:, None])
 
 
-def _standardised(z: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 per row; a constant row becomes zeros without a gradient."""
-    z = z - z.mean(dim=1, keepdim=True)
-    std = torch.linalg.vector_norm(z, dim=1, keepdim=True) / math.sqrt(z.shape[1] - 1)
-    return torch.where(std <= 1e-12, 0.0, z / (std + 1e-7))
+def _standardize(out: Tensor) -> Tensor:
+    """Mean 0, deviation 1 (with K - 1) per sample; constant rows to 0, without gradient."""
+    centred = out - out.mean(dim=1, keepdim=True)
+    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / (out.shape[1] - 1) ** 0.5
+    # of equal numbers the mean is off by a rounding, and what is left is no direction
+    noise = 8 * torch.finfo(out.dtype).eps * out.detach().abs().amax(dim=1, keepdim=True)
+    dead = deviation <= noise.clamp(min=1e-12)
+    return torch.where(dead, 0.0, centred / (1e-7 + torch.where(dead, 1.0, deviation)))
 
 
 def _log_probabilities(z: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,9 +96,11 @@ class RSD(nn.Module):
 
 def _standard_columns(x: Tensor) -> Tensor:
     """Mean 0 and deviation 1 (with N) over the batch; constant columns to 0, without gradient."""
-    centred = x - x.mean(dim=0)
+    mean = x.mean(dim=0)
+    centred = x - mean
     deviation = torch.linalg.vector_norm(centred, dim=0) / len(x) ** 0.5
-    dead = deviation <= 1e-6  # NaN is not: it must show in the loss
+    # of equal numbers the mean is off by a rounding. NaN is not dead: it must show in the loss
+    dead = deviation <= (8 * torch.finfo(x.dtype).eps * mean.abs()).clamp(min=1e-6)
     return torch.where(dead, 0.0, centred / (torch.where(dead, 1.0, deviation) + 1e-5))
 
 

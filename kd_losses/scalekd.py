@@ -120,13 +120,20 @@ class ScaleKD(nn.Module):
         return self.alpha[0] / len(s) * (_unit(s) - _unit(t)).square().sum()
 
     def frequency(self, tokens: Tensor, fm_t: Tensor) -> Tensor:
-        s, t = (x - x.mean(dim=1, keepdim=True) for x in self._sides(tokens, fm_t))
+        s, t = (_without_mean(x) for x in self._sides(tokens, fm_t))
         return self.alpha[1] / len(s) * (_unit(s) - _unit(t)).square().sum()
 
     def _sides(self, tokens: Tensor, fm_t: Tensor) -> tuple[Tensor, Tensor]:
         """Both (N, Hq * Wq, t_channels)."""
         _expect('ScaleKD', 'fm_t', fm_t, len(tokens), self.t_channels, *self.query_hw)
         return _full(tokens), _full(fm_t.detach(), tokens).flatten(2).mT
+
+
+def _without_mean(x: Tensor) -> Tensor:
+    """(N, L, D) minus its mean over the positions; what differs from it by a rounding only becomes 0."""
+    centred = x - x.mean(dim=1, keepdim=True)
+    norm, size = (torch.linalg.vector_norm(y.detach(), dim=2, keepdim=True) for y in (centred, x))
+    return torch.where(norm <= 8 * torch.finfo(x.dtype).eps * size, 0.0, centred)
 
 
 class _Projector(nn.Module):

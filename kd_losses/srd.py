@@ -109,11 +109,13 @@ class SRD(nn.Module):
 
     def bn(self, x: Tensor) -> Tensor:
         """By this batch's statistics, in evaluation mode, too; 0 where a variance is 0 and so is eps."""
-        x = x - x.mean(dim=0)
+        mean = x.mean(dim=0)
+        x = x - mean
         var = x.square().mean(dim=0)
         if self.eps:
             return x / (var + self.eps).sqrt()
-        constant = var <= 1e-12
+        # of equal numbers the mean is off by a rounding
+        constant = var <= (8 * torch.finfo(x.dtype).eps * mean).square().clamp(min=1e-12)
         return torch.where(constant, 0.0, x / torch.where(constant, 1.0, var).sqrt())
 
     def logit(self, out_s: Tensor, out_t: Tensor, feat_s: Tensor) -> Tensor:

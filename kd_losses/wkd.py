@@ -194,7 +194,11 @@ def cka_cost(class_feats: Tensor, sharpen: float = 1.0) -> Tensor:
     """
     _expect('cka_cost', 'class_feats', class_feats, 'C', 'M', 'D')
     x = _full(class_feats.detach())
+    size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     x = x - x.mean(dim=1, keepdim=True)
+    # of equal samples the mean is off by a rounding, and what is left is no direction
+    equal = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) <= 8 * torch.finfo(x.dtype).eps * size
+    x = torch.where(equal, 0.0, x)
     K, M, D = x.shape
     if M <= D:  # ||Y^T X||^2 is the product of the Gram matrices X X^T and Y Y^T
         grams = _unit(_matmul(x, x.mT).flatten(1))

@@ -406,7 +406,7 @@ def test_compiled_for_a_last_batch_that_is_smaller(name):
         assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in learning(v))
 
 
-@pytest.mark.parametrize('name', ['dist', 'distplus', 'lskd'])
+@pytest.mark.parametrize('name', ['dist', 'distplus', 'lskd', 'rld'])
 @pytest.mark.parametrize('K', [10, 20, 1000])
 def test_equal_logits_have_no_direction(name, K):
     """The mean of equal float32 numbers is off by a rounding, which is no direction to learn."""

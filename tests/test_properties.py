@@ -1076,3 +1076,22 @@ def test_mhgd_against_a_slow_second_form():
     long, short = [torch.full((3,), 10.0)], [torch.full((3,), 1.0)]
     near(clipped(long, short, 0)[0].norm(), 0.5 * short[0].norm(), 1e-5)
     near(clipped(short, long, 100)[0], short[0])
+
+
+def test_equal_numbers_have_no_deviation():
+    """In float32 their mean is off by a rounding, which is neither a direction nor a scale."""
+    from kd_losses import crosskd, pkd, rsd, srd, wkd
+    from kd_losses.scalekd import _without_mean
+
+    torch.manual_seed(0)
+    for value in (0.1, 33.3, 3333.3):
+        fm = torch.full((2, 3, 5, 7), value)
+        assert (pkd._by_deviation(fm) == 0).all() and (crosskd._moments(fm)[1] == 0).all()
+        rows = torch.full((9, 4), value)
+        assert (rsd._standard_columns(rows) == 0).all()
+        assert (srd.SRD(4, 4, mode='corr').bn(rows) == 0).all()
+        assert (_without_mean(torch.full((2, 9, 4), value)) == 0).all()
+        feats = torch.randn(3, 6, 8)
+        feats[1] = value
+        cost = wkd.cka_cost(feats, 0)
+        assert cost[1, 0] == cost[1, 2] == 1
