@@ -75,7 +75,11 @@ class Browser:
             time.sleep(0.05)
 
     def js(self, code: str):
-        answer = self.call('Runtime.evaluate', expression=code, returnByValue=True)
+        for _ in range(40):  # while a page is still being loaded, what is asked for may not be there yet
+            answer = self.call('Runtime.evaluate', expression=code, returnByValue=True)
+            if 'exceptionDetails' not in answer:
+                break
+            time.sleep(0.05)
         assert 'exceptionDetails' not in answer, answer
         return answer['result'].get('value')
 
