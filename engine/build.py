@@ -23,7 +23,7 @@ from engine.method_flags import (
     weights_and_options,
 )
 from engine.optimise import optimiser, phase_epochs
-from engine.processes import distributed, gather_batches, rank, same_weights
+from engine.processes import distributed, gather_batches, rank, same_buffers
 from engine.recipe import math_args, resume_point
 from engine.record import Record, fingerprint
 from engine.stages import read_stages
@@ -167,7 +167,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
                 if term.method.own.before:
                     with user_errors():
                         term.method.own.before(term.loss, teachers.teacher, probe)
-        same_weights(step)  # what `before` found in buffers, too, which DistributedDataParallel does not send
+        same_buffers(step)  # what `before` found; DistributedDataParallel sends parameters only
         run.step = distributed(step, device)
         runs.append(run)
     return runs

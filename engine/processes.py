@@ -53,7 +53,7 @@ def leave_processes() -> None:
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     """DistributedDataParallel around a training step; the module itself without torchrun.
 
-    All processes get rank 0's weights here, but not its buffers, neither now (same_weights does) nor at every
+    All processes get rank 0's weights here, but not its buffers, neither now (same_buffers does) nor at every
     step: batch norm statistics belong to their process (evaluation uses rank 0's).
     """
     if processes() == 1:
@@ -64,7 +64,7 @@ def distributed(module: nn.Module, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def same_buffers(net: nn.Module) -> None:
-    """Give all processes rank 0's batch norm statistics."""
+    """Give all processes rank 0's buffers: batch norm statistics, and what losses keep."""
     if processes() > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)

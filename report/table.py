@@ -75,11 +75,11 @@ def apart(runs: list[dict]) -> dict[str, list[dict]]:
     again = len({r['seed'] for r in runs}) < len(runs)
     if not differ and not again:
         return {'': runs}
+    named = [recipe['methods'] for recipe in recipes if 'methods' in recipe]
+    weights = {json.dumps([one[1] for one in methods]) for methods in named}
     made = {}
     for r in runs:
         own = [f'{k}={v}' for _, _, given, *_ in r['recipe'].get('methods', []) for k, v in given.items()]
-        named = [recipe['methods'] for recipe in recipes if 'methods' in recipe]
-        weights = {json.dumps([one[1] for one in methods]) for methods in named}
         if len(weights) > 1:
             own += [f'weight {weight:g}' for _, weight, *_ in r['recipe'].get('methods', [])]
         own += [f'{k} {r["recipe"].get(k, NEWER.get(k))}' for k in differ if k != 'methods']
@@ -88,9 +88,9 @@ def apart(runs: list[dict]) -> dict[str, list[dict]]:
     found = {}
     for label, alike in made.items():
         starts = list(dict.fromkeys(r['recipe'].get('initial') for r in alike))
+        several = len({r['seed'] for r in alike}) < len(alike) and len(starts) > 1
         for r in alike:  # students that go on from others' weights
             more = f'start {starts.index(r["recipe"].get("initial")) + 1}'
-            several = len({r['seed'] for r in alike}) < len(alike) and len(starts) > 1
             found.setdefault(', '.join(filter(None, [label, more * several])), []).append(r)
     return {f' ({label})': every for label, every in found.items()}
 
