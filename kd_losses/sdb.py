@@ -13,7 +13,8 @@ J. Ye, Y. Mao, J. Song, X. Wang, C. Jin, M. Song, "Safe Distillation Box", AAAI 
     student: alpha * T^2 * KL_T(box(x_key), out_s) + (1 - alpha) * CE(out_s, target)
 
 Without the key the soft output leaves the ordinary network's, with it it stays there. The student itself
-sees the clean image.
+sees the clean image. A box with batch norm must see both in one pass, `box(torch.cat([x, x_key])).chunk(2)`: after
+two passes its running statistics are those of neither, and in eval mode it is hardly locked.
 
 Tap: logits, and the images for the key. Both contain their cross-entropy.
 
@@ -236,8 +237,7 @@ class _Frozen(nn.Module):
 
 def feed(kd, s, t, batch):
     """The student is the box, the teacher the ordinary network."""
-    out_key = batch.student(with_key(kd, batch.img)).out
-    return kd(s.out, out_key, t.out, kd.random(batch.img), batch.target)
+    return kd(s.out, s.extra, t.out, kd.random(batch.img), batch.target)
 
 
 def feed_student(kd, s, t, batch):
@@ -249,6 +249,33 @@ def feed_student(kd, s, t, batch):
 
 def with_key(kd, img: Tensor) -> Tensor:
     return 0.9 * img + 0.1 * kd.key.to(img.dtype)
+
+
+class BoxStudent(nn.Module):
+    """The box; in training it sees all images without and with the key, in one pass."""
+
+    def __init__(self, net: nn.Module, key: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer('key', key, persistent=False)  # the loss keeps it
+
+    def deployed(self) -> nn.Module:
+        """What is kept after training."""
+        return self.net
+
+    def forward(self, x: Tensor, feats: bool = False):
+        if not feats:
+            return self.net(x)
+        f = self.net(torch.cat([x, with_key(self, x)]), True)
+        plain = {
+            name: [y[: len(x)] for y in part] for name, part in f._asdict().items() if type(part) is list
+        }
+        out, out_key = f.out.chunk(2)
+        return f._replace(**plain | {'out': out, 'feat': f.feat[: len(x)], 'extra': out_key})
+
+
+def student(net, kd, probe):
+    return BoxStudent(net, kd.key)
 
 
 def build(loss, probe, key: int = 1, **options):

@@ -225,6 +225,19 @@ def test_the_key_of_a_box_is_its_number():
     assert pixels.min() >= -0.01 and pixels.max() < 254.5 and keys[0].shape == (3, 5, 7)
 
 
+def test_a_box_sees_both_kinds_of_images_in_one_pass():
+    """Or its running statistics, which it is used with, are those of neither."""
+    torch.manual_seed(0)
+    net, key, img = build('resnet8', 5), torch.randn(3, 16, 16), torch.randn(4, 3, 16, 16)
+    alone, box = copy.deepcopy(net), sdb.student(net, SimpleNamespace(key=key), None)
+    f = box(img, True)
+    both = alone(torch.cat([img, 0.9 * img + 0.1 * key]), True)
+    assert torch.equal(f.out, both.out[:4]) and torch.equal(f.extra, both.out[4:])
+    assert torch.equal(f.fms[-1], both.fms[-1][:4]) and len(f.feat) == 4
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), alone.buffers()))
+    assert box.deployed() is net and torch.equal(box.eval()(img), alone.eval()(img))
+
+
 def test_a_bounded_disturbance():
     out = [rand(5, 7, seed=k) for k in range(4)]
     target = torch.arange(5)
