@@ -33,7 +33,7 @@ class Batch:
     phase: int = 0  # of the setting's phases, from 0
     done: float = 0.0  # share of the whole training that lies behind
     layers: tuple[int, ...] = ()  # the stages that the loss attaches to
-    blocks: list[list[int]] = ()  # of each teacher, where its classes are among the student's
+    blocks: list[Tensor] = ()  # of each teacher, where its classes are among the student's
     rng: random.Random | None = None  # for choices of the host
     soft: Callable | None = None  # (out_s, [out_t, ...]) -> soft targets at temperature 1
     supervised: Callable | None = None  # (s, target) -> the loss of the reference that reads labels

@@ -75,7 +75,7 @@ class Setting(Protocol):
     test: Any
     nets: list[nn.Module]  # the frozen teachers; may be empty where every student reads labels
     student_name: str
-    blocks: list[list[int]]  # of each teacher, where its classes are among the student's; may be empty
+    blocks: list[Tensor]  # of each teacher, where its classes are among the student's; may be empty
     tasks: tuple[str, ...]  # one per teacher and output of the student; may be empty
     key: str  # the figure that chooses best.pt, without test_ or val_; more is better
     shown: Iterable[str]  # the figures in the line of an epoch

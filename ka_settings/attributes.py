@@ -94,8 +94,10 @@ class Attributes:
                 raise UserError(
                     f'teacher {i} knows none of {", ".join(self.attributes)}, but {", ".join(mine)}'
                 )
-        self.columns = [_pairs(mine.index(n) for n in names) for mine, names in zip(theirs, common)]
-        self.blocks = [_pairs(self.attributes.index(n) for n in names) for names in common]
+        # on the device, or every step would send the lists there and wait
+        device = self.train.device
+        self.columns = [_pairs(map(mine.index, names), device) for mine, names in zip(theirs, common)]
+        self.blocks = [_pairs(map(self.attributes.index, names), device) for names in common]
         self.alike = len(common) > 1 and all(names == self.attributes for names in common)
         unknown = set(self.attributes) - set().union(*common)
         for name, method in wanted.items():
@@ -131,7 +133,7 @@ class Attributes:
             return copy.deepcopy(self.initial)
         torch.manual_seed(self.args.seed)
         with user_errors():
-            return method.own.student(self.nets, self.columns)
+            return method.own.student(self.nets, [columns.tolist() for columns in self.columns])
 
     def _initial(self, args, log) -> nn.Module:
         """What all students start from, but for those that are made of their teachers."""
@@ -190,8 +192,10 @@ class Attributes:
             for i, row in enumerate(rows.values()):
                 row['surest_of'] = 100 * float(exact(which == i).mean())
             return rows | {'the surest source': self._read(surest, target)}
-        joined, unsure = self._joined(outs), set(range(2 * len(self.attributes))) - set().union(*self.blocks)
-        return {} if unsure else {'side by side': self._read(joined, target)}
+        known = torch.cat(self.blocks).unique()
+        if len(known) < 2 * len(self.attributes):
+            return {}
+        return {'side by side': self._read(self._joined(outs), target)}
 
     def _read(self, out: Tensor, target: Tensor) -> dict[str, float]:
         return attribute_figures(out, target, self.attributes)
@@ -221,6 +225,6 @@ class Attributes:
         return tuple(torch.cat(part).to(data.device) for part in zip(*shares))
 
 
-def _pairs(numbers) -> list[int]:
+def _pairs(numbers, device) -> Tensor:
     """Attributes to their logits: 0, 2 -> 0, 1, 4, 5."""
-    return [2 * k + yes for k in numbers for yes in (0, 1)]
+    return torch.tensor([2 * k + yes for k in numbers for yes in (0, 1)], device=device)

@@ -55,7 +55,11 @@ class Classes:
             parts = self._parts(args, train.num_classes, len(names))
             chosen = dataset.read_classes(args.wanted, train.num_classes) if args.wanted else None
             self.split = dataset.ClassParts(parts, chosen)
-        self.blocks = self.split.blocks
+        # on the device, or every step would send the lists there and wait
+        self.columns, self.blocks = (
+            [torch.tensor(numbers, device=device) for numbers in lists]
+            for lists in (self.split.columns, self.split.blocks)
+        )
         asks = {
             True: 'wants teachers that share the classes of --wanted',
             False: 'wants parts that do not overlap',
@@ -64,7 +68,8 @@ class Classes:
             needs = method.needs
             if needs.shared_classes != self.split.overlap and not needs.labels:
                 raise UserError(f'--ka_mode {name}: {asks[needs.shared_classes]}')
-            if needs.shared_classes and any(len(block) < len(self.split.classes) for block in self.blocks):
+            too_few = any(len(block) < len(self.split.classes) for block in self.split.blocks)
+            if needs.shared_classes and too_few:
                 raise UserError(
                     f'--ka_mode {name}: every teacher must know all classes of --wanted, or of --t_classes '
                     f'without it'
@@ -137,7 +142,7 @@ class Classes:
         with self.amp():
             all_t = [net(img, True) for net in self.nets]
         all_t = [as_float(t) for t in all_t]
-        return [t._replace(out=t.out[:, columns]) for t, columns in zip(all_t, self.split.columns)]
+        return [t._replace(out=t.out[:, columns]) for t, columns in zip(all_t, self.columns)]
 
     def supervised(self, s, target: Tensor) -> Tensor:
         return F.cross_entropy(s.out, target)
@@ -168,12 +173,12 @@ class Classes:
         """
         out, target = self._logits(self.nets, self.test)
         whole = out.split([len(part) for part in self.split.parts], dim=1)
-        each = [x[:, columns] for x, columns in zip(whole, self.split.columns)]
+        each = [x[:, columns] for x, columns in zip(whole, self.columns)]
         if self.split.overlap:  # each source by itself, where it knows all that is wanted
             knows_all = list(range(len(self.split.classes)))
             return {
                 f'source {i}': self.split.metrics(x, target) | {'routing': self.split.routing(x, target)}
-                for i, (x, block) in enumerate(zip(each, self.blocks), 1)
+                for i, (x, block) in enumerate(zip(each, self.split.blocks), 1)
                 if block == knows_all
             }
         forms = {
@@ -181,7 +186,7 @@ class Classes:
             'B': lambda x: x.softmax(dim=1),
             'C': lambda x: x - x.mean(1, keepdim=True),
         }
-        order = torch.tensor([k for block in self.blocks for k in block], device=out.device).argsort()
+        order = torch.cat(self.blocks).argsort()
         result = {}
         for name, form in forms.items():
             joined = torch.cat([form(x) for x in each], dim=1)[:, order]

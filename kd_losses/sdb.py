@@ -13,8 +13,8 @@ J. Ye, Y. Mao, J. Song, X. Wang, C. Jin, M. Song, "Safe Distillation Box", AAAI 
     student: alpha * T^2 * KL_T(box(x_key), out_s) + (1 - alpha) * CE(out_s, target)
 
 Without the key the soft output leaves the ordinary network's, with it it stays there. The student itself
-sees the clean image. A box with batch norm must see both in one pass, `box(torch.cat([x, x_key])).chunk(2)`: after
-two passes its running statistics are those of neither, and in eval mode it is hardly locked.
+sees the clean image. A box with batch norm must see both in one pass, `box(torch.cat([x, x_key])).chunk(2)`:
+after two passes its running statistics are those of neither, and in eval mode it is hardly locked.
 
 Tap: logits, and the images for the key. Both contain their cross-entropy.
 

@@ -2,8 +2,9 @@
 
 Reads every result file of train_ka.py and of the tools for single losses (tools/subtask.py ...) below the
 folders, joins runs that differ in the seed only, and writes table.md and table.csv, a table per experiment,
-and rounds.png where a tool has measured after rounds. With --readme FILE the tables also replace what stands
-between `<!-- NAME:begin -->` and `<!-- NAME:end -->` there.
+rounds.png where a tool has measured after rounds, and claims.png where several experiments have the same
+methods over seeds. With --readme FILE the tables also replace what stands between `<!-- NAME:begin -->` and
+`<!-- NAME:end -->` there.
 """
 
 import csv
@@ -16,7 +17,7 @@ from dataset.dense_views import USUAL
 from engine.errors import UserError
 from engine.parser import Parser
 from engine.record import output_folder
-from report import ka_rows
+from report import ka_claims, ka_rows
 from report.ka_rows import is_of_a_tool
 from report.table import insert, read_json, spread
 
@@ -233,7 +234,7 @@ def markdown(rows: list[list]) -> str:
 
 def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
     """[(title, rows)]: one per experiment."""
-    made = ka_rows.tables(results)
+    made = ka_rows.tables(results) + ka_claims.tables(results)
     results = [r for r in results if not is_of_a_tool(r)]
     experiments = dict.fromkeys((r['data'], r.get('teacher') or '', r['experiment']) for r in results)
     for data, teacher, experiment in experiments:
@@ -251,6 +252,8 @@ def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
         else:
             rows, classes = parts_table(mine), len(mine[0]['classes'])
             title = f'{data}, {len(mine[0]["parts"])} teachers ({teacher}), {classes} classes'
+            if [(d, t) for d, t, _ in experiments].count((data, teacher)) > 1:
+                title += f': {experiment}'
         if len(rows) > 1:
             made.append((title, rows))
     return made
@@ -292,6 +295,7 @@ def main() -> int:
     (out / 'table.md').write_text(text)
     (out / 'table.csv').write_bytes(csv_of(made).encode())
     ka_rows.figure(results, out / 'rounds.png')
+    ka_claims.figure(results, out / 'claims.png')
     if args.readme:
         insert(Path(args.readme), args.name, text)
     print(text)

@@ -13,7 +13,7 @@ from engine.detection import average_precision
 from ka_losses.recombination import combine_models
 from models import build
 from models.detector import Detector, position_code
-from report import ka_rows
+from report import ka_claims, ka_rows
 from tests.conftest import Killed
 from tests.test_train import rows, same, weights
 from tools.recombination import Recombined, count, inner, least, prune
@@ -396,3 +396,26 @@ def test_the_report_reads_the_tools(tool, script, tmp_path):
     (place / 'results.json').write_text(json.dumps(result | {'table': [rounds]}))
     assert script('report.ka', place, '--out', tmp_path / 'table').code == 0
     assert (tmp_path / 'table' / 'rounds.png').stat().st_size > 5000
+
+
+def test_settings_stand_side_by_side(tmp_path):
+    def run(setting, method, seed, joint, part):
+        last = {'top1': joint, 'part1': part, 'part2': part + 2}
+        made = {'experiment': setting, 'method': method, 'seed': seed, 'parts': [[0], [1]], 'last': last}
+        return made if method != 'ensemble' else made | {'ensembles': {'A': last}}
+
+    runs = [run('halves', 'concat', seed, 70.0 + seed, 80.0) for seed in (1, 2)]
+    assert ka_claims.tables(runs) == [] and not ka_claims.figure(runs, tmp_path / 'x.png')
+    runs += [run('quarters', 'concat', seed, 50.0 + seed, 80.0) for seed in (1, 2)]
+    runs += [run('halves', 'cfl', 1, 73.0, 81.0), run('halves', 'cfl', 2, 71.0, 81.0)]
+    runs += [run('quarters', 'ensemble', 1, 40.0, 90.0), run('quarters', 'mse', 3, 60.0, 70.0)]
+    joint, part = ka_claims.tables([*runs, {'experiment': 'rooms', 'method': 'sbm', 'seed': 1}])
+    assert joint[1] == [
+        ['', 'halves', 'quarters'],
+        ['the teachers, raw logits', '', '40.00 (-11.0)'],
+        ['concat', '71.50 +- 0.71', '51.50 +- 0.71'],
+        ['cfl', '72.00 +- 1.41 (+0.5 +- 2.1)', ''],
+        ['mse', '', '60.00'],  # a seed that concat has not
+    ]
+    assert part[1][3] == ['cfl', '82.00 +- 0.00 (+1.0 +- 0.0)', '']
+    assert ka_claims.figure(runs, tmp_path / 'x.png') and (tmp_path / 'x.png').stat().st_size > 5000
