@@ -584,15 +584,6 @@ def test_table_over_seeds():
     assert f'| at | t -> s | 60.00 | 1 | +9.00 | 61.00 {end}' == lines[3]
     assert f'| st | t -> s | 54.00 +- 1.41 | 2 | +3.00 | 55.00 +- 1.41 {end}' == lines[4]
 
-    # two runs of one seed are no repetitions: what differs is in the name
-    keyed = [one('sdb_student', 't', 1, top1) for top1 in (50.0, 40.0)]
-    keyed[1]['recipe'] |= {'methods': [['sdb_student', 1.0, {'key': 2}]]}
-    for k, result in enumerate(keyed):
-        result['teacher_top1'] = 80.0 + k
-    text = report.table.table(keyed)
-    assert '| sdb_student (teacher at 80.00) | t -> s | 50.00 | 1 |' in text
-    assert '| sdb_student (key=2, teacher at 81.00) | t -> s | 40.00 | 1 |' in text
-
 
 def test_a_method_of_the_users_own(train_kd, tmp_path, monkeypatch):
     """The recipe of docs/extending.md: the class as printed there, one row, and the trainer knows it."""
