@@ -567,6 +567,7 @@ MISTAKES = [
     (['sbm', '--data_name', 'scenes', '--s_init', 'x.pt'], ['--s_init: not for scenes']),
     (['sbm', '--data_name', 'scenes', '--limit_train', '8'], ['--limit_train: not for --data_name scenes']),
     (['concat', '--tasks', 'seg'], ['--tasks: not for --data_name shapes:96']),
+    (['cfl', '--lambda_ka', '0', '--lambda_kd', '0'], ['cfl: has nothing to learn']),
     (['concat', '--new_head'], ['--new_head: goes with --s_init FILE']),
 ]
 

@@ -642,5 +642,8 @@ def test_a_method_that_rests_takes_its_own_step_no_longer(train_kd, tmp_path):
     done = train_kd('reviewkd', '--lambda_ce', 0, '--note', 'r')
     assert done.code == 0, done.err
     assert float(rows(tmp_path / 'r' / 'reviewkd')[-1]['reviewkd']) > 0
-    done = train_kd('st', '--lambda_ce', 0, '--lambda_kd', 0, '--note', 'n')
-    assert done.code == 2 and 'nothing to learn' in done.err and done.err.count('\n') == 1, done.err
+    nothing = ('--lambda_ce', 0, '--lambda_kd', 0)
+    for words in (('st', *nothing), ('st', *nothing, '--kd_stop', 2), ('fsp', '--lambda_ce', 0)):
+        done = train_kd(*words, '--note', 'n')
+        assert done.code == 2 and 'nothing to learn' in done.err and done.err.count('\n') == 1, done.err
+    assert train_kd('st', *nothing, '--kd_stop', 1, '--note', 'n').code == 0, 'cross-entropy learns later'
