@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -13,6 +14,7 @@ import engine.optimise
 import engine.record
 import engine.session
 import models
+from engine.recipe import resume_point
 from tests import fresh
 from tests.conftest import TINY, Killed
 from tests.test_train import rows, same, weights
@@ -121,6 +123,27 @@ def test_resume_from_a_path_and_with_other_company(train_kd, tmp_path, monkeypat
         done = train_kd('vid', '--note', f'moved{i}', *FOUR, '--resume', place)
         assert done.code == 0 and '2 of 4 epochs done' in done.out, done.err
         check_equal(tmp_path / 'whole' / 'vid', tmp_path / f'moved{i}' / 'vid')
+    # a group in which a run has not begun: it begins, but not over one that is there
+    shutil.move(tmp_path / 'cut' / 'st', tmp_path / 'group' / 'st')
+    before = (tmp_path / 'moved0' / 'vid' / 'last.pt').read_bytes()
+    done = train_kd('vid', '--note', 'moved0', *FOUR, '--resume', tmp_path / 'group')
+    assert done.code == 2 and 'no checkpoint there' in done.err, done.err
+    assert (tmp_path / 'moved0' / 'vid' / 'last.pt').read_bytes() == before
+    done = train_kd('vid', 'st', '--note', 'both', *FOUR, '--resume', tmp_path / 'group')
+    assert done.code == 0 and 'there is no run vid, it begins' in done.out, done.err
+    check_equal(tmp_path / 'whole' / 'vid', tmp_path / 'both' / 'vid')
+    check_equal(tmp_path / 'whole' / 'st', tmp_path / 'both' / 'st')
+
+
+def test_what_never_removes(tmp_path):
+    """All that a run writes of its training: one that stops must not have another's weights."""
+    gone = {'last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net1.pt', 'net12.pt',
+            'student.pt', 'peers.pt', 'ka.pt', 'epoch8.pt'}  # fmt: skip
+    kept = {'initial.pt', 'mine.pt', 'network.pt', 'log.txt'}
+    for name in gone | kept:
+        (tmp_path / name).write_text('x')
+    assert resume_point('never', tmp_path) is None
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_memory_and_random_draws_survive(train_kd, tmp_path, monkeypatch):
