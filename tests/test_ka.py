@@ -697,7 +697,7 @@ def test_federation(script, halves, tmp_path):
 
 
 def test_table_and_figures(ka, script, room_teachers, tmp_path):
-    assert ka('cfl', 'scratch', '--note', 'run').code == 0
+    assert ka('cfl', 'scratch', '--ka_layers', 'rb2', 'rb3', '--note', 'run').code == 0
     done = script('report.ka', tmp_path / 'run', '--out', tmp_path / 'table')
     assert done.code == 0
     text = (tmp_path / 'table' / 'table.md').read_text()

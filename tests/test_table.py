@@ -63,3 +63,75 @@ def test_what_tells_rows_apart():
     # the figure says these names, too
     drawn = [source_of_figure([run('st', 1, given=given)]) for given in ({}, {'T': 8})]
     assert drawn[0] != drawn[1]
+
+
+def test_dense_tasks_over_seeds():
+    """All figures of a row are means over its seeds; what differs between them is not the first's."""
+    from report.ka import dense_table
+
+    run = {
+        'script': 'train_ka',
+        'data': 'scenes',
+        'teacher': None,
+        'experiment': 'a',
+        'tasks': ['seg', 'depth'],
+    }
+    runs = []
+    for k in range(2):
+        teachers = [{'task': 'seg', 'miou': 50.0 + 2 * k}, {'task': 'depth', 'rmse': 0.5 + 0.2 * k}]
+        runs.append(run | {'method': 'ensemble', 'seed': k, 'teachers': teachers})
+        runs.append(run | {'method': 'sbm', 'seed': k, 'branch_points': [k, 1], 'parameters': 1000 + k,
+                           'epochs': 3, 'parameters_of_teachers': 2000, 'last': {'miou': 60.0 + 2 * k},
+                           'after_first_phase': {'miou': 40.0 + 2 * k, 'epoch': 2}})  # fmt: skip
+    _, teachers, block, sbm = dense_table(runs)
+    assert teachers[1:4] == ['51.0 +- 1.4', '', '0.600 +- 0.141'] and teachers[-3:] == ['2,000', '', 2]
+    assert block[0] == 'sbm, after the block phase' and block[1] == '41.0 +- 1.4' and block[-2:] == [2, 2]
+    assert sbm[0] == 'sbm (branches at 0, 1 or 1, 1)' and sbm[1] == '61.0 +- 1.4'
+    assert sbm[-3:] == ['1,000 to 1,001', 3, 2]
+    _, *_, one = dense_table(runs[:2])
+    assert one[0] == 'sbm (branches at 0, 1)' and one[-3] == '1,000'
+
+
+def test_parts_that_seeds_drew_are_not_mixed():
+    from report.ka import parts_table
+
+    def run(method, seed, parts):
+        last = {'top1': 50.0 + seed, 'part1': 60.0 + seed, 'part2': 70.0}
+        form, routing = {'routing': [[90.0, 10.0], [5.0, 95.0]]}, [[90.0, 10.0], [5.0, 95.0]]
+        facts = {
+            'ensemble': {'ensembles': {'A': last | form}, 'teachers': [
+                {'name': 'resnet8', 'classes': part, 'top1': 80.0} for part in parts]},
+            'cfl': {'last': last, 'best': last, 'routing': routing, 'student': 'resnet8', 'epochs': 2},
+        }  # fmt: skip
+        return {'method': method, 'seed': seed, 'data': 'x', 'teacher': 't', 'experiment': 'a',
+                'parts': parts, 'classes': [0, 1, 2, 3], **facts[method]}  # fmt: skip
+
+    fixed = [run(method, seed, [[0, 1], [2, 3]]) for seed in (1, 2) for method in ('ensemble', 'cfl')]
+    (cfl,) = [row for row in parts_table(fixed) if row[0].startswith('cfl')]
+    assert cfl[:3] == ['cfl (resnet8)', '51.50 +- 0.71', '61.50 / 70.00'] and cfl[-2] == 2
+    drawn = [
+        run(method, seed, [[0, seed], [3 - seed, 3]]) for seed in (1, 2) for method in ('ensemble', 'cfl')
+    ]
+    rows = parts_table(drawn)
+    assert {row[0] for row in rows if row[0].startswith(('cfl', 'teacher 1'))} == {
+        'cfl (resnet8), seed 1', 'cfl (resnet8), seed 2', 'teacher 1, resnet8: 0, 1, seed 1',
+        'teacher 1, resnet8: 0, 2, seed 2',
+    }  # fmt: skip
+    assert all(row[-2] == 1 for row in rows[1:])
+
+
+def test_one_seed_is_not_every_seed():
+    from report.dense import SETTING, text_of
+
+    def run(method, seed, miou):
+        known = dict.fromkeys(SETTING, 'x') | {'task': 'segmentation', 'steps': 3, 'script': 'train_dense'}
+        return known | {
+            'method': method,
+            'seed': seed,
+            'last': {'miou': miou, 'accuracy': miou},
+            'teacher': None,
+        }
+
+    runs = [run('alone', 1, 50.0), run('alone', 2, 51.0), run('cwd', 1, 52.0), run('cwd', 2, 53.0)]
+    text = text_of([*runs, run('st', 1, 60.0)])
+    assert 'with every seed: `cwd`.' in text and '| `st` | 60.0 |' in text
