@@ -298,7 +298,7 @@ class Dropping(torch.nn.Module):
         return self.net(*args)
 
 
-@pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_ka', 'train_dml'])
+@pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_ka', 'train_dml', 'train_dfkd'])
 def test_dropout_resumes(script, teacher, tmp_path, monkeypatch, name):
     """What it draws is a function of seed, epoch and step; nor do students take numbers from each other."""
     pair = ('--t_name', 'resnet8', '--t_model', teacher, '--s_name', 'drops')
@@ -308,6 +308,8 @@ def test_dropout_resumes(script, teacher, tmp_path, monkeypatch, name):
         'train_dml': ('--kd_mode', 'dml', '--net_names', 'drops', 'drops'),
         'train_ka': ('--ka_mode', 'concat', 'mse', '--t_name', 'resnet8', '--t_model', *halves, '--s_name',
                      'drops'),
+        'train_dfkd': ('--kd_mode', 'dfad', 'dafl', *pair, '--ep_steps', 2, '--kd_steps', 1, '--g_steps', 1,
+                       '--synth_batch_size', 8, '--width', 4, '--nz', 6, '--warmup', 0),
     }  # fmt: skip
     for part in (0, 1) if name == 'train_ka' else ():
         flags = ('--num_parts', 2, '--part', part, '--note', f'half{part}')
@@ -322,7 +324,8 @@ def test_dropout_resumes(script, teacher, tmp_path, monkeypatch, name):
         killed_after(2, patch)
         script(name, *words, 'cut')
     assert script(name, *words, 'cut', '--resume', 'auto').code == 0
-    runs = {'train_kd': ('st', 'logits'), 'train_ka': ('concat', 'mse')}.get(name, ('',))
+    groups = {'train_kd': ('st', 'logits'), 'train_ka': ('concat', 'mse'), 'train_dfkd': ('dfad', 'dafl')}
+    runs = groups.get(name, ('',))
     for run in runs:
         one, two = (weights(tmp_path / note / run) for note in ('whole', 'cut'))
         assert same(one['net'], two['net']), run
