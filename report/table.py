@@ -227,11 +227,7 @@ def of_file(runs: list[dict]) -> str:
     """', NAME', if their files are called otherwise than their method: a recipe, like takd-direct.json."""
     names = {re.sub(r'-s\d+$', '', r.get('file', 'results')) for r in runs}
     name = names.pop()
-    return (
-        ''
-        if names or name == 'results' or name.replace('-', '_').startswith(runs[0]['method'])
-        else f', {name}'
-    )
+    return '' if names or name in ('results', runs[0]['method']) else f', {name}'
 
 
 def summary(results: list[dict]) -> str:
