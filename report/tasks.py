@@ -12,7 +12,7 @@ from engine.parser import Parser
 from report.table import read_results, spread
 
 SCRIPTS = {
-    'sequences': ('right', 'characters right', ('audio', 'alone', 'libs', 'c2kd')),
+    'sequences': ('right', 'characters right', ('audio', 'alone', 'transcripts', 'libs', 'c2kd')),
     'graphs': ('top1', 'nodes right', ('teacher', 'alone', 'lsp')),
 }
 
@@ -27,7 +27,7 @@ def groups_of(results: list[dict]) -> dict[str, list[dict]]:
 
 
 def name_of(result: dict) -> str:
-    """The method, and what differs from the paper's weights."""
+    """The method, what differs from the paper's weights, and how many labels there are, if not all."""
     recipe, method = result['recipe'], result['method']
     usual = {
         'lambda_kd': 100.0 if method == 'lsp' else 1.0,
@@ -35,8 +35,10 @@ def name_of(result: dict) -> str:
         'w_frame': 10.0,
         'kernel': 'l1exp',
         'gamma': 0.01,
+        'sigma': 100.0,
+        'labels': None,
     }
-    other = [f'{key} {recipe[key]:g}' for key in usual if key in recipe and recipe[key] != usual[key]]
+    other = [f'{key} {recipe[key]}' for key in usual if key in recipe and recipe[key] != usual[key]]
     return f'{method} ({", ".join(other)})' if other else method
 
 
