@@ -18,12 +18,30 @@ class Read:
     """
 
     out: Tensor
-    seq: Tensor
-    frm: Tensor
-    ctx: Tensor
-    enc: list[Tensor]
-    dec: list[Tensor]
-    cross: list[Tensor]
+    seq: Tensor | None = None
+    frm: Tensor | None = None
+    ctx: Tensor | None = None
+    enc: list[Tensor] | None = None
+    dec: list[Tensor] | None = None
+    cross: list[Tensor] | None = None
+
+    @classmethod
+    def join(cls, reads: list['Read'], names) -> 'Read':
+        """One of several, of these attributes."""
+        return cls(**{name: _each(torch.cat, *(getattr(read, name) for read in reads)) for name in names})
+
+    def part(self, index: Tensor) -> 'Read':
+        """Of some samples."""
+        return Read(
+            **{name: _each(lambda x: x[0][index], x) for name, x in vars(self).items() if x is not None}
+        )
+
+
+def _each(make, *attributes):
+    """make of the attributes of several reads, or layer by layer."""
+    if isinstance(attributes[0], Tensor):
+        return make(attributes)
+    return [make(layer) for layer in zip(*attributes)]
 
 
 class Seq2Seq(nn.Module):

@@ -16,10 +16,11 @@ ROOT = Path(__file__).parent.parent
 TRAINERS = ('train_base', 'train_kd', 'train_dml', 'train_ka', 'train_lm', 'train_dfkd', 'train_dense')
 OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tools.pseudo_labels',
           'tools.subtask', 'tools.recombination', 'tools.ood_ka', 'tools.transformer_ka',
-          'tools.select_mixup', 'tools.sequences', 'tools.graphs', 'tools.spots', 'tools.box', 'tools.slim',
-          'tools.graft', 'tools.figures', 'tools.kdexplainer', 'tools.knowledge', 'tools.transferability',
-          'tools.transferability_graph', 'dataset.download', 'report.table', 'report.ka', 'report.figures',
-          'report.dfkd', 'report.dense', 'report.explain', 'report.tasks', 'report.refresh')  # fmt: skip
+          'tools.select_mixup', 'tools.sequences', 'tools.graphs', 'tools.spots', 'tools.tree', 'tools.box',
+          'tools.slim', 'tools.graft', 'tools.figures', 'tools.kdexplainer', 'tools.knowledge',
+          'tools.transferability', 'tools.transferability_graph', 'dataset.download', 'report.table',
+          'report.ka', 'report.figures', 'report.dfkd', 'report.dense', 'report.explain', 'report.tasks',
+          'report.refresh')  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ methods
 

@@ -12,7 +12,7 @@ from engine.parser import Parser
 from report.table import read_results, spread
 
 SCRIPTS = {
-    'sequences': ('right', 'characters right', ('audio', 'alone', 'libs', 'c2kd')),
+    'sequences': ('right', 'characters right', ('audio', 'alone', 'transcripts', 'libs', 'c2kd')),
     'graphs': ('top1', 'nodes right', ('teacher', 'alone', 'lsp')),
 }
 
@@ -27,17 +27,20 @@ def groups_of(results: list[dict]) -> dict[str, list[dict]]:
 
 
 def name_of(result: dict) -> str:
-    """The method, and what differs from the paper's weights."""
+    """The method, what differs from the paper's weights, and how many labels there are, if not all."""
     recipe, method = result['recipe'], result['method']
     usual = {
+        'labels': None,
         'lambda_kd': 100.0 if method == 'lsp' else 1.0,
         'ce_floor': 0.0,
         'w_frame': 10.0,
         'kernel': 'l1exp',
         'gamma': 0.01,
+        'sigma': 100.0,
     }
-    other = [f'{key} {recipe[key]:g}' for key in usual if key in recipe and recipe[key] != usual[key]]
-    return f'{method} ({", ".join(other)})' if other else method
+    other = {key: recipe[key] for key in usual if key in recipe and recipe[key] != usual[key]}
+    said = ', '.join(f'{key} {x if isinstance(x, str) else format(x, "g")}' for key, x in other.items())
+    return f'{method} ({said})' if other else method
 
 
 def mine(folder: str) -> list[dict]:
@@ -71,7 +74,7 @@ def figure(folder: Path) -> Path:
 
     results = mine(str(folder))
     _, what, _ = SCRIPTS[results[0]['script']]
-    chart, axes = pyplot.subplots(figsize=(8.4, 4), layout='constrained')
+    chart, axes = pyplot.subplots(figsize=(7.5, 5), layout='constrained')
     for k, (name, runs) in enumerate(groups_of(results).items()):
         colour = 'black' if name in ('audio', 'teacher') else f'C{k}'
         epochs = range(1, len(runs[0]['curve']) + 1)
@@ -81,7 +84,7 @@ def figure(folder: Path) -> Path:
         axes.plot(epochs, mean, color=colour, label=f'{name} ({len(runs)})')
     axes.set(xlabel='epoch', ylabel=f'{what}, test set, %')
     axes.grid(alpha=0.3)
-    chart.legend(loc='outside right upper', title='network (seeds)')
+    chart.legend(loc='outside lower center', title='network (seeds)', ncols=2)
     path = folder / 'curves.png'
     chart.savefig(path, dpi=130)
     pyplot.close(chart)

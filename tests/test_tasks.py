@@ -1,5 +1,6 @@
 """A listener teaches a reader (libs, c2kd), a graph network a smaller one (lsp): data, networks, scripts."""
 
+import argparse
 import json
 from unittest import mock
 
@@ -9,10 +10,13 @@ import torch
 import engine.record
 from dataset.digits import END, digits
 from dataset.graphs import CLASSES, graphs
+from kd_losses.libs import LIBS
 from models.gat import GAT
 from models.seq2seq import Seq2Seq
 from tests.conftest import Killed
 from tools import sequences
+from tools.graphs import hide_labels
+from tools.sequences import TAUGHT
 
 # ------------------------------------------------------------------------------------------------------ data
 
@@ -129,6 +133,59 @@ def test_errors_are_counted_as_edits():
     assert sequences.shifted(text).tolist() == [[END, 1, 2, 3, END], [END, 4, 5, 6, 7]]
 
 
+def test_strings_and_nodes_without_labels():
+    args = argparse.Namespace(train=50, labels=8, batch_size=6)
+    order = torch.randperm(50).split(6)
+    known = sequences.labelled(order, args, torch.Generator())
+    assert [len(index) for index in known] == [6] * len(order)
+    often = torch.cat(known).bincount(minlength=50)
+    assert not often[8:].any() and often[:8].max() - often[:8].min() <= 1
+    args.labels = 50
+    assert sequences.labelled(order, args, None) is order
+
+    data, again, other = graphs(3, 1, nodes=40), graphs(3, 1, nodes=40), graphs(3, 1, nodes=40)
+    true = data.target.clone()
+    for some, seed in ((data, 5), (again, 5), (other, 6)):
+        hide_labels(some, 0.1, seed)
+    left = data.target >= 0
+    assert data.part[left].bincount().tolist() == [4, 4, 4] and torch.equal(data.target[left], true[left])
+    assert torch.equal(data.target, again.target) and not torch.equal(data.target, other.target)
+    assert (data.target[~left] == -100).all()
+
+
+def test_nothing_is_learnt_from_texts_that_a_student_does_not_have(monkeypatch):
+    """Cross-entropy of a batch, and its gradient, whatever stands where no text is known."""
+    torch.manual_seed(3)
+    args = sequences.parse_args(['--kd_mode', 'libs', '--train', '6', '--labels', '2', '--lambda_kd', '0'])
+    data, kd, seen = digits(6, 0), LIBS(8, 8), []
+    net, teacher = (Seq2Seq(n, END + 1, 8) for n in (64, 16))
+    for change in (0, 3):
+        data.text[2:] = torch.where(data.text[2:] >= 0, (data.text[2:] + change) % 10, -1)
+        heard = data.text
+        run = mock.Mock(
+            sense='video', net=net, kd=kd, taught=sequences.watch(teacher, data, heard, TAUGHT['libs'])
+        )
+        run.name = 'libs'
+        run.meter.add = lambda out, target, **terms: seen.append(
+            (target, terms['ce'].item(), terms['libs'].item())
+        )
+        sequences.train_step(run, data, torch.arange(6), heard, args)
+    assert torch.equal(seen[0][0], seen[1][0]) and (seen[0][0][2:] == -1).all()
+    assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-6) and seen[0][2] != seen[1][2]
+
+
+def test_what_a_teacher_did_is_what_it_does():
+    torch.manual_seed(4)
+    net, data = Seq2Seq(16, END + 1, 8), digits(5, 0)
+    index, names = torch.tensor([3, 0]), ('out', 'seq', 'ctx', 'enc', 'cross')
+    kept = sequences.watch(net, data, data.text, names).part(index)
+    few = data.part(index)
+    now = net(few.sound, few.sound_len, sequences.shifted(few.text))
+    for name in names:
+        torch.testing.assert_close(getattr(kept, name), getattr(now, name))
+    assert kept.dec is None and sequences.watch(net, data, data.text, ()) is None
+
+
 def dies():
     """write_atomic that fails at the second last.pt."""
     real, count = engine.record.write_atomic, []
@@ -143,10 +200,10 @@ def dies():
 
 
 TASKS = {
-    'sequences': (('audio',), ('alone', 'libs', 'c2kd'), ('--train', 48, '--test', 12, '--t_width', 16,
-                  '--s_width', 8, '--batch_size', 16), 'right'),
-    'graphs': (('teacher',), ('alone', 'lsp'), ('--train', 3, '--test', 2, '--nodes', 30, '--batch_size', 2,
-               '--t_width', 4), 'top1'),
+    'sequences': (('audio',), ('alone', 'transcripts', 'libs', 'c2kd'), ('--train', 48, '--labels', 20,
+                  '--test', 12, '--t_width', 16, '--s_width', 8, '--batch_size', 16), 'right'),
+    'graphs': (('teacher',), ('alone', 'lsp'), ('--train', 3, '--labels', 0.2, '--test', 2, '--nodes', 30,
+               '--batch_size', 2, '--t_width', 4), 'top1'),
 }  # fmt: skip
 
 
@@ -169,9 +226,10 @@ def test_a_task_is_trained_resumed_and_drawn(script, tmp_path, name):
         assert len(result['curve']) == 2 and key in result['last'] and result['command'] and result['machine']
         assert ('teacher_weights' in result) == (mode != 'alone')
     nets = [torch.load(tmp_path / 'whole' / mode / 'net.pt') for mode in modes]
-    assert any(not torch.equal(nets[0][k], nets[1][k]) for k in nets[0]), 'distillation changes nothing'
+    for net in nets[1:]:
+        assert any(not torch.equal(nets[0][k], net[k]) for k in net), 'distillation changes nothing'
     done = script('report.tasks', tmp_path / 'whole')
-    assert done.code == 0 and all(f'| {mode} |' in done.out for mode in modes), done.err
+    assert done.code == 0 and all(f'| {mode} (labels ' in done.out for mode in modes), done.err
     assert (tmp_path / 'whole' / 'curves.png').stat().st_size > 5000
 
 
@@ -185,6 +243,8 @@ def test_a_task_is_trained_resumed_and_drawn(script, tmp_path, name):
         ('sequences --kd_mode dsa', "invalid choice: 'dsa'"),
         ('graphs --kd_mode lsp', 'lsp: a teacher is needed, --t_model FILE of --kd_mode teacher'),
         ('graphs --kd_mode lsp --t_model none.pt', 'none.pt: no such'),
+        ('sequences --kd_mode alone --labels 13', '--labels 13: more than the training strings, --train 12'),
+        ('graphs --kd_mode alone --labels 1.5', '--labels 1.5: a share of the nodes is wanted, at most 1'),
         ('graphs --kd_mode lsp --gamma 0', 'expected a number > 0'),
         ('report.tasks docs', 'no result of tools/sequences.py or tools/graphs.py'),
     ],

@@ -14,6 +14,7 @@ from dataset.labels import NO_LABEL
 from dataset.mixup import SHARES, all_pairs, hardest, mix
 from tests.conftest import ROOT
 from tests.test_data import write_folder
+from tools.tree import arranged, changes
 
 PAGE = (ROOT / 'docs' / 'unlabelled.md').read_text()
 BLOCKS = {title: text for title, text in re.findall(r'## (.*?)\n(.*?)(?=\n## |\Z)', PAGE, re.S)}
@@ -185,6 +186,34 @@ def test_a_part_of_cifar():
     for name, said in (('cifar10:60000', 'there are'), ('cifar10:x', 'no data set')):
         with pytest.raises(ValueError, match=f'{said}|no cifar10'):
             dataset.load(name, ROOT / 'data')
+
+
+def test_the_tree_of_tdd(script, train_kd, tmp_path):
+    """Groups of last.pt, class by class; a figure; a run without tdd is refused in one line."""
+    done = train_kd('tdd+st', 'st', '--kd_args', 'tdd.threshold=0.9', '--note', 'trees')
+    assert done.code == 0, done.err
+    runs = tmp_path / 'trees'
+    done = script('tools.tree', '--run', runs / 'tdd+st', '--out', tmp_path / 'out')
+    assert done.code == 0, done.err
+    facts = json.loads((tmp_path / 'out' / 'tree.json').read_text())
+    kd = torch.load(runs / 'tdd+st' / 'last.pt')['kd']
+    (levels,) = (x for name, x in kd.items() if name.endswith('class_to_group'))
+    names = json.loads((runs / 'tdd+st' / 'results.json').read_text())['class_names']
+    assert len(facts['stages']) == len(levels)
+    for level, groups in zip(levels.tolist(), facts['stages']):
+        wanted = {frozenset(names[c] for c in range(len(names)) if level[c] == g) for g in set(level)}
+        assert {frozenset(group) for group in groups} == wanted and sum(map(len, groups)) == len(names)
+    assert (tmp_path / 'out' / 'tree.png').stat().st_size > 3000
+    done = script('tools.tree', '--run', runs / 'st', '--out', tmp_path / 'out')
+    assert done.code == 2 and 'has no groups of tdd' in done.err and done.err.count('\n') == 1
+
+
+def test_companions_stand_together_and_changes_are_counted():
+    levels = [[0, 1, 0, 1, 2], [0, 1, 2, 1, 3], [0, 1, 2, 3, 1]]
+    stages = arranged(levels)
+    assert stages[0] == [[1, 3], [4], [0, 2]]  # 4 beside 1, with whom it ends
+    assert stages[1] == [[1, 3], [4], [0], [2]] and sorted(map(sorted, stages[2])) == [[0], [1, 4], [2], [3]]
+    assert changes(stages[0], stages[1]) == 0 and changes(stages[1], stages[2]) == 1
 
 
 def test_what_a_box_and_a_policy_do_inside(script, train_kd, teacher, tmp_path, img_root):

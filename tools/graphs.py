@@ -1,12 +1,14 @@
 """A graph network teaches a smaller one which neighbours each node resembles (lsp).
 
     python tools/graphs.py --kd_mode teacher --note large
-    python tools/graphs.py --kd_mode alone lsp --t_model save/large/teacher/net.pt --note small
+    python tools/graphs.py --kd_mode alone lsp --labels 0.05 --kernel rbf --sigma 30 \\
+        --t_model save/large/teacher/net.pt --note small
 
 The data is embedded (dataset/graphs.py): communities of nodes whose own features hardly tell where they
 belong. teacher trains the large network, alone the small one from labels only, lsp the small one from labels
 and from the teacher's layer before the last, as the authors do it; students start from the same weights and
-see the same batches.
+see the same batches. With --labels 0.05 one node in twenty has a label, while the teacher, trained with all
+of them, shows its layer for every node.
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each network a folder with last.pt (continued by
 --resume auto), best.pt, net.pt, metrics.csv, results.json.
@@ -65,12 +67,15 @@ def parse_args(words=None):
     flag('--gamma', type=positive_float, default=0.01, help='factor of distances in l1exp, default 0.01')
     flag('--sigma', type=positive_float, default=100.0, help='width of rbf, default 100')
     flag('--train', type=positive_int, default=20, metavar='N', help='training graphs, default 20')
+    flag('--labels', type=positive_float, default=1.0, metavar='SHARE',
+         help='nodes of a training graph that have a label; cross-entropy sees no others, lsp sees all; '
+              'default 1')
     flag('--test', type=positive_int, default=20, metavar='N', help='test graphs, default 20')
     flag('--nodes', type=positive_int, default=100, metavar='N', help='nodes of a graph, default 100')
-    flag('--s_layers', type=positive_int, default=2, help="the student's layers, default 2")
-    flag('--s_width', type=positive_int, default=4, help='width of each of its 2 heads, default 4')
+    flag('--s_layers', type=positive_int, default=3, help="the student's layers, default 3")
+    flag('--s_width', type=positive_int, default=8, help='width of each of its 2 heads, default 8')
     flag('--t_layers', type=positive_int, default=3, help="the teacher's layers, default 3")
-    flag('--t_width', type=positive_int, default=32, help='width of each of its 4 heads, default 32')
+    flag('--t_width', type=positive_int, default=8, help='width of each of its 4 heads, default 8')
     flag('--epochs', type=positive_int, default=40, help='default 40')
     flag('--batch_size', type=positive_int, default=4, help='graphs of a batch, default 4')
     flag('--lr', type=positive_float, default=5e-3, help="Adam's, falling to 0; default 0.005, the authors'")
@@ -87,14 +92,17 @@ def main():
     refuse_repeated('--kd_mode', args.kd_mode)
     if 'lsp' in args.kd_mode and not args.t_model:
         raise UserError('lsp: a teacher is needed, --t_model FILE of --kd_mode teacher')
+    if args.labels > 1:
+        raise UserError(f'--labels {args.labels:g}: a share of the nodes is wanted, at most 1')
     refuse_amp(args)
     device = setup(args)
     folder = output_folder(Path(args.save_root) / (args.note or f'graphs-s{args.seed}'))
     log, origin = session.Log(folder), provenance(device)
     train, test = (graphs(n, which, args.nodes).to(device) for n, which in ((args.train, 0), (args.test, 1)))
+    hide_labels(train, args.labels, args.seed)
     log(
         f'graphs: {args.train} + {args.test} of {args.nodes} nodes, {train.edge_index.shape[1]} edges, '
-        f'{device}'
+        f'{int((train.target >= 0).sum())} labels, {device}'
     )
 
     teacher, facts_t = None, {}
@@ -150,6 +158,7 @@ class Run:
             self.kd = LSP(args.kernel, args.gamma, args.sigma)
         names = ('train', 'test', 'nodes', 's_layers', 's_width', 't_layers', 't_width', 'epochs')
         names += ('batch_size', 'lr', 'weight_decay', 'seed')
+        names += ('labels',) * (args.labels != 1)  # older checkpoints do not know it
         names += ('lambda_kd', 'kernel', 'gamma', 'sigma') * bool(self.teacher)
         recipe = {key: getattr(args, key) for key in names} | self.teacher
         recipe |= {'script': 'graphs', 'method': name, 'initial': fingerprint(net)}
@@ -173,7 +182,8 @@ class Run:
 def train_step(run: Run, batch, teacher, args) -> None:
     """Forward, backward, update."""
     out, seen = run.net(batch.feat, batch.edge_index)
-    ce = F.cross_entropy(out, batch.target)
+    known = batch.target >= 0
+    ce = F.cross_entropy(out[known], batch.target[known])
     loss, terms, out_t = ce, {'ce': ce}, None
     if run.name == 'lsp':
         with torch.no_grad():
@@ -185,7 +195,16 @@ def train_step(run: Run, batch, teacher, args) -> None:
     run.opt.zero_grad(set_to_none=True)
     loss.backward()
     run.opt.step()
-    run.meter.add(out, batch.target, **terms)
+    run.meter.add(out[known], batch.target[known], **terms)
+
+
+def hide_labels(data, share: float, seed: int) -> None:
+    """Label -100 for all nodes but this share of every graph, at least one; the same for all students."""
+    generator = torch.Generator().manual_seed(seed)
+    for k in range(data.count):
+        nodes = (data.part == k).nonzero()[:, 0]
+        kept = max(1, round(share * len(nodes)))
+        data.target[nodes[torch.randperm(len(nodes), generator=generator)[kept:]]] = -100
 
 
 def middle(seen: list) -> torch.Tensor:

@@ -1,12 +1,18 @@
 """A listener teaches a reader: a network that hears digit strings teaches one that sees them (libs, c2kd).
 
     python tools/sequences.py --kd_mode audio --note listener
-    python tools/sequences.py --kd_mode alone libs c2kd --t_model save/listener/audio/net.pt --note readers
+    python tools/sequences.py --kd_mode alone libs c2kd --labels 200 --batch_size 32 \\
+        --t_model save/listener/audio/net.pt --note readers
 
 The data is embedded (dataset/digits.py): noisy videos of digit strings, and the tones of the same strings.
-audio trains the teacher, alone the student from labels only; libs and c2kd distil, all students from the same
-weights and in the same order of batches. What counts are strings that the network writes by itself, symbol
-after symbol: characters right (100 minus the error rate) and whole strings right.
+audio trains the teacher, alone the student from labels only; libs and c2kd distil, transcripts learns what
+the teacher writes as if it were the truth; all students from the same weights and in the same order of
+batches. What counts are strings that the network writes by itself, symbol after symbol: characters right (100
+minus the error rate) and whole strings right.
+
+With --labels N only the first N training strings have a text. A step then takes a batch of those, for
+cross-entropy, and one of all strings, for distillation: where there is no text the decoder is given what the
+teacher writes. alone takes the first batch only, the same as the others.
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each network a folder with last.pt (continued by
 --resume auto), best.pt, net.pt, metrics.csv, results.json.
@@ -47,9 +53,10 @@ from engine.record import Record, fingerprint, output_folder, provenance  # noqa
 from kd_losses.c2kd import DSA, ESA, smoothed_ce  # noqa: E402
 from kd_losses.libs import LIBS, lcs_pairs  # noqa: E402
 from models.checkpoint import read_checkpoint  # noqa: E402
-from models.seq2seq import Seq2Seq  # noqa: E402
+from models.seq2seq import Read, Seq2Seq  # noqa: E402
 
-MODES = ('audio', 'alone', 'libs', 'c2kd')
+MODES = ('audio', 'alone', 'transcripts', 'libs', 'c2kd')
+TAUGHT = {'transcripts': (), 'libs': ('out', 'seq', 'frm', 'ctx'), 'c2kd': ('out', 'enc', 'dec', 'cross')}
 
 
 def parse_args(words=None):
@@ -57,8 +64,9 @@ def parse_args(words=None):
     # fmt: off
     flag = parser.add_argument
     flag('--kd_mode', nargs='+', required=True, choices=MODES, metavar='METHOD',
-         help='networks to train; audio: the teacher; alone: the student from labels; libs, c2kd: distilled')
-    flag('--t_model', metavar='FILE', help='net.pt of an earlier audio, for libs and c2kd')
+         help='networks to train; audio: the teacher; alone: the student from labels; transcripts: from '
+              'what the teacher writes, too; libs, c2kd: distilled')
+    flag('--t_model', metavar='FILE', help='net.pt of an earlier audio, for transcripts, libs and c2kd')
     flag('--lambda_kd', type=share_of_ce, default=1.0, metavar='W',
          help="factor on the loss of libs and on the two of c2kd; 1: the papers' weights; default 1")
     flag('--w_frame', type=share_of_ce, default=10.0, metavar='W',
@@ -67,6 +75,8 @@ def parse_args(words=None):
          help="c2kd: least weight of cross-entropy; the paper's falls to 0 as soon as about two in three "
               'symbols are right; default 0')
     flag('--train', type=positive_int, default=2000, metavar='N', help='training strings, default 2000')
+    flag('--labels', type=positive_int, metavar='N',
+         help='training strings that have a text; default all; with fewer, batches are twice as large')
     flag('--test', type=positive_int, default=500, metavar='N', help='test strings, default 500')
     flag('--noise', type=share_of_ce, default=0.3, help="deviation of the video's noise, default 0.3")
     flag('--s_width', type=positive_int, default=32, help="width of the student's layers, default 32")
@@ -85,7 +95,10 @@ def parse_args(words=None):
 def main():
     args = parse_args()
     refuse_repeated('--kd_mode', args.kd_mode)
-    taught = sorted({'libs', 'c2kd'} & set(args.kd_mode))
+    taught = [mode for mode in args.kd_mode if mode in TAUGHT]
+    args.labels = args.labels or args.train
+    if args.labels > args.train:
+        raise UserError(f'--labels {args.labels}: more than the training strings, --train {args.train}')
     if taught and not args.t_model:
         raise UserError(f'{" ".join(taught)}: a teacher is needed, --t_model FILE of --kd_mode audio')
     refuse_amp(args)
@@ -93,7 +106,7 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or f'sequences-s{args.seed}'))
     log, origin = session.Log(folder), provenance(device)
     train, test = (digits(n, which, args.noise).to(device) for n, which in ((args.train, 0), (args.test, 1)))
-    log(f'digits: {len(train)} + {len(test)} strings, {device}')
+    log(f'digits: {len(train)} ({args.labels} with a text) + {len(test)} strings, {device}')
 
     teacher, heard = None, None
     if args.t_model:
@@ -101,6 +114,7 @@ def main():
         heard = write(teacher, train, 'sound')  # what it understands of the training strings
         figures = {'train': right(heard, train.text), 'test': right(write(teacher, test, 'sound'), test.text)}
         log('teacher: characters right: {train:.2f} in training, {test:.2f} in the test'.format(**figures))
+        train.text[args.labels :] = heard[args.labels :]
     torch.manual_seed(args.seed)
     with user_errors():
         student = Seq2Seq(SIZE * SIZE, END + 1, args.s_width)
@@ -108,6 +122,8 @@ def main():
     nets = {mode: copy.deepcopy(listener if mode == 'audio' else student) for mode in args.kd_mode}
     facts_t = {'teacher_weights': fingerprint(teacher), 'teacher_right': figures['test']} if teacher else {}
     runs = [Run(mode, net.to(device), args, folder, origin, facts_t) for mode, net in nets.items()]
+    for run in runs:
+        run.taught = watch(teacher, train, heard if run.name == 'libs' else train.text, TAUGHT.get(run.name))
 
     steps = -(-len(train) // args.batch_size)
     start = min(run.record.epoch for run in runs)
@@ -115,17 +131,20 @@ def main():
     for epoch in range(start, args.epochs):
         done = []
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(train), generator=generator)
+        order = torch.randperm(len(train), generator=generator).split(args.batch_size)
+        known = labelled(order, args, generator)
         begun = [run for run in runs if run.record.epoch == epoch]  # a kill left others ahead
         for run in begun:
             started = time.time()
             run.meter.reset(epoch)
             run.net.train()
-            for number, index in enumerate(order.split(args.batch_size)):
+            for number, index in enumerate(known):
                 set_rate(run.opt, args.lr, (epoch * steps + number + 1) / (args.epochs * steps))
-                batch = train.part(index.to(device))
-                said = heard[index.to(device)] if teacher else None
-                train_step(run, batch, teacher, said, args)
+                if run.name in TAUGHT and args.labels < args.train:
+                    index = torch.cat([index, order[number]])
+                index = index.to(device)
+                said = heard[index] if run.name == 'libs' else None
+                train_step(run, train.part(index), index, said, args)
                 if run.meter.failure:
                     break
                 if run is begun[0]:
@@ -150,10 +169,12 @@ class Run:
 
     def __init__(self, name: str, net: nn.Module, args, folder: Path, origin: dict, facts_t: dict) -> None:
         self.name, self.net, self.sense = name, net, 'sound' if name == 'audio' else 'video'
-        self.teacher = facts_t if name in ('libs', 'c2kd') else {}
+        self.teacher = facts_t if name in TAUGHT else {}
+        self.taught = None  # see watch
         names = ('train', 'test', 'noise', 's_width', 't_width', 'epochs', 'batch_size', 'lr', 'seed')
-        names += ('lambda_kd',) * bool(self.teacher) + ('ce_floor',) * (name == 'c2kd')
+        names += ('lambda_kd',) * (name in ('libs', 'c2kd')) + ('ce_floor',) * (name == 'c2kd')
         names += ('w_frame',) * (name == 'libs' and args.w_frame != 10)  # older checkpoints do not know it
+        names += ('labels',) * (args.labels < args.train)  # nor this
         recipe = {key: getattr(args, key) for key in names} | self.teacher
         recipe |= {'script': 'sequences', 'method': name, 'initial': fingerprint(net)}
         torch.manual_seed(args.seed + 1)  # the maps of libs, whatever is trained beside it
@@ -181,31 +202,34 @@ class Run:
                 'parameters': sum(p.numel() for p in self.net.parameters())}  # fmt: skip
 
 
-def train_step(run: Run, batch, teacher, heard, args) -> None:
-    """Forward, backward, update. heard: (B, L) what the teacher writes of these strings by itself."""
+def train_step(run: Run, batch, index, heard, args) -> None:
+    """Forward, backward, update.
+
+    index: (B,) the numbers of these strings; heard: (B, L) what the teacher writes of them by itself.
+    """
     given, target = shifted(batch.text), batch.text
-    s = run.net(getattr(batch, run.sense), getattr(batch, f'{run.sense}_len'), given)
+    if run.name != 'transcripts':  # for cross-entropy
+        target = torch.where((index < args.labels)[:, None], target, -1)
+    s, t = run.net(getattr(batch, run.sense), getattr(batch, f'{run.sense}_len'), given), None
     if run.name == 'c2kd':  # its cross-entropy has smooth labels
         ce = smoothed_ce(s.out, target)
     else:
         ce = F.cross_entropy(s.out.flatten(0, 1), target.flatten(), ignore_index=-1)
     loss, terms = ce, {'ce': ce}
+    if run.taught:
+        t = run.taught.part(index)
     if run.name == 'libs':
-        with torch.no_grad():
-            t = teacher(batch.sound, batch.sound_len, shifted(heard))
-        pairs = [lcs_pairs(said, true) for said, true in zip(strings(heard), strings(target))]
+        pairs = [lcs_pairs(said, true) for said, true in zip(strings(heard), strings(batch.text))]
         masks = (within(frm, length) for frm, length in ((s.frm, batch.video_len), (t.frm, batch.sound_len)))
         terms['libs'] = run.kd(s.seq, t.seq, s.ctx, t.ctx, s.frm, t.frm, pairs, *masks)
         loss = ce + args.lambda_kd * terms['libs']
     if run.name == 'c2kd':
-        with torch.no_grad():
-            t = teacher(batch.sound, batch.sound_len, given)
-        valid = target != -1
-        err = float(
-            (s.out.argmax(dim=2) != target)[valid].float().mean()
-        )  # of symbols, the truth before each
+        known = target != -1
+        # of symbols, the truth before each
+        err = float((s.out.argmax(dim=2) != target)[known].float().mean())
+        valid = batch.text != -1
         loss, terms['dsa'], terms['esa'] = attention_losses(run.kd, s, t, batch, valid, err, ce, args)
-    if not run.meter.guard(loss, run.opt, *([t.out] if run.name in ('libs', 'c2kd') else [])):
+    if not run.meter.guard(loss, run.opt, *([t.out] if t else [])):
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()
@@ -237,6 +261,24 @@ def load_teacher(args, device) -> nn.Module:
     if net.width != args.t_width:
         raise UserError(f'--t_model {args.t_model}: its width is {net.width}: say --t_width {net.width}')
     return net.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def watch(teacher, data, text, names):
+    """What the teacher, which never changes, does at all strings while it is given this text; see TAUGHT."""
+    if not names:
+        return None
+    parts = zip(data.sound.split(250), data.sound_len.split(250), shifted(text).split(250))
+    return Read.join([teacher(*part) for part in parts], names)
+
+
+def labelled(order, args, generator) -> list:
+    """As many batches as there are in order, but of strings with a text, each as often as the others."""
+    if args.labels == args.train:
+        return order
+    rounds = -(-len(order) * args.batch_size // args.labels)
+    often = torch.cat([torch.randperm(args.labels, generator=generator) for _ in range(rounds)])
+    return often.split(args.batch_size)[: len(order)]
 
 
 def shifted(text):
