@@ -144,7 +144,7 @@ def test_the_flags_are_frozen(monkeypatch):
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
     text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
     text |= {'--device', '--amp', '--threads', '--deterministic', '--lambda_ce', '--t_model', '--dry_run'}
-    text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every'}
+    text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every', '--batch_size'}
     assert flags_of(train_lm, monkeypatch) == loss | text
     dense = {'-h', '--help', '--debug', '--data_name', '--img_root', '--batch_size', '--lr', '--milestones'}
     dense |= {

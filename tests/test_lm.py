@@ -283,7 +283,7 @@ def test_mistakes(fails, words, said):
     fails(*QUICK, *words.split(), said=said)
 
 
-def test_more_mistakes(fails, script, tmp_path, monkeypatch):
+def test_more_mistakes(fails, script, tmp_path):
     (tmp_path / 'short.txt').write_text('ab' * 200)
     fails('--kd_mode', 'ce', '--data_name', tmp_path / 'short.txt', said='at least 660 are needed')
     (tmp_path / 'latin.txt').write_bytes('ü'.encode('latin-1') * 900)
@@ -303,8 +303,6 @@ def test_more_mistakes(fails, script, tmp_path, monkeypatch):
     fails(*QUICK, '--kd_mode', 'ce', '--steps', 1, '--note', 'x', said='already holds a run')
     words = ('--kd_mode', 'ce', '--steps', 2, '--note', 'x', '--resume', 'auto')
     fails(*QUICK, *words, said='steps was 1, is 2')
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    fails(*QUICK, '--kd_mode', 'ce', said='runs in one process')
 
 
 def test_list_and_dry_run(script, tmp_path):
