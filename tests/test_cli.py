@@ -853,7 +853,7 @@ def test_the_language_model_command_parses(tmp_path, monkeypatch):
     (call,) = commands(tmp_path, 'lm')
     args = parsed(call, monkeypatch)
     assert args.data_name == 'pydoc' and args.note == 'lm-pydoc-s2' and args.resume == 'auto'
-    assert set(train_lm.read_methods(args)) >= {'ce', 'fkl', 'gkd', 'distillm'}
+    assert set(train_lm.read_methods(args)) >= {'ce', 'fkl', 'gkd', 'gkd_01', 'distillm'}
 
 
 def test_the_dense_commands_parse(tmp_path, monkeypatch):
