@@ -155,6 +155,7 @@ peers() {
 # methods:begin (python -m report refresh)
 # A frozen teacher and a student.
 ab()         { kd ab          --lambda_kd 10; }
+abkd()       { kd abkd        --lambda_kd 32; }
 adain()      { kd adain       --lambda_kd 1; }
 aekd()       { team aekd      --lambda_kd 0.9; }
 afd()        { kd afd         --lambda_kd 500; }
@@ -261,7 +262,7 @@ okddip()     { peers okddip      1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
 onadvfd()    { peers onadvfd     1 "$S_NAME" "$S_NAME"; }
 one()        { peers one         1 "$S_NAME" "$S_NAME" "$S_NAME"; }
 
-METHODS='ab adain aekd afd at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fitnet fkd_labels fkd_labels_strong fsp ft graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tdd tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
+METHODS='ab abkd adain aekd afd at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fitnet fkd_labels fkd_labels_strong fsp ft graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tdd tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
 TEAMS='aekd camkd dgkd ebkd mkd_avg'
 PEERS='dcm dml kdcl okddip onadvfd one'
 # methods:end

@@ -119,8 +119,8 @@ def saliency(fm: Tensor, out: Tensor) -> Tensor:
     cam = F.relu(parts.sum(dim=1)).flatten(1)
     size = parts.abs().sum(dim=1).flatten(1).amax(dim=1, keepdim=True)
     low, high = cam.amin(dim=1, keepdim=True), cam.amax(dim=1, keepdim=True)
-    # equal positions differ by a rounding of their sums. NaN is not flat: it must show
-    flat = high - low <= 4 * torch.finfo(cam.dtype).eps * size
+    # equal positions differ by a rounding of their sums. NaN and inf are not flat: they must show
+    flat = (high - low <= 4 * torch.finfo(cam.dtype).eps * size) & (size < torch.inf)
     return torch.where(flat, 0.0, (cam - low) / (high - low).clamp(min=1e-12))
 
 

@@ -101,7 +101,8 @@ class SBM(nn.Module):
                 'SBM', f'outs_s of {task}', out_s, 'N', {'depth': 1, 'normal': 3}.get(task, 'K'), 'H', 'W'
             )
             _expect('SBM', f'outs_t of {task}', out_t, *out_s.shape)
-            terms[task] = self._term(task, _full(out_s), _full(out_t.detach(), out_s), mask)
+            name = f'{task} {len(terms) + 1}' if task in terms else task  # several teachers of a kind
+            terms[name] = self._term(task, _full(out_s), _full(out_t.detach(), out_s), mask)
         loss = sum(weight * term for weight, term in zip(self.weights, terms.values()))
         return (loss, terms) if return_terms else loss
 

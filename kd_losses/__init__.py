@@ -102,7 +102,7 @@ from .rsd import RSD
 from .sad import SAD
 from .sakd import SAKD, SpotPolicy
 from .scalekd import ScaleKD
-from .sdb import SDB, SDBStudent
+from .sdb import SDB, BoxStudent, SDBStudent
 from .sdd import SDD
 from .semckd import SemCKD
 from .simkd import SimKD, SimKDStudent
@@ -229,6 +229,7 @@ __all__ = [
     'AfDCD',
     'BSSAttacker',
     'BYOTStudent',
+    'BoxStudent',
     'Branches',
     'ClassPrior',
     'CrossKD',

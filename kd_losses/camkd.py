@@ -94,7 +94,7 @@ class CAMKD(nn.Module):
         """(M, N, K) logits, (N,) labels -> (M, N)."""
         target, _ = _labels('CAMKD', target, *outs.shape[1:])
         ce = torch.stack([F.cross_entropy(z, target, reduction='none') for z in outs])
-        ce = torch.where(ce == torch.inf, 1e4, ce)  # of one that excludes the right class: no weight, not NaN
+        ce = torch.where(ce == torch.inf, 1e4, ce)  # who excludes the right class has no weight beside others
         return (1 - ce.softmax(dim=0)) / (len(outs) - 1)
 
 

@@ -165,7 +165,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _at_least_one(avg_factor: float | Tensor, like: Tensor) -> Tensor:
-    x = avg_factor.to(like) if isinstance(avg_factor, Tensor) else like.new_full((), avg_factor)
+    x = avg_factor.to(like).reshape(()) if isinstance(avg_factor, Tensor) else like.new_full((), avg_factor)
     return x.clamp(min=1) + EPS
 
 

@@ -108,7 +108,9 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
     norms = [torch.linalg.vector_norm(x, dim=dim) for x in (a, b)]
     # of equal numbers the mean is off by a rounding, and what is left is no direction
     dead = [norm <= 8 * torch.finfo(norm.dtype).eps * of for norm, of in zip(norms, length)]
-    return torch.where(dead[0] | dead[1], 0.0, (a * b).sum(dim) / (norms[0] * norms[1] + 1e-8))
+    product = norms[0] * norms[1]
+    seen = 0 * product.detach()  # NaN beside equal numbers must show
+    return torch.where(dead[0] | dead[1], seen, (a * b).sum(dim) / (product + 1e-8))
 
 
 def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

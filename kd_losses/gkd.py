@@ -94,6 +94,7 @@ class GKD(nn.Module):
             return jsd.reshape(out_s.shape[:-1])
         if num_items is not None:
             n = num_items.to(jsd) if isinstance(num_items, Tensor) else jsd.new_full((), num_items)
+            n = n.reshape(())
             return torch.where(n == 0, 0.0, jsd.sum() / torch.where(n == 0, 1.0, n))
         if self.reduction == 'sum':
             return jsd.sum()

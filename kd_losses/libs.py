@@ -109,9 +109,8 @@ class LIBS(nn.Module):
             mask_t = _kept(mask_t.bool())
             score = torch.where(mask_t[:, None, :], score, -torch.inf)
             frm_t = torch.where(mask_t[:, :, None], frm_t, 0.0)
-            score = torch.where(
-                mask_t.any(dim=1)[:, None, None], score, 0.0
-            )  # nothing to align to: see below
+            # a text without a valid frame of the teacher has nothing to align to
+            score = torch.where(mask_t.any(dim=1)[:, None, None], score, 0.0)
         aligned = (score.softmax(dim=2) @ _exact(frm_t)).to(q.dtype)
         distance = (q - aligned).square().sum(dim=2)
         if mask_t is not None:

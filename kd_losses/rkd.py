@@ -14,8 +14,8 @@ Tap: the pooled embedding before the classifier, not normalised; widths may diff
 rotating and shifting either network's embeddings. Weak where a batch holds few samples per class.
 
 Differences: value and gradient are those of the authors' code. Two equal samples give gradients of 1e9 in
-their angle term; here a difference shorter than 1e-12 is the zero vector with zero gradient. A batch of one
-has no pair: the loss is 0 instead of NaN.
+their angle term; here a difference shorter than 1e-12, or than a rounding (4 eps) of the samples, is the zero
+vector with zero gradient. A batch of one has no pair: the loss is 0 instead of NaN.
 
 Cost: the plain form of the angle term is
 

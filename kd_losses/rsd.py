@@ -13,8 +13,8 @@ projector is trained with the student and dropped afterwards. Larger batches are
 correlation of 0 looks like 1/sqrt(N).
 
 Differences: the authors' code, which is Barlow Twins' loss between teacher and student with 1/N and the 1e-5
-outside the root. A column that is constant over the batch (deviation 1e-6 or less) gives them gradients of
-1e5; here it counts as 0, without gradient. In full, the cost of which is (t_dim)^2 N:
+outside the root. A column that is constant over the batch (deviation 1e-6 or less, or a rounding of its mean)
+gives them gradients of 1e5; here it counts as 0, without gradient. In full, the cost of which is (t_dim)^2 N:
 
     C = tn.T @ xn / len(tn)
     loss = (C.diagonal() - 1).square().sum() + kappa * (C - C.diagonal().diag()).square().sum()

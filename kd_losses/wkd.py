@@ -355,7 +355,7 @@ def build(loss, probe, **options):
 def before(kd, teacher, probe, per_class=100):
     """The cost from the teacher's logits of the training images, not augmented, up to 100 of each class.
 
-    A class with fewer has its images several times; one without any is at cost 1 from all.
+    A class with fewer has its images several times; one with none, or with one, is as far from all as can be.
     """
     K = len(kd.cost)
     found = [[] for _ in range(K)]

@@ -6,6 +6,7 @@ method, else the authors'; docs/words.md says what that zoo is.
 
 from kd_losses import (
     ab,
+    abkd,
     adain,
     aekd,
     afd,
@@ -133,6 +134,7 @@ tokens = Needs(tokens=True)
 #                         loss              weight  fed by               built by            only what differs
 KD = {
     'ab':       Method(ab.AB,                 10.0, each_pre_same_size,  ab.build, When(alone=50), stages),
+    'abkd':     Method(abkd.ABKD,             32.0, logits_and_labels,   abkd.build_images),
     'adain':    Method(adain.AdaINKD,          1.0, adain.feed,          last_channels),
     'aekd':     Method(aekd.AEKD,              0.9, all_logits,          needs=team),
     'afd':      Method(afd.AFD,              500.0, each_map_same_size,  per_stage_channels, needs=stages),

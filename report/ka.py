@@ -234,8 +234,9 @@ def markdown(rows: list[list]) -> str:
 
 def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
     """[(title, rows)]: one per experiment."""
-    made = ka_rows.tables(results) + ka_claims.tables(results)
+    made = ka_rows.tables(results)
     results = [r for r in results if not is_of_a_tool(r)]
+    made += ka_claims.tables(results)
     experiments = dict.fromkeys((r['data'], r.get('teacher') or '', r['experiment']) for r in results)
     for data, teacher, experiment in experiments:
         mine = [

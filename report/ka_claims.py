@@ -7,6 +7,7 @@ weights and batches of a seed are the same for all methods.
 import statistics
 from pathlib import Path
 
+from report.ka_rows import is_of_a_tool
 from report.table import spread
 
 ENSEMBLE = 'the teachers, raw logits'
@@ -16,7 +17,7 @@ def settings(results: list[dict]) -> dict[str, list[dict]]:
     """{experiment: its runs}, where at least two have concat with several seeds; otherwise nothing."""
     found = {}
     for r in results:
-        if 'parts' in r:
+        if 'parts' in r and not is_of_a_tool(r):
             found.setdefault(r['experiment'], []).append(r)
     told = {name: runs for name, runs in found.items() if len(by_seed(runs, 'top1').get('concat', {})) > 1}
     return told if len(told) > 1 else {}

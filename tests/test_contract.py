@@ -567,6 +567,26 @@ def test_what_is_not_finite_shows(name, bad):
     assert torch.equal(outcome(name, kd, w), clean), 'something of a changed tensor is left'
 
 
+@pytest.mark.parametrize('name', ROWS)
+def test_nan_shows_beside_equal_numbers(name):
+    """One side holds zeros, which have no direction; what the other side holds must not be lost with it."""
+    w = prepared_world(name)
+    kd, found = build(name, w), leaves(w)
+    seen = [place for place in found if place[:2] in ('s[', 't[') and not changed(
+        name, kd, w, place, lambda x: x.view(-1)[0].fill_(torch.nan)).isfinite()]  # fmt: skip
+    assert seen or METHODS[name].needs.image_gradient  # which looks at gradients of the images
+    for side in ('s[', 't['):
+        kept = {place: x.detach().clone() for place, x in found.items() if place.startswith(side)}
+        with torch.no_grad():
+            [found[place].zero_() for place in kept]
+        for place in seen:
+            if not place.startswith(side):
+                loss = changed(name, kd, w, place, lambda x: x.view(-1)[0].fill_(torch.nan))
+                assert torch.isnan(loss), f'nan in {place} beside zeros gives {loss}'
+        with torch.no_grad():
+            [found[place].copy_(x) for place, x in kept.items()]
+
+
 @pytest.mark.parametrize('name', [name for name in ROWS if 'masked_class' in EXCEPTIONS[name]])
 def test_a_masked_class_of_the_teacher_is_legal(name):
     """-inf is probability 0 where a divergence is weighed by the teacher's probabilities."""

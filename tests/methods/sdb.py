@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 
 from kd_losses.sdb import SDB, SDBStudent
-from tests.methods.shared import Case, case
+from tests.methods.shared import Case, case, leaf
 
 rows = {
     'sdb': {
@@ -60,3 +60,8 @@ def golden(z):
     made = case(z, None, 'out_s', suffix='_kd', call=lambda out_s: student(out_s, key, target))
     made.grads = {'grad_out_s': made.inputs['out_s']}
     yield made
+
+
+def extra(n, dtype, num_classes):
+    """What the box hands out in training: logits with the key."""
+    return leaf(n, num_classes, dtype=dtype)
