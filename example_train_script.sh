@@ -2,7 +2,8 @@
 # The recipe book: every command that trains something, runnable as a whole or by block.
 #
 #   bash example_train_script.sh quick        embedded data, CPU, a few minutes: teacher, students, table, figure
-#   bash example_train_script.sh cifar10      CIFAR-10: get the data, base networks, every method, table, figure
+#   bash example_train_script.sh cifar10      CIFAR-10: get the data, base networks, every method (but vitkd, which
+#                                             needs vision transformers), table, figure
 #   bash example_train_script.sh cifar100     the same on CIFAR-100
 #   bash example_train_script.sh base         ... only the teacher and the baseline
 #   bash example_train_script.sh kd AT ...    ... only these methods, e.g. kd at rkd st+pkt
@@ -52,6 +53,7 @@ DFKD_DATA=${DFKD_DATA:-patterns}  # dfkd: the teacher's data, whose images are n
 DFKD_MODES=${DFKD_MODES:-dafl dfad fastdfkd}    # dfkd: which methods
 DFKD_FLAGS=${DFKD_FLAGS:-}        # dfkd: anything else for train_dfkd.py, e.g. '--amp bf16'
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
+FAILED=                           # 1 once a method's loss was not finite
 
 # ---------------------------------------------------------------------------------------------- environment
 
@@ -93,6 +95,13 @@ run() {    # a training script with the common flags
         --seed "$SEED" --resume auto $FLAGS
 }
 
+# A method whose loss became inf or NaN (exit code 1) has no result; the others go on, and the script ends with 1.
+attempt() {
+    local code=0
+    run "$@" || code=$?
+    case $code in 0) ;; 1) FAILED=1 ;; *) exit "$code" ;; esac
+}
+
 data() {
     case $DATA in cifar10 | cifar100) py -m dataset.download "$DATA" --img_root "$IMG_ROOT" ;; esac
 }
@@ -113,7 +122,7 @@ kd() {
         --s_init "$SAVE_ROOT/$S_RUN/initial.pt" --note "$KD_RUN" "$@")
     # shellcheck disable=SC2207  # method names hold no spaces
     methods=($(missing train_kd.py "${methods[*]}" "${flags[@]}"))
-    if [ ${#methods[@]} -gt 0 ]; then run train_kd.py --kd_mode "${methods[@]}" "${flags[@]}"; fi
+    if [ ${#methods[@]} -gt 0 ]; then attempt train_kd.py --kd_mode "${methods[@]}" "${flags[@]}"; fi
 }
 
 # Methods that take several teachers: the teacher and a second network.
@@ -148,7 +157,7 @@ peers() {
     shift 2
     local flags=(--lambda_kd "$weight" --net_names "$@" --note "$method-$DML_RUN")
     if [ -n "$(missing train_dml.py "$method" "${flags[@]}")" ]; then
-        run train_dml.py --kd_mode "$method" "${flags[@]}"
+        attempt train_dml.py --kd_mode "$method" "${flags[@]}"
     fi
 }
 
@@ -264,6 +273,7 @@ one()        { peers one         1 "$S_NAME" "$S_NAME" "$S_NAME"; }
 
 METHODS='ab abkd adain aekd afd at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fitnet fkd_labels fkd_labels_strong fsp ft graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tdd tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
 TEAMS='aekd camkd dgkd ebkd mkd_avg'
+VITS='vitkd'
 PEERS='dcm dml kdcl okddip onadvfd one'
 # methods:end
 
@@ -444,12 +454,12 @@ dense() {
         --out "$SAVE_ROOT/dense-scenes-s$SEED"
 }
 
-# All methods, in processes of GROUP students.
+# All methods, in processes of GROUP students, but those that compare vision transformers: the networks here are none.
 every_method() {
     local group=()
     for method in $METHODS; do
-        if [ "$method" = tfkd_self ]; then continue; fi    # has another teacher, below
-        case " $TEAMS " in *" $method "*) continue ;; esac    # have a second teacher, below
+        case " tfkd_self $TEAMS " in *" $method "*) continue ;; esac    # have other teachers, below
+        case " $VITS " in *" $method "*) continue ;; esac
         group+=("$method")
         if [ ${#group[@]} = "$GROUP" ]; then kd "${group[@]}"; group=(); fi
     done
@@ -586,3 +596,7 @@ ka)
     ka_tools ;;
 *) "$command" ;;
 esac
+if [ -n "$FAILED" ]; then
+    echo 'example_train_script.sh: stopped: some losses became inf or NaN (above); all other methods are done' >&2
+    exit 1
+fi

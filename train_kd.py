@@ -1,4 +1,4 @@
-"""Distil one frozen teacher into one or many students, with any method of kd_losses.
+"""Distil one frozen teacher into one or many students, with any method that `--kd_mode list` prints.
 
     python train_kd.py --kd_mode st --t_name resnet20 --t_model save/base/net.pt --s_name resnet8
     python train_kd.py --kd_mode at rkd pkt+st ...     three students at once; + adds losses on one student

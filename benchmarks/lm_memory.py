@@ -30,7 +30,13 @@ WIDTH = 64  # of dskd's hidden states
 
 def of_both(loss):
     """Half of the tokens in a text of the teacher, half in one of the student."""
-    return lambda *inputs: loss(*(half[None] for i in (0, 1) for half in (x.chunk(2)[i] for x in inputs)))
+
+    def call(*inputs):
+        # leaves of their own: of slices autograd would make gradients as large as the whole
+        halves = [[x.detach()[None].requires_grad_(y.requires_grad) for x in y.chunk(2)] for y in inputs]
+        return loss(*(half for place in zip(*halves) for half in place))
+
+    return call
 
 
 def in_a_text(loss):

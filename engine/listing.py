@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 
-from methods import Method
+from methods import LM, Method
 
 # what a feed reads of Feats and of the batch, and how a reader calls it
 READS = {
@@ -93,6 +93,8 @@ def needs(row) -> list[str]:
         words[words.index('layers added to the student')] = 'a distillation head, if the student has one'
     if 'maps' in words and 'maps before the ReLU' in words:
         words.remove('maps')
+    if any(row is other for other in LM.values()):
+        words = ['tokens' if word == 'patch tokens' else word for word in words]
     if getattr(row, 'task', ''):  # a feat of theirs is a map
         words = list(dict.fromkeys('maps' if word == 'embeddings' else word for word in words))
     if isinstance(row, Method):

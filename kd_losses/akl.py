@@ -10,12 +10,12 @@ Distillation for Large Language Models", COLING 2025, arXiv:2404.02657.
 
 Tap: the logits of both networks on the same tokens. Authors: half of it beside half of cross-entropy.
 
-Differences: the authors' code as it runs (its head; the paper's text has one class more). Where student and
-teacher are equal the code gives NaN; here w is 1/2. It counts classes of -inf with a probability; here they
-have none. Tied classes come in the order of their numbers; on the CPU the head is first looked for among
-the 512 top classes. Positions of target -100 reach neither value nor gradient, whatever stands in their
-logits; a class of -inf in either network counts nothing. Memory: a chunk of positions at a time is in
-float32, in backward again.
+Differences: the authors' code as it runs (its head; the paper's has one class more, from memory, unverified).
+Where student and teacher are equal the code gives NaN; here w is 1/2. It counts classes of -inf with a
+probability; here they have none. Tied classes come in the order of their numbers; on the CPU the head is
+first looked for among the 512 top classes. Positions of target -100 reach neither value nor gradient,
+whatever stands in their logits; a class of -inf in either network counts nothing. Memory: a chunk of
+positions at a time is in float32, in backward again.
 
 Source: wutaiqiang/LLM_KD_AKL, AKL.py; ghwang-s/abkd, distillation_llm/distillm/losses.py (AKL), which runs.
 

@@ -1,7 +1,7 @@
 """CLIP-KD: distil a model of image-text pairs by its embeddings, their relations and contrasts.
 
 C. Yang, Z. An, L. Huang, J. Bi, X. Yu, H. Yang, B. Diao, Y. Xu, "CLIP-KD: An Empirical Study of CLIP Model
-Distillation", CVPR 2024, arXiv:2307.12732.
+Distillation", CVPR 2024 (authors and venue unverified), arXiv:2307.12732.
 
     a0, b0 = student image and text embeddings divided by their length; u, v = the teacher's, of length 1
     a, b = a0, b0, or unit(proj_img(img_s)), unit(proj_txt(txt_s)) where the widths differ

@@ -16,7 +16,8 @@ logits. A student with one head gives its logits twice. The loss contains the cr
 Differences: the authors divide the soft term by N * K, timm by N as the textbook does ('batchmean'), which is
 K times as much; alpha and tau were tuned with the authors' mean, so it is the default ('numel'). The authors'
 command line has the teacher switched off unless it is told otherwise; the published models are mode 'hard'
-with alpha 0.5. timm weighs both hard terms by 1. The paper averages probabilities in use, both codes logits.
+with alpha 0.5. timm weighs both hard terms by 1. In use both codes average logits, the paper probabilities
+(from memory, unverified).
 
 Source: facebookresearch/deit, losses.py (DistillationLoss).
 

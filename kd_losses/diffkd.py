@@ -18,9 +18,10 @@ Taps: the last stage's maps and, with n_classes, the logits as maps of 1 x 1. Wi
 autoencoder of the teacher's map is trained beside (mean of (decoder(h) - fm_t)^2 is added) and target = h.
 Gradients go through all steps into the student, trans, noise_adapter and model; target is a constant.
 
-Differences: the authors' code, which mixes noise linearly where the paper speaks of square roots. Their batch
-norms keep running statistics that nothing uses; here there are none, so eval mode changes nothing. Maps of
-different sizes are pooled to the smaller one. Their hook loses the batch axis of a batch of one.
+Differences: the authors' code, which mixes noise linearly where the paper speaks of square roots (from
+memory, unverified). Their batch norms keep running statistics that nothing uses; here there are none, so eval
+mode changes nothing. Maps of different sizes are pooled to the smaller one. Their hook loses the batch axis
+of a batch of one.
 
 Source: hunto/image_classification_sota, lib/models/losses/diffkd/diffkd.py and diffkd_modules.py.
 

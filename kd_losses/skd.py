@@ -14,10 +14,11 @@ Jeong, Lee, Choi, "Streamlined Knowledge Distillation", CVPR 2026.
 Tap: the logits; batches of two samples or more. Added to cross-entropy at 0.1 beside w_kd 0.9.
 
 Differences: the authors' code. It means f1 and f2 as masks but applies them to means, so that they are
-factors of about one half; the paper has neither masks nor T^2. It divides G by K, which leaves S with hardly
-more than tikhonov for 100 classes: direction then is the plain length of a row over sqrt(tikhonov), a
-hundredth of the paper's. The paper's loss: SKD(w_kd=1, per_class=False, fractions=False), instance / T^2.
-Their gradient is NaN where student and teacher agree, 0 here. A masked class (-inf) has no direction: NaN.
+factors of about one half; the paper has no masks and, by secondary notes, no T^2. It divides G by K, which
+leaves S with hardly more than tikhonov for 100 classes: direction then is the plain length of a row over
+sqrt(tikhonov), a hundredth of the paper's. The paper's loss: SKD(w_kd=1, per_class=False, fractions=False),
+instance / T^2. Their gradient is NaN where student and teacher agree, 0 here. A masked class (-inf) has no
+direction: NaN.
 
 Cost: a triangular solve with the Cholesky factor of S, N^3; no inverse.
 

@@ -277,5 +277,5 @@ def feed(kd, s, t, batch):
 
 
 def build(loss, probe, **options):
-    """The authors' ratio of alpha to the length, which is 16,000 steps there."""
+    """The authors' ratio of alpha to the length, 16,000 steps there (from memory, unverified)."""
     return loss(**{'alpha': 8 / probe.steps, **options})

@@ -1,7 +1,7 @@
 """ULD, universal logit distillation: compare sorted probabilities, so vocabularies may differ.
 
 N. Boizard, K. El Haddad, C. Hudelot, P. Colombo, "Towards Cross-Tokenizer Distillation: the Universal Logit
-Distillation Loss for LLMs", TMLR 2025, arXiv:2402.12030.
+Distillation Loss for LLMs", TMLR 2025 (venue unverified), arXiv:2402.12030.
 
     per text: S = rows of out_s where target counts, R = of out_t where target_t does, l = min(|S|, |R|)
     q_j, p_j = softmax(S_j / T_s), softmax(R_j / T_t), each sorted, the shorter padded with zeros

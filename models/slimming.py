@@ -1,9 +1,9 @@
 """Pruning the channels of CIFAR ResNets: which go together, what they are worth, a narrower network.
 
 H. Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (l1); Z. Liu et al., "Learning Efficient
-Convolutional Networks through Network Slimming", ICCV 2017 (bn); Y. Aflalo et al., "Knapsack Pruning with
-Inner Distillation", arXiv:2002.08258 (taylor, knapsack, greedy; their code, but for the true sizes of strided
-layers and the stem, which is tied to a first stage without projection).
+Convolutional Networks through Network Slimming", ICCV 2017 (bn); both from memory, unverified. Y. Aflalo et
+al., "Knapsack Pruning with Inner Distillation", arXiv:2002.08258 (taylor, knapsack, greedy; their code, but
+for the true sizes of strided layers and the stem, which is tied to a first stage without projection).
 
     groups(net)                     channels that an addition ties together
     scores(net, groups, kind)       a number per channel: l1, l2, bn, taylor, taylor_abs, random

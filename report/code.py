@@ -82,6 +82,7 @@ def script_block() -> str:
         lines.append(f'{name + "()":12s} {{ peers {name:11s} {PEERS[name].weight:g}{networks}; }}')
     lines += ['', f"METHODS='{' '.join(KD)}'"]
     lines += [f"TEAMS='{' '.join(n for n, m in KD.items() if m.needs.all_teachers)}'"]
+    lines += [f"VITS='{' '.join(n for n, m in KD.items() if m.needs.tokens)}'"]
     lines += [f"PEERS='{' '.join(PEERS)}'"]
     return '\n'.join(lines) + '\n'
 

@@ -32,8 +32,9 @@ The weight is the default of `--lambda_kd` (`--lambda_ka`): loss = cross-entropy
 row gives cross-entropy another weight, which stands in brackets; 0 where the loss contains it. Weights are
 those of Knowledge-Distillation-Zoo on CIFAR-10 where it has the method, else the authors'
 ([words](words.md)). "Maps" are the feature maps at the end of a network's stages, "embedding" is the vector
-before the classifier. Stages are averaged. The last column says against what each file is verified and
-where it differs from the paper.
+before the classifier. Stages are averaged. The last column links to what each file is verified against and
+where it differs from the paper ([differences](differences.md)), and, where we found something in published
+code of the method, to [errata](errata.md).
 """
 
 TAUGHT = {name: method for name, method in KD.items() if method.needs.teacher}
@@ -51,7 +52,6 @@ GROUPS = {
 
 def methods_page() -> str:
     lines, shown = [METHODS_HEAD], set()
-    written = (ROOT / 'docs' / 'differences.md').read_text()
     for title, rows in GROUPS.items():
         lines += [
             f'\n## {title}\n',
@@ -61,32 +61,42 @@ def methods_page() -> str:
         for name, row in rows.items():
             facts = listing.facts(name, row)
             shown.add(facts['module'])
-            lines.append(methods_line(name, row, facts, written))
+            lines.append(methods_line(name, row, facts))
     lines += [
         '\n## Losses to copy, and losses with a tool of their own\n',
-        '| file | what it does | paper | trained by |',
-        '|---|---|---|---|',
+        '| file | what it does | paper | trained by | |',
+        '|---|---|---|---|---|',
     ]
+    tools = {tool: tool.read_text() for tool in sorted((ROOT / 'tools').glob('*.py'))}
     for path in sorted(ROOT.glob('*_losses/[!_]*.py')):
         if f'{path.parent.name}.{path.stem}' not in shown:
             title, paper, *_ = ast.get_docstring(ast.parse(path.read_text())).split('\n\n')
             paper = ' '.join(paper.split())
             title = ' '.join(title.split()).rstrip('.')
-            tool = ROOT / 'tools' / path.name
-            trained = link(tool) if path.parent.name == 'ka_losses' and tool.exists() else ''
-            lines.append(f'| {link(path)} | {title} | {listing.short(paper)} | {trained} |')
+            module = f'from {path.parent.name}.{path.stem} import'
+            trained = ', '.join(link(tool) for tool, text in tools.items() if module in text)
+            lines.append(
+                f'| {link(path)} | {title} | {listing.short(paper)} | {trained} | {more(path.stem, path)} |'
+            )
     return '\n'.join(lines) + '\n'
 
 
-def methods_line(name: str, row, facts: dict, written: str) -> str:
+def methods_line(name: str, row, facts: dict) -> str:
     path = ROOT / (facts['module'].replace('.', '/') + '.py')
     shown = f'[`{name}`](../{path.relative_to(ROOT)})' if facts['module'] else f'`{name}`'
     reference = 'images that were made before' if hasattr(row, 'images') else 'cross-entropy with labels'
     what = facts['title'] or f'the reference: {reference}'
-    anchor = f'[more](differences.md#{name})' if f'<a id="{name}"></a>' in written else ''
     ce = getattr(getattr(row, 'when', None), 'ce', 1)
     weight = facts['weight'] + ('' if ce == 1 else ' (ce later)' if callable(ce) else f' (ce {ce:g})')
-    return f'| {shown} | {what} | {facts["paper"]} | {facts["needs"]} | {weight} | {anchor} |'
+    return f'| {shown} | {what} | {facts["paper"]} | {facts["needs"]} | {weight} | {more(name, path)} |'
+
+
+def more(name: str, path: Path) -> str:
+    """Links to where the documents say more of a method, and of what was found in code of its file."""
+    differences, errata = ((ROOT / 'docs' / f'{page}.md').read_text() for page in ('differences', 'errata'))
+    found = [f'[more](differences.md#{name})'] if f'<a id="{name}"></a>' in differences else []
+    found += ['[errata](errata.md)'] if f'](../{path.relative_to(ROOT)})' in errata else []
+    return ', '.join(found)
 
 
 def link(path: Path) -> str:

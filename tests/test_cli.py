@@ -759,8 +759,11 @@ def test_a_real_process_has_no_traceback(tmp_path):
 # ------------------------------------------------------------------------------------------ example script
 
 
-def commands(tmp_path, *words) -> list[list[str]]:
-    """What the example script would run, by a python3 on the PATH that only writes its arguments down."""
+def commands(tmp_path, *words, distilling=0) -> list[list[str]]:
+    """What the example script would run, by a python3 on the PATH that only writes its arguments down.
+
+    distilling: the exit code of each train_kd.py, and the script's.
+    """
     (tmp_path / 'bin').mkdir(exist_ok=True)
     fake = tmp_path / 'bin' / 'python3'
     fake.write_text(
@@ -768,13 +771,15 @@ def commands(tmp_path, *words) -> list[list[str]]:
         '[ "$1" = tools/missing.py ] && { shift; while [ "$1" != -- ]; do echo "$1"; shift; done; exit; }\n'
         'words=$(for a in "$@"; do printf "%s\\n" "$a"; done)\n'
         f'printf "%s\\n\\n" "$words" >> {tmp_path}/calls\n'  # at once: two may run at a time
+        f'[ "$1" != train_kd.py ] || exit {distilling}\n'
     )
     fake.chmod(0o755)
     env = {**os.environ, 'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}', 'IMG_ROOT': './my data'}
     done = subprocess.run(
         ['bash', str(ROOT / 'example_train_script.sh'), *words], capture_output=True, text=True, env=env
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == distilling, done.stderr
+    assert ('inf or NaN' in done.stderr) == (distilling == 1)
     calls = [block.split('\n') for block in (tmp_path / 'calls').read_text().strip().split('\n\n')]
     (tmp_path / 'calls').unlink()
     return calls
@@ -819,7 +824,16 @@ def test_the_example_commands_parse(tmp_path, monkeypatch):
         assert run.t_model == [f'./save/{a.note}/net.pt' for a in runs]
         assert run.t_name == [a.net_name for a in runs]
     trained = [name for run in (kd, *others) if run is not second for name in run.methods]
-    assert sorted(trained) == sorted(METHODS), 'the script trains every method of the table, once'
+    fitting = [name for name, method in METHODS.items() if not method.needs.tokens]
+    assert sorted(trained) == sorted(fitting), 'every method of the table that these networks fit, once'
+
+
+def test_a_loss_that_is_not_finite_does_not_stop_the_example_script(tmp_path):
+    """Exit code 1 of train_kd.py: all other commands follow, the table too; 2, a mistake, is the end."""
+    every = commands(tmp_path, 'cifar10')
+    assert commands(tmp_path, 'cifar10', distilling=1) == every
+    cut = commands(tmp_path, 'cifar10', distilling=2)
+    assert cut == every[: len(cut)] and [call[0] for call in cut].count('train_kd.py') == 1
 
 
 def test_the_amalgamation_commands_parse(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from methods import KA as KA_METHODS
 from methods import LM, METHODS
 from methods.dense import DENSE
 from methods.dfkd import DFKD
-from report import refresh
+from report import pages, refresh
 from report.pages import parser_of
 from tests import fresh
 from tests.conftest import ROOT
@@ -119,7 +119,35 @@ def test_links_and_files_exist(page):
 def test_every_link_to_a_difference_has_its_line():
     there = set(re.findall(r'<a id="(\w+)">', TEXT[ROOT / 'docs' / 'differences.md']))
     assert set(re.findall(r'differences\.md#(\w+)\)', TEXT[ROOT / 'docs' / 'methods.md'])) <= there
-    assert there <= METHODS.keys() | KA_METHODS.keys() | LM.keys() | DFKD.keys() | DENSE.keys()
+    rows = METHODS.keys() | KA_METHODS.keys() | LM.keys() | DFKD.keys() | DENSE.keys()
+    assert there <= rows | {path.stem for path in ROOT.glob('*_losses/[!_]*.py')}
+
+
+def test_the_table_of_methods_says_who_trains_a_loss_and_where_more_is_said():
+    """Of losses without a row, too, and what was found in published code of the method."""
+    lines = {line.split('`')[1]: line for line in pages.methods_page().splitlines() if '](../' in line}
+    for name, tool in (('c2kd', 'sequences'), ('libs', 'sequences'), ('lsp', 'graphs')):
+        line = lines[f'kd_losses/{name}.py']
+        assert f'../tools/{tool}.py' in line and f'differences.md#{name})' in line
+    assert '../tools/fedka.py' in lines['ka_losses/fedka.py'] and 'errata.md' in lines['ka_losses/fedka.py']
+    assert 'tools/' not in lines['kd_losses/ld.py'] and 'errata.md' not in lines['adain']
+    assert 'errata.md' in lines['mlkd'] and 'patch tokens' in lines['vitkd']
+    assert ' tokens,' in lines['minillm'] and 'patch' not in lines['minillm']
+
+
+def test_the_readme_counts_what_is_verified():
+    """Rows of docs/differences.md, a method of two tables once; cross-entropy alone is no loss of ours."""
+    verified, column = {}, 1
+    for line in TEXT[ROOT / 'docs' / 'differences.md'].splitlines():
+        cells = line.strip('| ').split(' | ')
+        if 'verified against' in cells:
+            column = cells.index('verified against')
+        elif name := re.match(r'(?:<a id="|`(?:\w+/)?)(\w+)', cells[0]) if line.startswith('| ') else None:
+            verified.setdefault(name[1], cells[column])
+    verified = {name: said for name, said in verified.items() if said != 'no loss of its own'}
+    authors = [name for name, said in verified.items() if said.startswith("authors' code")]
+    for counted in (f'{len(verified)} losses and recipes: ', f'{len(authors)} of them against their authors'):
+        assert counted in TEXT[PAGES[0]].replace('\n', ' '), f'README.md must say: {counted}'
 
 
 def test_the_followed_step_exists():

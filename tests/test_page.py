@@ -14,6 +14,7 @@ from methods import KA, KD, LM, PEERS
 from methods.dfkd import DFKD
 from report import page, refresh
 from report.page import facts, formula, index, method, outcomes
+from report.page.shared import prose
 from tests import browser
 from tests.conftest import ROOT
 
@@ -202,6 +203,12 @@ def test_costs_are_shown_where_they_were_measured(monkeypatch):
     assert 'takes 1.67 times the student’s own (1.60 to 1.70 over rounds) and 22 MiB more' in text
     speed = next(r['speed'] for r in read('benchmarks-losses.json') if r['loss'] == 'at')
     assert f'{speed:.2f} times as fast as the plain form' in text
+
+
+def test_links_between_documents_lead_from_the_pages_of_methods():
+    said = prose('gains ([why](results.md#the-lower-end)) of `x[0](y)`, arXiv:2301.12345')
+    assert '(<a href="../results.md#the-lower-end">why</a>)' in said and '<code>x[0](y)</code>' in said
+    assert said.count('<a ') == 2
 
 
 def test_only_repositories_are_linked(entries):

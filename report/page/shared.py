@@ -55,8 +55,9 @@ def text(said: str) -> str:
 
 
 def prose(said: str) -> str:
-    """Text with `code` and links to arXiv."""
+    """Text with `code`, links to arXiv, and [links](page.md) of docs/ as a page in docs/page/ needs them."""
     made = re.sub(r'`([^`]+)`', r'<code>\1</code>', text(said))
+    made = re.sub(r'\[([^\]]+)\]\(([\w/-]+\.md(?:#[\w-]+)?)\)', r'<a href="../\2">\1</a>', made)
     return re.sub(
         r'arXiv:(\d{4}\.\d{4,5}|[\w.-]+/\d{7})', r'<a href="https://arxiv.org/abs/\1">arXiv:\1</a>', made
     )
