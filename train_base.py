@@ -59,8 +59,8 @@ def parse_args():
     parser.add_argument('--keep', type=positive_int, metavar='N',
         help='also keep the weights of every N-th epoch, as epochN.pt, to distil along a route')  # fmt: skip
     parser.add_argument('--bn_l1', type=fraction, default=0.0, metavar='W',
-        help="adds W times the sum of all batch norms' absolute weights; 0.0001 in the paper of network "
-             'slimming: tools/slim.py --kind bn tells channels apart by them; default 0')  # fmt: skip
+        help='adds W times the sum of the absolute weights of all BatchNorm2d; 0.0001 in the paper of '
+             'network slimming: tools/slim.py --kind bn tells channels apart by them; default 0')  # fmt: skip
     add_label_flag(parser.add_argument)
     # fmt: off
     flag = parser.add_argument_group('a part of the classes, for train_ka.py').add_argument
@@ -118,6 +118,9 @@ def main():
         args, script='train_base', net=args.net_name, initial=fingerprint(net), classes=classes
     )
     net.to(device, memory_format=torch.channels_last)
+    scales = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+    if args.bn_l1 and not scales:
+        raise UserError(f'--bn_l1: {args.net_name} has no BatchNorm2d with weights')
     opt = optimiser(net.parameters(), args)
     amp = autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
@@ -133,7 +136,6 @@ def main():
     steps, step = train.steps(args.batch_size), distributed(net, device)
     cast = PRECISIONS[args.amp] if graphs else None
     counters = side_by_side.host_counters(net) if graphs else []
-    scales = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
     run = Run(
         args.net_name, step, opt, scaler, amp, Meter(args.net_name, 0, device), cast, counters, args.bn_l1,
         scales,
@@ -197,7 +199,7 @@ class Run:
     counters: list[Tensor]  # counts of batches that are kept on the host, see --cuda_graphs
     bn_l1: float
     scales: list[Tensor]  # of the batch norms, see --bn_l1
-    generators: tuple = ()  # nothing is drawn
+    generators: tuple = ()  # none of its own: dropout draws from torch's global one, seeded every epoch
     usual_only: str = ''  # why a CUDA graph cannot repeat its step
 
     def decided(self):

@@ -193,6 +193,8 @@ def main():
                 train_student(run, seen, args)
             bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
+            if not active:
+                break
         rows = {run.name: {'epoch': segment + 1, 'step': last, **run.meter.read(run.net)} for run in begun}
         session.drop_failed(live, begun, runs)
         done = []

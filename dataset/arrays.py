@@ -56,8 +56,10 @@ def read_arrays(root: Path):
 
 
 def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per channel, of bytes: by counting them, without a copy in another precision."""
-    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
+    """Per channel, of bytes: by counting them, some images at a time, as counting makes integers of bytes."""
+    counts = np.zeros((3, 256), dtype=np.int64)
+    for part in np.array_split(images, min(len(images), images.nbytes // 2**20 + 1)):
+        counts += [np.bincount(part[..., c].ravel(), minlength=256) for c in range(3)]
     share, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = share @ values
     return mean, np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))

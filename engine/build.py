@@ -126,15 +126,18 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         for term in terms:
             net = build_term(term, net, probe, device)
         ce, before = weight_of_ce(terms, args), epochs_before(terms, args)
-        if not ce and not any(term.weight for term in terms):
-            raise UserError(
-                f'{token}: has nothing to learn: a weight of 0, and no cross-entropy (--lambda_ce)'
-            )
         inside = args.phases == 'inside'
         if inside and sum(before) >= args.epochs:
             raise UserError(
                 f'--phases inside: {token} has {sum(before)} epochs of phases, --epochs {args.epochs} leaves '
                 f'none to train'
+            )
+        epochs = args.epochs - inside * sum(before)
+        stops = args.kd_stop is not None and args.kd_stop < epochs  # cross-entropy goes on
+        if not ce and not stops and not any(term.weight and not term.method.when.alone for term in terms):
+            raise UserError(
+                f'{token}: has nothing to learn: a weight of 0, or a loss that only initialises, and no '
+                f'cross-entropy (--lambda_ce)'
             )
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
@@ -155,9 +158,9 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = Record(folder / token, state, recipe, origin, selected_on)
         run = Run(
-            token, step, terms, net, opt, scaler, torch.Generator(device), record,
-            Meter(token, 0, device), before, args.batch_size, args.epochs - inside * sum(before),
-            inside, counters=side_by_side.host_counters(net) if graphs else [],
+            token, step, terms, net, opt, scaler, torch.Generator(device), record, Meter(token, 0, device),
+            before, args.batch_size, epochs, inside,
+            counters=side_by_side.host_counters(net) if graphs else [],
             usual_only='; '.join(filter(None, (term.method.limits.no_graph for term in terms))),
         )  # fmt: skip
         try_once(run, step, seen)
@@ -191,9 +194,12 @@ def epochs_before(terms: list[Term], args) -> tuple[int, int]:
 
 
 def try_once(run: Run, step: Student, seen: Batch) -> None:
-    """A step of each phase on a copy: shapes that do not meet show here, before anything is trained."""
+    """A step of each phase on a copy: shapes that do not meet show here, before anything is trained.
+
+    With every loss that a step may have, also one that rests at first, or from --kd_stop on.
+    """
     trial = copy.deepcopy(step).train()
-    trial.gather = None
+    trial.gather = trial.stop = None
     state = random_state(seen.img.device)
     generator = torch.Generator(seen.img.device)
     try:
@@ -203,7 +209,12 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
                     batch = replace(seen, now=run.epochs // 2, epochs=run.epochs, generator=generator,
                                     rng=random.Random(0))  # fmt: skip
                     inner = trial.inner(batch.now, run.epochs)
-                    trial(batch, trial.weights(phase, batch.now, run.epochs), inner, phase)
+                    weights = trial.weights(phase, batch.now, run.epochs)
+                    if phase == 'train':
+                        weights |= {
+                            t.name: t.weight for t in run.terms if t.weight and not t.method.when.alone
+                        }
+                    trial(batch, weights, inner, phase)
     except AttributeError as error:  # a network of the user's own, without a part that this method asks for
         raise UserError(f'{run.name}: {error}') from None
     if not torch.equal(state, random_state(seen.img.device)):

@@ -49,6 +49,9 @@ def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
         name: Term(name, method, weights[name], soft_targets(method, args), options[name])
         for name, method in rows.items()
     }
+    for name, term in terms.items():
+        if not (term.weight or term.soft):
+            raise UserError(f'{name}: has nothing to learn: --lambda_ka 0, and no soft targets (--lambda_kd)')
     return rows, terms
 
 

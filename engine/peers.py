@@ -65,6 +65,8 @@ def read_method(args):
     if args.amp == 'fp16' and PEERS[name].own.second_update:
         raise UserError(f'--amp fp16: gradients of the second update of {name} are not scaled; use bf16')
     weights, options = weights_and_options(args, [name], PEERS)
+    if not (PEERS[name].when.ce or weights[name]):
+        raise UserError(f'--lambda_kd 0: {name} has nothing to learn, its loss has the cross-entropy')
     return PEERS[name], weights[name], options[name]
 
 

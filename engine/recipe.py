@@ -12,7 +12,7 @@ from models.checkpoint import read_checkpoint
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
          'select': 'saliency', 'labelled': None, 'augment': None, 'bn_l1': 0.0, 'processes': 1,
-         'batch_size': 12}  # fmt: skip
+         'stage': 'search', 'batch_size': 12}  # fmt: skip
 
 
 def math_args(args: argparse.Namespace, **more) -> dict:
@@ -52,8 +52,9 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
     if choice == 'auto':
         return last if last.exists() else None
     if choice == 'never':
-        names = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'student.pt')
-        for path in (*map(folder.joinpath, names), *folder.glob('epoch[0-9]*.pt')) if rank() == 0 else ():
+        names = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net[0-9]*.pt', 'student.pt',
+                 'peers.pt', 'ka.pt', 'epoch[0-9]*.pt')  # fmt: skip
+        for path in [path for name in names for path in folder.glob(name)] if rank() == 0 else ():
             path.unlink(missing_ok=True)  # or a run that stops would have another's weights
         return None
     if choice is not None:  # a file, a run's folder, or the folder of a group of runs
@@ -61,8 +62,10 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
         for path in candidates:
             if path.is_file():
                 return path
-        if any(path.parent.name != folder.name for path in Path(choice).glob('*/last.pt')):
-            return None  # the group's folder, and this run has not begun
+        if not last.exists() and any(Path(choice).glob('*/last.pt')):  # a group's folder
+            if rank() == 0:
+                print(f'--resume {choice}: there is no run {folder.name}, it begins')
+            return None
         raise UserError(
             f'--resume {choice}: no checkpoint there, looked for {", ".join(map(str, candidates))}'
         )

@@ -59,7 +59,7 @@ def of_setting(task: str, results: list[dict]) -> str:
     said = {key: ', '.join(str(x) for x in sorted({r[key] for r in results}))
             for key in (*SETTING, 'seed')}  # fmt: skip
     teacher = next((r['teacher'] for r in results if r['teacher']), None)
-    above = [f'`{name}`' for name in ordered if name != 'alone' and alone
+    above = [f'`{name}`' for name in ordered if name != 'alone' and alone and len(rows[name]) > 1
              and all(r['last'][main] > alone.get(r['seed'], np.inf) for r in rows[name])]  # fmt: skip
     many = results[0].get('processes', 1)
     text = (

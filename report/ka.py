@@ -10,6 +10,7 @@ methods over seeds. With --readme FILE the tables also replace what stands betwe
 import csv
 import io
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import models
@@ -45,10 +46,14 @@ def read_results(folders: list[str]) -> list[dict]:
 
 
 def group(results: list[dict]) -> dict[tuple, list[dict]]:
-    """{(data, teachers, experiment, method): runs of several seeds}, by method's order of appearance."""
+    """{(data, teachers, experiment, method, parts): runs of several seeds}, by method's order of appearance.
+
+    With --split random every seed has parts of its own, and means over them would say nothing.
+    """
     groups = {}
     for r in results:
-        groups.setdefault((r['data'], r.get('teacher') or '', r['experiment'], r['method']), []).append(r)
+        key = r['data'], r.get('teacher') or '', r['experiment'], r['method'], str(r.get('parts'))
+        groups.setdefault(key, []).append(r)
     return groups
 
 
@@ -56,10 +61,15 @@ def parts_table(results: list[dict]) -> list[list[str]]:
     """Joint accuracy, accuracy with the part known, and what share of the images goes to their own part."""
     columns = 'joint top-1', 'each part, if known', 'sent to the right part', 'best joint*'
     rows = [['', *columns, 'epochs', 'seeds', 'parameters']]
+    several = len({str(r['parts']) for r in results}) > 1
+
+    def of(runs: list[dict]) -> str:
+        return f', seed {", ".join(str(r["seed"]) for r in runs)}' * several
+
     for runs in group([r for r in results if r['method'] == 'ensemble']).values():
         first = runs[0]
         for i, teacher in enumerate(first['teachers'], 1):
-            name = f'teacher {i}, {teacher["name"]}: {", ".join(map(str, teacher["classes"]))}'
+            name = f'teacher {i}, {teacher["name"]}: {", ".join(map(str, teacher["classes"]))}{of(runs)}'
             size = _size(teacher['name'], len(teacher['classes']))
             top1 = statistics.mean(r['teachers'][i - 1]['top1'] for r in runs)
             rows.append([name, '', f'{top1:.2f}', '', '', '', len(runs), size])
@@ -67,6 +77,7 @@ def parts_table(results: list[dict]) -> list[list[str]]:
         for key in first['ensembles']:
             forms = [r['ensembles'][key] for r in runs]
             name = f'ensemble {key}, {names[key]}' if key in names else f'{key}, cut to the wanted classes'
+            name += of(runs)
             rows.append([name, spread([form['top1'] for form in forms]), _parts(*forms),
                          _routed(*(form['routing'] for form in forms)), '', '', len(runs), ''])  # fmt: skip
     trained = group([r for r in results if r['method'] != 'ensemble'])
@@ -75,7 +86,7 @@ def parts_table(results: list[dict]) -> list[list[str]]:
         runs = trained[key]
         name = f'{key[3]} ({"reads labels" if key[3] == "scratch" else runs[0]["student"]})'
         rows.append([
-            name, spread(_last(runs, 'top1')), _parts(*(r['last'] for r in runs)),
+            name + of(runs), spread(_last(runs, 'top1')), _parts(*(r['last'] for r in runs)),
             _routed(*(r['routing'] for r in runs)),
             spread([r['best']['top1'] for r in runs]), runs[0]['epochs'], len(runs),
             _size(runs[0]['student'], len(runs[0]['classes'])),
@@ -118,19 +129,22 @@ def dense_table(results: list[dict]) -> list[list[str]]:
     for runs in group(split).values():
         first = runs[0]
         if first['method'] == 'ensemble':
-            joined = {k: v for teacher in first['teachers'] for k, v in teacher.items() if k in keys}
+            joined = [
+                {k: v for teacher in r['teachers'] for k, v in teacher.items() if k in keys} for r in runs
+            ]
             if len(first['teachers']) > 1:
-                rows.append(['the teachers, one per task', *cells(joined), '', '', len(runs)])
+                rows.append(['the teachers, one per task', *cells(*joined), '', '', len(runs)])
         elif len(first['tasks']) > 1:
             if first['method'] == 'sbm':
-                block = first.get('after_first_phase')
-                if block:
-                    rows.append(['sbm, after the block phase', *cells(block), '', block['epoch'], len(runs)])
-            points = ', '.join(map(str, first['branch_points']))
+                blocks = [r['after_first_phase'] for r in runs if r.get('after_first_phase')]
+                if blocks:
+                    epoch = blocks[0]['epoch']
+                    rows.append(['sbm, after the block phase', *cells(*blocks), '', epoch, len(blocks)])
+            points = ' or '.join(dict.fromkeys(', '.join(map(str, r['branch_points'])) for r in runs))
             name = 'one network, labels' if first['method'] == 'scratch' else first['method']
             name += augmented(first.get('augment'))
             rows.append([f'{name} (branches at {points})', *cells(*(r['last'] for r in runs)),
-                         f'{first["parameters"]:,}', first['epochs'], len(runs)])  # fmt: skip
+                         _span(r['parameters'] for r in runs), first['epochs'], len(runs)])  # fmt: skip
             if first['method'] == 'sbm':
                 rows[1][-3] = f'{first["parameters_of_teachers"]:,}'
     return rows
@@ -176,11 +190,12 @@ def attributes_table(results: list[dict]) -> list[list[str]]:
     for key in order:
         runs = trained[key]
         name = f'{key[3]} ({"reads labels" if key[3] == "scratch" else runs[0]["student"]})'
-        if points := runs[0].get('branch_points'):
-            name = name.replace(')', f', streams leave after block {" / ".join(str(p + 1) for p in points)})')
+        if runs[0].get('branch_points'):
+            points = dict.fromkeys(' / '.join(str(p + 1) for p in r['branch_points']) for r in runs)
+            name = name.replace(')', f', streams leave after block {" or ".join(points)})')
         best = spread([r['best']['balanced'] for r in runs])
         rows.append([name, *cells([r['last'] for r in runs]), best, runs[0]['epochs'], len(runs),
-                     f'{runs[0]["parameters"]:,}'])  # fmt: skip
+                     _span(r['parameters'] for r in runs)])  # fmt: skip
     return rows
 
 
@@ -210,6 +225,12 @@ def backbones_table(results: list[dict]) -> list[list[str]]:
 
 def _size(name: str, classes: int) -> str:
     return f'{sum(p.numel() for p in models.build(name, classes).parameters()):,}'
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """The number, or the smallest and the largest: seeds choose branches of their own."""
+    numbers = sorted(numbers)
+    return ' to '.join(dict.fromkeys(f'{number:,}' for number in (numbers[0], numbers[-1])))
 
 
 def _last(runs: list[dict], key: str) -> list[float]:

@@ -8,6 +8,8 @@ table also replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end
 
 import hashlib
 import json
+import math
+import re
 import statistics
 from pathlib import Path
 
@@ -19,20 +21,22 @@ from methods import METHODS
 
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
 COLUMNS += ('schedule', 'device', 'published')
-PER_SEED = {'seed', 'initial', 'teacher_weights', 'script'}  # what repetitions of a run differ in
-RECIPE = ('lr', 'batch_size', 'schedule', 'milestones', 'amp', 'optim', 'weight_decay', 'momentum',
-          'nesterov', 'pad', 'labelled', 'val_split')  # fmt: skip
+PER_SEED = {'seed', 'initial', 'teacher_weights'}  # what repetitions of a run differ in
+NAMED = {'script', 'teacher', 'method', 'methods', 'ce'}  # what a row's name says already, see chosen
+RECIPE = ('lr', 'batch_size', 'schedule', 'milestones', 'lr_decay', 'amp', 'optim', 'weight_decay',
+          'momentum', 'nesterov', 'pad', 'augment', 'image_size', 'labelled', 'val_split', 'bn_l1',
+          'processes')  # fmt: skip
 PUBLISHED = Path(__file__).parent.parent / 'results' / 'published.json'
 
 
 def read_results(folders: list[str]) -> list[dict]:
-    """Every result below the folders."""
+    """Every result below the folders, with the name of its file."""
     results = []
     for folder in map(Path, folders):
         for path in sorted([folder] if folder.is_file() else folder.rglob('*.json')):
             content = read_json(path)
             if isinstance(content, dict) and {'method', 'last', 'best', 'curve'} <= content.keys():
-                results.append(content)
+                results.append(content | {'file': path.stem})
     return results
 
 
@@ -47,10 +51,13 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     """Runs of the same experiment, which differ in the seed only; baselines first, then by last accuracy."""
     groups = {}
     for r in results:
-        # a student that teaches itself may have been trained beside others, in a process with a teacher
-        taught = any(METHODS[part].needs.teacher for part in r['method'].split('+') if part in METHODS)
+        # a student that teaches itself may have been trained beside others, in a process with a teacher, and
+        # one of a single teacher in a process with several, of which it reads the first
+        rows = [METHODS[part] for part in r['method'].split('+') if part in METHODS]
+        teacher = r['teacher'] if any(row.needs.teacher for row in rows) else ''
+        teacher = teacher if any(row.needs.all_teachers for row in rows) else teacher.partition('+')[0]
         method = r['method'] + (f' until epoch {r["kd_stop"]}' if 'kd_stop' in r else '')
-        key = (r['data'], r['teacher'] if taught else '', r['student'], method, r['epochs'])
+        key = (r['data'], teacher, r['student'], method, r['epochs'])
         groups.setdefault(key, []).append(r)
     groups = {
         (*key[:3], key[3] + more, key[4]): runs
@@ -70,29 +77,54 @@ def is_baseline(method: str) -> bool:
 def apart(runs: list[dict]) -> dict[str, list[dict]]:
     """{what tells them apart: runs}: other recipes, and runs of one seed, are no repetitions."""
     recipes = [NEWER | r['recipe'] for r in runs]
-    known = set.intersection(*map(set, recipes)) - PER_SEED  # older results do not know newer flags
+    known = set.intersection(*map(set, recipes)) - PER_SEED - NAMED  # older ones do not know newer flags
     differ = [k for k in sorted(known) if len({json.dumps(recipe[k]) for recipe in recipes}) > 1]
-    again = len({r['seed'] for r in runs}) < len(runs)
-    if not differ and not again:
-        return {'': runs}
-    named = [recipe['methods'] for recipe in recipes if 'methods' in recipe]
-    weights = {json.dumps([one[1] for one in methods]) for methods in named}
-    made = {}
-    for r in runs:
-        own = [f'{k}={v}' for _, _, given, *_ in r['recipe'].get('methods', []) for k, v in given.items()]
-        if len(weights) > 1:
-            own += [f'weight {weight:g}' for _, weight, *_ in r['recipe'].get('methods', [])]
-        own += [f'{k} {r["recipe"].get(k, NEWER.get(k))}' for k in differ if k != 'methods']
-        own += [f'teacher at {r["teacher_top1"]:.2f}'] if again and r.get('teacher_top1') else []
-        made.setdefault(', '.join(own), []).append(r)
     found = {}
-    for label, alike in made.items():
-        starts = list(dict.fromkeys(r['recipe'].get('initial') for r in alike))
-        several = len({r['seed'] for r in alike}) < len(alike) and len(starts) > 1
-        for r in alike:  # students that go on from others' weights
-            more = f'start {starts.index(r["recipe"].get("initial")) + 1}'
-            found.setdefault(', '.join(filter(None, [label, more * several])), []).append(r)
-    return {f' ({label})': every for label, every in found.items()}
+    for r, recipe in zip(runs, recipes):
+        found.setdefault((*chosen(r), *(f'{k} {recipe[k]}' for k in differ)), []).append(r)
+    for split in (by_teacher, by_start):
+        found = {
+            (*label, *more): part for label, alike in found.items() for more, part in split(alike).items()
+        }
+    return {f' ({", ".join(label)})' if label else '': every for label, every in found.items()}
+
+
+def chosen(r: dict) -> list[str]:
+    """The arguments, stages and weights of a run's losses, and of cross-entropy, that are not their rows'."""
+    recipe = r['recipe']
+    peers = [recipe['method']] if recipe.get('script') == 'train_dml' else []
+    terms = recipe.get('methods', peers)
+    rows, own = [METHODS.get(name) for name, *_ in terms], []
+    for row, (name, weight, given, *stages) in zip(rows, terms):
+        said = [f'{k}={v}' for k, v in given.items()] + [f'stages {text}' for text in stages]
+        said += [] if row and weight == row.weight else [f'weight {weight:g}']
+        own += [f'{name}.{text}' if len(terms) > 1 else text for text in said]
+    if 'ce' in recipe and all(rows):
+        usual = math.prod(1.0 if callable(row.when.ce) else row.when.ce for row in rows)
+        own += [] if recipe['ce'] == usual else [f'ce {recipe["ce"]:g}']
+    return own
+
+
+def by(value_of, runs: list[dict], word) -> dict[tuple, list[dict]]:
+    """{what tells them apart: runs} where one seed has several; seeds may differ in it otherwise."""
+    found = {}
+    for r in runs:
+        found.setdefault(str(value_of(r)), []).append(r)
+    if len(found) == 1 or len({r['seed'] for r in runs}) == len(runs):
+        return {(): runs}
+    return {(word(number, alike[0]),): alike for number, alike in enumerate(found.values(), 1)}
+
+
+def by_teacher(runs: list[dict]) -> dict[tuple, list[dict]]:
+    def word(_, r: dict) -> str:
+        return f'teacher at {r["teacher_top1"]:.2f}' if r.get('teacher_top1') else 'no teacher'
+
+    return by(lambda r: r.get('teacher_top1'), runs, word)
+
+
+def by_start(runs: list[dict]) -> dict[tuple, list[dict]]:
+    """Students that go on from others' weights."""
+    return by(lambda r: r['recipe'].get('initial'), runs, lambda number, _: f'start {number}')
 
 
 def mean(runs: list[dict], which: str) -> float:
@@ -177,8 +209,10 @@ def table(results: list[dict]) -> str:
         gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
         pair = f'{teacher} -> {student}' if teacher else student
         pair += f', {data}' if several else ''
-        if is_baseline(method) and student not in students_of(groups):
-            method = 'teacher'
+        if is_baseline(method):
+            method = method if student in students_of(groups) else 'teacher'
+        else:
+            method += of_file(runs)
         last, best = (spread([r[which]['top1'] for r in runs]) for which in ('last', 'best'))
         cells = (method, pair, last, len(runs), gain, best, schedule(runs),
                  ', '.join(sorted({r['machine']['device'] for r in runs})), published(key))  # fmt: skip
@@ -187,6 +221,17 @@ def table(results: list[dict]) -> str:
     note = f'*selected on {" or ".join(selected)}. Published: by others, with their schedules.'
     lines += ['', f'Top-1 on the test set, percent. {note}']
     return '\n'.join(lines) + '\n'
+
+
+def of_file(runs: list[dict]) -> str:
+    """', NAME', if their files are called otherwise than their method: a recipe, like takd-direct.json."""
+    names = {re.sub(r'-s\d+$', '', r.get('file', 'results')) for r in runs}
+    name = names.pop()
+    return (
+        ''
+        if names or name == 'results' or name.replace('-', '_').startswith(runs[0]['method'])
+        else f', {name}'
+    )
 
 
 def summary(results: list[dict]) -> str:
@@ -228,8 +273,12 @@ def figure(results: list[dict], path: Path) -> None:
 def source_of_figure(results: list[dict]) -> str:
     """A sum over what a figure shows. It is written into the PNG, so that a test can tell an old figure."""
     keys = ('data', 'teacher', 'student', 'method', 'seed', 'curve')
-    shown = sorted(json.dumps([r[key] for key in keys]) for r in results)
-    return hashlib.sha256('\n'.join(shown).encode()).hexdigest()
+    shown = [
+        json.dumps([method if key == 'method' else r[key] for key in keys])
+        for (*_, method, _), runs in group(results).items()
+        for r in runs
+    ]
+    return hashlib.sha256('\n'.join(sorted(shown)).encode()).hexdigest()
 
 
 def last_epochs(groups: dict, plt):

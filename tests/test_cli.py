@@ -192,6 +192,7 @@ def test_help_explains(script, name):
         ('--kd_mode dml --net_names resnet8 resnet8 --net_inits x', '1 files for 2 networks'),
         ('--kd_mode kdcl --net_names resnet8 resnet8 --kd_args mode=best', 'mode must be'),
         ('--kd_mode kdcl --net_names resnet8 resnet8 --kd_args temperature=3', 'no argument'),
+        ('--kd_mode kdcl --net_names resnet8 resnet8 --lambda_kd 0', 'nothing to learn'),
     ],
 )
 def test_mistakes_of_train_dml(fails, words, said):
@@ -355,6 +356,16 @@ def test_unlike_maps_are_refused_before_training(fails, script, tmp_path):
         words = (*kd(tmp_path / 'b' / 'net.pt'), '--s_name', 'resnet14')
         fails('train_kd', *words, '--kd_mode', 'fcfd', said='FCFD: strides must be 1, 2 or 0.5, got 0.75')
         fails('train_kd', *words, '--kd_mode', 'norm', said="norm: 'Small' object has no attribute 'after'")
+
+
+def test_a_loss_that_rests_at_half_time_is_tried(fails, teacher, monkeypatch):
+    def forward(*_):
+        raise ValueError('told at once')
+
+    monkeypatch.setattr('kd_losses.sad.SAD.forward', forward)
+    fails('train_kd', '--kd_mode', 'sad', '--s_name', 'resnet8', *TINY, said='told at once')
+    monkeypatch.setattr('kd_losses.st.SoftTarget.forward', forward)
+    fails('train_kd', *kd(teacher), '--kd_mode', 'st', '--kd_stop', '1', said='told at once')
 
 
 class Bomb:

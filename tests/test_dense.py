@@ -613,12 +613,19 @@ def test_queues_of_one_process(script, monkeypatch):
     assert done.code == 2 and '6 and 24 pictures for 7 processes' in done.err
 
 
-def test_a_loss_that_is_not_finite_stops_one_student(script, tmp_path):
+def test_a_loss_that_is_not_finite_stops_one_student(script, tmp_path, monkeypatch):
     done = script('train_dense', *QUICK, '--kd_mode', 'alone', 'cwd', '--lambda_kd', 'cwd=1e39', '--steps', 1,
                   '--note', 'x')  # fmt: skip
     assert done.code == 1 and 'cwd: the loss is not finite before evaluation 1, step 1' in done.err, done.err
     assert (tmp_path / 'x' / 'alone' / 'results.json').exists()
     assert not (tmp_path / 'x' / 'cwd' / 'results.json').exists()
+    # nothing is prepared for nobody
+    seen, real = [], parts.Look
+    monkeypatch.setattr(
+        parts, 'Look', lambda world, step, *more: seen.append(step) or real(world, step, *more)
+    )
+    done = script('train_dense', *QUICK, '--kd_mode', 'cwd', '--lambda_kd', 'cwd=1e39', '--steps', 9)
+    assert done.code == 1 and set(seen) == {0}
 
 
 def test_rates():

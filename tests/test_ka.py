@@ -567,6 +567,7 @@ MISTAKES = [
     (['sbm', '--data_name', 'scenes', '--s_init', 'x.pt'], ['--s_init: not for scenes']),
     (['sbm', '--data_name', 'scenes', '--limit_train', '8'], ['--limit_train: not for --data_name scenes']),
     (['concat', '--tasks', 'seg'], ['--tasks: not for --data_name shapes:96']),
+    (['cfl', '--lambda_ka', '0', '--lambda_kd', '0'], ['cfl: has nothing to learn']),
     (['concat', '--new_head'], ['--new_head: goes with --s_init FILE']),
 ]
 
@@ -696,7 +697,7 @@ def test_federation(script, halves, tmp_path):
 
 
 def test_table_and_figures(ka, script, room_teachers, tmp_path):
-    assert ka('cfl', 'scratch', '--note', 'run').code == 0
+    assert ka('cfl', 'scratch', '--ka_layers', 'rb2', 'rb3', '--note', 'run').code == 0
     done = script('report.ka', tmp_path / 'run', '--out', tmp_path / 'table')
     assert done.code == 0
     text = (tmp_path / 'table' / 'table.md').read_text()

@@ -95,6 +95,22 @@ def test_a_teacher_that_diverges_does_not_stop_the_grid(reproduce, tmp_path):
     assert reproduce().returncode == 2 and not (results / 'st-s3.json').exists()
 
 
+@pytest.mark.parametrize('codes, code', [([0, 1, 0], 1), ([0, 2, 0], 2), ([-9, 0], 137), ([0, 143], 143)])
+def test_exit_codes_of_trainings(tmp_path, monkeypatch, codes, code):
+    """1 diverged or failed: the grid goes on; a signal or a refusal ends it."""
+    import tools.reproduce
+
+    ran = []
+    made = [Namespace(do=lambda end, c=c: ran.append(c) or c, needed=False) for c in codes]
+    monkeypatch.setattr(
+        sys, 'argv', ['reproduce.py', '--results', str(tmp_path), '--grid', str(tmp_path / 'grid.json')]
+    )
+    monkeypatch.setattr(tools.reproduce, 'jobs', lambda *_: [made.pop(0)] if made else [])
+    (tmp_path / 'grid.json').write_text(json.dumps([{'name': 'x', 'seeds': list(range(len(codes)))}]))
+    assert tools.reproduce.main() == code
+    assert ran == codes[: next((k + 1 for k, c in enumerate(codes) if c not in (0, 1)), len(codes))]
+
+
 def test_called_from_elsewhere(tmp_path, monkeypatch):
     """Trainings run in the checkout: relative folders are the caller's."""
     import tools.reproduce

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -13,6 +14,7 @@ import engine.optimise
 import engine.record
 import engine.session
 import models
+from engine.recipe import resume_point
 from tests import fresh
 from tests.conftest import TINY, Killed
 from tests.test_train import rows, same, weights
@@ -121,6 +123,27 @@ def test_resume_from_a_path_and_with_other_company(train_kd, tmp_path, monkeypat
         done = train_kd('vid', '--note', f'moved{i}', *FOUR, '--resume', place)
         assert done.code == 0 and '2 of 4 epochs done' in done.out, done.err
         check_equal(tmp_path / 'whole' / 'vid', tmp_path / f'moved{i}' / 'vid')
+    # a group in which a run has not begun: it begins, but not over one that is there
+    shutil.move(tmp_path / 'cut' / 'st', tmp_path / 'group' / 'st')
+    before = (tmp_path / 'moved0' / 'vid' / 'last.pt').read_bytes()
+    done = train_kd('vid', '--note', 'moved0', *FOUR, '--resume', tmp_path / 'group')
+    assert done.code == 2 and 'no checkpoint there' in done.err, done.err
+    assert (tmp_path / 'moved0' / 'vid' / 'last.pt').read_bytes() == before
+    done = train_kd('vid', 'st', '--note', 'both', *FOUR, '--resume', tmp_path / 'group')
+    assert done.code == 0 and 'there is no run vid, it begins' in done.out, done.err
+    check_equal(tmp_path / 'whole' / 'vid', tmp_path / 'both' / 'vid')
+    check_equal(tmp_path / 'whole' / 'st', tmp_path / 'both' / 'st')
+
+
+def test_what_never_removes(tmp_path):
+    """All that a run writes of its training: one that stops must not have another's weights."""
+    gone = {'last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net1.pt', 'net12.pt',
+            'student.pt', 'peers.pt', 'ka.pt', 'epoch8.pt'}  # fmt: skip
+    kept = {'initial.pt', 'mine.pt', 'network.pt', 'log.txt'}
+    for name in gone | kept:
+        (tmp_path / name).write_text('x')
+    assert resume_point('never', tmp_path) is None
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_memory_and_random_draws_survive(train_kd, tmp_path, monkeypatch):
@@ -275,7 +298,7 @@ class Dropping(torch.nn.Module):
         return self.net(*args)
 
 
-@pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_ka', 'train_dml'])
+@pytest.mark.parametrize('name', ['train_base', 'train_kd', 'train_ka', 'train_dml', 'train_dfkd'])
 def test_dropout_resumes(script, teacher, tmp_path, monkeypatch, name):
     """What it draws is a function of seed, epoch and step; nor do students take numbers from each other."""
     pair = ('--t_name', 'resnet8', '--t_model', teacher, '--s_name', 'drops')
@@ -285,6 +308,8 @@ def test_dropout_resumes(script, teacher, tmp_path, monkeypatch, name):
         'train_dml': ('--kd_mode', 'dml', '--net_names', 'drops', 'drops'),
         'train_ka': ('--ka_mode', 'concat', 'mse', '--t_name', 'resnet8', '--t_model', *halves, '--s_name',
                      'drops'),
+        'train_dfkd': ('--kd_mode', 'dfad', 'dafl', *pair, '--ep_steps', 2, '--kd_steps', 1, '--g_steps', 1,
+                       '--synth_batch_size', 8, '--width', 4, '--nz', 6, '--warmup', 0),
     }  # fmt: skip
     for part in (0, 1) if name == 'train_ka' else ():
         flags = ('--num_parts', 2, '--part', part, '--note', f'half{part}')
@@ -299,7 +324,8 @@ def test_dropout_resumes(script, teacher, tmp_path, monkeypatch, name):
         killed_after(2, patch)
         script(name, *words, 'cut')
     assert script(name, *words, 'cut', '--resume', 'auto').code == 0
-    runs = {'train_kd': ('st', 'logits'), 'train_ka': ('concat', 'mse')}.get(name, ('',))
+    groups = {'train_kd': ('st', 'logits'), 'train_ka': ('concat', 'mse'), 'train_dfkd': ('dfad', 'dafl')}
+    runs = groups.get(name, ('',))
     for run in runs:
         one, two = (weights(tmp_path / note / run) for note in ('whole', 'cut'))
         assert same(one['net'], two['net']), run

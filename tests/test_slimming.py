@@ -1,19 +1,24 @@
 """Pruning: the authors' scores and choices, and a smaller network that computes what the masked one does."""
 
+import contextlib
+import copy
 import itertools
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import models
+from engine.meter import Meter
 from models import slimming
 from models.resnet import ResNet
-from tests.conftest import TINY
+from tests.conftest import TINY, Killed
+from tests.test_resume import check_equal, killed_after
 
 FOLDER = Path(os.environ.get('GOLDEN_DIR') or Path(__file__).parent / 'golden')
 
@@ -153,3 +158,43 @@ def test_slim_then_distil(script, teacher, tmp_path, monkeypatch, img_root):
         'train_base', '--net_name', 'resnet8', '--init', tmp_path / 'slim' / 'net.pt', '--note', 'f', *TINY
     )
     assert done.code == 0, done.err
+
+
+def test_scales_are_pulled_towards_zero(script, tmp_path, monkeypatch):
+    """--bn_l1: its gradient is W times the sign, cross-entropy is told without it, and it goes on."""
+    import train_base
+
+    torch.manual_seed(0)
+    net = models.build('resnet8', 10)
+    for scale in (m.weight for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(scale, -1, 1)
+    norms = {name for name, m in net.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    scaling = {f'{name}.weight' for name in norms}
+    x, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    after, told = [], []
+    for w in (0.0, 0.25):
+        own = copy.deepcopy(net)
+        scales = [m.weight for m in own.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        meter = Meter('x', 0, torch.device('cpu'))
+        meter.reset(0)
+        opt, scaler = torch.optim.SGD(own.parameters(), 1.0), torch.amp.GradScaler(enabled=False)
+        run = train_base.Run('x', own, opt, scaler, contextlib.nullcontext, meter, None, [], w, scales)
+        train_base.train_step(run, SimpleNamespace(img=x, target=target))
+        after.append(own)
+        told.append(meter.read()['ce'])
+    assert told[0] == told[1]
+    for (name, old), plain, pulled in zip(net.named_parameters(), *(own.parameters() for own in after)):
+        pull = 0.25 * old.sign() if name in scaling else 0 * old
+        torch.testing.assert_close(plain - pulled, pull, rtol=0, atol=1e-5)
+
+    words = ('--net_name', 'resnet8', *TINY, '--bn_l1', '0.01')
+    assert script('train_base', *words, '--note', 'whole').code == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(1, patch)
+        script('train_base', *words, '--note', 'cut')
+    done = script('train_base', *words[:-1], '0.02', '--note', 'cut', '--resume', 'auto')
+    assert done.code == 2 and 'bn_l1 was 0.01, is 0.02' in done.err
+    assert script('train_base', *words, '--note', 'cut', '--resume', 'auto').code == 0
+    check_equal(tmp_path / 'whole', tmp_path / 'cut')
+    done = script('train_base', '--net_name', 'vit_128_6', *TINY, '--bn_l1', '0.01', '--note', 'v')
+    assert done.code == 2 and '--bn_l1: vit_128_6 has no BatchNorm2d' in done.err

@@ -584,15 +584,6 @@ def test_table_over_seeds():
     assert f'| at | t -> s | 60.00 | 1 | +9.00 | 61.00 {end}' == lines[3]
     assert f'| st | t -> s | 54.00 +- 1.41 | 2 | +3.00 | 55.00 +- 1.41 {end}' == lines[4]
 
-    # two runs of one seed are no repetitions: what differs is in the name
-    keyed = [one('sdb_student', 't', 1, top1) for top1 in (50.0, 40.0)]
-    keyed[1]['recipe'] |= {'methods': [['sdb_student', 1.0, {'key': 2}]]}
-    for k, result in enumerate(keyed):
-        result['teacher_top1'] = 80.0 + k
-    text = report.table.table(keyed)
-    assert '| sdb_student (teacher at 80.00) | t -> s | 50.00 | 1 |' in text
-    assert '| sdb_student (key=2, teacher at 81.00) | t -> s | 40.00 | 1 |' in text
-
 
 def test_a_method_of_the_users_own(train_kd, tmp_path, monkeypatch):
     """The recipe of docs/extending.md: the class as printed there, one row, and the trainer knows it."""
@@ -651,5 +642,8 @@ def test_a_method_that_rests_takes_its_own_step_no_longer(train_kd, tmp_path):
     done = train_kd('reviewkd', '--lambda_ce', 0, '--note', 'r')
     assert done.code == 0, done.err
     assert float(rows(tmp_path / 'r' / 'reviewkd')[-1]['reviewkd']) > 0
-    done = train_kd('st', '--lambda_ce', 0, '--lambda_kd', 0, '--note', 'n')
-    assert done.code == 2 and 'nothing to learn' in done.err and done.err.count('\n') == 1, done.err
+    nothing = ('--lambda_ce', 0, '--lambda_kd', 0)
+    for words in (('st', *nothing), ('st', *nothing, '--kd_stop', 2), ('fsp', '--lambda_ce', 0)):
+        done = train_kd(*words, '--note', 'n')
+        assert done.code == 2 and 'nothing to learn' in done.err and done.err.count('\n') == 1, done.err
+    assert train_kd('st', *nothing, '--kd_stop', 1, '--note', 'n').code == 0, 'cross-entropy learns later'

@@ -225,3 +225,22 @@ def test_pools_of_other_images_do_not_mix(script, tmp_path, img_root):
     assert done.code == 2 and 'its real was 9, is 8 here' in done.err and done.err.count('\n') == 1, done.err
     done = script('tools.select_mixup', *words, tmp_path / 'b', '--real', 9, *pool)
     assert done.code == 0, done.err
+
+
+def test_the_mean_of_a_data_set_needs_little_memory():
+    """Of bytes, without a copy in another precision; images of any number and size."""
+    import tracemalloc
+
+    from dataset.arrays import _mean_and_std
+
+    images = np.random.default_rng(0).integers(0, 256, (6000, 32, 32, 3), dtype=np.uint8)
+    tracemalloc.start()
+    mean, std = _mean_and_std(images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < images.nbytes / 2
+    np.testing.assert_allclose(mean, images.mean(axis=(0, 1, 2)) / 255, rtol=1e-12)
+    np.testing.assert_allclose(std, images.std(axis=(0, 1, 2)) / 255, rtol=1e-9)
+    np.testing.assert_allclose(
+        _mean_and_std(images[:1])[0], images[:1].mean(axis=(0, 1, 2)) / 255, rtol=1e-12
+    )

@@ -132,9 +132,8 @@ def main():
             torch.manual_seed(args.seed + 1)
             net.fresh()
         opt = optimiser(stage, net, args)
-        record = Record(
-            folder / stage, {'net': net, 'opt': opt}, recipe | {'stage': stage}, dict(origin), 'test'
-        )
+        own = recipe | ({'stage': stage} if stage == 'tree' else {})  # older searches have none in theirs
+        record = Record(folder / stage, {'net': net, 'opt': opt}, own, dict(origin), 'test')
         record.resume(resume_point(args.resume, folder / stage))
         records[stage] = record
         bar.update(train.steps(args.batch_size) * record.epoch)

@@ -26,9 +26,10 @@ missing methods in groups that share the teacher's forward. A finished run's res
 results/NAME. Kill it at any moment and start it again: every training continues from its last epoch. What
 results/NAME holds with the same recipe, as tools/missing.py compares them, is not trained again.
 
-The exit code is 0 when nothing is missing, 1 when nothing is left but what has diverged: calling it again
-would not change that. After a change of the grid a training of the old recipe is refused (2): delete its
-folder below SAVE_ROOT/NAME-sSEED.
+The exit code is 0 when nothing is missing, 1 when nothing is left but what has diverged or failed: look at
+what it printed, as calling it again may not change that. After a change of the grid a training of the old
+recipe is refused (2): delete its folder in SAVE_ROOT, which is NAME-sSEED/METHOD, NAME-sSEED-METHOD of
+networks that learn from each other, base-... of teachers and of the student alone.
 """
 
 import json
@@ -95,9 +96,9 @@ def main() -> int:
             for run in jobs(table, seed, args):
                 if args.dry_run:
                     print(shlex.join(['python', *run.words]), flush=True)
-                elif (code := run.do(end)) > 1:
-                    return code
-                else:  # 1: something diverged; the rest of the grid is not to suffer
+                elif (code := run.do(end)) not in (0, 1):
+                    return code if code > 0 else 128 - code  # less: a signal ended it
+                else:  # 1: something diverged or failed; the rest of the grid is not to suffer
                     failed = failed or code
                     if code and run.needed:
                         break

@@ -67,7 +67,7 @@ def distilled(name: str, results: list[dict]) -> list[Experiment]:
     found: dict[tuple, Experiment] = {}
     for key, runs in groups.items():
         data, teacher, student, method, epochs = key
-        if method == 'baseline':
+        if table.is_baseline(method):
             continue
         one = student.split('+')[0]
         e = found.setdefault((data, one, epochs), Experiment(name, ''))

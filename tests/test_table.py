@@ -1,0 +1,137 @@
+"""Tables of results: which runs are one row, what tells rows apart, over what their means are."""
+
+from methods import METHODS
+
+
+def test_what_tells_rows_apart():
+    """Stages, arguments and weights are in a row's name; teacher and start where a seed has several."""
+    from report.page import outcomes
+    from report.table import group, source_of_figure, table
+
+    def run(name, seed, top1=50.0, given=(), stages=(), weight=None, teacher='t', **more):
+        recipe = {'lr': 0.1, 'batch_size': 128, 'amp': 'off', 'seed': seed, 'initial': f'a{seed}', 'ce': 1.0}
+        weight = METHODS[name].weight if weight is None else weight
+        recipe |= {'methods': [[name, weight, dict(given), *stages]], 'teacher': teacher}
+        return {'method': name, 'seed': seed, 'data': 'x', 'teacher': teacher, 'student': 'resnet8',
+                'epochs': 2, 'recipe': recipe | more, 'machine': {'device': 'cpu'}, 'curve': [top1],
+                'last': {'top1': top1}, 'best': {'top1': top1, 'selected_on': 'test data'}}  # fmt: skip
+
+    def names(*runs):
+        return {key[3]: len(found) for key, found in group(list(runs)).items()}
+
+    for seed in (1, 2):  # of one seed or of several
+        assert names(run('fitnet', 1), run('fitnet', seed, stages=['2'])) == {
+            'fitnet': 1, 'fitnet (stages 2)': 1
+        }  # fmt: skip
+    sixth = [run('st', seed, given={'T': T}) | {'teacher_top1': 80.0 + seed} for seed in (1, 2, 3)
+             for T in (4, 8)]  # fmt: skip
+    assert names(*sixth) == {'st (T=4)': 3, 'st (T=8)': 3}, 'every seed has a teacher of its own'
+    two = [run('st', 1) | {'teacher_top1': 80.0 + k} for k in range(2)]
+    assert names(*two) == {'st (teacher at 80.00)': 1, 'st (teacher at 81.00)': 1}
+    assert names(run('st', 1), run('st', 1, initial='b')) == {'st (start 1)': 1, 'st (start 2)': 1}
+    assert names(run('st', 1, weight=1.0, ce=0.0)) == {'st (weight 1, ce 0)': 1}, 'also of a single row'
+    joined = run('st', 1) | {'method': 'st+at'}
+    joined['recipe']['methods'] = [['st', 0.1, {'T': 8}], ['at', 7.0, {}]]
+    assert names(joined) == {'st+at (st.T=8, at.weight 7)': 1}
+    peers = {'script': 'train_dml', 'method': ['dml', 2.0, {'T': 8}]}
+    together = run('dml', 1)
+    together['recipe'] = {'lr': 0.1, 'batch_size': 128, 'amp': 'off', 'seed': 1, **peers}
+    assert names(together) == {'dml (T=8, weight 2)': 1}
+    # one that reads a single teacher has the first of the process's; other teams read all
+    pair = [run(name, 1, teacher='t+u') for name in ('st', 'mkd_avg')]
+    assert {key[1:4:2] for key in group([*pair, run('st', 2)])} == {('t', 'st'), ('t+u', 'mkd_avg')}
+
+    # a recipe's file is called otherwise than its method
+    text = table([run('st', 1) | {'file': 'takd-assisted-s1'}, run('at', 1) | {'file': 'at-s1'}])
+    assert '| st, takd-assisted | t' in text and '| at | t' in text
+    # a baseline of another recipe is none of the page's methods
+    plain = [run('st', 1) | {'method': 'baseline', 'teacher': None} for _ in range(2)]
+    for lr, one in zip((0.1, 0.01), plain):
+        del one['recipe']['methods']
+        one['recipe'] |= {'lr': lr}
+    assert names(*plain) == {'baseline (lr 0.1)': 1, 'baseline (lr 0.01)': 1}
+    assert {m for e in outcomes.distilled('x', [*plain, run('st', 1)]) for m in e.values} == {'st'}
+    # and is not what a student of the first recipe is compared with
+    usual = {'image_size': 224, 'lr_decay': 0.1}
+    others = {'bn_l1': 0.1, 'processes': 2, 'image_size': 32, 'lr_decay': 0.5, 'augment': 'x'}
+    for key, value in others.items():
+        alone = [r | {'recipe': r['recipe'] | usual | {'lr': 0.1}} for r in plain]
+        alone[1]['recipe'] |= {key: value}
+        alone[1]['last'] = {'top1': 40.0}
+        text = table([alone[1], alone[0], run('sla', 1, **usual)])
+        assert [row for row in text.splitlines() if row.startswith('| sla') and '+0.00' in row], key
+    # the figure says these names, too
+    drawn = [source_of_figure([run('st', 1, given=given)]) for given in ({}, {'T': 8})]
+    assert drawn[0] != drawn[1]
+
+
+def test_dense_tasks_over_seeds():
+    """All figures of a row are means over its seeds; what differs between them is not the first's."""
+    from report.ka import dense_table
+
+    run = {
+        'script': 'train_ka',
+        'data': 'scenes',
+        'teacher': None,
+        'experiment': 'a',
+        'tasks': ['seg', 'depth'],
+    }
+    runs = []
+    for k in range(2):
+        teachers = [{'task': 'seg', 'miou': 50.0 + 2 * k}, {'task': 'depth', 'rmse': 0.5 + 0.2 * k}]
+        runs.append(run | {'method': 'ensemble', 'seed': k, 'teachers': teachers})
+        runs.append(run | {'method': 'sbm', 'seed': k, 'branch_points': [k, 1], 'parameters': 1000 + k,
+                           'epochs': 3, 'parameters_of_teachers': 2000, 'last': {'miou': 60.0 + 2 * k},
+                           'after_first_phase': {'miou': 40.0 + 2 * k, 'epoch': 2}})  # fmt: skip
+    _, teachers, block, sbm = dense_table(runs)
+    assert teachers[1:4] == ['51.0 +- 1.4', '', '0.600 +- 0.141'] and teachers[-3:] == ['2,000', '', 2]
+    assert block[0] == 'sbm, after the block phase' and block[1] == '41.0 +- 1.4' and block[-2:] == [2, 2]
+    assert sbm[0] == 'sbm (branches at 0, 1 or 1, 1)' and sbm[1] == '61.0 +- 1.4'
+    assert sbm[-3:] == ['1,000 to 1,001', 3, 2]
+    _, *_, one = dense_table(runs[:2])
+    assert one[0] == 'sbm (branches at 0, 1)' and one[-3] == '1,000'
+
+
+def test_parts_that_seeds_drew_are_not_mixed():
+    from report.ka import parts_table
+
+    def run(method, seed, parts):
+        last = {'top1': 50.0 + seed, 'part1': 60.0 + seed, 'part2': 70.0}
+        form, routing = {'routing': [[90.0, 10.0], [5.0, 95.0]]}, [[90.0, 10.0], [5.0, 95.0]]
+        facts = {
+            'ensemble': {'ensembles': {'A': last | form}, 'teachers': [
+                {'name': 'resnet8', 'classes': part, 'top1': 80.0} for part in parts]},
+            'cfl': {'last': last, 'best': last, 'routing': routing, 'student': 'resnet8', 'epochs': 2},
+        }  # fmt: skip
+        return {'method': method, 'seed': seed, 'data': 'x', 'teacher': 't', 'experiment': 'a',
+                'parts': parts, 'classes': [0, 1, 2, 3], **facts[method]}  # fmt: skip
+
+    fixed = [run(method, seed, [[0, 1], [2, 3]]) for seed in (1, 2) for method in ('ensemble', 'cfl')]
+    (cfl,) = [row for row in parts_table(fixed) if row[0].startswith('cfl')]
+    assert cfl[:3] == ['cfl (resnet8)', '51.50 +- 0.71', '61.50 / 70.00'] and cfl[-2] == 2
+    drawn = [
+        run(method, seed, [[0, seed], [3 - seed, 3]]) for seed in (1, 2) for method in ('ensemble', 'cfl')
+    ]
+    rows = parts_table(drawn)
+    assert {row[0] for row in rows if row[0].startswith(('cfl', 'teacher 1'))} == {
+        'cfl (resnet8), seed 1', 'cfl (resnet8), seed 2', 'teacher 1, resnet8: 0, 1, seed 1',
+        'teacher 1, resnet8: 0, 2, seed 2',
+    }  # fmt: skip
+    assert all(row[-2] == 1 for row in rows[1:])
+
+
+def test_one_seed_is_not_every_seed():
+    from report.dense import SETTING, text_of
+
+    def run(method, seed, miou):
+        known = dict.fromkeys(SETTING, 'x') | {'task': 'segmentation', 'steps': 3, 'script': 'train_dense'}
+        return known | {
+            'method': method,
+            'seed': seed,
+            'last': {'miou': miou, 'accuracy': miou},
+            'teacher': None,
+        }
+
+    runs = [run('alone', 1, 50.0), run('alone', 2, 51.0), run('cwd', 1, 52.0), run('cwd', 2, 53.0)]
+    text = text_of([*runs, run('st', 1, 60.0)])
+    assert 'with every seed: `cwd`.' in text and '| `st` | 60.0 |' in text
