@@ -4,6 +4,7 @@
     python train_lm.py --kd_mode fkl --data_name markov    a chain whose exact probabilities are the teacher
     python train_lm.py --kd_mode gkd --lmbda 0.5           half of the steps on what the student writes itself
     python train_lm.py --kd_mode taid --data_name my.txt --steps 2000
+    torchrun --nproc_per_node=2 train_lm.py ...            several processes, --batch_size texts each
 
 Without --t_model a teacher is trained first and kept in SAVE_ROOT; markov needs none. All students start from
 the same weights, after --init_steps of cross-entropy, and see the same texts and the same teacher forward. A
@@ -38,10 +39,10 @@ from engine.flags import (
     whole_number,
 )
 from engine.lm_build import make_run, make_world, share, short
-from engine.lm_world import Look, cross_entropy, set_rates, share_of_rate
+from engine.lm_world import BATCH, Look, cross_entropy, set_rates, share_of_rate
 from engine.method_flags import refuse_repeated, refuse_unknown, weights_and_options
 from engine.parser import Parser
-from engine.processes import processes
+from engine.processes import averaged, processes, rank
 from engine.record import output_folder, provenance, write_json
 from engine.session import Log, StopAfterEpoch
 from methods import LM
@@ -83,6 +84,8 @@ def parse_args(words=None):
     flag('--init_steps', type=whole_number, default=500,
          help='steps of cross-entropy before, once for all students; default 500')
     flag('--t_steps', type=positive_int, default=2400, help="the teacher's steps, default 2400")
+    flag('--batch_size', type=positive_int, default=BATCH,
+         help=f'texts of a step, of each process; {BATCH} for teachers and the start; default {BATCH}')
     flag('--lr', type=positive_float, default=2e-3,
          help='highest learning rate of the students, default 0.002; 0.003 before, and for the teacher')
     flag('--eval_every', type=positive_int, default=200, metavar='N',
@@ -102,10 +105,6 @@ def read_methods(args) -> dict[str, tuple]:
     for name in args.kd_mode:
         if args.lmbda and LM[name].needs.views:
             raise UserError(f'--lmbda: {name} trains on {LM[name].needs.views[0]} by itself')
-    if processes() > 1:
-        raise UserError(
-            'train_lm.py runs in one process: students draw texts of their own, which would differ'
-        )
     refuse_fp16(args)
     weights, options = weights_and_options(args, args.kd_mode, LM)
     return {name: (LM[name], weights[name], options[name]) for name in args.kd_mode}
@@ -122,6 +121,8 @@ def main():
         raise UserError(f'--data_name {args.data_name}: its teacher has no hidden states; give --t_model')
     facts = f'{text.name}: {len(text.ids)} symbols, {len(text.symbols)} different ones, hash {text.digest}'
     if args.dry_run:
+        if rank() > 0:
+            return
         print(f'{facts}; {args.init_steps} + {args.steps} steps, seed {args.seed}')
         for name, (method, weight, options) in wanted.items():
             print(f'{name:12s} weight {weight:g}, cross-entropy {share(args, method):g}  {options or ""}')
@@ -139,6 +140,8 @@ def main():
     start = min(run.record.epoch for run in runs)
     before = min(start * args.eval_every, args.steps)
     log(f'{len(runs)} students, {before} of {args.steps} steps done, output in {folder}')
+    if processes() > 1:
+        log(f'{processes()} processes x {args.batch_size} texts')
     bar = session.progress_bar(args.steps, before, log)
     stop = StopAfterEpoch('the next evaluation')
     live = session.Session(args, log, bar, None, stop, segments, 'evaluation')
@@ -177,7 +180,8 @@ def main():
             run.shown = networks.measure(run.net.eval(), world)[1]
         facts = {'script': 'train_lm', 'method': run.name, 'student': 'decoder', 'data': text.name,
                  'corpus': text.digest, 'entropy': text.entropy, 'seed': args.seed, 'steps': args.steps,
-                 'teacher': world.facts, 'trained_with': list(wanted), 'sample': run.shown}  # fmt: skip
+                 'teacher': world.facts, 'trained_with': list(wanted), 'processes': processes(),
+                 'sample': run.shown}  # fmt: skip
         done.append((run.record, 'student.pt', facts, run.name, f'{run.name} writes: {run.shown!r}'))
     session.finish(live, done)
 
@@ -197,7 +201,9 @@ def train_student(run: parts.Run, seen: Look) -> None:
         return
     run.opt.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_([p for group in run.opt.param_groups for p in group['params']], 1.0)
+    learnt = [p for group in run.opt.param_groups for p in group['params']]
+    averaged(learnt)
+    nn.utils.clip_grad_norm_(learnt, 1.0)
     set_rates(run.opt, share_of_rate(seen.step, run.world.steps))
     run.opt.step()
     run.meter.add(None, data.target, **terms)

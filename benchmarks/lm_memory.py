@@ -6,7 +6,9 @@
 Logits are bfloat16 and are counted: those of student and teacher, and the gradient. Each row is a process
 of its own, forward and backward once; its peak is that of the process above what torch alone takes. The
 plain form is the same code with all positions in one chunk, which is what a few lines of torch would do.
---long LOSS... adds rows of 4,096 tokens, without the plain form.
+--long LOSS... adds rows of 4,096 tokens, without the plain form. distillm2 and fdistill read half of the
+tokens as texts of the teacher and half as texts of the student; dskd has hidden states of width 64, and its
+heads, besides, which count.
 """
 
 import argparse
@@ -21,7 +23,33 @@ import engine.threads  # noqa: F401
 import torch
 
 from engine.record import provenance, write_json
-from kd_losses import abkd, akl, distillm, fdistill, gkd, minillm, taid
+from kd_losses import abkd, akl, distillm, distillm2, dskd, fdistill, gkd, minillm, taid, uld
+
+WIDTH = 64  # of dskd's hidden states
+
+
+def of_both(loss):
+    """Half of the tokens in a text of the teacher, half in one of the student."""
+
+    def call(*inputs):
+        # leaves of their own: of slices autograd would make gradients as large as the whole
+        halves = [[x.detach()[None].requires_grad_(y.requires_grad) for x in y.chunk(2)] for y in inputs]
+        return loss(*(half for place in zip(*halves) for half in place))
+
+    return call
+
+
+def in_a_text(loss):
+    return lambda out_s, out_t, target: loss(out_s[None], out_t[None], target[None], target[None])
+
+
+def with_states(loss):
+    def call(out_s, out_t, target):
+        hid, head = torch.randn(1, len(out_s), WIDTH), torch.randn(out_s.shape[1], WIDTH)
+        return loss(out_s[None], hid, head, out_t[None], hid.clone(), head.clone(), target[None])
+
+    return call
+
 
 LOSSES = {
     'gkd': (gkd, gkd.GKD),
@@ -31,6 +59,10 @@ LOSSES = {
     'taid': (taid, taid.TAID),
     'tvd': (fdistill, fdistill.FDistill),
     'rkl': (minillm, minillm.ReverseKL),
+    'distillm2': (distillm2, lambda: of_both(distillm2.DistiLLM2())),
+    'fdistill': (fdistill, lambda: of_both(fdistill.FDistill('js'))),
+    'uld': (uld, lambda: in_a_text(uld.ULD())),
+    'dskd': (dskd, lambda: with_states(dskd.DSKD(WIDTH, WIDTH))),
 }
 
 
@@ -42,7 +74,9 @@ def measured(name: str, tokens: int, classes: int, plain: bool, answer) -> None:
     if plain:
         module.CHUNK = sys.maxsize
     loss, few = make(), torch.randn(2, 8)
-    loss(few.clone().requires_grad_(), few).backward()  # what torch loads at its first step is not the loss's
+    loss(
+        few.clone().requires_grad_(), few, torch.zeros(2).long()
+    ).backward()  # what torch loads at its first step is not the loss's
     before = peak()
     torch.manual_seed(0)
     out_s, out_t = (torch.empty(tokens, classes, dtype=torch.bfloat16) for _ in 'st')

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.lm_world import BATCH, NEW, PASSES, PROMPT, ROUND, Look, Texts, World, draw
+from engine.lm_world import NEW, PASSES, PROMPT, ROUND, Look, Texts, World, draw
 from engine.meter import Meter
+from engine.processes import joined, mine, processes, rank
 from engine.record import Record
 from kd_losses.distillm import SampleSchedule
 from methods import Method
@@ -70,7 +71,8 @@ class Run:
             return self.net(x, True)
 
     def sampled(self, prompts: Tensor, n: int = NEW, **mixture) -> Tensor:
-        return lm.sample(self.net, prompts, n, self.generator, **mixture)
+        """Continuations; the generator moves as in a process that continues the prompts of all."""
+        return lm.sample(self.net, prompts, n, self.generator, shard=(rank(), processes()), **mixture)
 
     def data(self, seen: Look) -> tuple[Look | Texts, bool]:
         """The step's text, or one of the student's own, and whether it is that."""
@@ -89,10 +91,10 @@ class Run:
         if source == 'student':
             whole = self.sampled(seen.x[:, :PROMPT])
             if self.lmbda == 'adaptive':
-                self.memory['buffer'] = torch.cat([buffer, whole])[-self.schedule.capacity :]
+                self.memory['buffer'] = torch.cat([buffer, joined(whole)])[-self.schedule.capacity :]
         else:
-            rows = torch.randint(len(buffer), (BATCH,), generator=self.generator, device=buffer.device)
-            whole = buffer[rows]
+            rows = torch.randint(len(buffer), (seen.all,), generator=self.generator, device=buffer.device)
+            whole = buffer[mine(rows)]
         return seen.texts(whole), True
 
 
@@ -145,23 +147,23 @@ class Batch:
 
     def rollouts(self, score: Callable, mix: float = 0.2) -> Rollouts:
         """A part of this round's answers, which student and teacher wrote together; score: their rewards."""
-        run, world, kept = self.run, self.run.world, self.run.memory
-        batches = ROUND // BATCH
-        place = self.seen.step % (PASSES * batches)
+        run, world, kept, n = self.run, self.run.world, self.run.memory, self.seen.all
+        place = self.seen.step % (PASSES * ROUND)
         if place == 0 or 'order' not in kept:
-            prompts = world.text.windows(ROUND, draw(3, world.seed, self.seen.step))[:, :PROMPT]
+            prompts = mine(world.text.windows(ROUND * n, draw(3, world.seed, self.seen.step)))[:, :PROMPT]
             whole = run.sampled(prompts.to(world.device), PROMPT, other=world.net_t, mix=mix)
             tokens = whole[:, PROMPT:]
             with torch.no_grad():
                 outs = [world.look(net, whole[:, :-1]).out[:, PROMPT - 1 :] for net in (run.net, world.net_t)]
             scores = score(*outs, tokens, torch.ones_like(tokens), mix=mix)
-            kept |= {'whole': whole} | dict(zip(('logp_old', 'reward', 'weight'), scores))
+            round_of_all = zip(('whole', 'logp_old', 'reward', 'weight'), map(joined, (whole, *scores)))
+            kept |= dict(round_of_all)
             orders = [
-                torch.randperm(ROUND, generator=draw(6, world.seed, self.seen.step + i))
+                torch.randperm(ROUND * n, generator=draw(6, world.seed, self.seen.step + i))
                 for i in range(PASSES)
             ]
             kept['order'] = torch.cat(orders).to(world.device)
-        rows = kept['order'][place * BATCH : (place + 1) * BATCH]
+        rows = mine(kept['order'][place * n : (place + 1) * n])
         x = kept['whole'][rows, :-1]
         scores = {key: kept[key][rows] for key in ('logp_old', 'reward', 'weight')}
         return Rollouts(x, kept['whole'][rows, PROMPT:], world.look(world.net_t, x), **scores)

@@ -13,6 +13,7 @@ from engine.errors import UserError
 from engine.lm_world import BATCH, MAPS_LR, Look, World, adamw, draw
 from engine.meter import Meter
 from engine.method_flags import built_from
+from engine.processes import gathered, processes, same_weights
 from engine.recipe import resume_point
 from engine.record import fingerprint
 from models import lm
@@ -40,7 +41,7 @@ def make_world(args, text, device, views, root: Path, log) -> World:
         bar.close()
         return net
 
-    world = World(text, device, amp, args.seed, args.steps, root, None, None)
+    world = World(text, device, amp, args.seed, args.steps, args.batch_size, root, None, None)
     if args.t_model:
         net_t = networks.loaded(args.t_model)
         if net_t.embed.num_embeddings != K:
@@ -69,7 +70,7 @@ def make_world(args, text, device, views, root: Path, log) -> World:
         lambda: train('student', 9, args.seed, args.init_steps, world.asked, K, 'initial student'),
     )  # fmt: skip
     world.net_t, world.start = (net.to(device).eval().requires_grad_(False) for net in (net_t, start))
-    if not torch.isfinite(world.exam.out_t).all():
+    if not all(gathered(all(bool(torch.isfinite(out_t).all()) for *_, out_t in world.exam.parts))):
         raise UserError(f'{args.t_model or "teacher"}: the teacher gives non-finite logits')
     figures, _ = networks.measure(world.net_t, world)
     world.facts = {key.removeprefix('val_'): value for key, value in figures.items()}
@@ -89,6 +90,7 @@ def make_run(args, world, folder, origin, name, method, weight, options) -> part
     probe = parts.Probe(world.look(net, seen.x), seen.t, args.steps, seen.second if world.pairs else None)
     with built_from('--kd_args', name):
         kd = method.build(method.loss, probe, **options).to(world.device)
+    same_weights(net, kd)
     groups = [{'params': list(net.parameters()), 'base': args.lr}]
     if maps := list(kd.parameters()):
         groups.append({'params': maps, 'base': MAPS_LR})
@@ -100,7 +102,8 @@ def make_run(args, world, folder, origin, name, method, weight, options) -> part
                     args.lmbda, generator)  # fmt: skip
     run.schedule.update(world.start_loss)
     recipe = {key: getattr(args, key) for key in
-              ('seed', 'steps', 'init_steps', 'lr', 'eval_every', 'lmbda', 'amp')}  # fmt: skip
+              ('seed', 'steps', 'init_steps', 'batch_size', 'lr', 'eval_every', 'lmbda', 'amp')}  # fmt: skip
+    recipe |= {'processes': processes()} if processes() > 1 else {}
     recipe |= {'script': 'train_lm', 'method': name, 'weight': weight, 'ce': ce, 'options': options,
                'corpus': world.text.digest, 'teacher': fingerprint(world.net_t),
                'initial': fingerprint(world.start),

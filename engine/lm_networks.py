@@ -10,8 +10,9 @@ from torch import nn
 
 from engine.device import exact
 from engine.errors import NonFinite, user_errors
-from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
+from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, keep, set_rates, share_of_rate
 from engine.meter import all_finite
+from engine.processes import summed
 from engine.record import Record, save_checkpoint, tested, write_json
 from models import lm
 from models.checkpoint import read_checkpoint
@@ -44,14 +45,14 @@ def trained(
 
 def kept_or_trained(path: Path, what: str, log: Callable, make: Callable) -> nn.Module:
     """The network of a file of an earlier training, or make(), which is written there."""
-    if path.exists():
-        log(f'{what}: {path}')
-        return loaded(path)
-    net = make()
-    if not all_finite(net):
-        raise NonFinite(f'{what}: a weight is not finite after its training')
-    save_checkpoint(path, net.state_dict())
-    log(f'{what}: trained, {path}')
+
+    def weights() -> dict:
+        net = make()
+        if not all_finite(net):
+            raise NonFinite(f'{what}: a weight is not finite after its training')
+        return net.state_dict()
+
+    log(f'{what}: {"trained, " if keep(path, weights) else ""}{path}')
     return loaded(path)
 
 
@@ -71,8 +72,8 @@ def loaded(path: str | Path) -> nn.Module:
 def measure(net: nn.Module, world: World) -> tuple[dict[str, float], str]:
     """Figures of the held-out text, and what the student makes of its first prompt."""
     exam, first = world.exam, world.text.first
-    sums, count = exact(torch.zeros(4, device=world.device)), 0
-    for x, target, out_t in zip(exam.x.split(128), exam.target.split(128), exam.out_t.split(128)):
+    sums = exact(torch.zeros(4, device=world.device))
+    for x, target, out_t in exam.parts:
         log_q = F.log_softmax(world.look(net, x).out[:, first:].float(), dim=2)
         log_p = F.log_softmax(out_t[:, first:], dim=2)
         sums += torch.stack([
@@ -81,8 +82,7 @@ def measure(net: nn.Module, world: World) -> tuple[dict[str, float], str]:
             exact(log_p.exp() * (log_p - log_q)).sum(),
             exact(log_q.exp() * (log_q - log_p)).sum(),
         ])  # fmt: skip
-        count += log_q[..., 0].numel()
-    loss, agreement, kl_ts, kl_st = (sums / count).tolist()
+    loss, agreement, kl_ts, kl_st = (summed(sums) / exam.count).tolist()
     generator = torch.Generator(world.device).manual_seed(0)
     whole = lm.sample(net, exam.prompts, PROMPT, generator)
     out_t = world.look(world.net_t, whole[:, :-1]).out[:, PROMPT - 1 :].float()

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from dataset.text import Pairs, Text
 from engine.errors import user_errors
 from engine.optimise import adam
+from engine.processes import gathered, mine, processes, rank
 from engine.record import fingerprint, save_checkpoint
 from models import lm
 from models.checkpoint import read_checkpoint
 
 BATCH, PROMPT, NEW = 12, 32, 33  # texts of a step; symbols of a prompt, and of what continues it
+CHUNK = 128  # held-out texts at a time
 WARM_UP, LEAST = 50, 0.05  # steps until the whole learning rate; the share of it that is left at the end
 WRITTEN, PROMPTS = 2000, 96  # texts that teacher and student write before a training; prompts of gen_nll
-ROUND, PASSES = 96, 4  # minillm: answers of a round, passes over them
+ROUND, PASSES = 8, 4  # minillm: a round's answers in batches, passes over them
 TEACHER_LR, MAPS_LR = 3e-3, 1e-3  # of teachers and warm start; of the linear maps of dskd
 
 
@@ -65,6 +67,18 @@ def continued(whole: Tensor, prompt: int = PROMPT) -> tuple[Tensor, Tensor]:
     return whole[:, :-1], target
 
 
+def keep(path: Path, make: Callable[[], dict]) -> bool:
+    """Unless an earlier training has left this file, write what make() returns; whether that was done.
+
+    Every process makes it, alike and alone: waiting has a time limit. The first one's is kept.
+    """
+    new = not gathered(path.exists())[0]
+    if new:
+        save_checkpoint(path, make())
+        gathered(None)  # from here on it is there
+    return new
+
+
 @dataclass
 class World:
     """The text, the teachers, the weights that students start from, and what was written with them."""
@@ -74,6 +88,7 @@ class World:
     amp: Callable
     seed: int
     steps: int
+    batch: int  # texts of a step, of each process
     root: Path  # for what other trainings may use again
     net_t: nn.Module
     start: nn.Module
@@ -97,42 +112,48 @@ class World:
         """The same prompts continued by the teacher and by the student before training, kept in a file."""
         nets = {'teacher': self.net_t, 'start': self.start}
         path = self.root / f'lm_written_{"_".join(map(fingerprint, nets.values()))}_s{self.seed}.pt'
-        if path.exists():
-            with user_errors():
-                return {who: whole.to(self.device) for who, whole in read_checkpoint(path).items()}
-        prompts = self.text.windows(WRITTEN, draw(4, self.seed))[:, :PROMPT].to(self.device)
-        generator = torch.Generator(self.device)
-        made = {}
-        for who, net in nets.items():
-            generator.manual_seed(self.seed)
-            made[who] = torch.cat([lm.sample(net, part, NEW, generator) for part in prompts.split(250)])
-        save_checkpoint(path, made)
-        return made
+
+        def make() -> dict[str, Tensor]:
+            prompts = self.text.windows(WRITTEN, draw(4, self.seed))[:, :PROMPT].to(self.device)
+            generator = torch.Generator(self.device)
+            made = {}
+            for who, net in nets.items():
+                generator.manual_seed(self.seed)
+                made[who] = torch.cat([lm.sample(net, part, NEW, generator) for part in prompts.split(250)])
+            return made
+
+        keep(path, make)
+        with user_errors():
+            return {who: whole.to(self.device) for who, whole in read_checkpoint(path).items()}
 
     @cached_property
     def exam(self) -> 'Exam':
         x, target = self.asked(self.text.held_out())
-        out_t = torch.cat([self.look(self.net_t, part).out.float() for part in x.split(128)])
+        parts = list(zip(x.split(CHUNK), target.split(CHUNK)))[rank() :: processes()]
+        parts = [(x, target, self.look(self.net_t, x).out.float()) for x, target in parts]
         chosen = torch.randperm(len(x), generator=draw(5, 0))[:PROMPTS]
-        return Exam(x, target, out_t, x[chosen.to(x.device), :PROMPT])
+        return Exam(parts, target[:, self.text.first :].numel(), x[chosen.to(x.device), :PROMPT])
 
 
 @dataclass
 class Exam:
     """Held-out windows, what the teacher says of them, and the prompts that students continue."""
 
-    x: Tensor
-    target: Tensor
-    out_t: Tensor
+    parts: list[tuple[Tensor, Tensor, Tensor]]  # x, target, the teacher's logits: this process's share
+    count: int  # symbols to be said, of all processes
     prompts: Tensor
 
 
 class Look:
-    """The texts of one step, the same for every student; what the teacher says of them is found out once."""
+    """The texts of one step, the same for every student; what the teacher says of them is found out once.
+
+    Seed and step decide the texts of all processes; each has its part of them.
+    """
 
     def __init__(self, world: World, step: int) -> None:
         self.world, self.step = world, step
-        self.windows = world.text.windows(BATCH, draw(1, world.seed, step))
+        self.all = world.batch * processes()
+        self.windows = mine(world.text.windows(self.all, draw(1, world.seed, step)))
         self.x, self.target = world.asked(self.windows)
         self.net = world.net_t
 
@@ -142,7 +163,7 @@ class Look:
 
     @cached_property
     def _rows(self) -> Tensor:
-        return torch.randint(WRITTEN, (BATCH,), generator=draw(2, self.world.seed, self.step))
+        return mine(torch.randint(WRITTEN, (self.all,), generator=draw(2, self.world.seed, self.step)))
 
     def texts(self, whole: Tensor) -> Texts:
         x, target = continued(whole)

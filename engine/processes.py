@@ -118,6 +118,16 @@ def gathered(x) -> list:
     return everyone
 
 
+def mine(batch: Tensor) -> Tensor:
+    """This process's part of a batch that all have; its length is a multiple of their number."""
+    return batch.chunk(processes())[rank()]
+
+
+def joined(x: Tensor) -> Tensor:
+    """(N, ...) of every process -> (processes x N, ...), in order."""
+    return x if processes() == 1 else _Gather.apply(x)
+
+
 class _Gather(torch.autograd.Function):
     """(N, ...) -> (processes x N, ...); backward sums the gradients of all processes' losses."""
 

@@ -8,10 +8,11 @@ from engine.processes import processes, rank
 from models.checkpoint import read_checkpoint
 
 # flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
+# (batch_size: those of train_lm.py)
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
          'select': 'saliency', 'labelled': None, 'augment': None, 'bn_l1': 0.0, 'processes': 1,
-         'stage': 'search'}  # fmt: skip
+         'stage': 'search', 'batch_size': 12}  # fmt: skip
 
 
 def math_args(args: argparse.Namespace, **more) -> dict:

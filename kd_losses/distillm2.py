@@ -235,7 +235,12 @@ class _InChunks(torch.autograd.Function):
         ctx.save_for_backward(*(x for x, learn in zip(inputs, learns) if learn))
         # a teacher's tensor may be of torch.inference_mode, which cannot be saved
         ctx.rest = [None if learn else x for x, learn in zip(inputs, learns)]
-        return torch.cat([rows(*_part(inputs, i, size)) for i in range(0, len(inputs[0]), size)])
+        values = None
+        for i in range(0, len(inputs[0]), size):  # small values kept between large ones scatter memory
+            part = rows(*_part(inputs, i, size))
+            values = part.new_empty(len(inputs[0]), *part.shape[1:]) if values is None else values
+            values[i : i + size] = part
+        return values
 
     @staticmethod
     @once_differentiable

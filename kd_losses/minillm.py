@@ -16,9 +16,10 @@ Tap: logits of student and teacher at the positions that predict the answer's to
 fine-tuned student; a round samples, then passes over the samples several times. ReverseKL alone is the
 plain loss.
 
-Differences: the authors' code with the population variance, which is what their trainer runs. Exponents are
-clamped at 20. In ReverseKL and lm_term positions of target -100 reach neither value nor gradient; a class
-of -inf counts nothing. Memory: a chunk of positions at a time is in float32, in backward again.
+Differences: the authors' code with the population variance, which is what their trainer runs: mean and
+variance are of all processes where torch.distributed is initialised. Exponents are clamped at 20. In
+ReverseKL and lm_term positions of target -100 reach neither value nor gradient; a class of -inf counts
+nothing. Memory: a chunk of positions at a time is in float32, in backward again.
 
 Source: microsoft/LMOps, minillm/minillm/losses.py (Loss), minillm/minillm/reward.py,
 minillm/minillm/sampler.py.
@@ -107,7 +108,17 @@ class MiniLLM(nn.Module):
             summed.append(total)
         left = mask.flip(1).cumsum(dim=1).flip(1)
         R = torch.stack(summed[::-1], dim=1) / torch.where(mask, left, 1)
-        return R, (R - R.mean()) / (R.var(correction=0) + 1e-8).sqrt()
+        mean = _mean_of_all(R)
+        return R, (R - mean) / (_mean_of_all((R - mean).square()) + 1e-8).sqrt()
+
+
+def _mean_of_all(x: Tensor) -> Tensor:
+    """Of all processes, as the authors normalise."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x.mean()
+    both = torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])
+    torch.distributed.all_reduce(both)
+    return both[0] / both[1]
 
 
 class ReverseKL(nn.Module):
@@ -274,7 +285,12 @@ class _InChunks(torch.autograd.Function):
         ctx.save_for_backward(*(x for x, learn in zip(inputs, learns) if learn))
         # a teacher's tensor may be of torch.inference_mode, which cannot be saved
         ctx.rest = [None if learn else x for x, learn in zip(inputs, learns)]
-        return torch.cat([rows(*_part(inputs, i, size)) for i in range(0, len(inputs[0]), size)])
+        values = None
+        for i in range(0, len(inputs[0]), size):  # small values kept between large ones scatter memory
+            part = rows(*_part(inputs, i, size))
+            values = part.new_empty(len(inputs[0]), *part.shape[1:]) if values is None else values
+            values[i : i + size] = part
+        return values
 
     @staticmethod
     @once_differentiable

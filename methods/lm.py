@@ -15,6 +15,7 @@ from .shared import logits_and_labels, plain
 # fmt: off
 def nothing(kd, s, t, batch):             return 0.0
 def forward_kl(loss, probe, **options):   return loss(**{'beta': 0.0, **options})
+def a_tenth(loss, probe, **options):      return loss(**{'beta': 0.1, **options})
 def reverse(loss, probe, **options):      return loss(**{'reverse': True, **options})
 def towards_mass(loss, probe, **options): return loss(**{'alpha': 0.2, 'beta': 0.7, **options})
 
@@ -37,6 +38,7 @@ LM = {
                          Needs(views=('texts of teacher and student',))),
     'fkl':        Method(gkd.GKD,           1.0, logits_and_labels,   forward_kl,      alone),
     'gkd':        Method(gkd.GKD,           1.0, logits_and_labels,   plain,           alone),
+    'gkd_01':     Method(gkd.GKD,           1.0, logits_and_labels,   a_tenth,         alone),
     'minillm':    Method(minillm.MiniLLM,   1.0, minillm.feed,        plain,           alone,
                          Needs(views=('texts of teacher and student',))),
     'rkl':        Method(minillm.ReverseKL, 1.0, logits_and_labels,   plain,           alone),

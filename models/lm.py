@@ -100,13 +100,20 @@ def from_state(state: dict) -> Decoder:
 
 
 @torch.no_grad()
-def sample(net, prompt: Tensor, n: int, generator: torch.Generator, other=None, mix: float = 0.0) -> Tensor:
-    """prompt (N, L) continued by n tokens, drawn at temperature 1; of other with the share mix."""
-    x = prompt
+def sample(
+    net, prompt: Tensor, n: int, generator: torch.Generator, other=None, mix: float = 0.0, shard=(0, 1)
+) -> Tensor:
+    """prompt (N, L) continued by n tokens, drawn at temperature 1; of other with the share mix.
+
+    shard: (place, parts), where the prompts are one part of a batch: they are continued as within the whole.
+    """
+    x, (place, parts) = prompt, shard
     for _ in range(n):
         seen = x[:, -CONTEXT:]
         p = net(seen)[:, -1].float().softmax(dim=1)
         if mix:
             p = (1 - mix) * p + mix * other(seen)[:, -1].float().softmax(dim=1)
-        x = torch.cat([x, torch.multinomial(p, 1, generator=generator)], dim=1)
+        # what torch.multinomial does, but the numbers are drawn for the whole batch
+        q = p.new_empty(parts * len(p), p.shape[1]).exponential_(generator=generator).chunk(parts)[place]
+        x = torch.cat([x, (p / q).argmax(dim=1, keepdim=True)], dim=1)
     return x

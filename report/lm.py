@@ -21,23 +21,25 @@ def text_of(folder: Path) -> str:
     results = [r for r in read_results([str(folder)]) if r['script'] == 'train_lm']
     rows = {}
     for result in results:
-        rows.setdefault(result['method'], []).append(result['last'])
+        rows.setdefault(name_of(result), []).append(result['last'])
     teacher = results[0]['teacher']
     seeds = sorted({r['seed'] for r in results})
     ordered = sorted(rows.items(), key=lambda row: statistics.mean(last['loss'] for last in row[1]))
     steps = {r['steps'] for r in results}
     numbers, steps = (', '.join(map(str, sorted(x))) for x in (seeds, steps))
-    said = f'Seeds {numbers}; {steps} steps; mean (smallest to largest).\n\n'
-    alone = {r['seed']: r['last'] for r in results if r['method'] == 'ce'}
+    one = len(seeds) == 1
+    said = f'Seed {numbers}' if one else f'Seeds {numbers}'
+    said += f'; {steps} steps.\n\n' if one else f'; {steps} steps; mean (smallest to largest).\n\n'
+    alone = {r['seed']: r['last'] for r in results if name_of(r) == 'ce'}
     better = [
         f'`{name}`'
         for name in rows
-        if name != 'ce'
-        and all(ahead(r, alone) for r in results if r['method'] == name and r['seed'] in alone)
+        if name != 'ce' and all(ahead(r, alone) for r in results if name_of(r) == name and r['seed'] in alone)
     ]
     if better:
         said += (
-            f'Better than the student alone (`ce`) in every figure with every seed: {", ".join(better)}.\n\n'
+            f'Better than the student alone (`ce`) in every figure{"" if one else " with every seed"}: '
+            f'{", ".join(better)}.\n\n'
         )
     return said + table(
         ('', *FIGURES.values()),
@@ -47,6 +49,13 @@ def text_of(folder: Path) -> str:
             for name, lasts in ordered
         ),
     )
+
+
+def name_of(result: dict) -> str:
+    """The method, with what else was asked of it: other settings are other rows."""
+    recipe = result['recipe']
+    words = [result['method'], *(f'{key}={value}' for key, value in recipe['options'].items())]
+    return ' '.join(words + ([f'--lmbda {recipe["lmbda"]}'] if recipe['lmbda'] else []))
 
 
 def ahead(result: dict, alone: dict) -> bool:

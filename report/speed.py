@@ -49,11 +49,12 @@ def side_by_side() -> str:
 
 
 def memory() -> str:
+    ordered = sorted(rows_of('lm') + rows_of('lm-texts'), key=lambda r: r['tokens'])
     return table(
         ('loss', 'tokens x classes', 'seconds', 'MiB', 'seconds of the plain form', 'MiB of the plain form'),
         *((f'`{r["loss"]}`', f'{r["tokens"]} x {r["classes"]}', f'{r["seconds"]:.1f}', f'{r["mib"]:.0f}',
            *((f'{r["plain_seconds"]:.1f}', f'{r["plain_mib"]:.0f}') if 'plain_mib' in r else ('', '')))
-          for r in rows_of('lm')),
+          for r in ordered),
     )  # fmt: skip
 
 

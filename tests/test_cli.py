@@ -144,7 +144,7 @@ def test_the_flags_are_frozen(monkeypatch):
     assert flags_of(train_ka, monkeypatch) == COMMON | ka
     text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
     text |= {'--device', '--amp', '--threads', '--deterministic', '--lambda_ce', '--t_model', '--dry_run'}
-    text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every'}
+    text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every', '--batch_size'}
     assert flags_of(train_lm, monkeypatch) == loss | text
     dense = {'-h', '--help', '--debug', '--data_name', '--img_root', '--batch_size', '--lr', '--milestones'}
     dense |= {
@@ -878,7 +878,7 @@ def test_the_language_model_command_parses(tmp_path, monkeypatch):
     (call,) = commands(tmp_path, 'lm')
     args = parsed(call, monkeypatch)
     assert args.data_name == 'pydoc' and args.note == 'lm-pydoc-s2' and args.resume == 'auto'
-    assert set(train_lm.read_methods(args)) >= {'ce', 'fkl', 'gkd', 'distillm'}
+    assert set(train_lm.read_methods(args)) >= {'ce', 'fkl', 'gkd', 'gkd_01', 'distillm'}
 
 
 def test_the_dense_commands_parse(tmp_path, monkeypatch):

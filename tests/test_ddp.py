@@ -13,12 +13,15 @@ import dataset
 import models
 import models.dense
 from dataset import annotated
+from dataset import text as texts
 from engine.dense_tasks import TASKS, World
 from engine.device import autocast
 from engine.evaluate import evaluate
 from methods import METHODS
+from models import lm
 from tests.conftest import ROOT, TINY, torchrun
 from tests.dense_processes import find_some, keep_statistics
+from tests.lm_processes import EVERY, OWN, small
 from tests.test_dense import results
 from tests.test_train import rows, same, weights
 
@@ -243,6 +246,47 @@ def test_dense_training_on_two_processes(two, script, img_root, tmp_path, monkey
         assert 0 < min(figures.values()) and figures == pytest.approx({key: last[key] for key in figures}), (
             task
         )
+
+
+def test_language_models_on_two_processes(two, script, tmp_path, monkeypatch):
+    """tests/lm_processes.py: 2 x 2 texts are 1 x 4, also what students write, and a kill changes nothing."""
+    both, one, file = tmp_path / 'both', tmp_path / 'one', tmp_path / 'a.txt'
+    both.mkdir()
+    file.write_text((ROOT / 'README.md').read_text())
+    flags = ('--data_name', file, '--t_steps', 2, '--init_steps', 2, '--steps', 4, '--eval_every', 2)
+    flags += ('--threads', 1)
+    done = two('tests/lm_processes.py', both, *flags, '--batch_size', 2, '--save_root', both)
+    assert done.code == 0, done.err
+    assert done.out.count('teacher: trained') == 1 and '2 processes x 2 texts' in done.out
+    said = torch.load(both / 'said.pt', weights_only=True)
+    assert len(said['states']) == 2 and same(*said['states']), 'weights, what losses keep, own texts'
+    assert [text.rpartition('(')[2] for text in said['failures']] == ['in another process)', 'nan)']
+
+    small(monkeypatch.setattr)
+    for words, note in ((('--kd_mode', *EVERY), 'whole'), (OWN, 'own')):
+        done = script('train_lm', *flags, *words, '--batch_size', 4, '--save_root', one, '--note', note)
+        assert done.code == 0, done.err
+    x = texts.load(str(file)).held_out()[:9, :-1]
+    (start,) = one.glob('lm_start_*')
+    for name in (*EVERY[:-1], OWN[1]):  # dskd_cma divides by deviations within a process
+        note = 'whole' if name in EVERY else 'own'
+        folders = [place / note / name for place in (both, one)]
+        with torch.no_grad():
+            mine, joint, before = (
+                lm.from_state(torch.load(path))(x) for path in (*(f / 'student.pt' for f in folders), start)
+            )
+        assert (mine - joint).norm() < 1e-4 * (before - joint).norm(), name
+        mine, joint = map(results, folders)
+        assert mine['last'] == pytest.approx(joint['last'], rel=1e-4), name
+        assert mine['processes'] == mine['recipe']['processes'] == 2 and joint['processes'] == 1
+        assert mine['recipe']['teacher'] == joint['recipe']['teacher'], 'it belongs to no number of processes'
+    for name, whole, half in (
+        ('taid', 'whole', 'half'),
+        ('minillm', 'whole', 'half'),
+        ('fkl', 'own', 'half own'),
+    ):
+        whole, half = (weights(both / note / name) for note in (whole, half))
+        assert same(whole['net'], half['net']) and same(whole['kd'], half['kd']), name
 
 
 def test_what_is_found_before_a_training_reaches_every_process(two, teacher, root, tmp_path):

@@ -16,6 +16,7 @@ from engine.lm_world import continued, draw
 from kd_losses import abkd, akl, distillm, gkd, minillm, taid
 from methods import LM
 from models import lm
+from report import lm as report_lm
 from tests.conftest import ROOT
 
 QUICK = ('--data_name', 'markov', '--init_steps', 0)
@@ -283,7 +284,7 @@ def test_mistakes(fails, words, said):
     fails(*QUICK, *words.split(), said=said)
 
 
-def test_more_mistakes(fails, script, tmp_path, monkeypatch):
+def test_more_mistakes(fails, script, tmp_path):
     (tmp_path / 'short.txt').write_text('ab' * 200)
     fails('--kd_mode', 'ce', '--data_name', tmp_path / 'short.txt', said='at least 660 are needed')
     (tmp_path / 'latin.txt').write_bytes('ü'.encode('latin-1') * 900)
@@ -303,8 +304,6 @@ def test_more_mistakes(fails, script, tmp_path, monkeypatch):
     fails(*QUICK, '--kd_mode', 'ce', '--steps', 1, '--note', 'x', said='already holds a run')
     words = ('--kd_mode', 'ce', '--steps', 2, '--note', 'x', '--resume', 'auto')
     fails(*QUICK, *words, said='steps was 1, is 2')
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    fails(*QUICK, '--kd_mode', 'ce', said='runs in one process')
 
 
 def test_list_and_dry_run(script, tmp_path):
@@ -366,3 +365,18 @@ def test_a_generator_of_another_device(script, tmp_path):
     state['memory']['generator'] = torch.zeros(16, dtype=torch.uint8)
     torch.save(state, path)
     run(script, *words, '--steps', 4, '--note', 'x', '--resume', 'auto')
+
+
+def test_settings_of_a_method_are_rows_of_their_own(tmp_path):
+    """In the table that `python -m report refresh` makes."""
+    figures = dict.fromkeys(report_lm.FIGURES, 1.0)
+    for i, (method, lmbda, options) in enumerate(
+        [('ce', 0, {}), ('gkd', 0, {}), ('gkd', 0.5, {}), ('gkd', 0, {'beta': 0.9})]
+    ):
+        result = {'script': 'train_lm', 'method': method, 'seed': 1, 'steps': 2, 'curve': [], 'best': {}}
+        result |= {'last': {key: 1 - i / 8 for key in figures} | {'agreement': i / 8}, 'teacher': figures}
+        result['recipe'] = {'lmbda': lmbda, 'options': options}
+        (tmp_path / f'{i}.json').write_text(json.dumps(result))
+    text = report_lm.text_of(tmp_path)
+    assert re.findall(r'^\| (`.*?`) ', text, re.M) == ['`gkd beta=0.9`', '`gkd --lmbda 0.5`', '`gkd`', '`ce`']
+    assert 'in every figure: `gkd`, `gkd --lmbda 0.5`, `gkd beta=0.9`.' in text
