@@ -205,7 +205,7 @@ def test_weights_arguments_and_flags_of_a_method(reproduce, tmp_path):
     assert st['methods'] == [['st', 0.9, {'T': 3.0}]] and st['ce'] == 0.1
     at = json.loads((place / 'at-s2.json').read_text())['recipe']
     assert at['methods'] == [['at', 1000.0, {}, '1:0.5,3']]
-    assert '| rkd+st |' in (place / 'table.md').read_text()
+    assert '| rkd+st (st.T=3.0, st.weight 0.9) |' in (place / 'table.md').read_text()
     assert reproduce('--dry_run', '--only', 'tiny-own').stdout == ''
     (tmp_path / 'grid.json').write_text(json.dumps([table | own | {'layers': {}}, table]))
     *_, todo = reproduce('--dry_run', '--only', 'tiny-own').stdout.splitlines()
