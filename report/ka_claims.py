@@ -96,6 +96,7 @@ def figure(results: list[dict], path: Path) -> bool:
     fig, panels = plt.subplots(
         1, len(told), figsize=(2.2 + 2.1 * len(told), 3.6), sharey=True, layout='constrained'
     )
+    drawn = {}
     for axes, (setting, runs) in zip(panels, told.items()):
         values = by_seed(runs, 'top1')
         for height, method in enumerate(methods):
@@ -103,12 +104,14 @@ def figure(results: list[dict], path: Path) -> bool:
             axes.plot(seen, [height] * len(seen), 'o', color='tab:blue', markersize=4)
         for method, colour in lines.items():
             if method in values:
-                label = f'{method}, mean' if axes is panels[0] else None
-                axes.axvline(statistics.mean(values[method].values()), color=colour, label=label)
+                drawn[f'{method}, mean'] = axes.axvline(
+                    statistics.mean(values[method].values()), color=colour
+                )
         axes.set(title=setting, xlabel='joint accuracy (%)')
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(methods)), methods)
-    fig.legend(loc='outside lower center', ncols=2, frameon=False, fontsize=9)
+    if drawn:
+        fig.legend(drawn.values(), drawn, loc='outside lower center', ncols=2, frameon=False, fontsize=9)
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return True

@@ -43,7 +43,13 @@ class Browser:
         os.close(self.read)
 
     def call(self, method: str, **params):
-        """A command of the protocol and its answer."""
+        """A command of the protocol and its result."""
+        answer = self.ask(method, **params)
+        assert 'error' not in answer, answer
+        return answer['result']
+
+    def ask(self, method: str, **params) -> dict:
+        """A command of the protocol and its answer, which may be an error."""
         self.number += 1
         message = {'id': self.number, 'method': method, 'params': params}
         message |= {'sessionId': self.session} if self.session else {}
@@ -51,8 +57,7 @@ class Browser:
         while True:
             answer = self._next()
             if answer.get('id') == self.number:
-                assert 'error' not in answer, answer
-                return answer['result']
+                return answer
             self.events.append(answer)
 
     def _next(self) -> dict:
@@ -75,13 +80,14 @@ class Browser:
             time.sleep(0.05)
 
     def js(self, code: str):
-        for _ in range(40):  # while a page is still being loaded, what is asked for may not be there yet
-            answer = self.call('Runtime.evaluate', expression=code, returnByValue=True)
-            if 'exceptionDetails' not in answer:
+        for _ in range(40):  # while a page comes or goes, what is asked for may not be there yet
+            answer = self.ask('Runtime.evaluate', expression=code, returnByValue=True)
+            if 'error' not in answer and 'exceptionDetails' not in answer['result']:
                 break
             time.sleep(0.05)
-        assert 'exceptionDetails' not in answer, answer
-        return answer['result'].get('value')
+        else:
+            raise AssertionError(answer)
+        return answer['result']['result'].get('value')
 
     def mouse(self, kind: str, x: float, y: float, held: bool = False) -> None:
         self.call(

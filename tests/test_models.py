@@ -459,7 +459,9 @@ def test_changed_students_load(method, tmp_path):
     torch.manual_seed(0)
     row, img = METHODS[method], torch.randn(2, 3, 32, 32)
     net_s, net_t = models.build('resnet8', 10).eval(), models.build('wrn_16_2', 10).eval()
-    e = SimpleNamespace(s=net_s(img, True), t=net_t(img, True), net_s=net_s, net_t=net_t, num_classes=10)
+    data = SimpleNamespace(mean=(0.5,) * 3, std=(0.2,) * 3, test_batches=lambda n: iter([(img[:n],)]))
+    e = SimpleNamespace(s=net_s(img, True), t=net_t(img, True), net_s=net_s, net_t=net_t, num_classes=10,
+                        train_set=data, another_net=copy.deepcopy)  # fmt: skip
     loss = row.build(row.loss, e)
     trained = row.own.student(net_s, loss, e).train()
     trained(img, True)  # running statistics of its own
