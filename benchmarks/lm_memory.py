@@ -74,9 +74,8 @@ def measured(name: str, tokens: int, classes: int, plain: bool, answer) -> None:
     if plain:
         module.CHUNK = sys.maxsize
     loss, few = make(), torch.randn(2, 8)
-    loss(
-        few.clone().requires_grad_(), few, torch.zeros(2).long()
-    ).backward()  # what torch loads at its first step is not the loss's
+    # what torch loads at its first step is not the loss's
+    loss(few.clone().requires_grad_(), few, torch.zeros(2).long()).backward()
     before = peak()
     torch.manual_seed(0)
     out_s, out_t = (torch.empty(tokens, classes, dtype=torch.bfloat16) for _ in 'st')

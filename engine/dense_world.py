@@ -17,8 +17,8 @@ from engine.errors import NonFinite, UserError, user_errors
 from engine.flags import read_augment
 from engine.meter import all_finite
 from engine.optimise import one_cycle, set_learning_rate
-from engine.processes import gathered, processes, rank
-from engine.record import save_checkpoint
+from engine.processes import processes, rank
+from engine.record import keep
 from models.changed import read_state
 from models.dense import build
 
@@ -108,14 +108,16 @@ def the_teacher(args, world, net, steps, root: Path, log) -> nn.Module:
             raise UserError(
                 f'--t_model: needed with {args.data_name}; train one: --kd_mode alone --s_name {args.t_name}'
             )
-        if not path.exists():
-            torch.manual_seed(0)  # every process trains it, alike and alone: waiting has a time limit
+
+        def weights() -> dict:
+            torch.manual_seed(0)
             net.load_state_dict(build(args.task, args.t_name, world.num_classes, args.size).state_dict())
             learn_from_labels(args, world, net, steps, log)
             if not all_finite(net):
                 raise NonFinite('the teacher: a weight is not finite after its training')
-            save_checkpoint(path, models.named_weights(net, world.class_names))
-        gathered(None)  # from here on it is there
+            return models.named_weights(net, world.class_names)
+
+        keep(path, weights)
     with user_errors():
         models.load_weights(net, path, class_names=world.class_names)
     net.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)

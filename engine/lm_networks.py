@@ -10,10 +10,10 @@ from torch import nn
 
 from engine.device import exact
 from engine.errors import NonFinite, user_errors
-from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, keep, set_rates, share_of_rate
+from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
 from engine.meter import all_finite
 from engine.processes import summed
-from engine.record import Record, save_checkpoint, tested, write_json
+from engine.record import Record, keep, save_checkpoint, tested, write_json
 from models import lm
 from models.checkpoint import read_checkpoint
 

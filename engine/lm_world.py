@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dataset.text import Pairs, Text
 from engine.errors import user_errors
 from engine.optimise import adam
-from engine.processes import gathered, mine, processes, rank
-from engine.record import fingerprint, save_checkpoint
+from engine.processes import mine, processes, rank
+from engine.record import fingerprint, keep
 from models import lm
 from models.checkpoint import read_checkpoint
 
@@ -65,18 +65,6 @@ def continued(whole: Tensor, prompt: int = PROMPT) -> tuple[Tensor, Tensor]:
     target = whole[:, 1:].clone()
     target[:, : prompt - 1] = -100  # the prompt's last position predicts the first new symbol
     return whole[:, :-1], target
-
-
-def keep(path: Path, make: Callable[[], dict]) -> bool:
-    """Unless an earlier training has left this file, write what make() returns; whether that was done.
-
-    Every process makes it, alike and alone: waiting has a time limit. The first one's is kept.
-    """
-    new = not gathered(path.exists())[0]
-    if new:
-        save_checkpoint(path, make())
-        gathered(None)  # from here on it is there
-    return new
 
 
 @dataclass

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError, user_errors
 from engine.origin import class_names_of, fingerprint, fingerprint_of, provenance  # noqa: F401  asked for here, too
-from engine.processes import rank
+from engine.processes import gathered, rank
 from engine.recipe import load_checkpoint
 from models.checkpoint import compare_classes, named_weights
 
@@ -57,6 +58,18 @@ def save_checkpoint(path: Path, content: dict) -> None:
     buffer = io.BytesIO()
     torch.save(on_cpu(content), buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def keep(path: Path, make: Callable[[], dict]) -> bool:
+    """Unless an earlier training has left this file, write what make() returns; whether that was done.
+
+    Every process makes it, alike and alone: waiting has a time limit. The first one's is kept.
+    """
+    new = not gathered(path.exists())[0]
+    if new:
+        save_checkpoint(path, make())
+        gathered(None)  # from here on it is there
+    return new
 
 
 def on_cpu(x):

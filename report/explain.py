@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.parser import Parser
+from report.plot import pyplot
 from report.speed import table
 
 FOLDER = Path(__file__).parent.parent / 'results' / 'cifar10-seeds-rest'
@@ -108,13 +109,7 @@ PARTS = {
 
 def few_shot_figure(results: list[dict], path: Path, log=print) -> None:
     """Accuracy against images per class; a dot per seed, a line through the means."""
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        log('no figure: matplotlib is not installed (pip install matplotlib)')
+    if not (plt := pyplot('no figure:', log)):
         return
     first = results[0]
     fig, axis = plt.subplots(figsize=(6.4, 4.2), layout='constrained')

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 from report.ka_rows import is_of_a_tool
+from report.plot import pyplot
 from report.table import spread
 
 ENSEMBLE = 'the teachers, raw logits'
@@ -82,13 +83,7 @@ def figure(results: list[dict], path: Path) -> bool:
     told = settings(results)
     if not told:
         return False
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print('no figure: matplotlib is not installed (pip install matplotlib)')
+    if not (plt := pyplot('no figure:')):
         return False
 
     lines = {ENSEMBLE: '0.5', 'scratch': 'tab:green'}

@@ -5,6 +5,7 @@ A row is {"row": name, column: number, ...}. Runs that differ in the seed only a
 
 from pathlib import Path
 
+from report.plot import pyplot
 from report.table import spread
 
 
@@ -61,13 +62,7 @@ def figure(results: list[dict], path: Path) -> bool:
                 flat.setdefault(row['row'], {})[r['seed']] = row['top-1 at the end']
     if not curves:
         return False
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print('no figure: matplotlib is not installed (pip install matplotlib)')
+    if not (plt := pyplot('no figure:')):
         return False
 
     fig, axes = plt.subplots(figsize=(6.4, 4.6))

@@ -32,6 +32,7 @@ from engine.record import output_folder, provenance, write_atomic  # noqa: E402
 from engine.session import read_test  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses import sdb  # noqa: E402
+from report.plot import pyplot  # noqa: E402
 from report.table import read_json  # noqa: E402
 
 
@@ -85,22 +86,16 @@ def main():
 
 
 def figure(facts: dict, path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print(f'{path}: not drawn, matplotlib is not installed (pip install matplotlib)')
+    if not (plt := pyplot(f'{path}: not drawn,')):
         return
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
     bars = [(f'box: {name}', top1, 'grey') for name, top1 in facts['box'].items()]
     bars += [(f'student: {name}', fact['top1'], 'C0') for name, fact in facts['students'].items()]
-    chart, axes = pyplot.subplots(figsize=(6.4, 0.4 * len(bars) + 1), layout='constrained')
+    chart, axes = plt.subplots(figsize=(6.4, 0.4 * len(bars) + 1), layout='constrained')
     names, values, colours = zip(*bars[::-1])
     axes.bar_label(axes.barh(names, values, color=colours), fmt='%.1f', padding=2)
     axes.set(xlabel='top-1 on the test set, %', xlim=(0, 108))
     chart.savefig(path, dpi=130)
-    pyplot.close(chart)
+    plt.close(chart)
 
 
 if __name__ == '__main__':

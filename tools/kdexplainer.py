@@ -46,6 +46,7 @@ from engine.session import Log, StopAfterEpoch, labelled_part, progress_bar, rea
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.st import SoftTarget  # noqa: E402
 from models.kdexplainer import KDExplainer  # noqa: E402
+from report.plot import pyplot  # noqa: E402
 
 EPOCHS = 300  # the authors', for the temperature
 
@@ -240,13 +241,7 @@ def groups_of(net: KDExplainer, names: list[str]) -> list[dict]:
 
 def draw(tree: dict, names: list[str], path: Path, log) -> None:
     """Image, blocks, classes from left to right; a line is wider the surer the choice."""
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        log('no figure: matplotlib is not installed (pip install matplotlib)')
+    if not (plt := pyplot('no figure:', log)):
         return
     parents, used = tree['parents'], tree['used']
     depth = len(parents)

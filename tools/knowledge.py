@@ -46,6 +46,7 @@ from engine.record import (
 )  # noqa: E402
 from engine.session import Log, StopAfterEpoch, labelled_part, load_data, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
+from report.plot import pyplot  # noqa: E402
 
 WAYS = ('labels', 'distilled')
 CHECKPOINTS = [0, 2, 5, 10, 15, 20, 25, 30, 40, 50, 70, 90, 110, 130, 150]
@@ -292,13 +293,7 @@ def scales(net: nn.Module, test, img: Tensor, args, number: int) -> Tensor:
 
 def draw(result: dict, images: Tensor, sigmas: dict[str, Tensor], folder: Path, log) -> None:
     """concepts.png: how many there are at each checkpoint. panels.png: entropy maps of a few images."""
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        log('no figures: matplotlib is not installed (pip install matplotlib)')
+    if not (plt := pyplot('no figures:', log)):
         return
     epochs = result['checkpoints']
     fig, axis = plt.subplots(figsize=(6.4, 4), layout='constrained')

@@ -30,6 +30,7 @@ from engine.record import output_folder, provenance, write_atomic  # noqa: E402
 from engine.session import read_test  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from models.checkpoint import read_checkpoint  # noqa: E402
+from report.plot import pyplot  # noqa: E402
 
 
 def parse_args(words=None):
@@ -88,16 +89,10 @@ def main():
 
 
 def figure(facts: dict, path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print(f'{path}: not drawn, matplotlib is not installed (pip install matplotlib)')
+    if not (plt := pyplot(f'{path}: not drawn,')):
         return
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
     names = list(facts['by_class'])
-    chart, axes = pyplot.subplots(figsize=(5, 0.3 * len(names) + 1.4), layout='constrained')
+    chart, axes = plt.subplots(figsize=(5, 0.3 * len(names) + 1.4), layout='constrained')
     rows = [*facts['by_class'].values(), facts['chance']]
     shown = axes.imshow(rows, vmin=0, vmax=1, cmap='viridis', aspect='auto')
     axes.set_xticks(range(len(facts['spots'])), facts['spots'])
@@ -108,7 +103,7 @@ def figure(facts: dict, path: Path) -> None:
             axes.text(j, i, f'{chance:.2f}', ha='center', va='center', color=colour, fontsize=8)
     chart.colorbar(shown, label='chance that the policy distils here')
     chart.savefig(path, dpi=130)
-    pyplot.close(chart)
+    plt.close(chart)
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ from engine.errors import UserError, user_errors  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic  # noqa: E402
 from models.checkpoint import read_checkpoint  # noqa: E402
+from report.plot import pyplot  # noqa: E402
 
 
 def parse_args(words=None):
@@ -42,7 +43,7 @@ def main():
     found = [x for name, x in last.get('kd', {}).items() if name.split('.')[-1] == 'class_to_group']
     if len(found) != 1:
         raise UserError(f'--run {args.run}: its last.pt has no groups of tdd')
-    names = class_names(run / 'results.json') or [str(c) for c in range(found[0].shape[1])]
+    names = last['origin'].get('class_names') or [str(c) for c in range(found[0].shape[1])]
     stages = arranged(found[0].tolist())
     facts = {'stages': [[[names[c] for c in group] for group in groups] for groups in stages],
              'changes': [changes(a, b) for a, b in zip(stages, stages[1:])],
@@ -53,10 +54,6 @@ def main():
     figure(stages, names, folder / 'tree.png')
     for number, groups in enumerate(facts['stages'], 1):
         print(f'stage {number}: ' + ' | '.join(', '.join(group) for group in groups))
-
-
-def class_names(results: Path) -> list[str] | None:
-    return json.loads(results.read_text()).get('class_names') if results.exists() else None
 
 
 def arranged(levels: list[list[int]]) -> list[list[list[int]]]:
@@ -87,23 +84,17 @@ def changes(before: list[list[int]], after: list[list[int]]) -> int:
 
 def figure(stages: list[list[list[int]]], names: list[str], path: Path) -> None:
     """Stages from left to right; a box per group, as high as its classes are many."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f'{path}: not drawn, matplotlib is not installed (pip install matplotlib)')
+    if not (plt := pyplot(f'{path}: not drawn,')):
         return
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
     count = len(names)
-    chart, axes = pyplot.subplots(figsize=(2.2 * len(stages) + 1, 0.3 * count + 1), layout='constrained')
+    chart, axes = plt.subplots(figsize=(2.2 * len(stages) + 1, 0.3 * count + 1), layout='constrained')
     columns = [[list(range(count))], *stages]  # the root, where nothing is told apart yet
     middles = []
     for x, groups in enumerate(columns):
         top, middle = 0, []
         for number, group in enumerate(groups):
             colour = '0.9' if x == 0 else 'white' if len(group) == 1 else f'C{number % 10}'
-            box = pyplot.Rectangle(
+            box = plt.Rectangle(
                 (x - 0.3, top + 0.1), 0.6, len(group) - 0.2, facecolor=colour, alpha=0.35, edgecolor='black'
             )
             axes.add_patch(box)
@@ -123,7 +114,7 @@ def figure(stages: list[list[list[int]]], names: list[str], path: Path) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     chart.savefig(path, dpi=130)
-    pyplot.close(chart)
+    plt.close(chart)
 
 
 if __name__ == '__main__':
