@@ -2,7 +2,7 @@
 
 
 def pyplot(missing: str, log=print):
-    """matplotlib.pyplot, to draw into files; without matplotlib None, and `missing` and the remedy said."""
+    """matplotlib.pyplot for files; None without matplotlib, and `missing` with the remedy is said."""
     try:
         import matplotlib
     except ImportError:
