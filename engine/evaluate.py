@@ -35,7 +35,8 @@ def counted(net: nn.Module, data, amp: Callable[[], torch.autocast], said: Tenso
         loss = F.cross_entropy(out, target, reduction='sum')
         bad = (~torch.isfinite(out)).sum()
         more = [] if said is None else [(out.argmax(dim=1) == said[index]).sum()]
-        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, bad, bad * 0 + len(out), *more]).to(sums)
+        seen = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, bad, bad * 0 + len(out), *more])
+        sums += seen.to(sums.device)
     return summed(sums)
 
 

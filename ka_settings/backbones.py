@@ -245,4 +245,4 @@ def fit_probe(feat: Tensor, labels: Tensor, choices: int, decay: float = 1e-4):
 def accuracy(out: Tensor, labels: Tensor) -> float:
     """Percent: out (N, heads, choices), labels (N, heads); -1 does not count."""
     labels = labels.to(out.device)
-    return 100 * float((out.argmax(dim=2) == labels)[labels >= 0].double().mean())
+    return 100 * float((out.argmax(dim=2) == labels)[labels >= 0].cpu().double().mean())

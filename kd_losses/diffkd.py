@@ -221,11 +221,19 @@ class Denoiser(nn.Module):
 
     def _apply(self, fn, *args, **kwargs):
         """half() and float() leave the schedule in float64."""
-        ab = self.ab
+        kept, self._buffers = self._buffers, {}
         super()._apply(fn, *args, **kwargs)
-        if self.ab.dtype != ab.dtype:
-            self.ab = ab.to(self.ab.device)
+        self._buffers = {name: _kept(x, fn) for name, x in kept.items()}
         return self
+
+
+def _kept(x: Tensor, fn) -> Tensor:
+    """x where fn sends it, still in float64; in float32 where the device has none (Apple's)."""
+    place = fn(torch.zeros((), device=x.device)).device
+    x = x.float() if place.type == 'mps' else x
+    moved = fn(x)
+    moved = moved if moved.dtype == x.dtype else x.to(place)
+    return moved if place.type == 'mps' else moved.double()
 
 
 class _Predictor(nn.Module):

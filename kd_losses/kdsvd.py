@@ -114,13 +114,14 @@ class KDSVD(nn.Module):
 def _leading(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The r largest singular values (N, r) of x (N, M, C) and their right singular vectors (N, C, r)."""
     squares, vectors = _eigen(x)
-    return squares[:, :r].clamp(min=0).sqrt().to(x.dtype), vectors[:, :, :r].to(x.dtype)
+    values = squares[:, :r].clamp(min=0).sqrt().to(x.dtype)
+    return values.to(x.device), vectors[:, :, :r].to(x.dtype).to(x.device)
 
 
 def _eigen(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (N, C) and vectors (N, C, C) of X^T X, largest first, in float64: squaring costs digits."""
     x = _exact(x)
-    gram = (x.mT @ x).double()
+    gram = _double(x.mT @ x)
     squares, vectors = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))  # it would raise
     hidden = 0 * gram.sum(dim=(1, 2), keepdim=True)  # NaN for NaN and inf, which must show in the loss
     return squares.flip(1), vectors.flip(2) + hidden
@@ -132,7 +133,7 @@ class _RightVectors(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         squares, vectors = _eigen(x)
-        return vectors[:, :, :r].to(x.dtype, copy=True), squares, vectors
+        return vectors[:, :, :r].to(x.dtype, copy=True).to(x.device), squares, vectors
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -147,9 +148,15 @@ class _RightVectors(torch.autograd.Function):
         lead = squares[:, None, : ctx.r]
         gap = lead - squares[:, :, None]  # (N, C, r): lam_i - lam_j
         alive = gap.abs() > 1e-10 * squares[:, :1, None].clamp(min=1e-30)
-        b = torch.where(alive, (vectors.mT @ grad.double()) / torch.where(alive, gap, 1.0), 0.0)
+        b = torch.where(alive, (vectors.mT @ _double(grad)) / torch.where(alive, gap, 1.0), 0.0)
         k = vectors @ b @ vectors[:, :, : ctx.r].mT
-        return (_exact(x) @ (k + k.mT).to(_exact(x).dtype)).to(x.dtype), None
+        y = _exact(x)
+        return (y @ (k + k.mT).to(y)).to(x.dtype), None
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -164,10 +164,10 @@ def _aligned(fm: Tensor, v_t: Tensor) -> Tensor:
 def _leading(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (N, C) and vectors (N, C, C) of X'X, largest first; in float64, squaring costs digits."""
     y = _exact(x)
-    gram = (y.mT @ y).double()
+    gram = _double(y.mT @ y)
     squares, vectors = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))  # it would raise
     hidden = 0 * gram.sum(dim=(1, 2), keepdim=True)  # NaN for NaN and inf, which must show in the loss
-    return squares.flip(1), (vectors.flip(2) + hidden).to(x.dtype)
+    return squares.flip(1), (vectors.flip(2) + hidden).to(x.dtype).to(x.device)
 
 
 class _RightVectors(torch.autograd.Function):
@@ -190,10 +190,16 @@ class _RightVectors(torch.autograd.Function):
         x, squares, vectors = ctx.saved_tensors
         gap = squares[:, None, : ctx.r] - squares[:, :, None]  # (N, C, r)
         alive = gap.abs() > 1e-10 * squares[:, :1, None].clamp(min=1e-30)
-        vectors = vectors.double()
-        b = torch.where(alive, (vectors.mT @ grad.double()) / torch.where(alive, gap, 1.0), 0.0)
+        vectors = _double(vectors)
+        b = torch.where(alive, (vectors.mT @ _double(grad)) / torch.where(alive, gap, 1.0), 0.0)
         k = vectors @ b @ vectors[:, :, : ctx.r].mT
-        return (_exact(x) @ (k + k.mT).to(_exact(x).dtype)).to(x.dtype), None
+        y = _exact(x)
+        return (y @ (k + k.mT).to(y)).to(x.dtype), None
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

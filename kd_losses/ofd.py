@@ -78,14 +78,15 @@ class OFD(nn.Module):
         None, of a batch norm without them, counts as 1 and 0; without both the result is one number, ().
         """
         weight = torch.ones(()) if weight is None else weight
-        sigma = weight.detach().double().abs()
-        mu = torch.zeros_like(sigma) if bias is None else bias.detach().double()
+        sigma = _double(weight.detach()).abs()
+        mu = torch.zeros_like(sigma) if bias is None else _double(bias.detach())
         sane = sigma.clamp(min=1e-12)
         z = mu / sane
         below = torch.special.ndtr(-z)  # P(x < 0)
         density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
         margin = torch.where(below > 0.001, mu - sane * density / below.clamp(min=0.001), -3 * sane)
-        return torch.where(sigma < 1e-12, mu.clamp(max=0), margin).to(weight.dtype)
+        margin = torch.where(sigma < 1e-12, mu.clamp(max=0), margin)
+        return margin.to(weight.dtype).to(weight.device)
 
     @staticmethod
     def margin_from_batch(fm_t: Tensor) -> Tensor:
@@ -112,6 +113,11 @@ class OFD(nn.Module):
             if self.reduction == 'mean':
                 return F.mse_loss(s, target)
             return F.mse_loss(s, target, reduction='sum') / len(s)
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

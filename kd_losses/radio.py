@@ -180,7 +180,7 @@ class PHIS(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         _expect('PHIS', 'fm', x, 'N', self.dim, 'H', 'W')
-        rows = x.movedim(1, -1).flatten(0, -2).double()
+        rows = _double(x).to(self.mean.device).movedim(1, -1).flatten(0, -2)
         k, m = len(rows), rows.mean(dim=0)
         n, mean = self.count.double(), self.mean.double()
         centred = rows - m
@@ -214,14 +214,22 @@ class PHIS(nn.Module):
         if not self.fitted:
             raise ValueError('PHIS: fm must be seen before, got none: update with some batches, then fit')
         x = _full(x)
-        gap = _exact(x - _full(self.mean.to(self.whiten.dtype), x)[:, None, None])
+        gap = _exact(x - _full(self.mean.to(self.whiten.dtype).to(x.device), x)[:, None, None])
         return torch.einsum('dc,nchw->ndhw', _full(self.whiten, x).to(gap), gap).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
         z = _exact(_full(x))
         W = _full(self.whiten, x).to(z)
         back = torch.einsum('dc,ndhw->nchw', W, z) / self.alpha.to(z) ** 2
-        return (back + self.mean.to(z)[:, None, None]).to(_full(x).dtype)
+        return (back + self.mean.to(z.dtype).to(z.device)[:, None, None]).to(_full(x).dtype)
+
+    def _apply(self, fn, *args, **kwargs):
+        """What was seen stays on the CPU where the device has no float64 (Apple's)."""
+        place = fn(torch.zeros((), device=self.whiten.device)).device
+        seen = {name: self._buffers.pop(name) for name in ('count', 'mean', 'scatter')}
+        super()._apply(fn, *args, **kwargs)
+        self._buffers |= {name: x.cpu() if place.type == 'mps' else fn(x) for name, x in seen.items()}
+        return self
 
     def get_extra_state(self) -> bool:
         return self.fitted
@@ -237,6 +245,11 @@ class PHIS(nn.Module):
             signs = torch.randint(2, (n, n), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
             return torch.linalg.qr(signs).Q
         return made / math.sqrt(n)
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 class _Head(nn.Module):

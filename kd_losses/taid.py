@@ -122,13 +122,19 @@ class TAID(nn.Module):
 
     def _apply(self, fn, *args, **kwargs):
         """half() and to(dtype) leave the state alone: 0.4 in float32 is another number."""
-        kept = dict(self._buffers)
+        kept, self._buffers = self._buffers, {}
         super()._apply(fn, *args, **kwargs)
-        for name, x in kept.items():
-            moved = self._buffers[name]
-            if moved.dtype != torch.float64 and moved.device.type != 'mps':
-                self._buffers[name] = x.to(moved.device)
+        self._buffers = {name: _kept(x, fn) for name, x in kept.items()}
         return self
+
+
+def _kept(x: Tensor, fn) -> Tensor:
+    """x where fn sends it, still in float64; in float32 where the device has none (Apple's)."""
+    place = fn(torch.zeros((), device=x.device)).device
+    x = x.float() if place.type == 'mps' else x
+    moved = fn(x)
+    moved = moved if moved.dtype == x.dtype else x.to(place)
+    return moved if place.type == 'mps' else moved.double()
 
 
 def _tokens(

@@ -103,7 +103,8 @@ def merge_classes(feats: Tensor, target: Tensor, k: int = 20, threshold: float =
     k nearest feats are of its own classes for less than `threshold` is a group, and so is a leaf.
     """
     _expect('merge_classes', 'feats', feats, 'N', 'D')
-    feats = _full(feats).double()
+    feats = _double(_full(feats))
+    target = target.to(feats.device)
     K = int(target.max()) + 1
     means = torch.stack([feats[target == c].mean(dim=0) for c in range(K)])
     if not torch.isfinite(means).all():
@@ -119,6 +120,11 @@ def merge_classes(feats: Tensor, target: Tensor, k: int = 20, threshold: float =
         else:
             open_nodes += children[node]
     return sorted(groups)
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def _ward(means: Tensor) -> tuple[list[list[int]], dict, list[Tensor]]:

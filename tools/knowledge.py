@@ -194,8 +194,8 @@ def main():
         numbers = {k: v if v == v else None for k, v in kn.metrics(found[way], far).items()}  # NaN: none
         facts[way] = {
             'top1': records[way].history[-1]['test_top1'], **numbers,
-            'counts_fore': found[way]['fore'].double().mean(dim=0).tolist(),
-            'counts_back': found[way]['back'].double().mean(dim=0).tolist(),
+            'counts_fore': found[way]['fore'].cpu().double().mean(dim=0).tolist(),
+            'counts_back': found[way]['back'].cpu().double().mean(dim=0).tolist(),
             'background': found[way]['background'].tolist(), 'distance': far.tolist(),
         }  # fmt: skip
         log(f'{way}: ' + ', '.join(f'{k} {v:.3f}' for k, v in numbers.items() if v is not None))
