@@ -14,9 +14,11 @@ Knowledge Amalgamation", Chip 2023, arXiv:2207.13309.
 Tap: the last map of student and teacher, equal height and width. Logits are not used: the student's task may
 be another one, and its classifier is fitted on a small labelled probe set.
 
-Differences: KamalEngine quantises Grad-CAM to 8 bit and divides by its range (NaN for a flat map, which here
-is all zero); where it has NaN, because a map is zero or all tr are equal, ours has the similarity 0.5 and
-equal probabilities. Its trainer names a class that does not exist, so it does not run.
+Differences: the authors warm the student up on the probe set and keep its classifier for the selection; in
+tools/fedka.py the student begins at random and looks at the probe images with a classifier fitted to them.
+KamalEngine quantises Grad-CAM to 8 bit and divides by its range (NaN for a flat map, which here is all zero);
+where it has NaN, because a map is zero or all tr are equal, ours has the similarity 0.5 and equal
+probabilities. Its trainer names a class that does not exist, so it does not run.
 
 Source: zju-vipa/KamalEngine, kamal/amalgamation/fedka_amal.py, kamal/utils/model_select.py,
 kamal/vision/models/paraphraser.py.

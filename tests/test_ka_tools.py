@@ -1,5 +1,6 @@
 """The tools for single amalgamation losses: tiny runs, resumes, refusals; detectors; token students."""
 
+import importlib
 import json
 
 import numpy as np
@@ -193,13 +194,24 @@ def test_amalgamation_without_data(tool, halves, monkeypatch, tmp_path):
         assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err
 
 
-def test_who_is_drawn_in_a_federation(tool, halves, tmp_path):
+def test_who_is_drawn_in_a_federation(tool, halves, monkeypatch, tmp_path):
+    fedka = importlib.import_module('tools.fedka')
+    saliency_of = fedka.saliency_of
     words = ('fedka', '--t_name', 'resnet8', '--t_model', *halves, '--s_name', 'resnet8', *DATA, '--epochs',
              2, '--local_epochs', 1, '--select_every', 1, '--adapt_every', 1, '--adapt_epochs', 1,
              '--topk', 3)  # fmt: skip
     for how in ('all', 'uniform'):
         done = tool(*words, '--select', how, '--note', how)
         assert done.code == 0, done.err
+    looked = []
+    monkeypatch.setattr(fedka, 'saliency_of', lambda net, img: looked.append(net) or saliency_of(net, img))
+    done = tool(*words, '--select', 'saliency', '--note', 'saliency')
+    assert done.code == 0, done.err
+    torch.manual_seed(2)
+    untrained = build('resnet8', 10).fc.weight
+    assert len(looked) == 6 and not torch.allclose(looked[0].fc.weight.cpu(), untrained), (
+        'its own never learns'
+    )
     drawn = [[json.loads(row['clients']) for row in rows(tmp_path / how)] for how in ('all', 'uniform')]
     assert drawn[0] == [[0, 1], [0, 1]] and all(len(clients) == 3 for clients in drawn[1])
     table = table_of(tmp_path / 'all')

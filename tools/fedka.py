@@ -89,15 +89,16 @@ def main():
     if args.local_images:
         homes = [home.subset(torch.arange(min(args.local_images, len(home)))) for home in homes]
     probe = dataset.few_per_class(train, args.probe, args.seed)
-    probe_img, _, _ = next(probe.test_batches(min(len(probe), 200)))
+    img, *_ = next(probe.test_batches(2))
     with torch.no_grad():
-        c_s, c_t = (net.eval()(probe_img[:2], True).fms[-1].shape[1] for net in (student, teachers[0]))
+        c_s, c_t = (net.eval()(img, True).fms[-1].shape[1] for net in (student, teachers[0]))
     losses = nn.ModuleList(FedKA(c_s, c_t) for _ in range(clients)).to(device)
 
     origin = provenance(device) | class_names_of(train)
     recipe = math_args(
         args, script='fedka', student=args.s_name, teachers=[fingerprint(t) for t in teachers],
-        parts=parts, **{key: getattr(args, key) for key in ('probe', 'topk', 'local_epochs', 'select_every',
+        parts=parts, looks='with a fitted classifier',
+        **{key: getattr(args, key) for key in ('probe', 'topk', 'local_epochs', 'select_every',
                                                              'adapt_every', 'adapt_epochs', 'local_images')},
     )  # fmt: skip
     record = Record(folder, {'net': student, 'losses': losses}, recipe, origin, 'test')
@@ -109,7 +110,7 @@ def main():
     for number in range(record.epoch, args.epochs):
         started = time.time()
         if number % args.select_every == 0:
-            drawn = select(student, teachers, probe_img, args, number)
+            drawn = select(student, teachers, probe, args, number)
         copies, loss = [], 0.0
         for turn, i in enumerate(drawn):
             one, value = at_home(copy.deepcopy(student), losses[i], teachers[i], homes[i], args, amp,
@@ -147,17 +148,20 @@ def main():
     log(f'weights: {how}')
 
 
-def select(student: nn.Module, teachers: list, probe_img, args, number: int) -> list[int]:
-    """Clients of the next rounds, drawn with replacement: rather those that look where the student looks."""
+def select(student: nn.Module, teachers: list, probe, args, number: int) -> list[int]:
+    """Clients of the next rounds, drawn with replacement: rather those that look where the student looks.
+
+    The student looks with a classifier fitted to the probe set: clients train maps, its own never learns.
+    """
     if args.select == 'all':
         return list(range(len(teachers)))
-    maps = [saliency_of(net, probe_img) for net in (student, *teachers)]
-    size = max(m.shape[1] for m in maps)
-    if any(m.shape[1] != size for m in maps):
-        raise UserError('student and teachers must have last maps of one size')
-    prob = selection_prob(transferability(maps[0], torch.stack(maps[1:])))
-    if args.select == 'uniform':
-        prob = torch.ones_like(prob)
+    prob = torch.ones(len(teachers))
+    if args.select == 'saliency':
+        img = torch.cat([img for img, *_ in probe.test_batches(64)])
+        maps = [saliency_of(net, img) for net in (adapted(student, probe, args, number), *teachers)]
+        if len({m.shape[1] for m in maps}) > 1:
+            raise UserError('student and teachers must have last maps of one size')
+        prob = selection_prob(transferability(maps[0], torch.stack(maps[1:])))
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
     return torch.multinomial(prob.cpu(), args.topk, replacement=True, generator=generator).tolist()
 
