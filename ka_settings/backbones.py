@@ -76,6 +76,7 @@ class Backbones:
             self._attributes if args.data_name.partition(':')[0] in dataset.ATTRIBUTE_DATA else self._classes
         )
         load(args, len(names), device, log)
+        self.few = limited(self.train, PROBE)  # drawn: a folder's images come class by class
         if len(self.of) != len(names):
             raise UserError(f'{len(self.of)} tasks for {len(names)} teachers')
         self.nets, figures = [], []
@@ -87,7 +88,7 @@ class Backbones:
         self.initial = self._initial(args, log)
         self.shown = ('mean', *(f'task{i}' for i in range(1, len(names) + 1)))
         self.facts = {'teacher': '+'.join(names), 'probes': [task.name for task in self.of],
-                      'teachers': figures, 'probe_images': min(PROBE, len(self.train))}  # fmt: skip
+                      'teachers': figures, 'probe_images': len(self.few)}  # fmt: skip
         self.recipe = {'probes': [task.name for task in self.of], 'probe_images': PROBE}
 
     def _classes(self, args, teachers: int, device, log) -> None:
@@ -161,7 +162,7 @@ class Backbones:
 
     def sample(self):
         """Some 1300 images, not augmented, for the scale of the teachers' maps."""
-        for _, (img, *_) in zip(range(10), self.train.test_batches(128)):
+        for _, (img, *_) in zip(range(10), self.few.test_batches(128)):
             yield (img,)
 
     def supervised(self, s, target: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class Backbones:
         return labelled_cross_entropy(s.out, target)
 
     def measure(self, net: nn.Module) -> dict[str, float]:
-        row, known = {}, self._read(net, self.train, lambda f: f.feat, PROBE)
+        row, known = {}, self._read(net, self.few, lambda f: f.feat)
         for half, data in (('val', self.val), ('test', self.test)):
             if data:
                 row |= {f'{half}_{key}': value for key, value in self._probes(net, known, data).items()}
@@ -184,7 +185,7 @@ class Backbones:
         nets = {f'teacher {i}': net for i, net in enumerate(self.nets, 1)}
         nets['untrained student'] = copy.deepcopy(self.initial).to(self.test.device)
         return {
-            name: self._probes(net, self._read(net, self.train, lambda f: f.feat, PROBE), self.test)
+            name: self._probes(net, self._read(net, self.few, lambda f: f.feat), self.test)
             for name, net in nets.items()
         }
 
@@ -198,20 +199,17 @@ class Backbones:
         return {'mean': sum(row.values()) / len(row), **row}
 
     @torch.no_grad()
-    def _read(self, net: nn.Module, data, what, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """What a network hands out of all (or the first `most`) images, and the labels."""
+    def _read(self, net: nn.Module, data, what) -> tuple[Tensor, Tensor]:
+        """What a network hands out of all images, and the labels."""
         net.eval()
         same_buffers(net)
-        values, targets, seen = [], [], 0
+        values, targets = [], []
         for img, target, _ in data.test_batches(200):
             with self.amp():
                 values.append(what(net(img, True)).float().cpu())
             targets.append(target.cpu())
-            seen += len(img)
-            if most and seen >= most:
-                break
         shares = gathered((torch.cat(values), torch.cat(targets)))
-        return tuple(torch.cat(part)[:most].to(data.device) for part in zip(*shares))
+        return tuple(torch.cat(part).to(data.device) for part in zip(*shares))
 
 
 def fit_probe(feat: Tensor, labels: Tensor, choices: int, decay: float = 1e-4):

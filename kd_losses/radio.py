@@ -189,6 +189,11 @@ class PHIS(nn.Module):
         self.mean.copy_(mean + (m - mean) * (k / (n + k)))
         self.count += k
 
+    def forget(self) -> None:
+        """As if nothing had been seen; what was fitted stays until the next fit."""
+        for seen in (self.count, self.mean, self.scatter):
+            seen.zero_()
+
     @property
     def cov(self) -> Tensor:
         return self.scatter.double() / (self.count.double() - 1)
@@ -430,7 +435,10 @@ def build(loss, probe, hidden=256, **options):
 
 
 def before(ka, teachers_on, sample):
-    """The scale of every teacher, from a few hundred images."""
+    """The scale of every teacher, from a few hundred images; the batch that `build` saw does not count."""
+    for phis in ka.phis:
+        if isinstance(phis, PHIS):
+            phis.forget()
     for img, *_ in sample():
         ka.calibrate([t.fms[-1] for t in teachers_on(img)])
     ka.fit()
