@@ -65,7 +65,7 @@ class ConcatKD(nn.Module):
     def forward(self, out_s: Tensor, outs_t: list[Tensor], return_terms: bool = False):
         _expect('ConcatKD', 'out_s', out_s, 'N', 'C' if self.mode == 'mse' else 'K')
         for i, out_t in enumerate(outs_t):
-            _expect('ConcatKD', f'outs_t[{i}]', out_t, len(out_s), 'K' if self.mode == 'parts' else 'C')
+            _expect('ConcatKD', f'outs_t[{i}]', out_t, len(out_s), 'C')
         widths = [out_t.shape[1] for out_t in outs_t]
         _expect('ConcatKD', 'out_s', out_s, len(out_s), sum(widths))  # the classes of all outs_t
         out_s, outs_t = _full(out_s), [_full(out_t.detach(), out_s) for out_t in outs_t]

@@ -90,6 +90,11 @@ class OODKAGenerator(nn.Module):
         for i, out_t in enumerate(outs_t):
             _expect('OODKAGenerator', f'outs_t[{i}]', out_t, len(out_s), 'C')
         _expect('OODKAGenerator', 'out_s', out_s, len(out_s), sum(out_t.shape[1] for out_t in outs_t))
+        _expect('OODKAGenerator', 'd_fake', d_fake, len(out_s), 1, 'H', 'W')
+        for i, (x, *moments) in enumerate(bn_stats):
+            _expect('OODKAGenerator', f'bn_stats[{i}][0]', x, len(out_s), 'C', 'H', 'W')
+            for j, moment in enumerate(moments, 1):
+                _expect('OODKAGenerator', f'bn_stats[{i}][{j}]', moment, x.shape[1])
         shapes = [[(len(fm), *fm.shape[2:]) for fm in fms] for fms in fms_t]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -119,6 +124,8 @@ class OODKAGenerator(nn.Module):
 
 def disc_loss(d_real: Tensor, d_fake: Tensor) -> Tensor:
     """The discriminator's objective: patch logits of N real images and N generated, detached ones."""
+    _expect('disc_loss', 'd_real', d_real, 'N', *'D' * (d_real.dim() - 1))
+    _expect('disc_loss', 'd_fake', d_fake, *d_real.shape)
     d_real, d_fake = _full(d_real), _full(d_fake)
     real = F.binary_cross_entropy_with_logits(d_real, torch.ones_like(d_real), reduction='sum')
     fake = F.binary_cross_entropy_with_logits(d_fake, torch.zeros_like(d_fake), reduction='sum')

@@ -29,7 +29,7 @@ Use:
     >>> from transformer_ka import TaskAmalgamation
     >>> boxes, logits = torch.rand(2, 5, 4), torch.randn(2, 5, 4, requires_grad=True)
     >>> teachers = [{'logits': torch.randn(2, 5, c), 'boxes': boxes} for c in (3, 2)]
-    >>> out_s = {'logits': logits, 'boxes': boxes}  # background is the last class
+    >>> out_s = {'logits': logits, 'boxes': boxes}  # column 0 is background
     >>> TaskAmalgamation([[0, 2], [1]], 3)(out_s, teachers).backward()
     >>> logits.grad.norm() > 0
     tensor(True)

@@ -107,6 +107,9 @@ class Attributes:
                 raise UserError(f'no teacher knows {", ".join(sorted(unknown))}')
             if method.needs.shared_classes and not self.alike:
                 raise UserError(f'--ka_mode {name}: wants teachers that all know all of --attributes')
+            if method.needs.shared_classes and len(self.attributes) > 1:  # who is surest is asked per answer
+                raise UserError(f'--ka_mode {name}: makes a component for one attribute, got '
+                                f'{len(self.attributes)}; customize_target joins components')  # fmt: skip
 
     def _teacher(self, i: int, name: str, path: str, test, log) -> tuple[nn.Module, dict]:
         """A frozen teacher that is good for its attributes, and how good."""

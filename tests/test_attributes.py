@@ -283,6 +283,8 @@ def test_mistakes_with_attributes_are_one_line(script, sources, tmp_path):
         'customize', '--attributes', 'Smiling', *teachers(sources, first, third), said='teacher 2 knows none'
     )
     refused('customize', *teachers(sources, first, second), said='all know all')
+    twice = teachers(sources, first, first)
+    refused('customize', '--attributes', *first.split(','), *twice, said='for one attribute')
     refused(
         'each_attribute', '--attributes', 'Bangs', 'Wearing_Hat', *teachers(sources, first), said='no teacher'
     )

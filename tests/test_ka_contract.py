@@ -489,6 +489,33 @@ def test_wrong_options_are_named():
             build()
 
 
+def test_a_teacher_of_one_class_has_no_choice_to_teach():
+    from ka_losses import ConcatKD
+
+    out_s, outs_t = torch.randn(6, 3, requires_grad=True), [torch.randn(6, 1), torch.randn(6, 2)]
+    only = ConcatKD(mode='parts')(out_s[:, 1:], outs_t[1:])
+    torch.testing.assert_close(ConcatKD(mode='parts')(out_s, outs_t), only)
+    assert ConcatKD(mode='parts')(out_s[:, :2], [torch.randn(6, 1)] * 2) == 0
+
+
+def test_what_the_generator_of_ood_ka_is_told_must_meet():
+    from ka_losses.ood_ka import disc_loss
+
+    for key, wrong in {
+        'd_fake': torch.randn(3, 1, 2, 2),
+        'bn_stats': [(torch.randn(2, 4, 3, 3), torch.zeros(4), torch.ones(4))],
+    }.items():
+        made = Made('ood_ka')
+        with pytest.raises(ValueError, match=key):
+            made.loss(**made.inputs | {key: wrong})
+    made = Made('ood_ka')
+    x, mean, var = made.inputs['bn_stats'][0]
+    with pytest.raises(ValueError, match=r'bn_stats\[0\]\[2\]'):
+        made.loss(**made.inputs | {'bn_stats': [(x, mean, var[:-1])]})
+    with pytest.raises(ValueError, match='d_fake'):
+        disc_loss(torch.randn(4, 1, 2, 2), torch.randn(3, 1, 2, 2))
+
+
 def test_a_teacher_may_exclude_classes():
     """Logits of -inf: such a class adds nothing, anywhere."""
     from ka_losses import ConcatKD, TaskAmalgamation
