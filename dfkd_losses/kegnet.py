@@ -98,7 +98,9 @@ def _distances(x: Tensor, metric: str) -> Tensor:
         products = (_exact(x) @ _exact(x).T).to(x.dtype)
         lengths = x.square().sum(dim=1)
         return (lengths[:, None] + lengths[None] - 2 * products).clamp(min=0) / x.shape[1]
-    unit = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-8)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    # an image of zeros stays, and has no gradient
+    unit = x / length.clamp(min=1e-8).masked_fill(length <= 1e-12, torch.inf)
     return 1 - (_exact(unit) @ _exact(unit).T).to(x.dtype)
 
 

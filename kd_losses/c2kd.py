@@ -61,7 +61,8 @@ class ESA(nn.Module):
         gamma: how fast the weight falls with the error rate; 1.
 
     Shape:
-        enc_s: (B, H, Ls, Ls), enc_t: (B, H, Lt, Lt), cross_s: (B, H, Ly, Ls), cross_t: (B, H, Ly, Lt);
+        enc_s: (B, H, Ls, Ls), enc_t: (B, H, Lt, Lt), cross_s: (B, H, Ly, Ls), cross_t: (B, H, Ly, Lt),
+        scores or probabilities;
         len_s, len_t, len_y: (B,) lengths of samples; err: error rate of the student, 0 to 1. Returns a
         scalar, summed over samples and heads. No gradient reaches the teacher.
         Computed in float32, also under TF32, or in float64 as the student.

@@ -130,6 +130,14 @@ class ClassPrior(nn.Module):
         self.register_buffer('prior', torch.full((num_classes, num_classes), 1 / num_classes))
         self.register_buffer('sums', torch.zeros(num_classes, num_classes))
 
+    def _apply(self, fn, *args, **kwargs):
+        """Rows that no class has filled yet are 1 / K in the new precision, too."""
+        first = self.prior == torch.full_like(self.prior, 1 / len(self.prior))
+        super()._apply(fn, *args, **kwargs)
+        if not self.prior.is_meta and not first.is_meta:
+            self.prior.masked_fill_(first.to(self.prior.device), 1 / len(self.prior))
+        return self
+
     @torch.no_grad()
     def update(self, out_t: Tensor, target: Tensor, T2: float) -> None:
         _expect('ClassPrior', 'out_t', out_t, 'N', len(self.sums))

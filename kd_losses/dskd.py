@@ -54,11 +54,10 @@ class DSKD(nn.Module):
         T: temperature, > 0; 2.
 
     Shape:
-        out_s, out_t: (N, L, K) logits, K >= 2; hid_s: (N, L, s_dim), hid_t: (N, L, t_dim); head_s: (K,
-            s_dim),
-        head_t: (K, t_dim); target: (N, L) labels, aligned with the logits, -100 leaves a position out.
-        Returns a scalar; `terms` (ce, student_space, teacher_space). No gradient reaches the teacher's
-        tensors or the heads. Computed in float32, or in float64 as the student.
+        out_s, out_t: (N, L, K) logits, K >= 2; hid_s: (N, L, s_dim), hid_t: (N, L, t_dim);
+        head_s: (K, s_dim), head_t: (K, t_dim); target: (N, L) labels, aligned with the logits, -100 leaves a
+        position out. Returns a scalar; `terms` (ce, student_space, teacher_space). No gradient reaches the
+        teacher's tensors or the heads. Computed in float32, or in float64 as the student.
 
     Raises:
         ValueError: T is not positive; a wrong shape; K < 2; a label that is no class.
@@ -106,10 +105,10 @@ class DSKDCMA(nn.Module):
         T_t: a further one of the teacher's states as the student's head reads them, > 0; 1.
 
     Shape:
-        out_s: (N, L, K_s), out_t: (N, M, K_t); hid_s: (N, L, s_dim), hid_t: (N, M, t_dim); head_s, emb_s:
-        (K_s, s_dim), head_t, emb_t: (K_t, t_dim), heads and tables of input embeddings; input_s, target:
-        (N, L),
-        input_t, target_t: (N, M), the ids read and to be predicted, target -100 leaves a position out.
+        out_s: (N, L, K_s), out_t: (N, M, K_t); hid_s: (N, L, s_dim), hid_t: (N, M, t_dim);
+        head_s, emb_s: (K_s, s_dim), head_t, emb_t: (K_t, t_dim), heads and tables of input embeddings;
+        input_s, target: (N, L), input_t, target_t: (N, M), the ids read and to be predicted, target -100
+        leaves a position out.
         Returns a scalar; `terms` (ce, student_space, teacher_space). No gradient reaches the teacher's
         tensors, heads or tables. A text without a position of the teacher is to be left out. Computed in
         float32, or in float64 as the student.

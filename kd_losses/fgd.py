@@ -91,7 +91,7 @@ class FGD(nn.Module):
                 f'FGD: boxes must be one tensor per picture, {n}, got {len(boxes)}: torch.zeros(0, 4) '
                 'where there is none'
             )
-        inside, outside = masks(boxes, image_size, size)
+        inside, outside = masks([_full(box, fm_s) for box in boxes], image_size, size)
         with _no_autocast(fm_s):
             x, y = _full(fm_s), _full(fm_t.detach(), fm_s)
             x = x if self.align is None else _run(self.align, x)

@@ -21,7 +21,7 @@ Use:
     >>> import torch
     >>> from quest import QuEST
     >>> fm_s, fm_t = torch.randn(8, 16, 8, 8, requires_grad=True), torch.randn(8, 32, 8, 8)
-    >>> QuEST(16, 32, centroids=torch.randn(64, 32), num_words=64)(fm_s, fm_t).backward()
+    >>> QuEST(16, 32, centroids=torch.randn(64, 32))(fm_s, fm_t).backward()
     >>> fm_s.grad.norm() > 0
     tensor(True)
 """
@@ -36,7 +36,7 @@ class QuEST(nn.Module):
 
     Args:
         s_channels, t_channels: channels of the two maps.
-        num_words: size of the vocabulary; 4096.
+        num_words: size of the vocabulary; None: as many as centroids has, or 4096.
         tau: sharpness of the teacher's assignment (called temperature in the authors' settings); 5.
         scale: initial factor on the cosines, learned; 3.
         centroids: (num_words, t_channels), the vocabulary; None: zeros, to be filled by `fit`.
@@ -54,12 +54,14 @@ class QuEST(nn.Module):
         self,
         s_channels: int,
         t_channels: int,
-        num_words: int = 4096,
+        num_words: int | None = None,
         tau: float = 5.0,
         scale: float = 3.0,
         centroids: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if num_words is None:
+            num_words = 4096 if centroids is None else len(centroids)
         if centroids is None:
             centroids = torch.zeros(num_words, t_channels)
         _expect('QuEST', 'centroids', centroids, num_words, t_channels)

@@ -104,12 +104,14 @@ class PairWise(nn.Module):
         pool = F.max_pool2d if self.pool == 'max' else F.avg_pool2d
         nodes = pool(fm, side, side, ceil_mode=True).flatten(2)
         length = torch.linalg.vector_norm(nodes.detach(), dim=1, keepdim=True)  # no gradient: as the authors
+        length = length.masked_fill(length <= 1e-12, torch.inf)  # a node of zeros stays, and has no gradient
         nodes = _exact(nodes / (length + 1e-8))
         return (nodes.mT @ nodes).to(fm.dtype)
 
 
 class Holistic(nn.Module):
-    """What a discriminator of logit maps and the student learn from its scores; called, the student's part.
+    """What a discriminator of logit maps and the student learn from its scores; called, the student's part
+    (g_loss is another name for that).
 
     Args:
         kind: 'wgan-gp' or 'hinge', for the discriminator.
@@ -124,20 +126,27 @@ class Holistic(nn.Module):
 
     def __init__(self, kind: str = 'wgan-gp') -> None:
         super().__init__()
+        self.kind = self._known(kind)
+
+    @staticmethod
+    def _known(kind: str) -> str:
         if kind not in ('wgan-gp', 'hinge'):
             raise ValueError(f'Holistic: kind must be wgan-gp or hinge, got {kind!r}')
-        self.kind = kind
+        return kind
 
     def forward(self, d_s: Tensor) -> Tensor:
         _expect('Holistic', 'd_s', d_s, 'N', *'D' * (d_s.dim() - 1))
         return -_full(d_s).mean()
 
-    def d_loss(self, d_s: Tensor, d_t: Tensor) -> Tensor:
-        """The discriminator's, without gradient penalty."""
+    g_loss = forward
+
+    def d_loss(self, d_s: Tensor, d_t: Tensor, kind: str | None = None) -> Tensor:
+        """The discriminator's, without gradient penalty; kind: None, as the module's."""
+        kind = self._known(kind or self.kind)
         _expect('Holistic', 'd_s', d_s, 'N', *'D' * (d_s.dim() - 1))
         _expect('Holistic', 'd_t', d_t, *d_s.shape)
         d_s, d_t = _full(d_s), _full(d_t)
-        if self.kind == 'hinge':
+        if kind == 'hinge':
             return (1 - d_t).relu().mean() + (1 + d_s).relu().mean()
         return d_s.mean() - d_t.mean()
 

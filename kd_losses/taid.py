@@ -89,7 +89,8 @@ class TAID(nn.Module):
         def cross_entropy(out_s, out_t, counts):
             s, r = _filled(_full(out_s), counts), _filled(_full(out_t, out_s), counts)
             with torch.no_grad():  # 0 times an infinite logit would be NaN
-                r = torch.where(t == 0, s, torch.where(t == 1, r, (1 - t) * s + t * r)).softmax(dim=1)
+                alone = s + torch.where(r == -torch.inf, 0.0, 0 * r)  # a teacher's NaN shows at t = 0, too
+                r = torch.where(t == 0, alone, torch.where(t == 1, r, (1 - t) * s + t * r)).softmax(dim=1)
             log_q = F.log_softmax(s, dim=1)
             return -(r * log_q.masked_fill(log_q == -torch.inf, 0.0)).sum(dim=1)
 

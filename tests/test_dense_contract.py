@@ -20,6 +20,7 @@ from kd_losses.ifvd import IFVD
 from kd_losses.ld import LD, main_region, valuable_region
 from kd_losses.maskd import MasKD
 from kd_losses.pkd import PKD
+from kd_losses.skds import Holistic, PairWise
 
 NONE = torch.zeros(0, 4)
 
@@ -392,6 +393,23 @@ def test_freekd_in_its_slow_form():
         m = torch.einsum('tc,nchw->nthw', loss.token[j], b.sum(dim=2)).sigmoid()
         slow += (m[:, :, None, None] * (a - b)[:, None]).abs().mean()
     near(loss(x, y), slow)
+
+
+def test_a_region_of_zeros_has_no_gradient_of_its_own():
+    fm_s = rand(2, 4, 8, 8).requires_grad_()
+    with torch.no_grad():
+        fm_s[0, :, :4, :4] = 0
+    healthy(PairWise()(fm_s, rand(2, 4, 8, 8, seed=1)), fm_s)
+    assert fm_s.grad[0, :, :4, :4].abs().max() == 0 and fm_s.grad.abs().max() < 1
+
+
+def test_both_players_of_the_holistic_loss():
+    d_s, d_t = rand(3, 1), rand(3, 1, seed=1)
+    game = Holistic()
+    assert game.g_loss(d_s) == game(d_s) == -d_s.mean()
+    assert game.d_loss(d_s, d_t, 'hinge') == Holistic('hinge').d_loss(d_s, d_t) != game.d_loss(d_s, d_t)
+    with pytest.raises(ValueError, match='hinge'):
+        game.d_loss(d_s, d_t, 'least squares')
 
 
 def test_one_mask_overlaps_with_nothing():

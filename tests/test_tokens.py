@@ -495,6 +495,8 @@ def test_taid_moves_only_in_training_and_never_on_nan():
         out_t = args[1].detach().clone()
         out_t[..., 0] = -torch.inf
         assert torch.isfinite(loss(args[0], out_t, args[2]))
+        for bad in (torch.nan, torch.inf):
+            assert TAID(t, 1.0)(args[0], out_t.index_fill(2, torch.tensor([1]), bad), args[2]).isnan()
 
 
 def test_the_schedule_of_samples():
