@@ -22,10 +22,9 @@ from report import ka_claims, ka_rows
 from report.ka_rows import is_of_a_tool
 from report.table import insert, read_json, spread
 
-NOTE = (
-    'Last epoch, test set, percent unless said otherwise. Joint: argmax over all classes. Part: argmax among '
-    'the classes of the part, which is known. *selected on test data.'
-)
+NOTE = 'Last epoch, test set, percent unless said otherwise.'
+JOINT = 'Joint: argmax over all classes. Part: argmax among the classes of the part, which is known.'
+SELECTED = '*selected on test data.'
 BALANCED = (
     'Last epoch, test set, percent. Balanced, in brackets beside an accuracy: mean of the recalls of yes and '
     'of no. *selected on test data.'
@@ -286,12 +285,18 @@ def text_of(made: list[tuple[str, list[list]]]) -> str:
 
 
 def note_of(made: list[tuple[str, list[list]]]) -> str:
-    heads = [rows[0] for _, rows in made]
-    notes = [
-        BALANCED if 'balanced' in head else PROBES if head[0].startswith('linear probes') else NOTE
-        for head in heads
-    ]
-    return '\n'.join(dict.fromkeys(notes))
+    """What the columns of these tables mean, each note once."""
+    return '\n'.join(dict.fromkeys(_note(rows[0]) for _, rows in made))
+
+
+def _note(head: list[str]) -> str:
+    if 'balanced' in head:
+        return BALANCED
+    if head[0].startswith('linear probes'):
+        return PROBES
+    joint = any(name.startswith('joint top-1') for name in head)
+    selected = any(name.endswith('*') for name in head)
+    return ' '.join([NOTE, *[JOINT] * joint, *[SELECTED] * selected])
 
 
 def csv_of(made: list[tuple[str, list[list]]]) -> str:

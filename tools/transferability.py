@@ -173,6 +173,11 @@ def table(rows: list[dict], columns: list[str]) -> str:
     return '\n'.join(lines)
 
 
+def _place(tau: float | None) -> tuple:
+    """Largest first, None last."""
+    return (tau is None, -(tau or 0))
+
+
 def agreement_table(found: dict[str, dict]) -> str:
     lines = []
     for group, metrics in found.items():
@@ -181,8 +186,7 @@ def agreement_table(found: dict[str, dict]) -> str:
             f'rank correlation with the accuracy, {group}',
             f'{"":14}{"Kendall":>10}{"weighted":>10}',
         ]
-        shown = sorted(metrics.items(), key=lambda item: -(item[1]['weighted'] or -9))
-        for name, tau in shown:
+        for name, tau in sorted(metrics.items(), key=lambda item: _place(item[1]['weighted'])):
             cells = ['-' if x is None else f'{x:.3f}' for x in (tau['kendall'], tau['weighted'])]
             lines.append(f'{name:14}{cells[0]:>10}{cells[1]:>10}')
     return '\n'.join(lines)

@@ -20,6 +20,7 @@ any case. Networks in evaluation mode.
 Differences: the authors' code is followed, not the paper's words. It skips the first checkpoint of ResNets
 when it counts, but not among the distances, so that each distance is one checkpoint early: nothing is skipped
 here. Its slope is infinite where an image had most concepts at epoch 0: such images are left out here.
+`metrics` takes what `concepts` returned in one piece.
 
 Source: Jenniferlyx/Explaining-Knowledge-Distillation-by-Quantifying-the-Knowledge, sigma/train_sigma.py,
 sigma/find_knowledge_new.py, model/models.py.
