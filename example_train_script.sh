@@ -168,6 +168,7 @@ abkd()       { kd abkd        --lambda_kd 32; }
 adain()      { kd adain       --lambda_kd 1; }
 aekd()       { team aekd      --lambda_kd 0.9; }
 afd()        { kd afd         --lambda_kd 500; }
+akl()        { kd akl         --lambda_kd 1; }
 at()         { kd at          --lambda_kd 1000; }
 bss()        { kd bss         --lambda_kd 2; }
 camkd()      { team camkd     --lambda_kd 1; }
@@ -185,6 +186,7 @@ diffkd()     { kd diffkd      --lambda_kd 1; }
 deep_geometric_graphs() { kd deep_geometric_graphs --lambda_kd 25; }
 dgkd()       { team dgkd      --lambda_kd 1; }
 dist()       { kd dist        --lambda_kd 2; }
+distillm()   { kd distillm    --lambda_kd 1; }
 distplus()   { kd distplus    --lambda_kd 2; }
 dkd()        { kd dkd         --lambda_kd 1; }
 dkl()        { kd dkl         --lambda_kd 1; }
@@ -199,6 +201,7 @@ fkd_labels() { kd fkd_labels  --lambda_kd 1; }
 fkd_labels_strong() { kd fkd_labels_strong --lambda_kd 1; }
 fsp()        { kd fsp         --lambda_kd 1; }
 ft()         { kd ft          --lambda_kd 200; }
+gkd()        { kd gkd         --lambda_kd 1; }
 graftkd()    { kd graftkd     --lambda_kd 1; }
 ickd()       { kd ickd        --lambda_kd 2.5; }
 ikd()        { kd ikd         --lambda_kd 0.2; }
@@ -223,6 +226,7 @@ pld()        { kd pld         --lambda_kd 1; }
 quest()      { kd quest       --lambda_kd 1; }
 reviewkd()   { kd reviewkd    --lambda_kd 0.6; }
 rkd()        { kd rkd         --lambda_kd 1; }
+rkl()        { kd rkl         --lambda_kd 1; }
 rld()        { kd rld         --lambda_kd 1; }
 rrd()        { kd rrd         --lambda_kd 1; }
 rsd()        { kd rsd         --lambda_kd 0.1; }
@@ -241,10 +245,12 @@ srd()        { kd srd         --lambda_kd 1; }
 srrl()       { kd srrl        --lambda_kd 1; }
 sskd()       { kd sskd        --lambda_kd 1; }
 st()         { kd st          --lambda_kd 0.1; }
+taid()       { kd taid        --lambda_kd 1; }
 tekap()      { kd tekap       --lambda_kd 0.9; }
 tdd()        { kd tdd         --lambda_kd 0.1; }
 tfkd_self()  { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
 ttm()        { kd ttm         --lambda_kd 45; }
+tvd()        { kd tvd         --lambda_kd 1; }
 vid()        { kd vid         --lambda_kd 1; }
 vitkd()      { kd vitkd       --lambda_kd 1; }
 vkd()        { kd vkd         --lambda_kd 1; }
@@ -271,7 +277,7 @@ okddip()     { peers okddip      1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
 onadvfd()    { peers onadvfd     1 "$S_NAME" "$S_NAME"; }
 one()        { peers one         1 "$S_NAME" "$S_NAME" "$S_NAME"; }
 
-METHODS='ab abkd adain aekd afd at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fitnet fkd_labels fkd_labels_strong fsp ft graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st tekap tdd tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
+METHODS='ab abkd adain aekd afd akl at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distillm distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fitnet fkd_labels fkd_labels_strong fsp ft gkd graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rkl rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st taid tekap tdd tfkd tfkd_self ttm tvd uskd vid vitkd vkd wkd wkd_feature wsld'
 TEAMS='aekd camkd dgkd ebkd mkd_avg'
 VITS='vitkd'
 PEERS='dcm dml kdcl okddip onadvfd one'

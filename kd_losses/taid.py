@@ -283,6 +283,11 @@ def feed(kd, s, t, batch):
     return kd(s.out, t.out, batch.target, progress=batch.progress)
 
 
+def feed_images(kd, s, t, batch):
+    """No text, an image's label instead; the line moves once an epoch."""
+    return kd(s.out, t.out, batch.target, progress=batch.epoch / batch.epochs)
+
+
 def build(loss, probe, **options):
     """The authors' ratio of alpha to the length, 16,000 steps there (from memory, unverified)."""
     return loss(**{'alpha': 8 / probe.steps, **options})

@@ -217,7 +217,7 @@ def test_arguments_have_the_names_of_the_field(name):
         'target prior index img epoch net_s net_t classifier teacher_tail sample_idx mask keep valid lam ramp'
     )
     rest += ' noise grid generator query_spatial query_frequency out_s_strong out_t_strong kd_weight weights'
-    rest += ' noise_t out_t_key'
+    rest += ' noise_t out_t_key num_items progress out_s_gen out_t_gen target_gen'
     sides += ['img', 'txt', 'scale']  # pairs of image and text
     # of one network, or of several that are equals
     equals = 'out out_pair out_a out_b feat_a feat_b out_1 out_2 outs_1 outs_2 outs peers feat feats feat_mid'
