@@ -12,6 +12,7 @@
 #                                             results/ lacks of it, then write its table.md
 #   bash example_train_script.sh dfkd         without data: teacher, then students from images that are made
 #   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, faces, tables, figures
+#   bash example_train_script.sh ka_claims    ... its methods side by side over seeds, half of CIFAR-10, hours on a CPU
 #   bash example_train_script.sh ka_tools     ... its losses with a trainer of their own, embedded data, CPU
 #   bash example_train_script.sh lm           language models on Python's own reference, CPU, a few minutes
 #   bash example_train_script.sh dense        segmentation and detection of embedded rooms, CPU, a few minutes
@@ -343,6 +344,35 @@ faces() {
     py -m report ka "$SAVE_ROOT/$FACE_RUN" --out "$SAVE_ROOT/$FACE_RUN"
 }
 
+# The claims: each method with halves, quarters and unlike teachers of CIFAR-10, three seeds, half of the images.
+ka_claims() {
+    data
+    DATA=cifar10:25000
+    for SEED in 1 2 3; do
+        claim halves resnet8:2:0 resnet8:2:1
+        claim quarters resnet8:4:0 resnet8:4:1 resnet8:4:2 resnet8:4:3
+        claim unlike wrn_16_1:2:0 resnet8:2:1
+    done
+    py -m report ka "$SAVE_ROOT/ka-claims" --out "$SAVE_ROOT/ka-claims"
+}
+
+# SETTING, then of every teacher its name, the number of parts, and its part.
+claim() {
+    local setting=$1 teacher name parts part note nets=() models=()
+    shift
+    for teacher in "$@"; do
+        IFS=: read -r name parts part <<< "$teacher"
+        note=ka-claims-teacher-$name-$parts-$part-s$SEED
+        EPOCHS=12 run train_base.py --net_name "$name" --num_parts "$parts" --part "$part" --note "$note" \
+            --schedule onecycle --lr 0.3
+        nets+=("$name")
+        models+=("$SAVE_ROOT/$note/net.pt")
+    done
+    # shellcheck disable=SC2086  # KA_MODES is several words
+    EPOCHS=6 run train_ka.py --ka_mode $KA_MODES --t_name "${nets[@]}" --t_model "${models[@]}" --s_name resnet8 \
+        --note "ka-claims/$setting-s$SEED"
+}
+
 # NOTE MODES ATTRIBUTES, then of every teacher its name, its file and its attributes.
 learn_face() {
     local note=$1 modes=$2 wanted=$3 nets=() models=() lists=()
@@ -556,9 +586,9 @@ say() {    # a heading for who watches
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, rooms, faces, ka_tools, lm, dense, or one of: $METHODS $PEERS"
+usage="say quick, cifar10, cifar100, base, kd METHOD..., dml [METHOD...], table NAME, dfkd, ka, ka_claims, rooms, faces, ka_tools, lm, dense, or one of: $METHODS $PEERS"
 command=${1:-}
-case " quick cifar10 cifar100 base kd table dfkd ka rooms faces ka_tools lm dense $METHODS $PEERS " in
+case " quick cifar10 cifar100 base kd table dfkd ka ka_claims rooms faces ka_tools lm dense $METHODS $PEERS " in
 *" ${command:-nothing} "*) ;;
 *)
     case $command in

@@ -9,6 +9,7 @@ methods over seeds. With --readme FILE the tables also replace what stands betwe
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,14 +34,17 @@ PROBES = 'Last epoch, test set, percent right of linear probes of the embedding,
 
 
 def read_results(folders: list[str]) -> list[dict]:
-    """Every result of train_ka.py below the folders, with its experiment: the folder that it lies in."""
+    """Every result of train_ka.py below the folders, with its experiment: the folder that it lies in.
+
+    Folders that differ in the seed at the end, halves-s1 and halves-s2, are one experiment.
+    """
     results = []
     for folder in map(Path, folders):
         for path in sorted(folder.rglob('*.json')):
             content = read_json(path)
             if isinstance(content, dict) and (content.get('script') == 'train_ka' or is_of_a_tool(content)):
                 place = path.parent.parent if path.name == 'results.json' else path.parent
-                results.append(content | {'experiment': place.name})
+                results.append(content | {'experiment': re.sub(r'-s\d+$', '', place.name)})
     return results
 
 

@@ -15,6 +15,7 @@ from ka_losses.recombination import combine_models
 from models import build
 from models.detector import Detector, position_code
 from report import ka_claims, ka_rows
+from report.ka import read_results
 from tests.conftest import Killed
 from tests.test_train import rows, same, weights
 from tools.recombination import Recombined, count, inner, least, prune
@@ -431,3 +432,11 @@ def test_settings_stand_side_by_side(tmp_path):
     ]
     assert part[1][3] == ['cfl', '82.00 +- 0.00 (+1.0 +- 0.0)', '']
     assert ka_claims.figure(runs, tmp_path / 'x.png') and (tmp_path / 'x.png').stat().st_size > 5000
+
+
+def test_runs_of_several_seeds_are_one_experiment(tmp_path):
+    for place in ('halves-s1', 'halves-s2', 'quarters-s1', 'component-a'):
+        (tmp_path / place / 'concat').mkdir(parents=True)
+        (tmp_path / place / 'concat' / 'results.json').write_text(json.dumps({'script': 'train_ka'}))
+    found = [r['experiment'] for r in read_results([str(tmp_path)])]
+    assert found == ['component-a', 'halves', 'halves', 'quarters']

@@ -8,7 +8,7 @@ while a linear head on its embedding tries to read the others and the student mo
 (0: no unlearning). How much is left is then measured by somebody who wants the other classes back: from
 --attack_share of their training images with labels, once with a new classifier on the frozen network, once
 with the whole network. Beside the students stand the teacher and a network of random weights, attacked in the
-same way.
+same way. Weight decay is 1e-4, as in all scripts here (authors: --weight_decay 5e-4).
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, results.json with the table, and per student a folder with
 last.pt (continued by --resume auto), best.pt, student.pt, metrics.csv, results.json.
