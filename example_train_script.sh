@@ -197,6 +197,7 @@ eakd()       { kd eakd        --lambda_kd 0.9; }
 ebkd()       { team ebkd      --lambda_kd 1; }
 eel()        { kd eel         --lambda_kd 1; }
 fcfd()       { kd fcfd        --lambda_kd 1; }
+fdistill_tvd() { kd fdistill_tvd --lambda_kd 1; }
 fitnet()     { kd fitnet      --lambda_kd 0.1; }
 fkd_labels() { kd fkd_labels  --lambda_kd 1; }
 fkd_labels_strong() { kd fkd_labels_strong --lambda_kd 1; }
@@ -213,6 +214,7 @@ lskd()       { kd lskd        --lambda_kd 9; }
 lwm()        { kd lwm         --lambda_kd 0.4; }
 mgd()        { kd mgd         --lambda_kd 0.0012; }
 mhgd()       { kd mhgd        --lambda_kd 1; }
+minillm_rkl() { kd minillm_rkl --lambda_kd 1; }
 mkd_avg()    { team mkd_avg   --lambda_kd 1; }
 mlkd()       { kd mlkd        --lambda_kd 0.9; }
 mlkd_strong() { kd mlkd_strong --lambda_kd 0.9; }
@@ -227,7 +229,6 @@ pld()        { kd pld         --lambda_kd 1; }
 quest()      { kd quest       --lambda_kd 1; }
 reviewkd()   { kd reviewkd    --lambda_kd 0.6; }
 rkd()        { kd rkd         --lambda_kd 1; }
-rkl()        { kd rkl         --lambda_kd 1; }
 rld()        { kd rld         --lambda_kd 1; }
 rrd()        { kd rrd         --lambda_kd 1; }
 rsd()        { kd rsd         --lambda_kd 0.1; }
@@ -251,7 +252,6 @@ tekap()      { kd tekap       --lambda_kd 0.9; }
 tdd()        { kd tdd         --lambda_kd 0.1; }
 tfkd_self()  { T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self --lambda_kd 1; }
 ttm()        { kd ttm         --lambda_kd 45; }
-tvd()        { kd tvd         --lambda_kd 1; }
 vid()        { kd vid         --lambda_kd 1; }
 vitkd()      { kd vitkd       --lambda_kd 1; }
 vkd()        { kd vkd         --lambda_kd 1; }
@@ -278,7 +278,7 @@ okddip()     { peers okddip      1 "$S_NAME" "$S_NAME" "$S_NAME" "$S_NAME"; }
 onadvfd()    { peers onadvfd     1 "$S_NAME" "$S_NAME"; }
 one()        { peers one         1 "$S_NAME" "$S_NAME" "$S_NAME"; }
 
-METHODS='ab abkd adain aekd afd akl at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distillm distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fitnet fkd_labels fkd_labels_strong fsp ft gkd graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rkl rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st taid tekap tdd tfkd tfkd_self ttm tvd uskd vid vitkd vkd wkd wkd_feature wsld'
+METHODS='ab abkd adain aekd afd akl at bss byot camkd catkd cc cd cd_edt clipkd crd crld cskd ctkd dcd ddgsd deit diffkd deep_geometric_graphs dgkd dist distillm distplus dkd dkl dkl_gkl dlb dot eakd ebkd eel fcfd fdistill_tvd fitnet fkd_labels fkd_labels_strong fsp ft gkd graftkd ickd ikd irg kdsvd logits lskd lwm mgd mhgd minillm_rkl mkd_avg mlkd mlkd_strong nkd norm nst ofakd ofd pad pkt pld pskd quest reviewkd rkd rld rrd rsd sad scalekd sakd sdb sdb_student sdd semckd simkd skd sla sobolev sortkd sp srd srrl sskd st taid tekap tdd tfkd tfkd_self ttm uskd vid vitkd vkd wkd wkd_feature wsld'
 TEAMS='aekd camkd dgkd ebkd mkd_avg'
 VITS='vitkd'
 PEERS='dcm dml kdcl okddip onadvfd one'

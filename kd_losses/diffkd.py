@@ -223,11 +223,11 @@ class Denoiser(nn.Module):
         """half() and float() leave the schedule in float64."""
         kept, self._buffers = self._buffers, {}
         super()._apply(fn, *args, **kwargs)
-        self._buffers = {name: _kept(x, fn) for name, x in kept.items()}
+        self._buffers = {name: _moved_by(x, fn) for name, x in kept.items()}
         return self
 
 
-def _kept(x: Tensor, fn) -> Tensor:
+def _moved_by(x: Tensor, fn) -> Tensor:
     """x where fn sends it, still in float64; in float32 where the device has none (Apple's)."""
     place = fn(torch.zeros((), device=x.device)).device
     x = x.float() if place.type == 'mps' else x
