@@ -115,6 +115,8 @@ def main() -> int:
     parser.add_argument('--no_plain', action='store_true', help='leave the plain form out')
     parser.add_argument('--out', help='also write the results here, as JSON')
     args = parser.parse_args()
+    origin = provenance(torch.device('cpu'))
+    origin['command'] = ' '.join(['python -m benchmarks.lm_memory', *sys.argv[1:]])
     rows = []
     every = [(name, args.tokens) for name in args.losses] + [(name, 4096) for name in args.long]
     for name, tokens in every:
@@ -127,10 +129,8 @@ def main() -> int:
             rows[-1] |= {'plain_seconds': seconds, 'plain_mib': mib}
             said += f'; plain {seconds:.1f} s, {mib:.0f} MiB'
         print(f'{name:10s} {tokens} x {args.classes}: {said}', flush=True)
-    if args.out:
-        origin = provenance(torch.device('cpu'))
-        origin['command'] = ' '.join(['python -m benchmarks.lm_memory', *sys.argv[1:]])
-        write_json(Path(args.out), {'rows': rows, **origin})
+        if args.out:  # after each row: long ones take minutes
+            write_json(Path(args.out), {'rows': rows, **origin})
     return 0
 
 
