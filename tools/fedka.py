@@ -99,7 +99,7 @@ def main():
         args, script='fedka', student=args.s_name, teachers=[fingerprint(t) for t in teachers],
         parts=parts, looks='with a fitted classifier',
         **{key: getattr(args, key) for key in ('probe', 'topk', 'local_epochs', 'select_every',
-                                                             'adapt_every', 'adapt_epochs', 'local_images')},
+                                             'adapt_every', 'adapt_epochs', 'local_images')},
     )  # fmt: skip
     record = Record(folder, {'net': student, 'losses': losses}, recipe, origin, 'test')
     record.resume(resume_point(args.resume, folder))
