@@ -49,7 +49,7 @@ def side_by_side() -> str:
 
 
 def memory() -> str:
-    ordered = sorted(rows_of('lm') + rows_of('lm-texts'), key=lambda r: r['tokens'])
+    ordered = sorted(rows_of('lm'), key=lambda r: r['tokens'])
     return table(
         ('loss', 'tokens x classes', 'seconds', 'MiB', 'seconds of the plain form', 'MiB of the plain form'),
         *((f'`{r["loss"]}`', f'{r["tokens"]} x {r["classes"]}', f'{r["seconds"]:.1f}', f'{r["mib"]:.0f}',
