@@ -139,19 +139,25 @@ def spread(values: list[float], digits: int = 2) -> str:
 def baseline_of(groups: dict, key: tuple) -> list[dict] | None:
     """The student's own training without a teacher, on the same data, by the same recipe.
 
-    Networks that learn from each other are compared with one of them, if they are of one kind.
+    Networks that learn from each other are compared with one of them, if they are of one kind. Of several
+    such trainings, from different weights, it is the one that began with the student's.
     """
     data, _, student, method, epochs = key
     kinds = set(student.split('+'))
     if is_baseline(method) or len(kinds) > 1:
         return None
-    own = NEWER | groups[key][0]['recipe']
+    own, found = NEWER | groups[key][0]['recipe'], []
     for (*pair, kind, length), runs in groups.items():
         alone = NEWER | runs[0]['recipe']
         alike = all(own[k] == alone[k] for k in RECIPE if k in own and k in alone)
         if [*pair, length] == [data, '', *kinds, epochs] and is_baseline(kind) and alike:
-            return runs
-    return None
+            found.append(runs)
+    same = [runs for runs in found if starts(runs) & starts(groups[key])]
+    return next(iter(same or found), None)
+
+
+def starts(runs: list[dict]) -> set:
+    return {str(r['recipe'].get('initial')) for r in runs}  # of several networks it is a list
 
 
 def students_of(groups: dict) -> set[str]:
