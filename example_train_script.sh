@@ -169,7 +169,7 @@ abkd()       { kd abkd        --lambda_kd 32; }
 adain()      { kd adain       --lambda_kd 1; }
 aekd()       { team aekd      --lambda_kd 0.9; }
 afd()        { kd afd         --lambda_kd 500; }
-akl()        { kd akl         --lambda_kd 1; }
+akl()        { kd akl         --lambda_kd 0.5; }
 at()         { kd at          --lambda_kd 1000; }
 bss()        { kd bss         --lambda_kd 2; }
 camkd()      { team camkd     --lambda_kd 1; }

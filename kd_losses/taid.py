@@ -284,10 +284,15 @@ def feed(kd, s, t, batch):
 
 
 def feed_images(kd, s, t, batch):
-    """No text, an image's label instead; the line moves once an epoch."""
-    return kd(s.out, t.out, batch.target, progress=batch.epoch / batch.epochs)
+    """Of images every one counts, also those without a label; the line moves once an epoch."""
+    return kd(s.out, t.out, progress=batch.epoch / batch.epochs)
 
 
 def build(loss, probe, **options):
     """The authors' ratio of alpha to the length, 16,000 steps there (from memory, unverified)."""
     return loss(**{'alpha': 8 / probe.steps, **options})
+
+
+def build_images(loss, probe, **options):
+    """The same ratio."""
+    return loss(**{'alpha': 8 / (probe.epochs * probe.train_set.steps(probe.batch_size)), **options})

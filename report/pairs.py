@@ -130,6 +130,9 @@ class Forty:
     def __len__(self) -> int:
         return 40
 
+    def steps(self, batch_size: int) -> int:
+        return -(-len(self) // batch_size)
+
     def test_batches(self, size):
         yield self.img, self.target, None
 

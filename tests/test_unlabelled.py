@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import dataset
 from dataset.arrays import read_arrays
 from dataset.labels import NO_LABEL
 from dataset.mixup import SHARES, all_pairs, hardest, mix
+from methods.kd import KD
 from tests.conftest import ROOT
 from tests.test_data import write_folder
 from tools.tree import arranged, changes
@@ -86,6 +88,20 @@ def test_unlabelled_images_count_in_distillation_only(script, teacher, tmp_path)
         done = script(*words, '--kd_mode', mode, '--note', 'b')
         assert done.code == 2 and 'needs the labels of all images, and 87 have none' in done.err
         assert done.err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'name', ['st', 'abkd', 'akl', 'distillm', 'fdistill_tvd', 'gkd', 'minillm_rkl', 'taid']
+)
+def test_losses_that_read_logits_only_learn_from_unlabelled_images(name):
+    """For texts, a label of -100 masks a position; an image without a label is taught all the same."""
+    train = SimpleNamespace(steps=lambda batch_size: 5)
+    probe = SimpleNamespace(epochs=2, train_set=train, batch_size=8, num_classes=3)
+    kd = KD[name].build(KD[name].loss, probe)
+    out_s, out_t = torch.randn(8, 3, requires_grad=True), torch.randn(8, 3)
+    batch = SimpleNamespace(target=torch.tensor([0, 1, 2, *[NO_LABEL] * 5]), epoch=1, epochs=2)
+    KD[name].feed(kd, SimpleNamespace(out=out_s), SimpleNamespace(out=out_t), batch).backward()
+    assert out_s.grad.any(dim=1).all()
 
 
 def test_a_folder_of_unlabelled_images(script, tmp_path):

@@ -3,6 +3,7 @@
 from kd_losses.abkd import ABKD
 from tests.methods.shared import case
 
+exceptions = {'no_labels': 'every image counts, a label masks a position of a text only'}
 cases = {
     'abkd': """
 loss = m.ABKD()

@@ -5,6 +5,7 @@ from tests.methods.shared import case
 
 ARGS = ('out_s', 'out_t', 'target', 'out_s_gen', 'out_t_gen', 'target_gen')
 
+exceptions = {'no_labels': 'every image counts, a label masks a position of a text only'}
 cases = {
     'fdistill': """
 loss = m.FDistill()

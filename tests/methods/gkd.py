@@ -3,6 +3,7 @@
 from kd_losses.gkd import GKD
 from tests.methods.shared import Case, case
 
+exceptions = {'no_labels': 'every image counts, a label masks a position of a text only'}
 cases = {
     'gkd': """
 loss = m.GKD()

@@ -5,6 +5,7 @@ import torch
 from kd_losses.minillm import MiniLLM, ReverseKL, lm_term, rollout
 from tests.methods.shared import Case
 
+exceptions = {'no_labels': 'every image counts, a label masks a position of a text only'}
 cases = {
     'minillm': """
 loss = m.MiniLLM()
