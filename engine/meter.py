@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.device import exact
+from engine.errors import UserError
 from engine.processes import processes, summed
 
 
@@ -35,6 +36,9 @@ class Meter:
 
     def guard(self, loss: Tensor, opt: torch.optim.Optimizer, *teachers: Tensor) -> bool:
         """Whether to go on with this step. teachers: what they say; -inf, a masked class, is legal."""
+        if loss.dim():
+            got = tuple(loss.shape)
+            raise UserError(f'{self.name}: the loss must be one number, got {got}: leave reduction=none out')
         finite = torch.isfinite(loss.detach())
         for said in teachers:  # a loss may not look at all of it
             finite = finite & (said.detach() < torch.inf).all()

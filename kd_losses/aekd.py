@@ -63,7 +63,7 @@ class AEKD(nn.Module):
         log_p, log_q = F.log_softmax(outs_t / self.T, dim=2), F.log_softmax(_full(out_s) / self.T, dim=1)
         each = _kl(log_p, log_q).sum(dim=2).mean(dim=1) * self.T**2
         w = self.weights(self.gradients(out_s, outs_t), self.C, self.norm)
-        return (w.to(each.dtype) * each).sum()
+        return (w.to(each.dtype).to(each.device) * each).sum()
 
     @torch.no_grad()
     def gradients(self, out_s: Tensor, outs_t: list[Tensor]) -> Tensor:
@@ -75,13 +75,12 @@ class AEKD(nn.Module):
     @staticmethod
     @torch.no_grad()
     def weights(grads: Tensor, C: float, norm: bool = False) -> Tensor:
-        """(M, N, ...) gradients -> (M,) weights."""
+        """(M, N, ...) gradients -> (M,) weights in float64, of Apple's GPU on the CPU."""
         M = len(grads)
         if M > 6:
             raise ValueError(f'AEKD: outs_t must hold 1 to 6 teachers, got {M}: average some of them first')
         v = grads.detach().flatten(2) if grads.dim() > 3 else grads.detach()
-        v = v.mean(dim=1).flatten(1)
-        v = v if v.device.type == 'mps' else v.double()  # which has no float64
+        v = _double(v.mean(dim=1).flatten(1))
         length = torch.linalg.vector_norm(v, dim=1).clamp(min=1e-12)
         if norm:
             v = v / length[:, None]
@@ -143,6 +142,11 @@ def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
     if on_host and p_t.amin().view(1).tolist()[0] > 0:  # not with NaN
         return kl
     return torch.where(p_t == 0, 0.0, kl)
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

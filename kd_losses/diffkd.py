@@ -222,7 +222,10 @@ class Denoiser(nn.Module):
     def _apply(self, fn, *args, **kwargs):
         """half() and float() leave the schedule in float64."""
         kept, self._buffers = self._buffers, {}
-        super()._apply(fn, *args, **kwargs)
+        try:
+            super()._apply(fn, *args, **kwargs)
+        finally:  # a move that fails leaves them here
+            self._buffers = kept
         self._buffers = {name: _moved_by(x, fn) for name, x in kept.items()}
         return self
 

@@ -60,8 +60,10 @@ class QuEST(nn.Module):
         centroids: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if num_words is None:
-            num_words = 4096 if centroids is None else len(centroids)
+        if num_words is None and centroids is not None:
+            _expect('QuEST', 'centroids', centroids, 'V', t_channels)
+            num_words = len(centroids)
+        num_words = 4096 if num_words is None else num_words
         if centroids is None:
             centroids = torch.zeros(num_words, t_channels)
         _expect('QuEST', 'centroids', centroids, num_words, t_channels)
@@ -203,3 +205,10 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def build(loss, probe, num_words=4096, **options):
+    return loss(probe.s.fms[-1].shape[1], probe.t.fms[-1].shape[1], num_words, **options)

@@ -229,11 +229,21 @@ class PHIS(nn.Module):
         return (back + self.mean.to(z.dtype).to(z.device)[:, None, None]).to(_full(x).dtype)
 
     def _apply(self, fn, *args, **kwargs):
-        """What was seen stays on the CPU where the device has no float64 (Apple's)."""
+        """What was seen stays in float64, on the CPU where the device has none (Apple's)."""
+        kept = {name: self._buffers[name] for name in ('count', 'mean', 'scatter')}
         place = fn(torch.zeros((), device=self.whiten.device)).device
-        seen = {name: self._buffers.pop(name) for name in ('count', 'mean', 'scatter')}
-        super()._apply(fn, *args, **kwargs)
-        self._buffers |= {name: x.cpu() if place.type == 'mps' else fn(x) for name, x in seen.items()}
+
+        def moved(x: Tensor) -> Tensor:
+            there = x.cpu() if place.type == 'mps' else fn(x)
+            return there if there.dtype == x.dtype else x.to(place)
+
+        seen = {name: moved(x) for name, x in kept.items()}
+        try:
+            self._buffers |= dict.fromkeys(kept)
+            super()._apply(fn, *args, **kwargs)
+        finally:  # a move that fails leaves them here
+            self._buffers |= kept
+        self._buffers |= seen
         return self
 
     def get_extra_state(self) -> bool:

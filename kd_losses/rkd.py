@@ -105,7 +105,8 @@ def _few_coordinates(f: Tensor) -> Tensor:
     if f.shape[1] <= max(len(f), 64):  # few anyway, and equal rows stay equal
         return f
     with torch.no_grad():
-        basis = torch.linalg.qr(f.T).Q  # (D, N), spans the rows of f
+        rows = f.T.cpu() if f.device.type == 'mps' else f.T  # not every torch has it on Apple's GPU
+        basis = torch.linalg.qr(rows).Q.to(f.device)  # (D, N), spans the rows of f
     return f @ basis
 
 

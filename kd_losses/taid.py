@@ -124,7 +124,10 @@ class TAID(nn.Module):
     def _apply(self, fn, *args, **kwargs):
         """half() and to(dtype) leave the state alone: 0.4 in float32 is another number."""
         kept, self._buffers = self._buffers, {}
-        super()._apply(fn, *args, **kwargs)
+        try:
+            super()._apply(fn, *args, **kwargs)
+        finally:  # a move that fails leaves them here
+            self._buffers = kept
         self._buffers = {name: _moved_by(x, fn) for name, x in kept.items()}
         return self
 

@@ -233,7 +233,7 @@ KD = {
     'pld':      Method(pld.PLD,                1.0, logits_and_labels,   when=When(ce=0)),
     'pskd':     Method(pskd.PSKD,              1.0, pskd.feed,           pskd.build, When(ce=0), alone,
                        limits=Limits(BANK)),
-    'quest':    Method(quest.QuEST,            1.0, last_pre_same_size,  last_channels,
+    'quest':    Method(quest.QuEST,            1.0, last_pre_same_size,  quest.build,
                        own=Own(before=shared.vocabulary)),
     'reviewkd': Method(reviewkd.ReviewKD,      0.6, reviewkd.feed,       reviewkd.build,
                        When(ramp=linear(20, of=240, start=0))),

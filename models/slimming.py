@@ -184,7 +184,7 @@ def knapsack(values: Tensor, weights: Tensor, capacity: int) -> Tensor:
 
     Exact as long as its table has at most 2e8 entries (items times capacity), else with weights rounded up.
     """
-    weights, values = weights.long(), values.double().cpu()
+    weights, values = weights.long().cpu(), values.cpu().double()
     unit = math.gcd(*weights.tolist(), 0) or 1
     unit = max(unit, -(-capacity * len(weights) // 200_000_000))
     weights, capacity = -(-weights // unit), capacity // unit
@@ -205,7 +205,7 @@ def knapsack(values: Tensor, weights: Tensor, capacity: int) -> Tensor:
 
 def greedy(values: Tensor, weights: Tensor, capacity: int) -> Tensor:
     """Sorted indices of what is left when the least valuable per weight have gone until the rest fits."""
-    order = (values.double().cpu() / weights).argsort(stable=True).tolist()
+    order = (values.cpu().double() / weights.cpu()).argsort(stable=True).tolist()
     left, gone = int(weights.sum()), set()
     for k in order:
         if left <= capacity:

@@ -290,7 +290,8 @@ def text_of(made: list[tuple[str, list[list]]]) -> str:
 
 def note_of(made: list[tuple[str, list[list]]]) -> str:
     """What the columns of these tables mean, each note once."""
-    return '\n'.join(dict.fromkeys(_note(rows[0]) for _, rows in made))
+    notes = dict.fromkeys(_note(rows[0]) for _, rows in made)
+    return '\n'.join(n for n in notes if not any(other != n and other.startswith(n) for other in notes))
 
 
 def _note(head: list[str]) -> str:

@@ -4,11 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from kd_losses.aekd import AEKD
 from kd_losses.ofd import OFD
+from kd_losses.rkd import RKD
 from methods import METHODS
+from models import slimming
 from tests import test_contract, test_dfkd_contract, test_ka_contract, test_tokens
 from tests.apple import APPLE, Apple, Dispatch, Names, send
 from tests.methods.shared import seed
+from transferability import knowledge
 
 
 def agree(there, here) -> None:
@@ -95,6 +99,37 @@ def test_margins_of_ofd():
     weight, bias = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([1.0, -1.0, -0.5])
     with Names(), Dispatch():
         agree(OFD.margin_from_bn(send(weight), send(bias)), OFD.margin_from_bn(weight, bias))
+
+
+def test_weights_of_six_teachers():
+    """In float32 the tolerances of the exact solution would throw the right choice out."""
+    seed(0)
+    out_s, outs_t = torch.randn(8, 10), [torch.randn(8, 10) for _ in range(6)]
+    loss = AEKD(C=0.5)
+    with Names(), Dispatch():
+        agree(loss(send(out_s), send(outs_t)), loss(out_s, outs_t))
+    grads = loss.gradients(out_s, outs_t)
+    with Names(), Dispatch():
+        assert_close(loss.weights(send(grads), 0.5), loss.weights(grads, 0.5), rtol=1e-6, atol=1e-9)
+
+
+def test_wide_embeddings_of_rkd():
+    feat_s, feat_t = torch.randn(4, 128), torch.randn(4, 96)
+    with Names(), Dispatch():
+        agree(RKD()(send(feat_s), send(feat_t)), RKD()(feat_s, feat_t))
+
+
+def test_choices_and_numbers_of_scripts():
+    values, weights = torch.rand(6), torch.tensor([3, 1, 2, 2, 4, 1])
+    found = {'mask': torch.rand(5, 3, 4, 4) < 0.5, 'inside': torch.rand(5, 4, 4) < 0.5,
+             'background': torch.rand(3)}  # fmt: skip
+    for where, cells in (('fore', found['inside']), ('back', ~found['inside'])):
+        found[where] = (found['mask'] & cells[:, None]).sum(dim=(2, 3))
+    distance = torch.rand(3)
+    with Names(), Dispatch():
+        for choose in (slimming.knapsack, slimming.greedy):
+            assert choose(send(values), send(weights), 7).tolist() == choose(values, weights, 7).tolist()
+        assert knowledge.metrics(send(found), send(distance)) == knowledge.metrics(found, distance)
 
 
 class NearGenerator(torch.Generator):

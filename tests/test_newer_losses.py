@@ -14,11 +14,13 @@ from kd_losses.dcd import DCD
 from kd_losses.diffkd import Denoiser, DiffKD
 from kd_losses.eakd import EAKD, entropy_weight
 from kd_losses.pld import PLD
+from kd_losses.radio import PHIS
 from kd_losses.rrd import RRD
 from kd_losses.rsd import RSD
 from kd_losses.skd import SKD
 from kd_losses.sortkd import SortKD, sort_logits
 from kd_losses.st import SoftTarget
+from kd_losses.taid import TAID
 from kd_losses.tekap import TeKAP, perturb
 from tests.test_properties import near, rand
 
@@ -160,6 +162,24 @@ def test_keep_patches():
     back = torch.cat([kept, torch.full((2, 3, 2), -1.0)], dim=1)
     back = back.gather(1, restore[:, :, None].expand(-1, -1, 2))
     assert torch.equal(back, torch.where(mask[:, :, None], -1.0, x))
+
+
+@pytest.mark.parametrize('make', [lambda: DiffKD(8, 8), TAID, lambda: PHIS(4)])
+def test_state_in_float64(make):
+    """half() leaves it alone, and a move that fails, to a device that is not there, takes nothing away."""
+    loss = make()
+    before = {key: x.clone() for key, x in loss.named_buffers()}
+
+    def refuse(x):
+        raise RuntimeError('no such device')
+
+    with pytest.raises(RuntimeError, match='no such device'):
+        loss._apply(refuse)
+    state = dict(loss.named_buffers())
+    assert state.keys() == before.keys() and all(torch.equal(state[key], x) for key, x in before.items())
+    state = dict(loss.half().named_buffers())
+    exact = [key for key, x in before.items() if x.dtype == torch.float64]
+    assert exact and all(torch.equal(state[key], before[key]) for key in exact)
 
 
 def test_diffkd_schedule_and_autoencoder():

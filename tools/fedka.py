@@ -157,8 +157,9 @@ def select(student: nn.Module, teachers: list, probe, args, number: int) -> list
         return list(range(len(teachers)))
     prob = torch.ones(len(teachers))
     if args.select == 'saliency':
-        img = torch.cat([img for img, *_ in probe.test_batches(64)])
-        maps = [saliency_of(net, img) for net in (adapted(student, probe, args, number), *teachers)]
+        imgs = [img for img, *_ in probe.test_batches(64)]
+        nets = (adapted(student, probe, args, number), *teachers)
+        maps = [torch.cat([saliency_of(net, img) for img in imgs]) for net in nets]
         if len({m.shape[1] for m in maps}) > 1:
             raise UserError('student and teachers must have last maps of one size')
         prob = selection_prob(transferability(maps[0], torch.stack(maps[1:])))

@@ -20,7 +20,7 @@ any case. Networks in evaluation mode.
 Differences: the authors' code is followed, not the paper's words. It skips the first checkpoint of ResNets
 when it counts, but not among the distances, so that each distance is one checkpoint early: nothing is skipped
 here. Its slope is infinite where an image had most concepts at epoch 0: such images are left out here.
-`metrics` takes what `concepts` returned in one piece.
+`metrics` takes means over images: give it what `concepts` found for all of them at once.
 
 Source: Jenniferlyx/Explaining-Knowledge-Distillation-by-Quantifying-the-Knowledge, sigma/train_sigma.py,
 sigma/find_knowledge_new.py, model/models.py.
@@ -235,6 +235,7 @@ def metrics(found: dict[str, Tensor], distance: Tensor) -> dict[str, float]:
     if distance.shape != found['background'].shape:
         wanted, got = tuple(found['background'].shape), tuple(distance.shape)
         raise ValueError(f'metrics: distance must be {wanted}, got {got}: one per checkpoint')
+    found, distance = {key: x.cpu() for key, x in found.items()}, distance.cpu()
     last = {where: found[where][:, -1].double() for where in ('fore', 'back')}
     every = last['fore'] + last['back']
     made = {where: float(count.mean()) for where, count in last.items()}
@@ -243,7 +244,7 @@ def metrics(found: dict[str, Tensor], distance: Tensor) -> dict[str, float]:
         count = found[where]
         most = count.amax(dim=1, keepdim=True)
         first = ((count == most).cumsum(dim=1) == 0).sum(dim=1)
-        at = distance.double().to(count.device)[first]
+        at = distance.double()[first]
         moved = at > 0
         made[f'{where}_mean'] = float(at.mean())
         made[f'{where}_var'] = float(at.var(correction=0))
