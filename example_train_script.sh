@@ -3,20 +3,23 @@
 #
 #   bash example_train_script.sh quick        embedded data, CPU, a few minutes: teacher, students, table, figure
 #   bash example_train_script.sh cifar10      CIFAR-10: get the data, base networks, every method (but vitkd, which
-#                                             needs vision transformers), table, figure
+#                                             needs vision transformers), table, figure: resnet110 and some
+#                                             hundred students of 200 epochs, days of a GPU
 #   bash example_train_script.sh cifar100     the same on CIFAR-100
-#   bash example_train_script.sh base         ... only the teacher and the baseline
-#   bash example_train_script.sh kd AT ...    ... only these methods, e.g. kd at rkd st+pkt
+#   bash example_train_script.sh base         ... only the data, the teacher and the baseline
+#   bash example_train_script.sh kd at rkd    ... only these methods, after base; + joins two: st+pkt
 #   bash example_train_script.sh dml [NAME..] ... only these methods for networks that learn from each other
 #   bash example_train_script.sh table NAME   a table of results/grid.json, e.g. kd-zoo-cifar10: train what
 #                                             results/ lacks of it, then write its table.md
 #   bash example_train_script.sh dfkd         without data: teacher, then students from images that are made
-#   bash example_train_script.sh ka           amalgamation: teachers of class parts, rooms, faces, tables, figures
+#   bash example_train_script.sh ka           amalgamation: class parts, then rooms, faces and ka_tools, with tables
+#                                             and figures, hours on a CPU
+#   bash example_train_script.sh rooms        ... or faces: these alone
 #   bash example_train_script.sh ka_claims    ... its methods side by side over seeds, half of CIFAR-10, hours on a CPU
 #   bash example_train_script.sh ka_tools     ... its losses with a trainer of their own, embedded data, CPU
 #   bash example_train_script.sh lm           language models on Python's own reference, CPU, a few minutes
 #   bash example_train_script.sh dense        segmentation and detection of embedded rooms, CPU, a few minutes
-#   bash example_train_script.sh METHOD       ... the block of one method
+#   bash example_train_script.sh METHOD       the block of one method with its weight, after base
 #   bash example_train_script.sh --dry-run quick      print the commands instead of running them
 #   bash example_train_script.sh --help
 #
@@ -121,8 +124,12 @@ kd() {
     flags=(--t_name "$T_NAME" ${second[@]+"${second[@]}"}
         --t_model "$SAVE_ROOT/$T_RUN/net.pt" ${second[@]+"$SAVE_ROOT/$A_RUN/net.pt"} --s_name "$S_NAME"
         --s_init "$SAVE_ROOT/$S_RUN/initial.pt" --note "$KD_RUN" "$@")
+    local asked="${methods[*]}"
     # shellcheck disable=SC2207  # method names hold no spaces
-    methods=($(missing train_kd.py "${methods[*]}" "${flags[@]}"))
+    methods=($(missing train_kd.py "$asked" "${flags[@]}"))
+    if [ "$asked" != "${methods[*]-}" ]; then
+        echo "results/ holds some of: $asked (RETRAIN=1 trains them again); to train: ${methods[*]:-none}" >&2
+    fi
     if [ ${#methods[@]} -gt 0 ]; then attempt train_kd.py --kd_mode "${methods[@]}" "${flags[@]}"; fi
 }
 
@@ -136,6 +143,7 @@ team() {
 chosen() {
     local alone=() several=() method part where
     for method; do
+        if [ "$method" = tfkd_self ]; then tfkd_self; continue; fi    # its teacher is the student's twin
         where=alone
         for part in ${method//+/ }; do case " $TEAMS " in *" $part "*) where=several ;; esac; done
         if [ $where = several ]; then several+=("$method"); else alone+=("$method"); fi
@@ -592,7 +600,7 @@ case " quick cifar10 cifar100 base kd table dfkd ka ka_claims rooms faces ka_too
 *" ${command:-nothing} "*) ;;
 *)
     case $command in
-    -h | --help) sed -n '2,/^set /{/^#/p}' "$0" | sed 's/^# \{0,1\}//'; exit ;;
+    help | -h | --help) sed -n '2,/^set /{/^#/p}' "$0" | sed 's/^# \{0,1\}//'; exit ;;
     *) echo "example_train_script.sh: error: ${command:-nothing to do}: $usage" >&2; exit 2 ;;
     esac ;;
 esac

@@ -57,7 +57,7 @@ def parse_args():
     # fmt: off
     flag = parser.add_argument_group('amalgamation').add_argument
     flag('--ka_mode', nargs='+', required=True, metavar='METHOD', action=listing.lists(KA),
-         help='a student per word; list prints all methods; what they need, their weights and '
+         help='a student per word; list: print all methods, what they need, their weights and '
               'arguments; scratch '
               f'is the reference that reads labels; {ENSEMBLE}: only evaluate the teachers, which is '
               'done in any case')
@@ -65,18 +65,17 @@ def parse_args():
          help='weight of the loss, or METHOD=number; the second with several methods; default: the '
               "method's; see --ka_mode list")
     flag('--lambda_kd', type=float, metavar='W',
-         help="weight of soft targets; over all classes, beside the loss; default: the method's; 1 or 0")
+         help="weight of soft targets over all classes, beside the loss; default: the method's, 1 or 0")
     flag('--T', type=positive_float, default=1.0, help='temperature of these, default 1')
     flag('--ka_args', nargs='+', default=[], metavar='KEY=VALUE',
-         help='arguments of the loss; e.g. h_channels=64, or METHOD.KEY=VALUE with several methods')
+         help='arguments of the loss, e.g. h_channels=64, or METHOD.KEY=VALUE with several methods')
     flag('--ka_layers', nargs='+', type=stage, metavar='rbK',
-         help="stages it attaches to; the loss, to the networks; default: the method's")
+         help="stages of the networks that the loss attaches to, rb1 the first; default: the method's")
     flag('--t_name', nargs='+', default=[], metavar='NAME',
          help=f'teachers, or one name for all; {"; ".join(s.networks for s in SETTINGS)}')
     flag('--t_model', nargs='+', default=[], metavar='FILE', help="the teachers' checkpoints")
-    flag('--s_name', metavar='NAME', help='student; one of the same names; default: as the teacher; the '
-         'first')
-    flag('--s_init', metavar='FILE', help='initial weights of all; students; default: drawn by --seed')
+    flag('--s_name', metavar='NAME', help='student, one of the same names; default: as the first teacher')
+    flag('--s_init', metavar='FILE', help='initial weights of all students; default: drawn by --seed')
     add_head_flag(flag, '--s_init')
     for setting in SETTINGS:
         setting.add_flags(parser)
@@ -86,7 +85,7 @@ def parse_args():
               'onecycle '
               'replaces either; default adam')
     flag('--lr_ka', type=positive_float, metavar='LR',
-         help="learning rate of the loss's modules; default: as --lr; with adam, 0.01 with sgd")
+         help="learning rate of the loss's modules; default: as --lr with adam, 0.01 with sgd")
     # fmt: on
     more = ''.join(f'; {setting.data_help}' for setting in SETTINGS if setting.data_help)
     rate = 'default 0.001 with adam, 0.1 with sgd'

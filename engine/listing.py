@@ -43,7 +43,7 @@ def facts(name: str, row) -> dict[str, str]:
     title, paper = opening(module)
     return {
         'name': name,
-        'title': title,
+        'title': getattr(row, 'says', '') or title,
         'paper': short(paper),
         'needs': ', '.join(needs(row)),
         'weight': f'{row.weight:g}' if hasattr(row, 'weight') else 'preset',
@@ -153,13 +153,18 @@ def dense(row) -> list[str]:
 
 
 def arguments(row) -> str:
-    """The constructor's arguments that have a default, as the row's build sets them: 'T=4.0, p=2'."""
+    """The constructor's arguments that have a default, as the row's build sets them: 'T=4.0, p=2'.
+
+    Those that the build works out of the networks or the data stand by name at the end.
+    """
     if hasattr(row, 'images'):
         return _preset(row)
     parameters = [p for made in (row.loss, row.build) for p in inspect.signature(made).parameters.values()]
-    values = {p.name: repr(p.default) for p in parameters if p.default not in (inspect.Parameter.empty, None)}
+    values = {p.name: repr(p.default) for p in parameters if p.default is not inspect.Parameter.empty}
     values |= {key: value for key, value in told(row.build).items() if key in values}
-    return ', '.join(f'{key}={value}' for key, value in values.items() if value)
+    worked_out = ' '.join(key for key, value in values.items() if not value)
+    named = [f'{key}={value}' for key, value in values.items() if value]
+    return ', '.join([*named, *([f'worked out: {worked_out}'] if worked_out else [])])
 
 
 def told(build) -> dict:
@@ -178,7 +183,10 @@ def text(rows: dict, width: int = 110) -> str:
     lines = ['METHOD          weight  paper; what it needs; arguments of its loss with their defaults']
     for name, row in sorted(rows.items()):
         f = facts(name, row)
-        said = '; '.join(part for part in (f['paper'], f['needs'] or 'nothing', f['arguments']) if part)
+        ce = getattr(getattr(row, 'when', None), 'ce', 1)
+        beside = '' if ce == 1 or callable(ce) else f'cross-entropy at {ce:g}'
+        parts = (f['paper'], f['needs'] or 'nothing', beside, f['arguments'])
+        said = '; '.join(part for part in parts if part)
         start = f'{name:16s}{f["weight"]:>6s}  '
         lines += textwrap.wrap(said, width, initial_indent=start, subsequent_indent=' ' * 24,
                                break_long_words=False)  # fmt: skip

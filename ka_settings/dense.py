@@ -43,9 +43,8 @@ class Dense:
              metavar='TASK', help='one per teacher; of scenes, nyuv2; default ' + ' '.join(TASKS))
         flag('--size', type=positive_int, default=48, help='scenes, nyuv2: side of the images, default 48')
         flag('--labelled', action='store_true',
-             help="scenes: train on the teachers' images; those that they had labels for; default where "
-                  "every student "
-                  'reads labels')
+             help='scenes: train on the images that the teachers had labels for; default: if every '
+                  'student reads labels')
         flag('--epochs_ft', type=whole_number, default=5,
              help='scenes: epochs of fine-tuning; after those of --epochs, at half the learning rate; '
                   'default 5')

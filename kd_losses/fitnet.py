@@ -7,8 +7,8 @@ A. Romero, N. Ballas, S. E. Kahou, A. Chassang, C. Gatta, Y. Bengio, "FitNets: H
     r = identity where the channels agree, else 1x1 convolution, batch norm, ReLU (trained with the student)
 
 Tap: one map in the middle (RepDistiller, mdistiller: second stage) or at the end (Knowledge-Distillation-Zoo:
-last stage, our default), after its ReLU; relu=False for a tap before it. Also takes (N, D) embeddings of
-equal width.
+last stage, as this collection's trainer), after its ReLU; relu=False for a tap before it. Also takes
+(N, D) embeddings of equal width.
 
 Differences: the paper trains the student's lower half on the hint first and its code has half the squared
 error summed over one axis; like every later zoo we add the plain mean to the cross-entropy. The regressor is

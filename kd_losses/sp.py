@@ -7,8 +7,8 @@ F. Tung, G. Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arX
     g_i = G_i / ||G_i||_2 row by row
     loss = mean over i and j of (g_s[i, j] - g_t[i, j])^2
 
-Tap: the map at the end of each stage (Knowledge-Distillation-Zoo, our default) or of the last stage
-(RepDistiller). Channels and sizes may differ freely: only the N x N similarities meet.
+Tap: the map at the end of each stage (Knowledge-Distillation-Zoo and this collection's trainer) or of the
+last stage (RepDistiller). Channels and sizes may differ freely: only the N x N similarities meet.
 
 Differences: none in the formula from RepDistiller, whose comment says that the author verified it. A sample
 whose features are all zero gets zero gradient; in RepDistiller it gets gradients of 1e10.

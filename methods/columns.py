@@ -110,3 +110,4 @@ class Method:
     needs: Needs = Needs()
     own: Own = Own()
     limits: Limits = Limits()
+    says: str = ''  # what it does, where the loss file's first line is another row's

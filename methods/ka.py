@@ -85,6 +85,7 @@ class Method:
     needs: Needs = Needs()
     own: Own = Own()
     limits: Limits = Limits()
+    says: str = ''  # what it does, where the loss file's first line is another row's
 
 
 both = 'classes attributes'
@@ -97,8 +98,10 @@ BALANCE = 'its balance of tasks would differ between processes'
 # fmt: off
 KA = {
     'concat':           Method(concat_kd.ConcatKD,    1.0, concat_kd.feed, when=alone),
-    'parts':            Method(concat_kd.ConcatKD,    1.0, concat_kd.feed, concat_kd.build_parts, alone),
-    'mse':              Method(concat_kd.ConcatKD,    1.0, concat_kd.feed, concat_kd.build_mse, alone),
+    'parts':            Method(concat_kd.ConcatKD,    1.0, concat_kd.feed, concat_kd.build_parts, alone,
+                               says='soft targets inside each part'),
+    'mse':              Method(concat_kd.ConcatKD,    1.0, concat_kd.feed, concat_kd.build_mse, alone,
+                               says='squared error of all logits'),
     'layerwise':        Method(layerwise.LayerwiseKA, 1.0, layerwise.feed, layerwise.build,
                                needs=Needs(layers=(1, 2, 3))),
     'cfl':              Method(cfl.CFL,                10, cfl.feed, cfl.build, needs=Needs(layers=(3,))),
@@ -111,7 +114,7 @@ KA = {
     'customize_target': Method(customize.Customize,   1.0, customize.feed_target, customize.build_target,
                                alone, Needs(both, (1, 2, 3))),
     'each_attribute':   Method(concat_kd.ConcatKD,    1.0, concat_kd.feed_each, concat_kd.build_parts, alone,
-                               Needs('attributes')),
+                               Needs('attributes'), says='one yes or no per attribute'),
     'afk':              Method(afk.AFK,               1.0, afk.feed, when=alone, needs=Needs('attributes'),
                                own=Own(student=StreamNet, forward=afk.forward, begin_phase=afk.begin_phase),
                                limits=Limits(one_process=DRAWN)),

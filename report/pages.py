@@ -27,7 +27,8 @@ OTHERS = ('tools.eval', 'tools.reproduce', 'tools.missing', 'tools.fedka', 'tool
 METHODS_HEAD = """# Methods
 
 Written by `python -m report refresh` from the rows of `methods/`, `ka_losses/`, `dfkd_losses/` and the first
-lines of the loss files; `python train_kd.py --kd_mode list` prints the same with the arguments of each loss.
+lines of the loss files; `python train_kd.py --kd_mode list` prints weights, needs and the arguments of each
+loss.
 
 The weight is the default of `--lambda_kd` (`--lambda_ka`): loss = cross-entropy + weight * method, unless the
 row gives cross-entropy another weight, which stands in brackets; 0 where the loss contains it. Weights are
@@ -35,7 +36,13 @@ those of Knowledge-Distillation-Zoo on CIFAR-10 where it has the method, else th
 ([words](words.md)). "Maps" are the feature maps at the end of a network's stages, "embedding" is the vector
 before the classifier. Stages are averaged. The last column links to what each file is verified against and
 where it differs from the paper ([differences](differences.md)), and, where we found something in published
-code of the method, to [errata](errata.md).
+code of the method, to [errata](errata.md) (search for its file there).
+
+In the column *needs*: "image numbers" are each image's index in the training set; "parts of the networks
+themselves", classifiers or the way from a stage to the end; "further forward passes", of other views or
+images; "one process": not with several under torchrun; "a look at the training set before": one pass of the
+teacher; "50 of 200 epochs alone": a phase ([running](running.md)). Where cross-entropy comes "later", its
+weight is 0 at first.
 """
 
 TAUGHT = {name: method for name, method in KD.items() if method.needs.teacher}
