@@ -46,7 +46,7 @@ from engine.parser import Parser
 from engine.processes import distributed, rank
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
-from engine.session import Log, labelled_part, load_data
+from engine.session import Log, labelled_part, load_data, refuse_too_few
 from engine.side_by_side import cast_weights
 
 
@@ -78,6 +78,13 @@ def parse_args():
 
 def chosen_classes(args, num_classes: int) -> list[int] | None:
     """The classes to train on, None for all."""
+    wanted = _chosen_classes(args, num_classes)
+    if wanted and len(wanted) < 2:
+        raise UserError('--classes, --part: one class is nothing to tell apart, take two or more')
+    return wanted
+
+
+def _chosen_classes(args, num_classes: int) -> list[int] | None:
     if (args.num_parts is None) != (args.part is None) or (args.classes and args.num_parts):
         raise UserError('say --num_parts N --part I, or --classes LIST')
     with user_errors():
@@ -108,6 +115,7 @@ def main():
         log(f'classes {", ".join(map(str, classes))} of {train.num_classes}')
         with user_errors():
             train, val, test = (data and dataset.take_classes(data, classes) for data in (train, val, test))
+    refuse_too_few(train, args.batch_size)
     torch.manual_seed(args.seed)
     with user_errors():
         net = models.narrowed(models.build(args.net_name, train.num_classes), args.init)

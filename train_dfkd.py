@@ -134,6 +134,10 @@ def main():
     runs = [
         build_run(args, name, want, folder, origin, net_s, net_t, setting) for name, want in wanted.items()
     ]
+    if args.pool_save:
+        if not hasattr(runs[0].source, 'fill'):
+            raise UserError(f'--pool_save: {" ".join(wanted)} keeps no images')
+        output_folder(Path(args.pool_save).absolute().parent)
     log(f'{len(runs)} x {args.s_name} on {args.data_name}: {len(test)} test images, no others, {device}')
     log('best.pt is selected on test data, as published figures are; the last epoch stands beside it')
     total, start = max(run.recipe.epochs for run in runs), min(run.record.epoch for run in runs)
@@ -147,10 +151,11 @@ def main():
             started = time.time()
             train_epoch(run, epoch, args.seed, live)
             spent[run.name] = time.time() - started
-        rows = {
-            run.name: {'epoch': epoch + 1, **run.meter.read(run.net), **run.source.meter.read()}
-            for run in begun
-        }
+        rows = {}
+        for run in begun:
+            made = run.source.meter.read()  # on CUDA a loss that was not finite shows here first
+            run.meter.failure = run.meter.failure or run.source.meter.failure
+            rows[run.name] = {'epoch': epoch + 1, **run.meter.read(run.net), **made}
         session.drop_failed(live, begun, runs)
         done = []
         for run in begun:
@@ -176,12 +181,9 @@ def main():
         path = folder / run.name / 'student.pt'
         how = models.how_to_load(path, args.s_name, args.data_name, test.num_classes)
         done.append((run.record, path.name, facts, run.name, f'weights: {how}'))
-    if args.pool_save:
-        pool = getattr(runs[0].source, 'pool', None) if runs else None
-        if pool is None:
-            raise UserError(f'--pool_save: {" ".join(wanted)} keeps no images')
-        save_checkpoint(Path(args.pool_save), {'pool': pool.images})
     session.finish(live, done)
+    if args.pool_save and runs:
+        save_checkpoint(Path(args.pool_save), {'pool': runs[0].source.pool.images})
 
 
 def train_epoch(run: Run, epoch: int, seed: int, live) -> None:

@@ -119,9 +119,9 @@ def main():
 
     setting = kind(args, rows, device, log)
     origin |= class_names_of(setting.train)
+    runs = [build_run(args, term, setting, folder, origin) for term in terms.values()]
     if setting.nets:
         write_ensemble(folder, setting, args, origin)
-    runs = [build_run(args, term, setting, folder, origin) for term in terms.values()]
     compile_networks(args, *setting.nets, *(run.net for run in runs))
     if not runs:
         write_json(folder / 'args.json', {'args': vars(args), **origin})

@@ -107,6 +107,9 @@ def read_methods(args) -> dict[str, tuple]:
             raise UserError(f'--lmbda: {name} trains on {LM[name].needs.views[0]} by itself')
     refuse_fp16(args)
     weights, options = weights_and_options(args, args.kd_mode, LM)
+    for name, weight in weights.items():
+        if weight and not LM[name].needs.teacher:
+            raise UserError(f'--lambda_kd: {name} has no teacher and so no weight, --lambda_ce is its own')
     return {name: (LM[name], weights[name], options[name]) for name in args.kd_mode}
 
 

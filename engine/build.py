@@ -48,6 +48,13 @@ def read_methods(args) -> dict[str, list[Term]]:
         ]
         for token, terms in tokens.items()
     }
+    for flag, has in (
+        ('ramp_epochs', any(isinstance(KD[name].when.ramp, schedules.linear) for name in names)),
+        ('init_epochs', any(KD[name].when.alone for name in names)),
+        ('pretrain_epochs', any(KD[name].when.pretrain for name in names)),
+    ):
+        if getattr(args, flag) is not None and not has:
+            raise UserError(f'--{flag}: {", ".join(sorted(names))}: has no such epochs')
     for token, terms in wanted.items():
         for column, what in (
             ('student', 'change the student'),
@@ -166,10 +173,12 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         try_once(run, step, seen)
         record.resume(resume_point(args.resume, folder / token))
         if not record.epoch and rank() == 0:  # the other processes are sent the result
+            own_share, train.shard = train.shard, (0, 1)  # it looks for all processes
             for term in terms:
                 if term.method.own.before:
                     with user_errors():
                         term.method.own.before(term.loss, teachers.teacher, probe)
+            train.shard = own_share
         same_buffers(step)  # what `before` found; DistributedDataParallel sends parameters only
         run.step = distributed(step, device)
         runs.append(run)

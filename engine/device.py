@@ -19,6 +19,8 @@ def setup(args: argparse.Namespace) -> torch.device:
     """Threads, seeds and kernels as the flags say; returns the device."""
     if args.threads and args.threads > 1024:  # the system would refuse them one by one, and abort
         raise UserError(f'--threads {args.threads}: at most 1024')
+    if processes() > 1 and 'RANK' not in os.environ:
+        raise UserError(f'WORLD_SIZE is {processes()} and there is no RANK: start with torchrun, or unset it')
     torch.set_num_threads(args.threads or cores())
     mps = torch.backends.mps.is_available()
     name = args.device or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')
@@ -28,6 +30,8 @@ def setup(args: argparse.Namespace) -> torch.device:
             index = int(os.environ['LOCAL_RANK']) if processes() > 1 else device.index
             if index is not None:  # what is recorded, and what a process opens, is on the current one
                 torch.cuda.set_device(index)
+        if device.type not in ('cpu', 'cuda', 'mps'):
+            raise UserError(f'--device {name}: say cpu, cuda or mps')
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from None

@@ -37,6 +37,8 @@ def user_errors():
 def run(main: Callable[[], int | None]) -> None:
     """Call a script's main and turn the expected ways to fail into one line and an exit code."""
     script = Path(sys.argv[0]).name
+    if hasattr(sys.stdout, 'reconfigure'):  # a name that the terminal's encoding lacks must not end a run
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         code = main()
         leave_processes()

@@ -63,7 +63,7 @@ RATE = 'default 0.1 with sgd, 0.001 with adamw'
 
 
 def add_label_flag(flag) -> None:
-    flag('--labelled', type=fraction, metavar='F',
+    flag('--labelled', type=share, metavar='F',
          help='share of the training images that keep their labels, drawn by --seed; of the others '
               'train_base.py sees nothing, and train_kd.py learns what a teacher says; default: all that '
               'have one')  # fmt: skip
@@ -155,6 +155,10 @@ def share_of_ce(text: str) -> float:
 
 def fraction(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < 1, 'a share from 0 to below 1')
+
+
+def share(text: str) -> float:
+    return _number(float, text, lambda x: 0 < x < 1, 'a share between 0 and 1')
 
 
 def _number(kind, text, legal, wanted):

@@ -80,7 +80,9 @@ class Meter:
         With `net`, at the end of an epoch, its weights are looked at too: a finite loss may have had a
         gradient that was not, and such weights must not reach the disk.
         """
-        if not self.failure and (bad := int(self.bad_step)) >= 0:
+        # a reading for the progress bar is one process's alone, and so no time to stop
+        together = net is not None or processes() == 1
+        if together and not self.failure and (bad := int(self.bad_step)) >= 0:
             self._fail(bad, 'found at the next reading')
         if not self.failure and net is not None and not all_finite(net):
             where = f'after {self.at.split()[-1]} {self.epoch + 1}, step {int(self.steps)}'

@@ -53,6 +53,8 @@ def weights_and_options(
     mode, heavy, flag = f'--{kind}_mode', f'--lambda_{kind}', f'--{kind}_args'
     chosen, wanted, given = (getattr(args, name[2:]) for name in (mode, heavy, flag))
     weights = {name: methods[name].weight for name in names}
+    if not names and (wanted or given):
+        raise UserError(f'{heavy if wanted else flag}: {mode} {" ".join(chosen)} trains nothing')
     if len(wanted) == 1 and '=' not in wanted[0]:
         if len(names) > 1:
             raise UserError(f'{heavy} {wanted[0]}: with several methods say METHOD=number')

@@ -61,6 +61,10 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
         candidates = [Path(choice), Path(choice) / 'last.pt', Path(choice) / folder.name / 'last.pt']
         for path in candidates:
             if path.is_file():
+                if last.exists() and last.resolve() != path.resolve():
+                    raise UserError(
+                        f'--resume {choice}: {folder} already holds another run, --note NAME starts a folder'
+                    )
                 return path
         if not last.exists() and any(Path(choice).glob('*/last.pt')):  # a group's folder
             if rank() == 0:

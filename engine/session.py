@@ -72,7 +72,7 @@ def end_epoch(session: Session, epoch: int, last: bool, done: Iterable[tuple]) -
         for key, value in row.items() if session.board else ():
             if isinstance(value, float):
                 session.board.add_scalar(f'{prefix}{key}', value, epoch + 1)
-    signal = 0 if last else session.stop.agreed()
+    signal = session.stop.agreed() if done and not last else 0
     if signal:
         for record, *_ in done:
             record.save()
@@ -133,7 +133,10 @@ class Log:
             self.bar.write(line)
         else:
             print(line, flush=True)
-        with contextlib.suppress(OSError), open(self.path, 'a') as file:  # checkpoints report a full disk
+        with (
+            contextlib.suppress(OSError),
+            open(self.path, 'a', encoding='utf-8', errors='backslashreplace') as file,
+        ):  # checkpoints report a full disk
             file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
 
 
@@ -210,6 +213,14 @@ def load_data(args: argparse.Namespace, device: torch.device, log: Callable = la
 def labelled_part(data):
     with user_errors():
         return dataset.only_labelled(data)
+
+
+def refuse_too_few(train, batch_size: int) -> None:
+    """Once it is known which images train: batch norm and relations need two in a batch."""
+    if batch_size < 2:
+        raise UserError('--batch_size 1: batch norm and relations within a batch need two images')
+    if not train.steps(batch_size):
+        raise UserError(f'{len(train)} training images are left, every process needs two')
 
 
 def share(*sets) -> None:

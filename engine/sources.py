@@ -76,6 +76,9 @@ def read_sources(words: Sequence[str], data: str) -> list[Source]:
         if word.endswith('.json'):
             found += _listed(Path(word), data)
             continue
+        if Path(word).is_file():  # whatever its name holds
+            found.append(_source({'file': word}, data))
+            continue
         net, equals, rest = word.partition('=')
         net, rest = (net, rest) if equals else (None, word)
         rest, at, own = rest.partition('@')

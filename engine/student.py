@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset.labels import labelled_cross_entropy
+from dataset.labels import NO_LABEL, labelled_cross_entropy
 from engine import optimise
 from engine.batch import Batch, InFloat32, Probe
 from engine.meter import Meter
+from engine.processes import processes, summed
 from engine.record import Record
 from engine.side_by_side import cast_weights
 from engine.stages import Stages, default_of
@@ -99,7 +100,11 @@ class Student(nn.Module):
     def cross_entropy(self, out: Tensor, target: Tensor) -> Tensor:
         if self.all_labelled:
             return F.cross_entropy(out, target)
-        return labelled_cross_entropy(out, target)
+        if processes() == 1:
+            return labelled_cross_entropy(out, target)
+        # gradients are averaged over processes, whose shares may hold few labels or none
+        count = summed((target != NO_LABEL).sum()).clamp(min=1) / processes()
+        return F.cross_entropy(out, target, ignore_index=NO_LABEL, reduction='sum') / count
 
     def look_at(self, img: Tensor) -> InFloat32:
         """What the student says of further images."""

@@ -5,6 +5,7 @@ True)`. `torchvision:NAME` is torchvision's network with its stages tapped (mode
 """
 
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def narrowed(net: nn.Module, path: str | Path | None) -> nn.Module:
 
 def how_to_load(path: str | Path, name: str, data: str | None, num_classes: int) -> str:
     """What to do with a file of weights, for the end of a log. data: None if tools/eval.py cannot read it."""
-    measured = f'python tools/eval.py --net_name {name} --data_name {data} {path} measures them, '
+    file = shlex.quote(str(path))
+    measured = f'python tools/eval.py --net_name {name} --data_name {data} {file} measures them, '
     loaded = f'models.load_student({str(path)!r}, {name!r}, {num_classes}) is the network'
     return f'{path}; {measured if data else ""}{loaded}'
 
