@@ -36,10 +36,11 @@ class Meter:
 
     def guard(self, loss: Tensor, opt: torch.optim.Optimizer, *teachers: Tensor) -> bool:
         """Whether to go on with this step. teachers: what they say; -inf, a masked class, is legal."""
-        if loss.dim():
-            got = tuple(loss.shape)
+        value = loss.detach()
+        if value.dim():
+            got = tuple(value.shape)
             raise UserError(f'{self.name}: the loss must be one number, got {got}: leave reduction=none out')
-        finite = torch.isfinite(loss.detach())
+        finite = torch.isfinite(value)
         for said in teachers:  # a loss may not look at all of it
             finite = finite & (said.detach() < torch.inf).all()
         here = finite

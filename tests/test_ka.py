@@ -569,6 +569,8 @@ MISTAKES = [
     (['concat', '--tasks', 'seg'], ['--tasks: not for --data_name shapes:96']),
     (['cfl', '--lambda_ka', '0', '--lambda_kd', '0'], ['cfl: has nothing to learn']),
     (['concat', '--new_head'], ['--new_head: goes with --s_init FILE']),
+    (['ensemble', '--lambda_ka', '3'], ['--lambda_ka: --ka_mode ensemble trains nothing']),
+    (['ensemble', '--ka_args', 'T=2'], ['--ka_args: --ka_mode ensemble trains nothing']),
 ]
 
 

@@ -278,6 +278,8 @@ def test_what_is_not_finite_stops(script, fails, tmp_path):
         ('--kd_mode gkd --t_model nowhere.pt', 'nowhere.pt: no such checkpoint'),
         ('--kd_mode gkd --amp fp16', 'use bf16'),
         ('--kd_mode gkd --steps 0', 'a whole number > 0'),
+        ('--kd_mode ce --lambda_kd 1', 'ce has no teacher'),
+        ('--kd_mode gkd --kd_args reduction=none', 'must be one number'),
     ],
 )
 def test_mistakes(fails, words, said):

@@ -129,6 +129,9 @@ def test_resume_from_a_path_and_with_other_company(train_kd, tmp_path, monkeypat
     done = train_kd('vid', '--note', 'moved0', *FOUR, '--resume', tmp_path / 'group')
     assert done.code == 2 and 'no checkpoint there' in done.err, done.err
     assert (tmp_path / 'moved0' / 'vid' / 'last.pt').read_bytes() == before
+    done = train_kd('vid', '--note', 'moved0', *FOUR, '--resume', tmp_path / 'whole')
+    assert done.code == 2 and 'already holds another run' in done.err, done.err
+    assert (tmp_path / 'moved0' / 'vid' / 'last.pt').read_bytes() == before
     done = train_kd('vid', 'st', '--note', 'both', *FOUR, '--resume', tmp_path / 'group')
     assert done.code == 0 and 'there is no run vid, it begins' in done.out, done.err
     check_equal(tmp_path / 'whole' / 'vid', tmp_path / 'both' / 'vid')
