@@ -182,7 +182,8 @@ def main():
     facts = {'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,
              'data': args.data_name, 'classes': classes, 'seed': args.seed,
              'epochs': args.epochs}  # fmt: skip
-    how = models.how_to_load(folder / 'net.pt', args.net_name, args.data_name, train.num_classes)
+    data = None if classes else args.data_name  # tools/eval.py measures all classes
+    how = models.how_to_load(folder / 'net.pt', args.net_name, data, train.num_classes)
     session.finish(live, [(record, 'net.pt', facts, args.net_name, f'weights: {how}')])
 
 

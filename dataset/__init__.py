@@ -13,7 +13,7 @@ from .arrays import read_arrays
 from .attributes import ATTRIBUTE_DATA, Attributes, load_attributes
 from .cifar import NAMES, read_cifar, read_cifar_test
 from .dense import Dense
-from .folder import MEAN, STD, BadImage, Folder
+from .folder import MEAN, STD, BadImage, Folder, classes_in
 from .labels import NO_LABEL, forget_labels, only_labelled
 from .nyu import read_nyu
 from .parts import ClassParts, few_per_class, read_classes, split_classes, take_classes
@@ -83,7 +83,8 @@ def load_test(name: str, root: str | Path = './data', device: str | torch.device
     kind, size = _named(name)
     device = torch.device(device)
     if kind == 'folder':
-        return Folder(Path(root) / 'val', device, **folder_options)
+        val = Path(root) / 'val'
+        return Folder(val, device, class_names=classes_in(val), **folder_options)
     if kind == 'arrays':
         return _of_arrays(*read_arrays(Path(root))[1:], device)
     if kind == 'patterns':

@@ -36,7 +36,12 @@ def read_arrays(root: Path):
             raise ValueError(f'{root / half}.npz: labels must be integers, got {labels.dtype}')
         labels = labels.astype(np.int64)
         legal = (labels >= 0) & (labels < len(names)) | (labels == NO_LABEL) & (half == 'train')
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) != len(labels):
+        if (
+            images.ndim != 4
+            or images.shape[3] != 3
+            or images.dtype != np.uint8
+            or labels.shape != images.shape[:1]
+        ):
             raise ValueError(
                 f'{root / half}.npz: images must be (N, H, W, 3) uint8 with N labels, got '
                 f'{images.shape} {images.dtype} and {labels.shape}'
@@ -49,6 +54,16 @@ def read_arrays(root: Path):
         halves.append((np.ascontiguousarray(images), labels))
     known = 'mean' in train and 'std' in train
     mean, std = (train['mean'], train['std']) if known else _mean_and_std(halves[0][0])
+    if (
+        np.shape(mean) != (3,)
+        or np.shape(std) != (3,)
+        or np.max(mean) > 1
+        or np.min(mean) < 0
+        or np.max(std) > 1
+    ):
+        raise ValueError(
+            f'{root}/train.npz: mean and std are three numbers each, of pixels in 0..1, got {mean} {std}'
+        )
     if not np.all(np.asarray(std) > 0):
         raise ValueError(f'{root}/train.npz: std {std} has a channel without variation: give mean and std')
     facts = {'class_names': names, 'mean': tuple(map(float, mean)), 'std': tuple(map(float, std))}

@@ -54,7 +54,7 @@ class Folder:
         convert_rgb: bool = False,
         class_names: list[str] | None = None,
     ):
-        there = _classes_in(folder)
+        there = classes_in(folder)
         self.class_names = there if class_names is None else list(class_names)
         _compare_classes(folder, there, self.class_names)
         files = [_images_in(Path(folder) / name) for name in self.class_names]
@@ -164,7 +164,7 @@ class Folder:
         raise BadImage(message)
 
 
-def _classes_in(folder: Path) -> list[str]:
+def classes_in(folder: Path) -> list[str]:
     """Names of the folders, sorted."""
     try:
         found = sorted(

@@ -165,28 +165,32 @@ def read_checkpoint(path: str | Path) -> dict:
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
     try:
-        # RepDistiller's optimiser state has a NumPy float in it: allow exactly that, also by its old name
+        # RepDistiller's optimiser state has a NumPy number in it, others keep accuracies as such: allow
+        # numbers, also by their old name
         scalar = np._core.multiarray.scalar
+        kinds = [f'{kind}{bits}' for kind in ('Int', 'UInt') for bits in (8, 16, 32, 64)]
+        kinds += ['Float16', 'Float32', 'Float64', 'Bool']
         with torch.serialization.safe_globals(
             [
                 np.dtype,
-                np.dtypes.Float64DType,
+                *(getattr(np.dtypes, f'{kind}DType') for kind in kinds),
                 (scalar, 'numpy.core.multiarray.scalar'),
                 (scalar, 'numpy._core.multiarray.scalar'),
             ]
         ):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        blocked = re.search(r'GLOBAL ([\w.]+)', str(error))
+        blocked = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
         if not blocked:
             raise ValueError(f'{path}: not a PyTorch checkpoint, or damaged') from None
+        name = blocked[1] or blocked[2]
         hint = (
             '; use a file that holds weights only, e.g. ckpt_epoch_N.pth or a _best file'
-            if blocked[1] == 'argparse.Namespace'
+            if name == 'argparse.Namespace'
             else ''
         )
         raise ValueError(
-            f'{path}: refused, it contains pickled code ({blocked[1]}) and nothing of it was run{hint}'
+            f'{path}: refused, it contains pickled code ({name}) and nothing of it was run{hint}'
         ) from None
     except (
         RuntimeError,

@@ -149,7 +149,9 @@ def dense_table(results: list[dict]) -> list[list[str]]:
             rows.append([f'{name} (branches at {points})', *cells(*(r['last'] for r in runs)),
                          _span(r['parameters'] for r in runs), first['epochs'], len(runs)])  # fmt: skip
             if first['method'] == 'sbm':
-                rows[1][-3] = f'{first["parameters_of_teachers"]:,}'
+                for row in rows:
+                    if row[0] == 'the teachers, one per task':
+                        row[-3] = f'{first["parameters_of_teachers"]:,}'
     return rows
 
 

@@ -61,7 +61,7 @@ def rows(results: list[dict]) -> list[tuple[str, str, float, str]]:
             )
     labelled = next((accuracy(r) for r in ka if r['method'] == 'scratch'), None)
     for r in ka:
-        share = f'{100 * accuracy(r) / labelled:.0f} % of the last row' if labelled else ''
+        share = f'{100 * accuracy(r) / labelled:.0f} % of the one with labels' if labelled else ''
         if r['method'] == 'ensemble':
             table.append(('these teachers together', 'nothing: the largest output wins', accuracy(r), share))
         elif r['method'] == 'scratch':

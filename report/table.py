@@ -150,14 +150,23 @@ def baseline_of(groups: dict, key: tuple) -> list[dict] | None:
     for (*pair, kind, length), runs in groups.items():
         alone = NEWER | runs[0]['recipe']
         alike = all(own[k] == alone[k] for k in RECIPE if k in own and k in alone)
+        alike = alike and own.get('classes') == alone.get('classes')
         if [*pair, length] == [data, '', *kinds, epochs] and is_baseline(kind) and alike:
             found.append(runs)
-    same = [runs for runs in found if starts(runs) & starts(groups[key])]
+    mine = groups[key]
+    # of the same seed, but from other weights: another network's
+    found = [b for b in found if starts(b) & starts(mine) or not seeds(b) & seeds(mine)]
+    same = [runs for runs in found if starts(runs) & starts(mine)]
     return next(iter(same or found), None)
 
 
 def starts(runs: list[dict]) -> set:
-    return {str(r['recipe'].get('initial')) for r in runs}  # of several networks it is a list
+    initial = [r['recipe'].get('initial') for r in runs]  # of several networks it is a list
+    return {name for names in initial for name in (names if isinstance(names, list) else [names])}
+
+
+def seeds(runs: list[dict]) -> set:
+    return {r['seed'] for r in runs}
 
 
 def students_of(groups: dict) -> set[str]:

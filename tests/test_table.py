@@ -1,5 +1,7 @@
 """Tables of results: which runs are one row, what tells rows apart, over what their means are."""
 
+import json
+
 from methods import METHODS
 
 
@@ -63,6 +65,53 @@ def test_what_tells_rows_apart():
     # the figure says these names, too
     drawn = [source_of_figure([run('st', 1, given=given)]) for given in ({}, {'T': 8})]
     assert drawn[0] != drawn[1]
+
+
+def test_the_baseline_is_the_students_own():
+    """Of all classes like the student, and of one seed only if it began from the student's weights."""
+    from report.table import baseline_of, group
+
+    def run(method, seed, initial, top1=50.0, classes=None):
+        recipe = {
+            'lr': 0.1,
+            'batch_size': 128,
+            'amp': 'off',
+            'seed': seed,
+            'initial': initial,
+            'classes': classes,
+        }
+        if method == 'st':
+            recipe |= {'ce': 1.0, 'methods': [['st', METHODS['st'].weight, {}]], 'teacher': 't'}
+        return {'method': method, 'seed': seed, 'data': 'x', 'teacher': 't' if method == 'st' else None,
+                'student': 'resnet8', 'epochs': 2, 'recipe': recipe, 'last': {'top1': top1}}  # fmt: skip
+
+    def baseline(*runs):
+        groups = group(list(runs))
+        found = baseline_of(groups, next(key for key in groups if key[3] == 'st'))
+        return found and found[0]['last']['top1']
+
+    part = run('baseline', 1, 'b', 95.0, classes=[0, 1])
+    assert baseline(run('st', 1, 'a'), run('baseline', 1, 'a', 40.0), part) == 40.0
+    assert baseline(run('st', 1, 'a'), part) is None
+    assert baseline(run('st', 1, 'a'), run('baseline', 1, 'other', 45.0)) is None
+    assert baseline(run('st', 1, 'a'), run('baseline', 2, 'other', 45.0)) == 45.0, 'of another seed'
+
+
+def test_the_page_compares_within_a_setting():
+    """Detectors and lengths of one folder are not mixed: a gain is over this student's own training."""
+    from report.page import outcomes
+
+    found = [e for e in outcomes.experiments() if e.key.startswith('dense-rooms')]
+    results = [json.loads(path.read_text()) for path in (outcomes.RESULTS / 'dense-rooms').glob('*.json')]
+    for e in found:
+        figure = {'mIoU, %': 'miou', 'AP': 'ap'}[e.metric]
+        for method, values in e.values.items():
+            for seed, value in values.items():
+                settings = [{(r['student'], r['steps']) for r in results if r.get('method') == name
+                             and r['seed'] == seed and r['last'].get(figure) == x}
+                            for name, x in ((method, value), ('alone', e.alone[method][seed]))]  # fmt: skip
+                assert settings[0] & settings[1], (e.key, method, seed)
+    assert len(found) >= 4
 
 
 def test_dense_tasks_over_seeds():

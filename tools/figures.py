@@ -266,6 +266,8 @@ def main():
         top1 = load_teacher(net, path, test, amp)['top1']
         nets.append(net)
         label = Path(path).resolve().parent.name if said else 'teacher'
+        taken = [title.partition(', ')[0] for title in titles]  # panels are called by it
+        label += f' {sum(x.startswith(label) for x in taken) + 1}' if label in taken else ''
         titles.append(f'{label}, {name}, {top1:.1f} %')
         said.append({'name': name, 'file': str(path), 'top1': top1})
     outs, feats, targets = zip(*(outputs(net, test, amp) for net in nets))

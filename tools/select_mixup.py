@@ -52,7 +52,8 @@ def parse_args(words=None):
     flag('--s_model', metavar='FILE', help="the student's weights; without, no mixes are chosen")
     flag('--select', type=positive_int, default=10000, metavar='N', help='mixes to choose, default 10000')
     flag('--pairs', type=positive_int, metavar='N',
-         help='pairs to look at, drawn by --seed; default: all R (R - 1) / 2, eleven looks each')
+         help='pairs to look at, drawn by --seed; default: every image with its (R - 1) // 2 next ones, '
+              'eleven looks each')
     flag('--earlier', nargs='*', default=[], metavar='FOLDER', help='pools whose mixes are kept beside')
     flag('--seed', type=seed_number, default=2, help='of the real images and of --pairs, default 2')
     # fmt: on

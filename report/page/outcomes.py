@@ -5,7 +5,8 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from report import table
+from report import ka, lm, table
+from report.ka_rows import is_of_a_tool
 
 RESULTS = Path(__file__).parent.parent.parent / 'results'
 HEADLINE = 'cifar10-resnet20-resnet8-12epochs'  # what README shows, too
@@ -54,8 +55,8 @@ def experiments() -> list[Experiment]:
             made += distilled(folder.name, results)
         elif scripts & {'train_ka', 'train_lm', 'train_dfkd', 'train_dense'}:
             mine = [r for r in results if r['script'] != 'train_base']
-            for task in sorted({r.get('task', '') for r in mine}):
-                made += others(folder.name, [r for r in mine if r.get('task', '') == task])
+            for number, runs in enumerate(settings(folder, mine), 1):
+                made += others(folder.name, runs, number)
     made = [e for e in made if e.values]
     return sorted(
         made, key=lambda e: (e.key != HEADLINE, e.smoke, PLACES[e.paradigms], -len(e.values), e.key)
@@ -89,8 +90,22 @@ def distilled(name: str, results: list[dict]) -> list[Experiment]:
     return made
 
 
-def others(name: str, results: list[dict]) -> list[Experiment]:
-    """Amalgamation, language models, without data."""
+def settings(folder: Path, results: list[dict]) -> list[list[dict]]:
+    """Runs that may be compared: of one task, data, student and length; the setting of most runs first."""
+    if any(r['script'] == 'train_ka' for r in results):
+        results = [r for r in ka.read_results([str(folder)]) if not is_of_a_tool(r)]
+    keys = ('experiment', 'task', 'data', 'size', 'student', 'labelled', 'unlabelled', 'steps')
+    found: dict[str, list] = {}
+    for r in results:
+        if r['script'] == 'train_lm' and lm.name_of(r) != r['method']:
+            continue  # with other settings than the row's
+        teacher = r['teacher'] if r['script'] == 'train_dfkd' else ''
+        found.setdefault(repr([*map(r.get, keys), teacher]), []).append(r)
+    return sorted(found.values(), key=lambda runs: -len(runs))
+
+
+def others(name: str, results: list[dict], number: int = 1) -> list[Experiment]:
+    """Amalgamation, language models, without data. number: which of the folder's settings."""
     e = Experiment(name, '')
     groups: dict[str, list] = {}
     for r in results:
@@ -121,6 +136,9 @@ def others(name: str, results: list[dict]) -> list[Experiment]:
         many = len(first.get('teachers') or first.get('parts') or '')
         e.label = f'{data}, amalgamation of {many or "several"} teachers, {first["epochs"]} epochs'
     e.epochs = first.get('epochs', 0)
+    e.key += f'-{number}' if number > 1 else ''
+    if first.get('experiment', name) != name:
+        e.label += f', {first["experiment"]}'
     for method, runs in groups.items():
         runs = [r for r in runs if figure in (r.get('last') or {})]
         if method in (alone, 'ensemble', 'baseline') or not runs:
@@ -136,6 +154,9 @@ def others(name: str, results: list[dict]) -> list[Experiment]:
 
 
 def fill(e: Experiment, method: str, runs: list[dict], figure: str, alone: list[dict]) -> None:
+    for several in (runs, alone):
+        seeds = [r['seed'] for r in several]
+        assert len(set(seeds)) == len(seeds), f'{e.key}, {method}: two runs of one seed would be one'
     e.values[method] = {r['seed']: r['last'][figure] for r in runs}
     e.curves[method] = mean_curve(runs)
     e.alone[method] = {r['seed']: r['last'][figure] for r in alone}
