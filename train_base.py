@@ -78,13 +78,6 @@ def parse_args():
 
 def chosen_classes(args, num_classes: int) -> list[int] | None:
     """The classes to train on, None for all."""
-    wanted = _chosen_classes(args, num_classes)
-    if wanted and len(wanted) < 2:
-        raise UserError('--classes, --part: one class is nothing to tell apart, take two or more')
-    return wanted
-
-
-def _chosen_classes(args, num_classes: int) -> list[int] | None:
     if (args.num_parts is None) != (args.part is None) or (args.classes and args.num_parts):
         raise UserError('say --num_parts N --part I, or --classes LIST')
     with user_errors():

@@ -48,13 +48,8 @@ def read_methods(args) -> dict[str, list[Term]]:
         ]
         for token, terms in tokens.items()
     }
-    for flag, has in (
-        ('ramp_epochs', any(isinstance(KD[name].when.ramp, schedules.linear) for name in names)),
-        ('init_epochs', any(KD[name].when.alone for name in names)),
-        ('pretrain_epochs', any(KD[name].when.pretrain for name in names)),
-    ):
-        if getattr(args, flag) is not None and not has:
-            raise UserError(f'--{flag}: {", ".join(sorted(names))}: has no such epochs')
+    if args.ramp_epochs and not any(isinstance(KD[name].when.ramp, schedules.linear) for name in names):
+        raise UserError(f'--ramp_epochs: {", ".join(sorted(names))}: the weight has no ramp')
     for token, terms in wanted.items():
         for column, what in (
             ('student', 'change the student'),
