@@ -7,10 +7,16 @@ from torch import Tensor
 NO_LABEL = -100
 
 
-def labelled_cross_entropy(out: Tensor, target: Tensor, unknown: int = NO_LABEL) -> Tensor:
-    """The mean over the labels that are known; 0, not NaN, where there is none."""
-    count = (target != unknown).sum()
-    return F.cross_entropy(out, target, ignore_index=unknown, reduction='sum') / count.clamp(min=1)
+def labelled_cross_entropy(
+    out: Tensor, target: Tensor, unknown: int = NO_LABEL, count: Tensor | None = None
+) -> Tensor:
+    """The mean over the labels that are known; 0, not NaN, where there is none.
+
+    count: by how many to divide instead, where these labels are one process's share of all.
+    """
+    if count is None:
+        count = (target != unknown).sum().clamp(min=1)
+    return F.cross_entropy(out, target, ignore_index=unknown, reduction='sum') / count
 
 
 def forget_labels(data, share: float, seed: int):

@@ -38,15 +38,20 @@ VIEWS = {
 
 
 def facts(name: str, row) -> dict[str, str]:
-    """Title, paper, needs, weight and arguments of a row; its file as `module`."""
+    """Title, paper, needs, weight and arguments of a row; its file as `module`.
+
+    `ce` is the weight of cross-entropy beside it: nothing if that is 1, 'later' if it has a schedule.
+    """
     module = module_of(name, row)
     title, paper = opening(module)
+    ce = getattr(getattr(row, 'when', None), 'ce', 1)
     return {
         'name': name,
         'title': getattr(row, 'says', '') or title,
         'paper': short(paper),
         'needs': ', '.join(needs(row)),
         'weight': f'{row.weight:g}' if hasattr(row, 'weight') else 'preset',
+        'ce': 'later' if callable(ce) else '' if ce == 1 else f'{ce:g}',
         'arguments': arguments(row),
         'module': module.__name__ if module else '',
     }
@@ -183,8 +188,7 @@ def text(rows: dict, width: int = 110) -> str:
     lines = ['METHOD          weight  paper; what it needs; arguments of its loss with their defaults']
     for name, row in sorted(rows.items()):
         f = facts(name, row)
-        ce = getattr(getattr(row, 'when', None), 'ce', 1)
-        beside = '' if ce == 1 or callable(ce) else f'cross-entropy at {ce:g}'
+        beside = f'cross-entropy {f["ce"]}' if f['ce'] else ''
         parts = (f['paper'], f['needs'] or 'nothing', beside, f['arguments'])
         said = '; '.join(part for part in parts if part)
         start = f'{name:16s}{f["weight"]:>6s}  '

@@ -104,7 +104,7 @@ class Student(nn.Module):
             return labelled_cross_entropy(out, target)
         # gradients are averaged over processes, whose shares may hold few labels or none
         count = summed((target != NO_LABEL).sum()).clamp(min=1) / processes()
-        return F.cross_entropy(out, target, ignore_index=NO_LABEL, reduction='sum') / count
+        return labelled_cross_entropy(out, target, count=count)
 
     def look_at(self, img: Tensor) -> InFloat32:
         """What the student says of further images."""

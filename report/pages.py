@@ -94,8 +94,7 @@ def methods_line(name: str, row, facts: dict) -> str:
     shown = f'[`{name}`](../{path.relative_to(ROOT)})' if facts['module'] else f'`{name}`'
     reference = 'images that were made before' if hasattr(row, 'images') else 'cross-entropy with labels'
     what = facts['title'] or f'the reference: {reference}'
-    ce = getattr(getattr(row, 'when', None), 'ce', 1)
-    weight = facts['weight'] + ('' if ce == 1 else ' (ce later)' if callable(ce) else f' (ce {ce:g})')
+    weight = facts['weight'] + (f' (ce {facts["ce"]})' if facts['ce'] else '')
     return f'| {shown} | {what} | {facts["paper"]} | {facts["needs"]} | {weight} | {more(name, path)} |'
 
 
