@@ -1,6 +1,7 @@
 """The expected ways to fail, and how a script turns them into a line and an exit code."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -40,7 +41,10 @@ def run(main: Callable[[], int | None]) -> None:
     if hasattr(sys.stdout, 'reconfigure'):  # a name that the terminal's encoding lacks must not end a run
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
-        code = main()
+        try:
+            code = main()
+        finally:
+            sys.stdout.flush()  # here, where it is known what to do if nobody reads
         leave_processes()
         sys.exit(code)
     except (UserError, dataset.BadImage) as error:  # a bad image shows when it is reached
@@ -49,6 +53,11 @@ def run(main: Callable[[], int | None]) -> None:
             traceback.print_exception(error)
         print(f'{script}: error: {error}', file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError as error:  # `| head` has read enough
+        if '--debug' in sys.argv:
+            traceback.print_exception(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so as it ends
+        sys.exit(141)  # as a program that SIGPIPE stops
     except OSError as error:
         if error.filename is None:
             raise

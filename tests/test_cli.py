@@ -773,6 +773,16 @@ def test_a_real_process_has_no_traceback(tmp_path):
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr
 
 
+def test_a_reader_that_leaves():
+    """`--kd_mode list | head`: no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / 'train_kd.py'), '--kd_mode', 'list']
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, '')
+
+
 # ------------------------------------------------------------------------------------------ example script
 
 
