@@ -6,22 +6,20 @@ augmented and shuffled, with a fourth part, further views; `test.test_batches(ba
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from .arrays import read_arrays
+from .arrays import ARRAYS
 from .attributes import ATTRIBUTE_DATA, Attributes, load_attributes
-from .cifar import NAMES, read_cifar, read_cifar_test
+from .cifar import CIFAR
 from .dense import Dense
-from .folder import MEAN, STD, BadImage, Folder, classes_in
+from .folder import FOLDER, BadImage, Folder
 from .labels import NO_LABEL, forget_labels, only_labelled
 from .nyu import read_nyu
 from .parts import ClassParts, few_per_class, read_classes, split_classes, take_classes
-from .patterns import CLASSES as PATTERNS
-from .patterns import patterns
+from .patterns import PATTERNS
 from .resident import Resident
 from .scenes import load_scenes
-from .shapes import CLASSES, cached_shapes, test_size
+from .shapes import SHAPES
 
 __all__ = [
     'ATTRIBUTE_DATA',
@@ -46,11 +44,7 @@ __all__ = [
     'take_classes',
 ]
 
-# (mean, std) per channel of the training images; CIFAR's are Knowledge-Distillation-Zoo's
-_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-_CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-_SHAPES = (0.50, 0.50, 0.50), (0.24, 0.24, 0.24)
-_PATTERNS = (0.50, 0.50, 0.50), (0.17, 0.17, 0.17)
+DATA = {'shapes': SHAPES, 'patterns': PATTERNS, **CIFAR, 'folder': FOLDER, 'arrays': ARRAYS}  # see named.py
 
 
 def load(name: str, root: str | Path = './data', device: str | torch.device = 'cpu', **folder_options):
@@ -72,7 +66,7 @@ def load(name: str, root: str | Path = './data', device: str | torch.device = 'c
             line that says what to do.
     """
     kind, size = _named(name)
-    return DATA[kind](root, torch.device(device), size, folder_options)
+    return DATA[kind].load(root, torch.device(device), size, folder_options)
 
 
 def load_test(name: str, root: str | Path = './data', device: str | torch.device = 'cpu', **folder_options):
@@ -81,18 +75,7 @@ def load_test(name: str, root: str | Path = './data', device: str | torch.device
     The classes of a folder are those of val/ then. Arguments and errors are those of load.
     """
     kind, size = _named(name)
-    device = torch.device(device)
-    if kind == 'folder':
-        val = Path(root) / 'val'
-        return Folder(val, device, class_names=classes_in(val), **folder_options)
-    if kind == 'arrays':
-        return _of_arrays(*read_arrays(Path(root))[1:], device)
-    if kind == 'patterns':
-        return _resident(*patterns(test_size(size or 2000), seed=1), PATTERNS, _PATTERNS, device)
-    if kind == 'shapes':
-        return _resident(*cached_shapes(root, test_size(size or 8000), seed=1), CLASSES, _SHAPES, device)
-    mean_std = {'cifar10': _CIFAR10, 'cifar100': _CIFAR100}[kind]
-    return _resident(*read_cifar_test(kind, root), NAMES[kind], mean_std, device)
+    return DATA[kind].load_test(root, torch.device(device), size, folder_options)
 
 
 def pictures(name: str, root: str | Path, size: int) -> torch.Tensor:
@@ -118,9 +101,10 @@ def pictures(name: str, root: str | Path, size: int) -> torch.Tensor:
 
 def _named(name: str) -> tuple[str, int | None]:
     kind, _, size = name.partition(':')
-    if kind not in DATA or (size and (kind not in SIZED or not size.isdigit() or int(size) < 10)):
+    sized = [known for known, data in DATA.items() if data.sized]
+    if kind not in DATA or (size and (kind not in sized or not size.isdigit() or int(size) < 10)):
         raise ValueError(
-            f'no data set is called {name!r}; there are {", ".join(DATA)}; {", ".join(SIZED)} also with :N, '
+            f'no data set is called {name!r}; there are {", ".join(DATA)}; {", ".join(sized)} also with :N, '
             f'N >= 10'
         )
     return kind, int(size) if size else None
@@ -153,77 +137,7 @@ def mean_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     Raises:
         ValueError: unknown name; arrays, whose files say it.
     """
-    known = {
-        'shapes': _SHAPES,
-        'patterns': _PATTERNS,
-        'cifar10': _CIFAR10,
-        'cifar100': _CIFAR100,
-        'folder': (MEAN, STD),
-    }
-    kind = name.partition(':')[0]
-    if kind == 'arrays':
-        raise ValueError('arrays: how images are normalised stands in their files, not in the name')
-    if kind not in known:
-        raise ValueError(f'no data set is called {name!r}; there are {", ".join(known)}')
-    return known[kind]
-
-
-def _load_shapes(root, device, size, _):
-    n = size or 8000
-    halves = cached_shapes(root, n, seed=0), cached_shapes(root, test_size(n), seed=1)
-    return tuple(_resident(*half, CLASSES, _SHAPES, device) for half in halves)
-
-
-def _load_patterns(root, device, size, _):
-    n = size or 2000
-    halves = patterns(n, seed=0), patterns(test_size(n), seed=1)
-    return tuple(_resident(*half, PATTERNS, _PATTERNS, device) for half in halves)
-
-
-def _load_cifar10(root, device, size, _):
-    return _load_cifar('cifar10', root, device, size, _CIFAR10)
-
-
-def _load_cifar100(root, device, size, _):
-    return _load_cifar('cifar100', root, device, size, _CIFAR100)
-
-
-def _load_cifar(kind: str, root, device, size, mean_std):
-    (images, labels), test = read_cifar(kind, root)
-    if size and size > len(images):
-        raise ValueError(f'{kind}:{size}: there are {len(images)} training images')
-    halves = (images[:size], labels[:size]), test
-    return tuple(_resident(*half, NAMES[kind], mean_std, device) for half in halves)
-
-
-def _load_arrays(root, device, *_):
-    train, test, facts = read_arrays(Path(root))
-    return tuple(_of_arrays(half, facts, device) for half in (train, test))
-
-
-def _of_arrays(half, facts, device) -> Resident:
-    return _resident(*half, facts['class_names'], (facts['mean'], facts['std']), device)
-
-
-def _load_folder(root, device, _, options):
-    train = Folder(Path(root) / 'train', device, **options)
-    return train, Folder(Path(root) / 'val', device, **options, class_names=train.class_names)
-
-
-DATA = {
-    'shapes': _load_shapes,
-    'patterns': _load_patterns,
-    'cifar10': _load_cifar10,
-    'cifar100': _load_cifar100,
-    'folder': _load_folder,
-    'arrays': _load_arrays,
-}
-
-
-SIZED = ('shapes', 'patterns', 'cifar10', 'cifar100')
-
-
-def _resident(images: np.ndarray, labels: np.ndarray, names, mean_std, device) -> Resident:
-    return Resident(
-        torch.from_numpy(images), torch.from_numpy(labels), len(names), *mean_std, device, class_names=names
-    )
+    kind, _ = _named(name)
+    if not DATA[kind].mean_std:
+        raise ValueError(f'{kind}: how images are normalised stands in their files, not in the name')
+    return DATA[kind].mean_std

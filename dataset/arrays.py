@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .labels import NO_LABEL
+from .named import Data
+from .resident import Resident, from_arrays
 
 
 def read_arrays(root: Path):
@@ -90,3 +92,16 @@ def _read(path: Path) -> dict:
     if missing:
         raise ValueError(f'{path}: has no {missing[0]}')
     return content
+
+
+def _load(root, device, *_) -> tuple[Resident, Resident]:
+    *halves, facts = read_arrays(Path(root))
+    mean_std = facts['mean'], facts['std']
+    return tuple(from_arrays(half, facts['class_names'], mean_std, device) for half in halves)
+
+
+def _load_test(root, device, *_) -> Resident:
+    return _load(root, device)[1]  # its classes, mean and std stand in the training half
+
+
+ARRAYS = Data(_load, _load_test, mean_std=None)

@@ -2,10 +2,14 @@
 
 import hashlib
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
+
+from .named import Data
+from .resident import Resident, from_arrays
 
 # binary layout: folder, label bytes in front of the 3072 pixel bytes, and per file (records, MD5 if known)
 BINARY = {
@@ -36,6 +40,10 @@ _FINE = (  # the fine labels of CIFAR-100, in order
 NAMES = {
     'cifar10': 'airplane automobile bird cat deer dog frog horse ship truck'.split(),
     'cifar100': _FINE.split(),
+}
+MEAN_STD = {  # Knowledge-Distillation-Zoo's
+    'cifar10': ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    'cifar100': ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 PYTHON = {
     'cifar10': CIFAR10,
@@ -132,3 +140,21 @@ def _read_records(folder: Path, files: list[str], label_bytes: int) -> tuple[np.
 
 def _from_torchvision(half: CIFAR10) -> tuple[np.ndarray, np.ndarray]:
     return half.data, np.asarray(half.targets, dtype=np.int64)
+
+
+def _load(name: str, root, device, size, _) -> tuple[Resident, Resident]:
+    (images, labels), test = read_cifar(name, root)
+    if size and size > len(images):
+        raise ValueError(f'{name}:{size}: there are {len(images)} training images')
+    halves = (images[:size], labels[:size]), test
+    return tuple(from_arrays(half, NAMES[name], MEAN_STD[name], device) for half in halves)
+
+
+def _load_test(name: str, root, device, *_) -> Resident:
+    return from_arrays(read_cifar_test(name, root), NAMES[name], MEAN_STD[name], device)
+
+
+CIFAR = {
+    name: Data(partial(_load, name), partial(_load_test, name), mean_std, sized=True)
+    for name, mean_std in MEAN_STD.items()
+}

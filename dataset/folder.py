@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .labels import NO_LABEL
+from .named import Data
 from .pictures import BadImage, read_picture, to_rgb
-from .views import count_steps, distort, shares, view_seed
+from .views import count_steps, shares, view_called, view_seed
 
 UNLABELLED = '_unlabelled'
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -245,17 +246,17 @@ class _Views(Dataset):
             image, target = self.images[i]
             return image, *(self._view(view, i) for view in self.views), target
 
-    def _view(self, view: str, i: int) -> Tensor:
-        seed = view_seed(view, self.seed, self.epoch, i)
+    def _view(self, name: str, i: int) -> Tensor:
+        view, seed = view_called(name), view_seed(name, self.seed, self.epoch, i)
         torch.default_generator.manual_seed(seed)
-        if view == 'pair':
+        if view.partner:
             same = (self.targets == self.targets[i]).nonzero()[:, 0]
             i = int(same[torch.randint(len(same), ())])
         image = self.images[i][0]
-        if view == 'strong':
+        if view.change:
             mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
             pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-            image = (distort(pixels, seed).float() / 255 - mean) / std
+            image = (view.change(pixels, seed).float() / 255 - mean) / std
         return image
 
 
@@ -270,3 +271,17 @@ class _Numbered(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, int]:
         return *self.images[i], i
+
+
+def _load(root, device, _, options) -> tuple[Folder, Folder]:
+    train = Folder(Path(root) / 'train', device, **options)
+    return train, Folder(Path(root) / 'val', device, **options, class_names=train.class_names)
+
+
+def _load_test(root, device, _, options) -> Folder:
+    """Its classes are those of val/."""
+    val = Path(root) / 'val'
+    return Folder(val, device, class_names=classes_in(val), **options)
+
+
+FOLDER = Data(_load, _load_test, (MEAN, STD))

@@ -7,7 +7,12 @@ the same takes a GPU.
 
 import numpy as np
 
+from .named import Data
+from .resident import Resident, from_arrays
+from .shapes import test_size
+
 CLASSES = ('first', 'second', 'third', 'fourth', 'fifth', 'sixth', 'seventh', 'eighth', 'ninth', 'tenth')
+MEAN_STD = (0.50, 0.50, 0.50), (0.17, 0.17, 0.17)
 SIZE, POINTS = 16, 5
 NOISE = 0.35  # deviation, beside 1 of the patterns at their points
 
@@ -21,3 +26,15 @@ def patterns(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     labels = rng.permutation(np.arange(n) % len(CLASSES)).astype(np.int64)
     images = pattern[labels] + NOISE * rng.standard_normal((n, SIZE, SIZE, 3))
     return np.rint((0.5 + 0.2 * images).clip(0, 1) * 255).astype(np.uint8), labels
+
+
+def _load(root, device, size, _) -> tuple[Resident, Resident]:
+    train = from_arrays(patterns(size or 2000, seed=0), CLASSES, MEAN_STD, device)
+    return train, _load_test(root, device, size, _)
+
+
+def _load_test(root, device, size, _) -> Resident:
+    return from_arrays(patterns(test_size(size or 2000), seed=1), CLASSES, MEAN_STD, device)
+
+
+PATTERNS = Data(_load, _load_test, MEAN_STD, sized=True)

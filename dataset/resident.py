@@ -1,13 +1,12 @@
 """A data set that lives as bytes in device memory, and its augmentation in one gather per batch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .strong import Strong
-from .views import count_steps, shares, view_seed
+from .views import count_steps, shares, view_called, view_seed
 
 PAD = 4  # pixels on each side before the random crop
 
@@ -41,6 +40,7 @@ class Resident:
         self.class_names = None if class_names is None else list(class_names)
         self.images, self.targets = images.to(device).contiguous(), targets.to(device)
         self.shard = (0, 1)  # this process, number of processes
+        self._batched = {}  # view: what makes it of whole batches, made when it is first asked for
         self.pad = 'reflect'
         self.num_classes, self.mean, self.std, self.device = num_classes, mean, std, torch.device(device)
         # one multiply-add takes a byte to its normalised value
@@ -71,8 +71,10 @@ class Resident:
         changes nothing else.
 
         Args:
-            views: further images of every batch: 'pair', another image of the same class; 'strong', the same
-                image with RandAugment and a cut-out; any other name, another crop and flip of it.
+            views: further images of every batch, by their names in views.VIEWS.
+
+        Raises:
+            ValueError: no view has such a name.
         """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self), generator=generator).to(self.device)
@@ -91,32 +93,38 @@ class Resident:
         shift = torch.randint(2 * PAD + 1, (len(self), 2), generator=generator).to(self.device)
         return shift, torch.randint(2, (len(self),), generator=generator).to(self.device)
 
-    def _view(self, view: str, seed: int, epoch: int) -> Callable[[Tensor], Tensor]:
+    def _view(self, name: str, seed: int, epoch: int) -> Callable[[Tensor], Tensor]:
         """From indices to the images of a further view in this epoch."""
-        generator = torch.Generator().manual_seed(view_seed(view, seed, epoch))
+        view = view_called(name)
+        generator = torch.Generator().manual_seed(view_seed(name, seed, epoch))
         shift, flip = self._draw(generator)
-        if view == 'pair':
-            by_class = self.targets.argsort(stable=True)
-            count = torch.bincount(self.targets, minlength=self.num_classes)
-            share = torch.rand(len(self), generator=generator, dtype=torch.float64)
-            rank = (share * count[self.targets].cpu()).long().to(self.device)
-            partner = by_class[(count.cumsum(0) - count)[self.targets] + rank]
-            return lambda index: self.crops(partner[index], shift[index], flip[index])
-        if view == 'strong':
-            variants, squares = (x.to(self.device) for x in self._strong.draw(len(self), generator))
+        shown = self._partners(generator) if view.partner else torch.arange(len(self), device=self.device)
+        if not view.change:
+            return lambda index: self.crops(shown[index], shift[index], flip[index])
+        if view.batched:
+            if name not in self._batched:
+                self._batched[name] = view.batched(*self.images.shape[1:3], self.device)
+            drawn = [x.to(self.device) for x in self._batched[name].draw(len(self), generator)]
 
-            def strong(index: Tensor) -> Tensor:
-                pixels = self._pixels(index, shift[index], flip[index]).permute(0, 3, 1, 2)
-                pixels = self._strong(pixels, variants[index], squares[index])
-                return self._normalise(pixels.permute(0, 2, 3, 1).contiguous())
+        def changed(index: Tensor) -> Tensor:
+            pixels = self._pixels(shown[index], shift[index], flip[index]).permute(0, 3, 1, 2)
+            if view.batched:
+                pixels = self._batched[name](pixels, *(x[index] for x in drawn))
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    seeds = [view_seed(name, seed, epoch, i) for i in index.tolist()]
+                    pixels = torch.stack([view.change(*one) for one in zip(pixels.cpu(), seeds)])
+            return self._normalise(pixels.to(self.device).permute(0, 2, 3, 1).contiguous())
 
-            return strong
-        return lambda index: self.crops(index, shift[index], flip[index])
+        return changed
 
-    @cached_property
-    def _strong(self) -> Strong:
-        """Its tables are made when the view is first asked for."""
-        return Strong(*self.images.shape[1:3], self.device)
+    def _partners(self, generator: torch.Generator) -> Tensor:
+        """For every image one of the same class, drawn at random; it may be the image itself."""
+        by_class = self.targets.argsort(stable=True)
+        count = torch.bincount(self.targets, minlength=self.num_classes)
+        share = torch.rand(len(self), generator=generator, dtype=torch.float64)
+        rank = (share * count[self.targets].cpu()).long().to(self.device)
+        return by_class[(count.cumsum(0) - count)[self.targets] + rank]
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Every image once, in order, as it is; under torchrun every process its share."""
@@ -185,6 +193,12 @@ class Resident:
         other = Resident(images, targets, num_classes, self.mean, self.std, self.device, class_names)
         other.shard, other.pad = self.shard, self.pad
         return other
+
+
+def from_arrays(half: tuple[np.ndarray, np.ndarray], class_names, mean_std, device) -> Resident:
+    """A set of (images (N, H, W, 3) uint8, labels (N,) int64)."""
+    images, labels = map(torch.from_numpy, half)
+    return Resident(images, labels, len(class_names), *mean_std, device, class_names=class_names)
 
 
 def _reflected(size: int) -> Tensor:

@@ -18,7 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from .named import Data
+from .resident import Resident, from_arrays
+
 CLASSES = ('disc', 'ring', 'triangle', 'square', 'hourglass', 'star', 'cross', 'crescent', 'ell', 'tee')
+MEAN_STD = (0.50, 0.50, 0.50), (0.24, 0.24, 0.24)
 SIZE = 32
 _VERSION = 2  # part of the cache's name: raise it whenever the pictures change
 _CHUNK = 50
@@ -181,3 +185,15 @@ _OUTLINES = [
     (_ell, 1.8),
     (_tee, 1.92),
 ]
+
+
+def _load(root, device, size, _) -> tuple[Resident, Resident]:
+    train = from_arrays(cached_shapes(root, size or 8000, seed=0), CLASSES, MEAN_STD, device)
+    return train, _load_test(root, device, size, _)
+
+
+def _load_test(root, device, size, _) -> Resident:
+    return from_arrays(cached_shapes(root, test_size(size or 8000), seed=1), CLASSES, MEAN_STD, device)
+
+
+SHAPES = Data(_load, _load_test, MEAN_STD, sized=True)

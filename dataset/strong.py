@@ -13,8 +13,7 @@ import torchvision.transforms.v2.functional as functional
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .views import GREY
-
+GREY = (125, 123, 114)  # fills a cut-out, as in MLKD's code
 # torchvision's RandAugment, in its order: the first six take pixels from elsewhere
 OPERATIONS = (
     'Identity', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'Rotate', 'Brightness', 'Color', 'Contrast',

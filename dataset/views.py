@@ -1,13 +1,17 @@
-"""Batches: each process's share of an epoch, and further views, their seeds, the strong augmentation."""
+"""Batches: each process's share of an epoch; further views of the images, and their seeds.
+
+A new view is a function of an image, as `distort` is, and an entry of VIEWS; a row asks for it by name.
+"""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torchvision.transforms.v2 as transforms
 from torch import Tensor
 
-GREY = (125, 123, 114)  # fills a cut-out, as in MLKD's code
+from .strong import GREY, Strong
 
 
 def view_seed(view: str, seed: int, epoch: int, image: int = 0) -> int:
@@ -32,6 +36,37 @@ def distort(image: Tensor, seed: int) -> Tensor:
     top, left = int(top * (height - side + 1)), int(left * (width - side + 1))
     image[:, top : top + side, left : left + side] = torch.tensor(GREY, dtype=image.dtype)[:, None, None]
     return image
+
+
+@dataclass(frozen=True)
+class View:
+    """A further image for every image of a batch, cropped and flipped by random numbers of its own.
+
+    says: what a reader is told, see `--kd_mode list`.
+    partner: of another image of the same class.
+    change: (image (3, H, W) uint8, seed) -> as much, done to the crop; None: nothing.
+    batched: makes the same of whole batches, on their device, see strong.Strong; None: one by one.
+    """
+
+    says: str
+    partner: bool = False
+    change: Callable[[Tensor, int], Tensor] | None = None
+    batched: type | None = None
+
+
+VIEWS = {
+    'second': View('a second crop'),
+    'strong': View('a strongly augmented view', change=distort, batched=Strong),
+    'pair': View('another image of the class', partner=True),
+    'each': View('a view per network'),  # they are called 'view 1', 'view 2', ...
+}
+
+
+def view_called(name: str) -> View:
+    kind = 'each' if name.startswith('view ') else name
+    if kind not in VIEWS:
+        raise ValueError(f'no view is called {name!r}; there are {", ".join(VIEWS)}')
+    return VIEWS[kind]
 
 
 def count_steps(images: int, batch_size: int, shard: tuple[int, int] = (0, 1)) -> int:

@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 
+from dataset.views import VIEWS
 from methods import LM, Method
 
 # what a feed reads of Feats and of the batch, and how a reader calls it
@@ -28,12 +29,6 @@ READS = {
     r'\.views\b': '',  # the row says which
     r'classifier_layer|\.after\(': 'parts of the networks themselves',
     r'batch\.(teacher|student)\(': 'further forward passes',
-}
-VIEWS = {
-    'second': 'a second crop',
-    'strong': 'a strongly augmented view',
-    'pair': 'another image of the class',
-    'each': 'a view per network',
 }
 
 
@@ -137,7 +132,7 @@ def _of_distillation(row) -> list[str]:
     needed, when = row.needs, row.when
     return [
         *({(): ['stages: all'], (-1,): ['stages: the last']}.get(needed.stages, [])),
-        *(VIEWS.get(view, view) for view in needed.views),
+        *(VIEWS[view].says if view in VIEWS else view for view in needed.views),
         *(['all teachers'] if needed.all_teachers else []),
         *(['relations in the batch'] if needed.relations else []),
         *(['full batches'] if needed.full_batches else []),

@@ -33,8 +33,7 @@ class Needs:
 
     teacher: False: a student of this method alone needs none.
     all_teachers: uses every --t_name, not only the first.
-    views: further images of each batch: 'second', another crop; 'strong', with RandAugment and a cut-out;
-        'pair', another image of the same class; 'each', one for every peer.
+    views: further images of each batch, by their names in dataset/views.py.
     relations: relates the samples of a batch: --global_relations gathers those of all processes.
     full_batches: an incomplete last batch is left out.
     image_gradient: the student's images require gradients.

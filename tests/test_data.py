@@ -22,10 +22,11 @@ from torchvision.transforms.v2 import RandAugment
 import dataset
 from dataset import cifar, download, folder
 from dataset.folder import Folder, to_rgb
+from dataset.named import Data
 from dataset.resident import PAD, Resident
 from dataset.shapes import CLASSES, cached_shapes, shapes
-from dataset.strong import LEVELS, OPERATIONS, Strong
-from dataset.views import GREY, view_seed
+from dataset.strong import GREY, LEVELS, OPERATIONS, Strong
+from dataset.views import VIEWS, View, view_seed
 from tests.conftest import ROOT
 from tests.test_contract import NoReadBack
 
@@ -264,6 +265,31 @@ def test_strong_view_depends_on_seed_and_epoch_only():
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
+def test_a_new_view_is_a_function_and_an_entry(tmp_path, monkeypatch):
+    """docs/extending.md: both kinds of data sets show it; its seeds depend on the image, not on the batch."""
+
+    def darker(image, seed):
+        return image // 2 + seed % 7
+
+    monkeypatch.setitem(VIEWS, 'darker', View('a darker crop', change=darker))
+    data = resident(11)
+    generator = torch.Generator().manual_seed(view_seed('darker', 3, 2))
+    shift, flip = torch.randint(9, (11, 2), generator=generator), torch.randint(2, (11,), generator=generator)
+    for *_, index, views in data.train_batches(4, seed=3, epoch=2, views=('darker',)):
+        for got, i in zip(views['darker'], index):
+            pixels = data._pixels(i[None], shift[i][None], flip[i][None])
+            pixels = darker(pixels, view_seed('darker', 3, 2, int(i)))
+            assert torch.equal(got, data._normalise(pixels)[0])
+    write_folder(tmp_path)
+    from_files, _ = dataset.load('folder', tmp_path, 'cpu', image_size=16, workers=0)
+    for *_, views in from_files.train_batches(2, seed=3, epoch=2, views=('darker', 'second')):
+        assert views['darker'].shape == views['second'].shape
+        assert views['darker'].mean() < views['second'].mean()
+    for some in (data, from_files):
+        with pytest.raises(ValueError, match="no view is called 'dark'"):
+            next(some.train_batches(2, seed=0, epoch=0, views=('dark',)))
+
+
 def test_a_batch_waits_for_nothing():
     """Nothing is read back, and the strong view works on tensors without values: no shape depends on data."""
     batches = resident(40).train_batches(16, 0, 0, ('pair', 'second', 'strong'))
@@ -320,6 +346,22 @@ def test_names():
     assert len(train) == 40 and len(test) == 10 and train.num_classes == 10
     for name in ('cifar', 'shapes:x', 'shapes:3', 'cifar10:5', ''):
         with pytest.raises(ValueError, match='no data set is called'):
+            dataset.load(name)
+
+
+def test_a_new_data_set_is_a_file_and_a_line(monkeypatch):
+    """docs/extending.md: all that asks for data by name then knows it."""
+
+    def halves(root, device, size, options):
+        return resident(size or 12), resident(5)
+
+    mine = Data(halves, lambda *args: halves(*args)[1], ((0.1,) * 3, (0.2,) * 3), sized=True)
+    monkeypatch.setitem(dataset.DATA, 'mine', mine)
+    assert [len(half) for half in dataset.load('mine')] == [12, 5]
+    assert len(dataset.load('mine:30')[0]) == 30 and len(dataset.load_test('mine')) == 5
+    assert dataset.mean_std('mine:30') == ((0.1,) * 3, (0.2,) * 3)
+    for name in ('mine:x', 'arrays:30'):
+        with pytest.raises(ValueError, match='mine.*also with :N'):
             dataset.load(name)
 
 

@@ -109,8 +109,9 @@ def only_seed_1(real):
 def test_the_test_half_alone(tmp_path, monkeypatch):
     """It is the same as beside the training half, and needs nothing of that."""
     for name, function in (('shapes:60', 'cached_shapes'), ('patterns:60', 'patterns')):
-        both, real = dataset.load(name, tmp_path)[1], getattr(dataset, function)
-        monkeypatch.setattr(dataset, function, only_seed_1(real))
+        module = importlib.import_module(f'dataset.{name.partition(":")[0]}')
+        both, real = dataset.load(name, tmp_path)[1], getattr(module, function)
+        monkeypatch.setattr(module, function, only_seed_1(real))
         alone = dataset.load_test(name, tmp_path)
         assert torch.equal(alone.images, both.images) and torch.equal(alone.targets, both.targets)
         with pytest.raises(AssertionError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from dataset.views import VIEWS
 from engine import listing
 from report.pairs import PAIRS, verdicts
 
@@ -227,7 +228,7 @@ def needs_of(entry: Entry) -> set[str]:
             and (name, entry.paradigm) != ('tokens', 'lm')
         }
         needed, limits = (getattr(entry.row, part, None) for part in ('needs', 'limits'))
-        views = [view for view in getattr(needed, 'views', ()) if view in listing.VIEWS]
+        views = [view for view in getattr(needed, 'views', ()) if view in VIEWS]
         if views or re.search(r'batch\.(teacher|student|written|sampled|rollouts)\(|another_view', feed):
             found.add('views')
         if re.search(r'memory|queue', str(getattr(limits, 'one_process', ''))):
