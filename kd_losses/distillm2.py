@@ -121,9 +121,10 @@ def gap(out_a: Tensor, out_b: Tensor, target: Tensor) -> Tensor:
     rows, rows_b, counts = _texts('gap', out_a, out_b, target, '')
     index, _ = _labels('gap', target.flatten(), *rows.shape)
     counts = counts.reshape(target.shape)
+    wide = next((rows[:0] for rows in (rows, rows_b) if rows.dtype == torch.float64), None)
 
     def log_probability(out, index, counts):
-        return F.log_softmax(_filled(_full(out), counts), dim=1).gather(1, index[:, None]).squeeze(1)
+        return F.log_softmax(_filled(_full(out, wide), counts), dim=1).gather(1, index[:, None]).squeeze(1)
 
     means = []
     for out in (rows, rows_b):

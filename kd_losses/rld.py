@@ -88,7 +88,7 @@ class RLD(nn.Module):
         scd = _mean(_kl(a, b) + _kl(rest_a, rest_b), valid)
 
         dropped = self.dropped(t, target)
-        nothing = dropped.all(dim=1, keepdim=True)
+        nothing = (dropped | (t == -torch.inf)).all(dim=1, keepdim=True)  # of what has a probability
         log_p_s, log_p_t = (
             F.log_softmax(torch.where(nothing, 0.0, (z / self.T).masked_fill(dropped, -torch.inf)), dim=1)
             for z in (s, t)

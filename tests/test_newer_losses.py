@@ -12,9 +12,11 @@ from kd_losses.clipkd import CLIPKD, gd, keep_patches
 from kd_losses.crld import CRLD
 from kd_losses.dcd import DCD
 from kd_losses.diffkd import Denoiser, DiffKD
+from kd_losses.distillm2 import DistiLLM2
 from kd_losses.eakd import EAKD, entropy_weight
 from kd_losses.pld import PLD
 from kd_losses.radio import PHIS
+from kd_losses.rld import RLD
 from kd_losses.rrd import RRD
 from kd_losses.rsd import RSD
 from kd_losses.skd import SKD
@@ -246,3 +248,24 @@ def test_turned_students_hand_out_the_upright_images(make):
 def test_rows_of_turned_images_come_in_fours():
     with pytest.raises(ValueError, match='4 rows per image'):
         sskd.head_loss(torch.randn(6, 5))
+
+
+@pytest.mark.parametrize('out_t, target', [([2.0, -torch.inf, 1.0, 0.5], 3), ([2.0, *[-torch.inf] * 3], 0)])
+def test_rld_where_only_masked_classes_are_left(out_t, target):
+    """Nothing but classes that the teacher calls impossible ranks below the label: the ranking is silent."""
+    out_s = torch.tensor([[0.3, -0.2, 0.9, 0.1]], requires_grad=True)
+    scd, mcd = RLD(T=2.0).terms(out_s, torch.tensor([out_t]), torch.tensor([target]))
+    assert mcd == 0 and scd > 0
+    (scd + mcd).backward()
+    assert out_s.grad.isfinite().all()
+    assert RLD()(out_s, torch.tensor([out_t]) * torch.nan, torch.tensor([target])).isnan()
+
+
+def test_distillm2_works_in_the_precision_of_a_float64_student():
+    generator = torch.Generator().manual_seed(0)
+    s, t, s_gen, t_gen = (torch.randn(3, 4, 6, generator=generator) for _ in range(4))
+    target = torch.randint(6, (3, 4), generator=generator)
+    loss = DistiLLM2(0.6, 0.4, 0.4)
+    mixed = loss(s.double(), t, target, s_gen.double(), t_gen, target)
+    whole = loss(*(x.double() if x.is_floating_point() else x for x in (s, t, target, s_gen, t_gen, target)))
+    assert mixed.dtype == torch.float64 and abs(mixed / whole - 1) < 1e-12
