@@ -124,7 +124,9 @@ def main():
             scaler.step(opt)
             scaler.update()
             if method.own.second_update:
-                method.own.second_update(step.kd, step.peers, batch, opts)
+                method.own.second_update(step.kd, step.peers, batch, opts, meters[0].guard)
+                if meters[0].failure:
+                    break
             for meter, out in zip(meters, outs):
                 meter.add(out, target, ce=F.cross_entropy(out.detach(), target), **{args.kd_mode[0]: loss_kd})
             live.bar.update()

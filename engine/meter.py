@@ -12,8 +12,9 @@ class Meter:
     """Sums of one epoch, kept on the device: reading them is what waits, so it is done rarely.
 
     Also the guard against a non-finite loss, asked before backward. It looks at once, except on CUDA, where
-    that would drain the queue at every step: there the fused optimiser is told to skip the update, and the
-    step is remembered and shows at the next reading. `failure` then is a sentence that names run and step.
+    that would drain the queue at every step: there a fused optimiser is told to skip the update, and the
+    step is remembered and shows at the next reading; one that is not fused cannot be told. `failure` then is
+    a sentence that names run and step.
 
     at: how messages say where, before the number.
     Everything is changed in place, also by reset, so that a recorded step finds it where it was.
@@ -46,7 +47,7 @@ class Meter:
         here = finite
         if processes() > 1:  # all go on, or none
             finite = summed((~finite).float()) == 0
-        if loss.device.type != 'cuda':
+        if loss.device.type != 'cuda' or not opt.param_groups[0].get('fused'):
             if not finite:
                 bad_teacher = any(not (said < torch.inf).all() for said in teachers)
                 reason = 'in another process' if here else str(loss.item())

@@ -267,14 +267,19 @@ def optimisers(kd, peers):
     }
 
 
-def second_update(kd, peers, batch, opts):
+def second_update(kd, peers, batch, opts, guard):
     """From a fresh forward pass, a step of the adversaries, then one of the networks."""
     fms = [f.fms[-1] for f in batch.peers(batch.img)]
+    loss = kd.adversaries.d_loss(fms)
+    if not guard(loss, opts['adversary']):
+        return
     opts['adversary'].zero_grad(set_to_none=True)
-    kd.adversaries.d_loss(fms).backward()
+    loss.backward()
     opts['adversary'].step()
-    opts['networks'].zero_grad(set_to_none=True)
     kd.adversaries.requires_grad_(False)
-    kd.adversaries.g_loss(fms).backward()
+    loss = kd.adversaries.g_loss(fms)
+    if guard(loss, opts['networks']):
+        opts['networks'].zero_grad(set_to_none=True)
+        loss.backward()
+        opts['networks'].step()
     kd.adversaries.requires_grad_(True)
-    opts['networks'].step()

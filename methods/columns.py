@@ -67,7 +67,7 @@ class Own:
     peers: (nets, probe) -> the module from images to a list of Feats.
     ensemble: (kd, list of Feats) -> logits; None: their mean.
     optimisers: (kd, peers) -> {name: optimiser}, for second_update.
-    second_update: (kd, peers, batch, optimisers), after the usual update.
+    second_update: (kd, peers, batch, optimisers, guard), after the usual update; guard: Meter.guard.
     each_epoch: (kd, held_out), at the start of an epoch; held_out() -> outputs and labels of the validation
         split, None without one.
     """

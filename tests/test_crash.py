@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import engine.record
 from dataset import text as texts
 from engine.errors import NonFinite
 from engine.ka_tools import sound
+from kd_losses.dot import DOT
 from tests.conftest import ROOT, TINY
 from tests.test_train import weights
 
@@ -226,6 +228,17 @@ def test_the_device_side_guard(monkeypatch):
     meter.failure = ''
     monkeypatch.setattr(engine.meter, 'processes', lambda: 2)
     assert meter.read() and not meter.failure
+
+
+def test_an_optimiser_that_cannot_be_told_is_not_let_go():
+    """Also on the device: DOT, and those of a second update, have no kernel that skips."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    meter = engine.meter.Meter('x', 4, torch.device('cpu'))
+    value, cuda = torch.tensor(torch.nan), torch.device('cuda')
+    loss = SimpleNamespace(device=cuda, detach=lambda: value, item=value.item)
+    for opt in (DOT([weight], 0.1), torch.optim.Adam([weight])):
+        meter.reset(4)
+        assert not meter.guard(loss, opt) and 'epoch 5, step 1 (nan)' in meter.failure
 
 
 HALF = ('--data_name', 'shapes:96', '--batch_size', 32, '--epochs', 1)

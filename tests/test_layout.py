@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from methods import LM, METHODS
+from methods import KA, LM, METHODS
 from methods.dense import DENSE
 from methods.dfkd import DFKD
 from tests import methods
@@ -41,6 +41,18 @@ def test_the_scripts_know_no_method():
         words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         named = words & {*METHODS, *DFKD}
         assert not named, f'{path.name} names {named}'
+
+
+def test_nobody_branches_on_the_name_of_a_method():
+    """Neither scripts nor what is behind them: no comparison with a method's name (deit is a network, too)."""
+    every = {*METHODS, *DFKD, *KA, *LM, *DENSE} - {'ce', 'alone', 'baseline', 'scratch', 'logits', 'deit'}
+    for folder in ('.', 'engine', 'ka_settings', 'models', 'dataset', 'methods'):
+        for path in (ROOT / folder).glob('*.py'):
+            for node in ast.walk(ast.parse(path.read_text())):
+                sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+                sides = [part for side in sides for part in getattr(side, 'elts', [side])]
+                named = every & {side.value for side in sides if isinstance(side, ast.Constant)}
+                assert not named, f'{path.relative_to(ROOT)}:{node.lineno} asks for {named}'
 
 
 def test_what_flows_through_a_step_has_named_fields():
@@ -124,6 +136,7 @@ def test_every_update_is_guarded():
         'engine/lm_networks.py:trained': 'its network is looked at before it is kept',
         'engine/dense_world.py:learn_from_labels': 'its network is looked at before it is kept',
         'engine/dense_build.py:learn_masks': 'a dozen steps; the loss that reads the masks is guarded',
+        'kd_losses/dot.py:update': 'train_kd.py, which calls it, has asked the guard',
         'ka_settings/backbones.py:fit_probe': 'a probe, whose accuracy is all that is kept',
         'tools/subtask.py:attack': 'an attacker, whose accuracy is all that is kept',
         'tools/fedka.py:adapted': 'a copy, whose accuracy is all that is kept',
@@ -132,7 +145,7 @@ def test_every_update_is_guarded():
     }
     seen = set()
     for path in [*ROOT.glob('train_*.py'), *ROOT.glob('engine/*.py'), *ROOT.glob('tools/*.py'),
-                 *ROOT.glob('ka_settings/*.py')]:  # fmt: skip
+                 *ROOT.glob('ka_settings/*.py'), *ROOT.glob('*_losses/*.py')]:  # fmt: skip
         source = path.read_text()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
