@@ -159,7 +159,8 @@ def main():
         crops = epoch  # of which epoch
         if stored:
             crops = stored.epoch_of(epoch)
-            stored.read(crops)
+            with user_errors():
+                stored.read(crops)
         batches = train.train_batches(args.batch_size, args.seed, crops, views)
         for number, batch in enumerate(together.looks(teachers, batches), 1):
             for run in active:

@@ -48,6 +48,8 @@ def read_arrays(root: Path):
                 f'{root / half}.npz: images must be (N, H, W, 3) uint8 with N labels, got '
                 f'{images.shape} {images.dtype} and {labels.shape}'
             )
+        if not len(images):
+            raise ValueError(f'{root / half}.npz: has no images')
         if not legal.all():
             raise ValueError(
                 f'{root / half}.npz: label {labels[~legal][0]} is none of 0..{len(names) - 1}'

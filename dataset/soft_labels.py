@@ -25,19 +25,27 @@ class SoftLabelStore:
     """A store that is there: read(epoch) loads an epoch, then rows(index) gives logits.
 
     Raises:
-        ValueError: there is no store, or one that is half written.
+        ValueError: there is no store, or one of which a part is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, device='cpu') -> None:
         self.folder, self.device, self.loaded = Path(folder), device, None
         try:
             self.meta = json.loads((self.folder / 'meta.json').read_text())
-        except (OSError, ValueError) as error:
+            kind, _ = kept(self.meta['kind'], self.meta['num_classes'])
+            self.parts = {'logits': ['value'], 'hard': ['index']}.get(kind, ['index', 'value'])
+            files = [path for epoch in range(self.meta['epochs']) for path in self._files(epoch).values()]
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f'{folder}: is no complete store of soft labels ({type(error).__name__} at meta.json); '
                 f'tools/pseudo_labels.py writes one'
             ) from None
+        if missing := [path for path in files if not path.is_file()]:
+            raise ValueError(f'{missing[0]}: is missing, the store is not complete')
         self.index = self.value = None
+
+    def _files(self, epoch: int) -> dict[str, Path]:
+        return {name: self.folder / f'epoch_{epoch:04d}' / f'{name}.npy' for name in self.parts}
 
     def check(self, args) -> None:
         """Refuse a training that would see other crops than those that were labelled."""
@@ -56,16 +64,17 @@ class SoftLabelStore:
         epoch = self.epoch_of(epoch)
         if epoch == self.loaded:
             return
-        for name in ('index', 'value'):
-            path = self.folder / f'epoch_{epoch:04d}' / f'{name}.npy'
-            if path.exists():
+        for name, path in self._files(epoch).items():
+            try:
                 new = np.load(path, mmap_mode='r', allow_pickle=False)
-                new = torch.from_numpy(new.astype(np.int32 if name == 'index' else new.dtype))
-                old = getattr(self, name)
-                if old is None:
-                    setattr(self, name, new.to(self.device))
-                else:
-                    old.copy_(new)  # where it lies: a recorded step reads it there
+            except (OSError, ValueError, EOFError) as error:
+                raise ValueError(f'{path}: cannot be read ({type(error).__name__})') from None
+            new = torch.from_numpy(new.astype(np.int32 if name == 'index' else new.dtype))
+            old = getattr(self, name)
+            if old is None:
+                setattr(self, name, new.to(self.device))
+            else:
+                old.copy_(new)  # where it lies: a recorded step reads it there
         self.loaded = epoch
 
     def rows(self, index: Tensor) -> Tensor:

@@ -64,6 +64,16 @@ def test_a_black_box_teaches_with_its_answers_alone(pseudo, script, teacher, tmp
     (folder / 'meta.json').write_text(json.dumps(meta | {'class_names': meta['class_names'][::-1]}))
     done = script(*words, '--kd_mode', 'st', '--note', 'other', '--epochs', '2')
     assert done.code == 2 and 'trained for other classes' in done.err and 'another order' in done.err
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    index = folder / 'epoch_0001' / 'index.npy'
+    index.write_bytes(b'')
+    done = script(*words, '--kd_mode', 'st', '--note', 'damaged', '--epochs', '2')
+    assert done.code == 2 and f'{index}: cannot be read' in done.err and done.err.count('\n') == 1
+    index.unlink()  # not silently the epoch before
+    done = script(*words, '--kd_mode', 'st', '--note', 'gone', '--epochs', '2')
+    assert done.code == 2 and f'{index}: is missing' in done.err
+    (folder / 'meta.json').write_text('[]')
+    assert 'is no complete store' in script(*words, '--kd_mode', 'st', '--note', 'list', '--epochs', '2').err
     (folder / 'meta.json').unlink()
     done = script(*words, '--kd_mode', 'st', '--note', 'half', '--epochs', '2')
     assert done.code == 2 and 'is no complete store of soft labels' in done.err

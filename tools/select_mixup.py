@@ -66,6 +66,9 @@ def main():
     args = parse_args()
     if bool(args.s_name) != bool(args.s_model):
         raise UserError('--s_name and --s_model: give both, or none for a pool without mixes')
+    for read in (args.img_root, *args.earlier):
+        if Path(read).resolve() == Path(args.out).resolve():
+            raise UserError(f'--out {args.out}: is read, too, and would be overwritten: give another folder')
     device = setup(args)
     train, test = read_data(args, device)
     if not isinstance(train, dataset.Resident):
@@ -122,6 +125,8 @@ def check_pool(path: Path, facts: dict) -> None:
         pool = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f'--earlier: {path}: {error}') from None
+    if not isinstance(pool, dict):
+        raise UserError(f'--earlier: {path}: is not of this tool')
     for key in ('real', 'data', 'seed'):
         if pool.get(key) != facts[key]:
             raise UserError(
