@@ -162,6 +162,7 @@ def main():
         row = {'epoch': epoch + 1, 'lr': lr, **run.meter.read(net)}
         if run.meter.failure:
             log(f'stopped: {run.meter.failure}')
+            record.save_best()
             raise NonFinite(run.meter.failure)
         row |= measured(measure(net, val, test, amp))
         row['seconds'] = time.time() - started

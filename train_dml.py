@@ -139,6 +139,7 @@ def main():
         if meters[0].failure:
             failure = meters[0].failure.replace('net1', args.kd_mode[0], 1)
             log(f'stopped: {failure}')
+            record.save_best()
             raise NonFinite(failure)
         name = args.kd_mode[0]
         row = {'epoch': epoch + 1, 'lr': lr, name: means[0][name]}

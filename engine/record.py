@@ -172,14 +172,18 @@ class Record:
         """Write what is newer than the files."""
         if self.saved == self.epoch:
             return
-        if self.waiting:
-            save_checkpoint(self.folder / 'best.pt', self.waiting)
-            self.waiting = None
+        self.save_best()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {'epoch': self.epoch, 'history': self.history, 'args': self.math_args, 'origin': self.origin}
         write_metrics(self.folder / 'metrics.csv', self.history)
         save_checkpoint(self.folder / 'last.pt', state)
         self.saved = self.epoch
+
+    def save_best(self) -> None:
+        """Write the best weights so far, if best.pt is older: a run that fails ends so, too."""
+        if self.waiting:
+            save_checkpoint(self.folder / 'best.pt', self.waiting)
+            self.waiting = None
 
     def _weights(self) -> dict:
         return named_weights(deployed(self.parts['net']), self.origin.get('class_names'))

@@ -54,6 +54,7 @@ def drop_failed(session: Session, begun: list, runs: list) -> None:
     """Students that failed in this epoch leave both lists; the others go on."""
     for run in [run for run in begun if run.meter.failure]:
         session.log(f'stopped: {run.meter.failure}')
+        run.record.save_best()
         session.failures.append(run.meter.failure)
         runs.remove(run)
         begun.remove(run)
