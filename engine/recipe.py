@@ -35,8 +35,9 @@ def load_checkpoint(path: Path, math_args: dict) -> dict:
     differ = [f'{k} was {old.get(k, NEWER.get(k))!r}, is {v!r}' for k, v in new.items() if old.get(k) != v]
     if differ:
         hint = ''
-        weights = {'--init': path.with_name('net.pt'), '--s_init': path.with_name('student.pt')}
-        finished = [f'{flag} {file}' for flag, file in weights.items() if file.exists()]
+        weights = {'--init': 'net.pt', '--s_init': 'student.pt', '--net_inits': 'net[0-9]*.pt'}
+        found = {flag: sorted(map(str, path.parent.glob(name))) for flag, name in weights.items()}
+        finished = [f'{flag} {" ".join(files)}' for flag, files in found.items() if files]
         if finished and math_args.get('epochs', 0) > old.get('epochs', math_args.get('epochs', 0)):
             hint = (
                 '; this run is finished, and its learning rates belong to its length: to go on from its '
