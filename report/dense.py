@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from dataset.scenes import CLASSES
+from engine.dense_build import rows_for
 from engine.errors import UserError
 from engine.parser import Parser
 from engine.record import output_folder
+from methods.dense import DENSE
 from report.speed import table
-from report.table import read_json, read_results
+from report.table import by_recipe, chosen, read_json, read_results
 
 FIGURES = {
     'segmentation': {'miou': 'mIoU', 'accuracy': 'pixel accuracy'},
@@ -25,6 +27,7 @@ COLOURS = np.array(
     [(118, 132, 148), (214, 208, 196), (240, 228, 150), (205, 90, 60), (70, 140, 200), (90, 165, 90)]
 )
 SETTING = ('task', 'data', 'size', 'student', 'labelled', 'unlabelled', 'steps')
+OWN = ('teacher', 'methods', 'ce')  # of a row, not of its table
 KINDS = (
     '',
     '#cd5a3c',
@@ -44,16 +47,22 @@ def text_of(results: list[dict]) -> str:
         setting = *(str(result[key]) for key in SETTING), result.get('processes', 1)
         settings.setdefault(setting, []).append(result)
     ordered = sorted(settings.values(), key=lambda found: (-len(found[0]['task']), found[0]['steps']))
-    parts = [of_setting(found[0]['task'], found) for found in ordered]
+    parts = [
+        of_setting(found[0]['task'], alike, ''.join(f', {text}' for text in label))
+        for found in ordered
+        for label, alike in by_recipe(found, OWN).items()
+    ]
     return '\n\n'.join(part.rstrip('\n') for part in parts) + '\n'
 
 
-def of_setting(task: str, results: list[dict]) -> str:
+def of_setting(task: str, results: list[dict], label: str) -> str:
+    """label: what tells it from the other tables of its setting."""
     figures = FIGURES[task]
     main = next(iter(figures))
     rows = {}
     for result in results:
-        rows.setdefault(result['method'], []).append(result)
+        own = ', '.join(chosen(result, rows_for(DENSE, task, result['student'])))
+        rows.setdefault(result['method'] + (f' ({own})' if own else ''), []).append(result)
     alone = {r['seed']: r['last'][main] for r in rows.get('alone', [])}
     ordered = sorted(rows, key=lambda name: (name != 'alone', -mean(rows[name], main)))
     said = {key: ', '.join(str(x) for x in sorted({r[key] for r in results}))
@@ -65,7 +74,7 @@ def of_setting(task: str, results: list[dict]) -> str:
     text = (
         f'{task.capitalize()}, {teacher["name"] if teacher else "nobody"} teaches {said["student"]}: '
         f'{said["labelled"]} labelled pictures, {said["unlabelled"]} without labels, {said["steps"]} steps'
-        f'{f", {many} processes" if many > 1 else ""}; '
+        f'{label}{f", {many} processes" if many > 1 else ""}; '
         f'seeds {said["seed"]}: mean (smallest to largest). '
         f'Above the student alone with every seed: {", ".join(above) or "none"}.\n\n'
     )

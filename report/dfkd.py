@@ -19,7 +19,7 @@ from engine.errors import UserError, user_errors
 from engine.parser import Parser
 from engine.record import output_folder
 from methods.dfkd import DFKD
-from report.table import read_results
+from report.table import by_recipe, read_results
 
 
 def mine(results: list[dict]) -> list[dict]:
@@ -31,21 +31,27 @@ def table(results: list[dict]) -> str:
     groups, lines = {}, []
     for r in mine(results):
         groups.setdefault((r['data'], r['teacher'], r['student']), {}).setdefault(r['method'], []).append(r)
+    for methods in groups.values():
+        for name, runs in list(methods.items()):
+            methods[name] = by_recipe(runs)
     for (data, teacher, student), methods in groups.items():
-        top1 = sorted({r['teacher_top1'] for runs in methods.values() for r in runs})
+        every = [r for recipes in methods.values() for runs in recipes.values() for r in runs]
+        top1 = sorted({r['teacher_top1'] for r in every} - {None})  # a dry run may have no trained teacher
+        shown = spread(top1) if top1 else 'unknown'
         lines += [
-            f'**{data}: {teacher} (top-1 {spread(top1)}) to {student}, no training image**\n',
+            f'**{data}: {teacher} (top-1 {shown}) to {student}, no training image**\n',
             '| | agreement with the teacher | top-1, last epoch | best* | updates of the student | of images '
             '| share of the time | seeds |',
             '|---|---|---|---|---|---|---|---|',
         ]
-        for name in [name for name in DFKD if name in methods]:
-            runs, recipe = methods[name], methods[name][0]['recipe']
+        ordered = [(name, *one) for name in DFKD for one in methods.get(name, {}).items()]
+        for name, label, runs in ordered:
+            recipe = runs[0]['recipe']
             rounds = recipe['ep_steps'] // recipe['kd_steps']
             making = recipe['warmup' if DFKD[name].images.kind == 'fixed' else 'epochs'] * rounds
             updates = (recipe['epochs'] - recipe['warmup']) * recipe['ep_steps']
             cells = [
-                f'`{name}`',
+                f'`{name}`' + (f' ({", ".join(label)})' if label else ''),
                 spread([r['last']['agreement'] for r in runs]),
                 spread([r['last']['top1'] for r in runs]),
                 spread([r['best']['top1'] for r in runs]),
@@ -80,10 +86,12 @@ def figure(folders: list[Path], data: str, root: str, path: Path) -> list[str]:
                 names.append(results.parent.name)
     with user_errors():
         test = dataset.load_test(data, root)
-    strips.append(test.images[:16].permute(0, 3, 1, 2))
+    if isinstance(test, dataset.Resident):
+        strips.append(test.images[:16].permute(0, 3, 1, 2))
+        names.append('real')
     images = torch.cat(strips).float() / 255
     save_image(torch.nn.functional.interpolate(images, scale_factor=2), path, nrow=16)
-    return [*names, 'real']
+    return names
 
 
 def cut(grid: Tensor, count: int = 8, border: int = 2) -> Tensor:

@@ -21,7 +21,7 @@ from engine.parser import Parser
 from engine.record import output_folder
 from report import ka_claims, ka_rows
 from report.ka_rows import is_of_a_tool
-from report.table import insert, read_json, spread
+from report.table import by_recipe, insert, read_json, spread
 
 NOTE = 'Last epoch, test set, percent unless said otherwise.'
 JOINT = 'Joint: argmax over all classes. Part: argmax among the classes of the part, which is known.'
@@ -57,6 +57,12 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     for r in results:
         key = r['data'], r.get('teacher') or '', r['experiment'], r['method'], str(r.get('parts'))
         groups.setdefault(key, []).append(r)
+    for (*_, experiment, method, _), runs in groups.items():
+        if len(recipes := by_recipe(runs, ('tasks',))) > 1:  # a row names its tasks
+            said = ' and '.join(', '.join(label) for label in recipes)
+            raise UserError(
+                f'{experiment}: {method} is there with {said}: no seeds of one run, name one folder'
+            )
     return groups
 
 

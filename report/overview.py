@@ -29,6 +29,8 @@ def by_kind(results: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
     base = [r for r in results if r['script'] == 'train_base' and (not main or r['data'] in main)]
     kd = [r for r in results if r['script'] == 'train_kd']
     ka = [r for r in results if r['script'] == 'train_ka' and 'classes' in r]  # others have no joint accuracy
+    # teachers that share classes are not put side by side
+    ka = [r for r in ka if r['method'] != 'ensemble' or 'A' in r['ensembles']]
     kd.sort(key=lambda r: -r['last']['top1'])
     ka.sort(key=lambda r: (r['method'] != 'ensemble', r['method'] == 'scratch', -accuracy(r)))
     return base, kd, ka

@@ -21,19 +21,24 @@ from methods import METHODS
 
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
 COLUMNS += ('schedule', 'device', 'published')
-PER_SEED = {'seed', 'initial', 'teacher_weights'}  # what repetitions of a run differ in
+# what repetitions of a run differ in
+PER_SEED = {'seed', 'initial', 'teacher_weights', 'teachers', 'parts', 'teacher_top1', 'teacher_right'}
 NAMED = {'script', 'teacher', 'method', 'methods', 'ce'}  # what a row's name says already, see chosen
 RECIPE = ('lr', 'batch_size', 'schedule', 'milestones', 'lr_decay', 'amp', 'optim', 'weight_decay',
           'momentum', 'nesterov', 'pad', 'augment', 'image_size', 'labelled', 'val_split', 'bn_l1',
           'processes')  # fmt: skip
+SCRIPTS = ('train_base', 'train_kd', 'train_dml')  # what this table is of; others have commands of their own
 PUBLISHED = Path(__file__).parent.parent / 'results' / 'published.json'
 
 
 def read_results(folders: list[str]) -> list[dict]:
-    """Every result below the folders, with the name of its file."""
-    results = []
+    """Every result below the folders, with the name of its file; once, if folders lie in one another."""
+    results, seen = [], set()
     for folder in map(Path, folders):
         for path in sorted([folder] if folder.is_file() else folder.rglob('*.json')):
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
             content = read_json(path)
             if isinstance(content, dict) and {'method', 'last', 'best', 'curve'} <= content.keys():
                 results.append(content | {'file': path.stem})
@@ -76,12 +81,10 @@ def is_baseline(method: str) -> bool:
 
 def apart(runs: list[dict]) -> dict[str, list[dict]]:
     """{what tells them apart: runs}: other recipes, and runs of one seed, are no repetitions."""
-    recipes = [NEWER | r['recipe'] for r in runs]
-    known = set.intersection(*map(set, recipes)) - PER_SEED - NAMED  # older ones do not know newer flags
-    differ = [k for k in sorted(known) if len({json.dumps(recipe[k]) for recipe in recipes}) > 1]
     found = {}
-    for r, recipe in zip(runs, recipes):
-        found.setdefault((*chosen(r), *(f'{k} {recipe[k]}' for k in differ)), []).append(r)
+    for label, alike in by_recipe(runs, NAMED).items():
+        for r in alike:
+            found.setdefault((*chosen(r), *label), []).append(r)
     for split in (by_teacher, by_start):
         found = {
             (*label, *more): part for label, alike in found.items() for more, part in split(alike).items()
@@ -89,12 +92,23 @@ def apart(runs: list[dict]) -> dict[str, list[dict]]:
     return {f' ({", ".join(label)})' if label else '': every for label, every in found.items()}
 
 
-def chosen(r: dict) -> list[str]:
+def by_recipe(runs: list[dict], named=()) -> dict[tuple, list[dict]]:
+    """{what tells them apart: runs}: those of one recipe are repetitions. named: what readers are told."""
+    recipes = [NEWER | r.get('recipe', {}) for r in runs]  # what nobody trained has none
+    known = set.intersection(*map(set, recipes)) - PER_SEED - set(named)  # older ones do not know newer flags
+    differ = [k for k in sorted(known) if len({json.dumps(recipe[k]) for recipe in recipes}) > 1]
+    found = {}
+    for r, recipe in zip(runs, recipes):
+        found.setdefault(tuple(f'{k} {recipe[k]}' for k in differ), []).append(r)
+    return found
+
+
+def chosen(r: dict, table: dict = METHODS) -> list[str]:
     """The arguments, stages and weights of a run's losses, and of cross-entropy, that are not their rows'."""
-    recipe = r['recipe']
+    recipe = r.get('recipe', {})
     peers = [recipe['method']] if recipe.get('script') == 'train_dml' else []
     terms = recipe.get('methods', peers)
-    rows, own = [METHODS.get(name) for name, *_ in terms], []
+    rows, own = [table.get(name) for name, *_ in terms], []
     for row, (name, weight, given, *stages) in zip(rows, terms):
         said = [f'{k}={v}' for k, v in given.items()] + [f'stages {text}' for text in stages]
         said += [] if row and weight == row.weight else [f'weight {weight:g}']
@@ -388,9 +402,9 @@ def main() -> int:
     parser.add_argument('--readme', help='file to put the table into')
     parser.add_argument('--name', default='results', help='name of the place in that file')
     args = parser.parse_args()
-    results = read_results(args.folders)
+    results = [r for r in read_results(args.folders) if r.get('script', 'train_kd') in SCRIPTS]
     if not results:
-        raise UserError(f'no result files below {", ".join(args.folders)}')
+        raise UserError(f'no result of {", ".join(SCRIPTS)} below {", ".join(args.folders)}')
     out = output_folder(Path(args.out))
     text = table(results)
     (out / 'table.md').write_text(text)

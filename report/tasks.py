@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.parser import Parser
-from report.table import read_results, spread
+from report.table import by_recipe, read_results, spread
 
 SCRIPTS = {
     'sequences': ('right', 'characters right', ('audio', 'alone', 'transcripts', 'libs', 'c2kd')),
@@ -23,7 +23,11 @@ def groups_of(results: list[dict]) -> dict[str, list[dict]]:
     order = SCRIPTS[results[0]['script']][2]
     for r in sorted(results, key=lambda r: (order.index(r['method']), name_of(r), r['seed'])):
         made.setdefault(name_of(r), []).append(r)
-    return made
+    return {
+        name + (f' ({", ".join(label)})' if label else ''): alike
+        for name, runs in made.items()
+        for label, alike in by_recipe(runs).items()
+    }
 
 
 def name_of(result: dict) -> str:
@@ -47,6 +51,8 @@ def mine(folder: str) -> list[dict]:
     results = [r for r in read_results([folder]) if r.get('script') in SCRIPTS]
     if not results:
         raise UserError(f'{folder}: no result of tools/sequences.py or tools/graphs.py')
+    if len({r['script'] for r in results}) > 1:
+        raise UserError(f'{folder}: has results of both tools/sequences.py and tools/graphs.py: name one run')
     return results
 
 

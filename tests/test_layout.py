@@ -44,7 +44,7 @@ def test_the_scripts_know_no_method():
 
 
 def test_nobody_branches_on_the_name_of_a_method():
-    """Neither scripts nor what is behind them: no comparison with a method's name (deit is a network, too)."""
+    """Neither scripts nor what is behind them: no comparison with a method's name (deit is a network's)."""
     every = {*METHODS, *DFKD, *KA, *LM, *DENSE} - {'ce', 'alone', 'baseline', 'scratch', 'logits', 'deit'}
     for folder in ('.', 'engine', 'ka_settings', 'models', 'dataset', 'methods'):
         for path in (ROOT / folder).glob('*.py'):

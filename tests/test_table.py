@@ -1,8 +1,14 @@
 """Tables of results: which runs are one row, what tells rows apart, over what their means are."""
 
 import json
+import shutil
 
+import pytest
+
+from engine.errors import UserError
 from methods import METHODS
+from tests import fresh
+from tests.conftest import ROOT
 
 
 def test_what_tells_rows_apart():
@@ -184,3 +190,36 @@ def test_one_seed_is_not_every_seed():
     runs = [run('alone', 1, 50.0), run('alone', 2, 51.0), run('cwd', 1, 52.0), run('cwd', 2, 53.0)]
     text = text_of([*runs, run('st', 1, 60.0)])
     assert 'with every seed: `cwd`.' in text and '| `st` | 60.0 |' in text
+
+
+def test_other_recipes_are_no_seeds_of_one_row():
+    """Tables of the other scripts: a run with another learning rate has a row, or a table, of its own."""
+    from report import dense, dfkd, ka, tasks
+
+    def two(name):
+        run = json.loads((ROOT / 'results' / name).read_text())
+        other = {'seed': 9, 'recipe': run['recipe'] | {'lr': 0.77, 'lr_ka': 0.77}}
+        return [run | more | {'experiment': 'x'} for more in ({}, other)]
+
+    assert dense.text_of(two('dense-rooms/segmentation-ifvd-s1.json')).count('lr 0.77') == 1
+    assert '`fastdfkd` (lr 0.77)' in dfkd.table(two('dfkd-patterns/fastdfkd-s1.json'))
+    name = 'lsp (labels 0.05, kernel rbf, sigma 30)'
+    assert [*tasks.groups_of(two('graphs/lsp-rbf-s1.json'))] == [f'{name} (lr {lr})' for lr in (0.005, 0.77)]
+    with pytest.raises(UserError, match=r'x: ka_vit is there with lr 0.001, lr_ka 0.001 and lr 0.77'):
+        ka.group(two('ka-vit/ka_vit-s3.json'))
+
+
+def test_a_folder_with_results_of_several_scripts(tmp_path):
+    """Each command takes what it is of; folders in one another count once."""
+    (tmp_path / 'a').mkdir()
+    for folder, file in (('dense-rooms', 'segmentation-ifvd-s1'), ('lm-markov', 'gkd-s1'),
+                         ('digits', 'libs-s1'), ('ka-cifar10-two', 'concat'),
+                         ('cifar10-resnet20-resnet8-12epochs', 'st-s2')):  # fmt: skip
+        shutil.copy(ROOT / 'results' / folder / f'{file}.json', tmp_path / 'a')
+    done = fresh.run('-m', 'report', 'table', tmp_path, tmp_path / 'a', '--out', tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (tmp_path / 'out' / 'table.md').read_text().splitlines() if line[:3] == '| s']
+    assert len(lines) == 1 and lines[0].startswith('| st | resnet20 -> resnet8 | 85.23 | 1 |')
+    shutil.copy(ROOT / 'results' / 'graphs' / 'lsp-rbf-s1.json', tmp_path / 'a')
+    done = fresh.run('-m', 'report', 'tasks', tmp_path / 'a')
+    assert done.returncode == 2 and 'results of both' in done.stderr
