@@ -36,6 +36,12 @@ def read_methods(args) -> dict[str, Wanted]:
             raise UserError(f'--{key}: is a weight of {having}, not of {" ".join(names)}')
     options = given_options(args)
     given, made = {'ood': args.ood_name, 'pool': args.pool_init}, {}
+    pooling = [name for name in names if DFKD[name].images.kind == 'pool']
+    reads = {'--pool_init': (args.pool_init, pooling), '--pool_max': (args.pool_max, pooling),
+             '--ood_name': (args.ood_name, [name for name in names if DFKD[name].needs.ood])}  # fmt: skip
+    for flag, (value, readers) in reads.items():
+        if value and not readers:
+            raise UserError(f'{flag}: {" ".join(names)} would not read it')
     for name in names:
         row = DFKD[name]
         for need, flag in (('ood', '--ood_name'), ('pool', '--pool_init')):
@@ -44,7 +50,12 @@ def read_methods(args) -> dict[str, Wanted]:
         own = {key: value for key, value in weights.items() if key in row.weights}
         if row.weights and not any((row.weights | own).values()):
             raise UserError(f'--{" --".join(row.weights)}: with all at 0 nothing is left to make images by')
-        made[name] = Wanted(row, recipe_of(args, name), row.weights | own, row.options | options[name])
+        recipe = recipe_of(args, name)
+        if not recipe.g_steps and not (name in pooling and args.pool_init):
+            raise UserError(
+                f'--g_steps 0: {name} has no image then; only a pool of --pool_init may stay as it is'
+            )
+        made[name] = Wanted(row, recipe, row.weights | own, row.options | options[name])
     return made
 
 

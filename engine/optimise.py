@@ -14,7 +14,8 @@ def learning_rate(args: argparse.Namespace, epoch: float) -> float:
     """
     if args.schedule == 'onecycle':
         return args.lr * one_cycle(epoch / args.epochs)
-    return args.lr * args.lr_decay ** sum(int(epoch) >= share * args.epochs for share in args.milestones)
+    begun = int(epoch) + 1e-9  # 0.55 * 100 is a rounding above 55
+    return args.lr * args.lr_decay ** sum(begun >= share * args.epochs for share in args.milestones)
 
 
 def one_cycle(done: float) -> float:

@@ -1,6 +1,7 @@
 """How a script reads its flags: --help on a screen or two, errors in one line."""
 
 import argparse
+import re
 import sys
 
 from engine.errors import UserError
@@ -40,6 +41,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None):
         def underscores(word):
+            if re.match(r'-\d+[,:]', word):  # stages like -2,-1: argparse takes them for a flag
+                return f' {word}'
             flag, equals, value = word.partition('=')
             return '--' + flag[2:].replace('-', '_') + equals + value if flag.startswith('--') else word
 

@@ -99,8 +99,13 @@ def _listed(path: Path, data: str) -> list[Source]:
         told = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: cannot be read as JSON ({error})') from None
-    if not isinstance(told, list) or not all(isinstance(x, dict) and 'file' in x for x in told):
+    dicts = isinstance(told, list) and all(isinstance(x, dict) for x in told)
+    if not dicts or not all(isinstance(x.get('file'), str) for x in told):
         raise UserError(f'{path}: wanted a list of {{"file": ..., "net": ...}}')
+    for x in told:
+        if isinstance(x.get('classes'), str):  # as flags have them
+            with user_errors():
+                x['classes'] = dataset.read_classes(x['classes'], 1_000_000)
     return [_source(x | {'file': path.parent / x['file']}, data) for x in told]
 
 

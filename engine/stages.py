@@ -78,7 +78,7 @@ def read_stages(args, names: list[str], rows: dict[str, Method]) -> dict[str, St
     """{name: its stages} from the flag."""
     stages = {name: default_of(rows[name]) for name in names}
     for word in args.kd_layers:
-        name, equals, text = word.rpartition('=')
+        name, equals, text = word.strip().rpartition('=')
         if not equals and len(names) > 1:
             raise UserError(f'{FLAG} {word}: with several methods say METHOD={text}')
         name = name if equals else names[0]

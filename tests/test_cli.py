@@ -325,6 +325,7 @@ def test_base_mistakes(fails, words, said):
         (['--kd_mode', 'at', '--kd_layers', '1:x'], "got '1:x'"),
         (['--kd_mode', 'at', '--kd_layers', '1:0,2'], "got '1:0,2'"),
         (['--kd_mode', 'at', '--kd_layers', 'rb2'], "got 'rb2'"),
+        (['--kd_mode', 'at', '--kd_layers', '-9,-1'], 'at=-9,-1: the student has 3 stages'),
         (['--kd_mode', 'at', '--kd_layers', '4'], 'the student has 3 stages'),
         (['--kd_mode', 'at', '--kd_layers', '3,-1'], 'name each stage once'),
         (['--kd_mode', 'fitnet', '--kd_layers', '1,2'], 'the maps of one stage'),

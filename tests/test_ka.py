@@ -439,6 +439,8 @@ def test_other_images(ka, tmp_path):
     assert done.code == 0 and '40 + 24 images' in done.out
     done = ka('concat', '--limit_train', 50, '--limit_test', 12, '--note', 'few')
     assert done.code == 0 and '50 + 12 images' in done.out
+    done = ka('concat', '--limit_train', 50, '--limit_test', 13, '--note', 'few', '--resume', 'auto')
+    assert done.code == 2 and 'limit_test was 12, is 13' in done.err
 
 
 def test_optimisers_and_layers(ka, tmp_path):

@@ -497,6 +497,8 @@ def test_learning_rate_is_a_function_of_the_epoch():
     args = SimpleNamespace(lr=0.1, lr_decay=0.1, milestones=[0.5, 0.75], epochs=200, schedule='steps')
     got = [engine.optimise.learning_rate(args, e) for e in (0, 99, 100, 149, 150, 199)]
     assert got == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    args = SimpleNamespace(lr=1.0, lr_decay=0.1, milestones=[0.55], epochs=100, schedule='steps')
+    assert 0.55 * 100 > 55 and [engine.optimise.learning_rate(args, e) for e in (54, 55)] == [1.0, 0.1]
 
 
 def test_table_and_figure(train_kd, script, tmp_path, monkeypatch, capsys):

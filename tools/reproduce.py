@@ -54,6 +54,8 @@ from engine.record import write_atomic  # noqa: E402
 from methods import KD  # noqa: E402
 from tools import missing  # noqa: E402
 
+NEEDED = ('name', 'data', 'seeds', 'methods')  # of every table of the grid
+
 
 def parse_args():
     parser = Parser(__doc__)
@@ -77,7 +79,12 @@ def main() -> int:
         grid = json.loads(args.grid.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f'{args.grid}: {error}') from None
-    names = list(dict.fromkeys(table['name'] for table in grid))
+    tables = grid if isinstance(grid, list) else [grid]
+    if not all(isinstance(table, dict) and {*NEEDED} <= table.keys() for table in tables):
+        raise UserError(
+            f'{args.grid}: wanted a list of tables, each with {", ".join(NEEDED)}, see results/grid.json'
+        )
+    names = list(dict.fromkeys(table['name'] for table in tables))
     for word in args.only or []:
         if not any(means(word, name) for name in names):
             raise UserError(f'--only: no table is called {word}; there are {", ".join(names)}')
@@ -89,7 +96,7 @@ def main() -> int:
     end = time.time() + 60 * args.budget if args.budget else float('inf')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = 0
-    for table in grid:
+    for table in tables:
         if table['name'] not in names:
             continue
         for seed in table['seeds']:
