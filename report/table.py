@@ -247,7 +247,9 @@ def table(results: list[dict]) -> str:
                  ', '.join(sorted({r['machine']['device'] for r in runs})), published(key))  # fmt: skip
         lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
     selected = sorted({r['best']['selected_on'] for r in results})
-    note = f'*selected on {" or ".join(selected)}. Published: by others, with their schedules.'
+    note = f'*selected on {" or ".join(selected)}. Published: by others, with their schedules'
+    zoo = any('Knowledge-Distillation-Zoo' in line for line in lines)  # whose figures are best test epochs
+    note += "; Knowledge-Distillation-Zoo's are best test epochs, as the column * is." if zoo else '.'
     lines += ['', f'Top-1 on the test set, percent. {note}']
     return '\n'.join(lines) + '\n'
 
