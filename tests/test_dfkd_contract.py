@@ -107,6 +107,34 @@ def test_half_precision_and_autocast(name, dtype):
 
 
 @every_case
+def test_float64_constants(name):
+    """What comes from elsewhere in float64, statistics of a teacher say, changes nothing."""
+    made = Made(name)
+    constants = {id(x) for x in made.teachers}
+
+    def double(x):
+        return x.detach().double() if id(x) in constants else x
+
+    made.inputs = {key: tree(value, double) for key, value in made.inputs.items()}
+    value = made()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, Made(name)())
+
+
+@every_case
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_the_loss_in_another_precision(name, dtype):
+    """half(), bfloat16() or double() for the loss's own parameters: still computed as the images are."""
+    made, rounded = Made(name), Made(name)
+    made.loss.to(dtype)
+    rounded.loss.to(dtype).float()
+    value = made()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, rounded(), rtol=1e-5, atol=1e-6)
+    made.check(value)
+
+
+@every_case
 def test_memory_layout_does_not_matter(name):
     made = Made(name)
     made.inputs = {
@@ -188,16 +216,22 @@ def flat(value) -> list:
 
 @cases_but('layers')
 def test_products_are_exact(name):
-    expected = Made(name)()
-    made = Made(name)
+    exact, made = Made(name), Made(name)
+    expected = exact()
+    expected.backward()
     try:
         torch.set_float32_matmul_precision('medium')
         with Rounding():
             value = made()
+            value.backward()
     finally:
         torch.set_float32_matmul_precision('highest')
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-7)
+    for g, h in zip((x.grad for x in made.learning), (x.grad for x in exact.learning), strict=True):
+        assert (g is None) == (h is None)
+        if h is not None and h.numel():
+            torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-4 * float(h.abs().max()) + 1e-9)
 
 
 @pytest.mark.parametrize('name', CASES)

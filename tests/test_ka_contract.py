@@ -317,16 +317,22 @@ class Rounding(TorchDispatchMode):
 @pytest.mark.parametrize('name', cases_but('layers'))
 def test_products_are_exact(name):
     """Whatever precision the user allows float32 products: those that decide a loss keep theirs."""
-    expected = Made(name)()
-    made = Made(name)
+    exact, made = Made(name), Made(name)
+    expected = exact()
+    expected.backward()
     try:
         torch.set_float32_matmul_precision('medium')
         with Rounding():
             value = made()
+            value.backward()
     finally:
         torch.set_float32_matmul_precision('highest')
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-7)
+    for g, h in zip((x.grad for x in made.students), (x.grad for x in exact.students), strict=True):
+        assert (g is None) == (h is None)
+        if h is not None and h.numel():
+            torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-4 * float(h.abs().max()) + 1e-9)
 
 
 @pytest.mark.parametrize('name', cases_but('class_by_class'))
