@@ -55,9 +55,12 @@ def cores() -> int:
     if (chosen := os.environ.get('OMP_NUM_THREADS', '')).isdecimal():
         return max(int(chosen), 1)
     count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):  # a container's share, 'max' or microseconds per period
-        quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
-        count = min(count, -(-int(quota) // int(period)))
+    # a container's or a job's share: 'max' (older: -1), or microseconds per period
+    for files in (['cpu.max'], ['cpu/cpu.cfs_quota_us', 'cpu/cpu.cfs_period_us']):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = ' '.join(Path('/sys/fs/cgroup', file).read_text() for file in files).split()
+            if int(quota) > 0:
+                count = min(count, -(-int(quota) // int(period)))
     return max(count, 1)
 
 

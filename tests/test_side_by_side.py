@@ -644,20 +644,24 @@ def test_the_cores_are_those_that_the_process_may_use(monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(6)))
 
-    def quota(said):
+    def quota(**files):
         class File:
-            def __init__(self, path):
-                assert str(path) == '/sys/fs/cgroup/cpu.max'
+            def __init__(self, root, file):
+                assert root == '/sys/fs/cgroup'
+                self.name = file.rpartition('/')[2].replace('.', '_')
 
             def read_text(self):
-                if said is None:
+                if self.name not in files:
                     raise FileNotFoundError
-                return said
+                return files[self.name] + '\n'
 
         monkeypatch.setattr(engine.device, 'Path', File)
         return engine.device.cores()
 
-    assert [quota(x) for x in (None, 'max 100000', '250000 100000', '50000 100000')] == [6, 6, 3, 1]
+    said = ('max 100000', '250000 100000', '50000 100000')
+    assert [quota(), *(quota(cpu_max=text) for text in said)] == [6, 6, 3, 1]
+    older = [quota(cpu_cfs_quota_us=text, cpu_cfs_period_us='100000') for text in ('-1', '250000')]
+    assert older == [6, 3], 'cgroup v1'
     monkeypatch.setenv('OMP_NUM_THREADS', '4')
     assert engine.device.cores() == 4, 'what the user chose'
 
