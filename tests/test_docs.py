@@ -116,6 +116,13 @@ def test_links_and_files_exist(page):
         ), path
 
 
+def test_every_table_is_linked():
+    """From docs/results.md, or from the page that tells of it."""
+    told = ' '.join(TEXT.values())
+    for path in ROOT.glob('results/*/table.md'):
+        assert f'results/{path.parent.name}/table.md)' in told, path.parent.name
+
+
 def test_every_link_to_a_difference_has_its_line():
     there = set(re.findall(r'<a id="(\w+)">', TEXT[ROOT / 'docs' / 'differences.md']))
     assert set(re.findall(r'differences\.md#(\w+)\)', TEXT[ROOT / 'docs' / 'methods.md'])) <= there
