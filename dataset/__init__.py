@@ -38,6 +38,7 @@ __all__ = [
     'load_test',
     'mean_std',
     'only_labelled',
+    'owned',
     'pictures',
     'read_classes',
     'split_classes',
@@ -76,6 +77,11 @@ def load_test(name: str, root: str | Path = './data', device: str | torch.device
     """
     kind, size = _named(name)
     return DATA[kind].load_test(root, torch.device(device), size, folder_options)
+
+
+def owned(name: str) -> bool:
+    """Whether the data called `name` are the user's own files, so that the name does not say which."""
+    return DATA[_named(name)[0]].owned
 
 
 def pictures(name: str, root: str | Path, size: int) -> torch.Tensor:

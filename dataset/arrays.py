@@ -106,4 +106,4 @@ def _load_test(root, device, *_) -> Resident:
     return _load(root, device)[1]  # its classes, mean and std stand in the training half
 
 
-ARRAYS = Data(_load, _load_test, mean_std=None)
+ARRAYS = Data(_load, _load_test, mean_std=None, owned=True)

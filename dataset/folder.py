@@ -1,5 +1,6 @@
 """Large data: a folder of images per class, decoded by worker processes."""
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,11 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def digest(self) -> str:
+        """A short name for these files, by where they lie and their labels."""
+        named = [f'{os.path.join(*Path(path).parts[-2:])} {label}' for path, label in self.samples]
+        return hashlib.sha1('\n'.join(named).encode()).hexdigest()[:12]
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()
@@ -284,4 +290,4 @@ def _load_test(root, device, _, options) -> Folder:
     return Folder(val, device, class_names=classes_in(val), **options)
 
 
-FOLDER = Data(_load, _load_test, (MEAN, STD))
+FOLDER = Data(_load, _load_test, (MEAN, STD), owned=True)

@@ -13,6 +13,7 @@ class Data:
     load: (root, device, size, options) -> (training set, test set): Resident's, or sets with its methods.
     load_test: the same arguments -> the test set, without the training half, which need not be there.
     mean_std: (mean, std) per channel of the training images, of pixels in 0..1; None: its files say them.
+    owned: the user's own files, which the name does not tell apart: a recipe has their digest.
     sized: NAME:N is the set with N training images; size is this N, or None.
 
     root is the folder of --img_root, options the keyword arguments of Folder.
@@ -22,3 +23,4 @@ class Data:
     load_test: Callable[..., Resident]
     mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None
     sized: bool = False
+    owned: bool = False

@@ -1,5 +1,6 @@
 """A data set that lives as bytes in device memory, and its augmentation in one gather per batch."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -59,6 +60,13 @@ class Resident:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def digest(self) -> str:
+        """A short name for these images and labels."""
+        digest = hashlib.sha1()
+        for x in (self.images, self.targets):
+            digest.update(x.cpu().numpy())
+        return digest.hexdigest()[:12]
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()

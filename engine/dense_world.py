@@ -102,8 +102,9 @@ def the_teacher(args, world, net, steps, root: Path, log) -> nn.Module:
     if args.t_model:
         path = Path(args.t_model)
     else:
-        name = f'dense_teacher_{args.task}_{args.data_name}_{args.size}_{args.t_name}_{args.t_steps}.pt'
-        path = root / name.replace(':', '')
+        name = f'dense_teacher_{args.task}_{args.data_name}_{args.size}_{args.t_name}_{args.t_steps}'
+        name += f'_b{args.batch_size}' * (args.batch_size != 16) + f'_{args.amp}' * (args.amp != 'off')
+        path = root / f'{name}.pt'.replace(':', '')
         if steps is None:
             raise UserError(
                 f'--t_model: needed with {args.data_name}; train one: --kd_mode alone --s_name {args.t_name}'

@@ -111,6 +111,7 @@ def train(
     bar = progress_bar(steps * epochs, steps * record.epoch, log)
     for epoch in range(record.epoch, epochs):
         started, meter = time.time(), Meter(name, epoch, torch.device('cpu'))
+        torch.manual_seed(args.seed * 1_000_003 + epoch)  # dropout
         for k, batch in enumerate(batches(epoch)):
             factor = (rate or cosine)((epoch + k / steps) / epochs)
             for opt, base in zip(opts, rates):

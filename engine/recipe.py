@@ -12,7 +12,7 @@ from models.checkpoint import read_checkpoint
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
          'select': 'saliency', 'labelled': None, 'augment': None, 'bn_l1': 0.0, 'processes': 1,
-         'stage': 'search', 'batch_size': 12, 'limit_test': None}  # fmt: skip
+         'stage': 'search', 'batch_size': 12, 'limit_test': None, 'own_images': None}  # fmt: skip
 
 
 def math_args(args: argparse.Namespace, **more) -> dict:

@@ -199,6 +199,7 @@ def load_data(args: argparse.Namespace, device: torch.device, log: Callable = la
     if args.pad != 'reflect' and not isinstance(train, dataset.Resident):
         raise UserError(f'--pad {args.pad}: {args.data_name} is cropped at random sizes, without padding')
     train.pad = args.pad
+    args.own_images = train.digest() if dataset.owned(args.data_name) else None
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)

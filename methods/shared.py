@@ -1,4 +1,4 @@
-"""Feeds and builds that several methods share.
+"""Feeds and builds that several methods share, or that are made of what they share (`same_size`, `Separate`).
 
 A feed says what one step gives the loss, feed(kd, s, t, batch) -> scalar. s, t: Feats of student and teacher
 (out, feat, fms, pres, extra); the stages are fms[1:], fms[0] is the stem; with peers, s is a list of their

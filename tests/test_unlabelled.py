@@ -173,6 +173,7 @@ def test_arrays_of_ones_own(tmp_path):
         ('test', {'labels': np.array([0, 1, -100, 0, 1, 1])}, 'label -100 is none of 0..1'),
         ('test', {'labels': np.array([0, 1, 2, 0, 1, 1])}, 'label 2 is none of 0..1'),
         ('test', {'images': images[..., :1]}, 'images must be'),
+        ('test', {'images': images[:0], 'labels': np.arange(0)}, 'test.npz: has no images'),
         ('test', {'labels': np.arange(6) % 2 * 1.0}, 'labels must be integers, got float64'),
         ('test', {'class_names': names[::-1]}, 'class_names are not those of train.npz, or in another order'),
     ):
@@ -182,6 +183,39 @@ def test_arrays_of_ones_own(tmp_path):
     (tmp_path / 'train.npz').write_text('x')
     with pytest.raises(ValueError, match='cannot be read as arrays'):
         dataset.load('arrays', tmp_path)
+
+
+def test_other_files_of_the_same_name_are_another_run(script, tmp_path):
+    """arrays and folder do not say which images they are: the recipe does."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    for half in ('train', 'test'):
+        np.savez(tmp_path / f'{half}.npz', images=images, labels=np.arange(6) % 2, class_names=['a', 'b'])
+    write_folder(tmp_path)
+    common = ('--net_name', 'resnet8', '--batch_size', 3, '--img_root', tmp_path, '--image_size', 32)
+    for data in ('arrays', 'folder'):
+        words = (
+            'train_base',
+            '--data_name',
+            data,
+            *common,
+            '--workers',
+            0,
+            '--note',
+            data,
+            '--resume',
+            'auto',
+        )
+        assert script(*words, '--epochs', 1).code == 0
+        recipe = json.loads((tmp_path / data / 'results.json').read_text())['recipe']
+        assert len(recipe['own_images']) == 12
+        if data == 'arrays':
+            np.savez(
+                tmp_path / 'train.npz', images=images + 1, labels=np.arange(6) % 2, class_names=['a', 'b']
+            )
+        else:
+            next((tmp_path / 'train').glob('*/*.png')).unlink()
+        done = script(*words, '--epochs', 1)
+        assert done.code == 2 and 'cannot resume, own_images was' in done.err
 
 
 @pytest.mark.parametrize(
