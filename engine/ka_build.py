@@ -49,6 +49,14 @@ def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
         name: Term(name, method, weights[name], soft_targets(method, args), options[name])
         for name, method in rows.items()
     }
+    soft = [name for name, term in terms.items() if term.soft or term.method.loss is ConcatKD]
+    for flag, given, reads in (
+        ('--lambda_kd', args.lambda_kd is not None, any(method.when.soft for method in rows.values())),
+        ('--ka_layers', args.ka_layers, any(method.needs.layers for method in rows.values())),
+        ('--T', args.T != 1, soft),
+    ):
+        if given and not reads:
+            raise UserError(f'{flag}: {" ".join(names) or ENSEMBLE} would not read it')
     for name, term in terms.items():
         if not (term.weight or term.soft):
             raise UserError(f'{name}: has nothing to learn: --lambda_ka 0, and no soft targets (--lambda_kd)')

@@ -35,13 +35,18 @@ def begin(args, name: str, **more) -> tuple[Path, Log]:
     """The output folder and its log. more: further flags that mean nothing here, and their defaults."""
     if processes() > 1:
         raise UserError('this tool runs in one process only')
-    for key, default in (NOT_HERE | more).items():
-        if getattr(args, key) != default:
-            flag = '--no_nesterov' if key == 'nesterov' else f'--{key}'
-            raise UserError(f'{flag}: not for this tool, which has Adam and a schedule of its own')
+    refuse_flags(args, NOT_HERE | more)
     refuse_fp16(args)
     folder = output_folder(Path(args.save_root) / (args.note or name))
     return folder, Log(folder)
+
+
+def refuse_flags(args, unread: dict) -> None:
+    """Flags of all scripts that a tool does not read. unread: their defaults."""
+    for key, default in unread.items():
+        if getattr(args, key) != default:
+            flag = '--no_nesterov' if key == 'nesterov' else f'--{key}'
+            raise UserError(f'{flag}: not for this tool, which goes another way there')
 
 
 def class_teachers(args, train, test, amp, log) -> tuple[dataset.ClassParts, list[nn.Module], list[dict]]:

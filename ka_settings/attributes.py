@@ -78,6 +78,10 @@ class Attributes:
         if alike := [name for name, share in usual.items() if share == 100]:
             log(f'no balanced accuracy of {", ".join(alike)}: all test images are alike')
         self.tasks, self.student_name = (), args.s_name or (names or ['resnet20'])[0]
+        made = [name for name, method in wanted.items() if method.own.student]
+        for flag, given in (('--s_name', args.s_name not in (None, *names)), ('--s_init', args.s_init)):
+            if given and made and len(made) == len(wanted):
+                raise UserError(f'{flag}: {", ".join(made)} makes the student of the teachers')
         self.initial = self._initial(args, log)
         self.shown = ('accuracy', 'balanced')
         self.streams = any(method.own.student for method in wanted.values())
