@@ -55,7 +55,7 @@ SEG_MODES=${SEG_MODES:-alone st cwd ifvd}        # dense: methods of segmentatio
 DET_MODES=${DET_MODES:-alone pkd}                # dense: of detection
 DFKD_DATA=${DFKD_DATA:-patterns}  # dfkd: the teacher's data, whose images are not used
 DFKD_MODES=${DFKD_MODES:-dafl dfad fastdfkd}    # dfkd: which methods
-DFKD_FLAGS=${DFKD_FLAGS:-}        # dfkd: anything else for train_dfkd.py, e.g. '--amp bf16'
+DFKD_FLAGS=${DFKD_FLAGS:-}        # dfkd: more flags, for each of them
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
 FAILED=                           # 1 once a method's loss was not finite
 

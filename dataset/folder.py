@@ -81,7 +81,7 @@ class Folder:
     def digest(self) -> str:
         """A short name for these files, by where they lie and their labels."""
         named = [f'{os.path.join(*Path(path).parts[-2:])} {label}' for path, label in self.samples]
-        return hashlib.sha1('\n'.join(named).encode()).hexdigest()[:12]
+        return hashlib.sha1('\n'.join(named).encode(errors='surrogateescape')).hexdigest()[:12]
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()

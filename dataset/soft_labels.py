@@ -56,6 +56,10 @@ class SoftLabelStore:
                     f'{getattr(args, name)}: other crops'
                 )
 
+        own = getattr(args, 'own_images', None)
+        if self.meta.get('own_images', own) != own:
+            raise ValueError(f'--soft_labels {self.folder}: labels of other images than --img_root has now')
+
     def epoch_of(self, epoch: int) -> int:
         """Which stored epoch a training's epoch repeats: they come round."""
         return epoch % self.meta['epochs']

@@ -161,8 +161,7 @@ def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, set
         'teacher_weights': fingerprint(net_t), 'method': name, **asdict(recipe), 'weights': wanted.weights,
         'options': wanted.options, 'ood': args.ood_name if row.needs.ood else None, 'pool_init': pool or None,
     }  # fmt: skip
-    if args.data_name == 'folder':
-        math['image_size'] = args.image_size
+    math['image_size'] = args.image_size
     record = Record(folder / name, {'net': net, 'opt': opt, 'source': source}, math, origin, 'test')
     record.resume(resume_point(args.resume, folder / name))
     return Run(

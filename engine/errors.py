@@ -44,7 +44,8 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             code = main()
         finally:
-            sys.stdout.flush()  # here, where it is known what to do if nobody reads
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it is known what to do if nobody reads
         leave_processes()
         sys.exit(code)
     except (UserError, dataset.BadImage) as error:  # a bad image shows when it is reached

@@ -147,4 +147,5 @@ def optimiser(args, net: list, ka: list) -> torch.optim.Optimizer:
 def flags_of_all_settings(args) -> dict:
     """The recipe of a run names these whatever its setting is: so do the checkpoints that it may resume."""
     return {'parts': None, 'classes': None, 'unlabeled': args.unlabeled, 'limit_train': args.limit_train,
-            'tasks': [], 'size': args.size, 'epochs_ft': args.epochs_ft, 'labelled': None}  # fmt: skip
+            'limit_test': args.limit_test, 'tasks': [], 'size': args.size, 'epochs_ft': args.epochs_ft,
+            'labelled': None}  # fmt: skip

@@ -46,7 +46,7 @@ def refuse_flags(args, unread: dict) -> None:
     for key, default in unread.items():
         if getattr(args, key) != default:
             flag = '--no_nesterov' if key == 'nesterov' else f'--{key}'
-            raise UserError(f'{flag}: not for this tool, which goes another way there')
+            raise UserError(f'{flag}: this tool does not read it')
 
 
 def class_teachers(args, train, test, amp, log) -> tuple[dataset.ClassParts, list[nn.Module], list[dict]]:
@@ -125,12 +125,14 @@ def train(
             try:
                 said = step(*batch)
             except NonFinite as error:
+                record.save_best()
                 where = f'at epoch {epoch + 1}, step {k + 1}'
                 raise NonFinite(f'{name}: the loss is not finite {where} ({error})') from None
             meter.add(None, batch[0], **{key: float(value.detach()) for key, value in said.items()})
             bar.update()
         row = {'epoch': epoch + 1, **meter.read(record.parts['net']), **measure()}
         if meter.failure:
+            record.save_best()
             raise NonFinite(meter.failure)
         for opt, base in zip(opts, rates):  # a resume starts from the flags' rates
             for group, lr in zip(opt.param_groups, base):

@@ -12,16 +12,21 @@ from models.checkpoint import read_checkpoint
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
          'select': 'saliency', 'labelled': None, 'augment': None, 'bn_l1': 0.0, 'processes': 1,
-         'stage': 'search', 'batch_size': 12, 'limit_test': None, 'own_images': None}  # fmt: skip
+         'stage': 'search', 'batch_size': 12}  # fmt: skip
+
+
+# what checkpoints did not say at first, whatever it was
+LATER = ('own_images', 'limit_test', 'image_size')
 
 
 def math_args(args: argparse.Namespace, **more) -> dict:
-    """The flags that change the numbers of a run, as plain values."""
+    """The flags that change the numbers of a run, as plain values; a digest of the user's own images."""
     names = ('data_name', 'image_size', 'val_split', 'epochs', 'batch_size', 'lr', 'milestones', 'lr_decay',
              'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
     chosen = {name: getattr(args, name) for name, default in NEWER.items()
               if getattr(args, name, default) != default}  # fmt: skip
-    return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | more
+    own = {'own_images': args.own_images} if getattr(args, 'own_images', None) else {}
+    return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | own | more
 
 
 def load_checkpoint(path: Path, math_args: dict) -> dict:
@@ -32,6 +37,7 @@ def load_checkpoint(path: Path, math_args: dict) -> dict:
         raise UserError(f'{path}: is not a checkpoint of this script')
     old = content['args']
     new = math_args | {k: default for k, default in NEWER.items() if k in old and k not in math_args}
+    new = {k: v for k, v in new.items() if k in old or k not in LATER}
     differ = [f'{k} was {old.get(k, NEWER.get(k))!r}, is {v!r}' for k, v in new.items() if old.get(k) != v]
     if differ:
         hint = ''

@@ -73,12 +73,8 @@ class Dense:
         names = names or ['segnet'] * len(self.tasks)
         if len(names) != len(self.tasks):
             raise UserError(f'--t_name: {len(args.t_name)} names for {len(self.tasks)} tasks')
-        if len(needs) == len(wanted):  # all students are made of the teachers
-            if args.s_name not in (None, *names):
-                raise UserError(
-                    f'--s_name {args.s_name}: {", ".join(needs)} makes the student of the teachers'
-                )
-            self.student_name = names[0]
+        if needs and len(needs) == len(wanted) and args.s_name not in (None, *names):
+            raise UserError(f'--s_name {args.s_name}: {", ".join(needs)} makes the student of the teachers')
         self.nets, figures = [], []
         for task, name, path in zip(self.tasks, names, args.t_model):
             net = self.network(name, task)

@@ -22,7 +22,8 @@ from methods import METHODS
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
 COLUMNS += ('schedule', 'device', 'published')
 # what repetitions of a run differ in
-PER_SEED = {'seed', 'initial', 'teacher_weights', 'teachers', 'parts', 'teacher_top1', 'teacher_right'}
+PER_SEED = {'seed', 'initial', 'teacher_weights', 'teachers', 'parts', 'teacher_top1', 'teacher_right',
+            'own_images'}  # fmt: skip
 NAMED = {'script', 'teacher', 'method', 'methods', 'ce'}  # what a row's name says already, see chosen
 RECIPE = ('lr', 'batch_size', 'schedule', 'milestones', 'lr_decay', 'amp', 'optim', 'weight_decay',
           'momentum', 'nesterov', 'pad', 'augment', 'image_size', 'labelled', 'val_split', 'bn_l1',
@@ -85,7 +86,7 @@ def apart(runs: list[dict]) -> dict[str, list[dict]]:
     for label, alike in by_recipe(runs, NAMED).items():
         for r in alike:
             found.setdefault((*chosen(r), *label), []).append(r)
-    for split in (by_teacher, by_start):
+    for split in (by_teacher, by_start, by_images):
         found = {
             (*label, *more): part for label, alike in found.items() for more, part in split(alike).items()
         }
@@ -95,6 +96,9 @@ def apart(runs: list[dict]) -> dict[str, list[dict]]:
 def by_recipe(runs: list[dict], named=()) -> dict[tuple, list[dict]]:
     """{what tells them apart: runs}: those of one recipe are repetitions. named: what readers are told."""
     recipes = [NEWER | r.get('recipe', {}) for r in runs]  # what nobody trained has none
+    for recipe in recipes:
+        if 'pool_init' in recipe:  # a digest: seeds may have a pool each
+            recipe['pool_init'] = 'given' if recipe['pool_init'] else None
     known = set.intersection(*map(set, recipes)) - PER_SEED - set(named)  # older ones do not know newer flags
     differ = [k for k in sorted(known) if len({json.dumps(recipe[k]) for recipe in recipes}) > 1]
     found = {}
@@ -139,6 +143,11 @@ def by_teacher(runs: list[dict]) -> dict[tuple, list[dict]]:
 def by_start(runs: list[dict]) -> dict[tuple, list[dict]]:
     """Students that go on from others' weights."""
     return by(lambda r: r['recipe'].get('initial'), runs, lambda number, _: f'start {number}')
+
+
+def by_images(runs: list[dict]) -> dict[tuple, list[dict]]:
+    """Of data that the user has, under one name."""
+    return by(lambda r: r['recipe'].get('own_images'), runs, lambda number, _: f'images {number}')
 
 
 def mean(runs: list[dict], which: str) -> float:

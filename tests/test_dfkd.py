@@ -414,7 +414,8 @@ def dfkd(script, random_teacher):
 def test_every_method_runs_without_a_training_image(script, tmp_path, monkeypatch):
     """Also with a random teacher, and what is written says what was measured."""
     monkeypatch.setattr(dataset, 'load', lambda *_: pytest.fail('the training half was asked for'))
-    monkeypatch.setattr(dataset, 'patterns', only_seed_1(dataset.patterns))
+    module = importlib.import_module('dataset.patterns')
+    monkeypatch.setattr(module, 'patterns', only_seed_1(module.patterns))
     done = script('train_dfkd', *SMALL, *OOD, '--kd_mode', *MAKING, '--dry_run', '--width', 4, '--log_images',
                   '--note', 'x', *CHEAP)  # fmt: skip
     assert done.code == 0, done.err

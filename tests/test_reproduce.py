@@ -106,7 +106,9 @@ def test_exit_codes_of_trainings(tmp_path, monkeypatch, codes, code):
         sys, 'argv', ['reproduce.py', '--results', str(tmp_path), '--grid', str(tmp_path / 'grid.json')]
     )
     monkeypatch.setattr(tools.reproduce, 'jobs', lambda *_: [made.pop(0)] if made else [])
-    (tmp_path / 'grid.json').write_text(json.dumps([{'name': 'x', 'seeds': list(range(len(codes)))}]))
+    (tmp_path / 'grid.json').write_text(
+        json.dumps([{'name': 'x', 'data': 'x', 'methods': [], 'seeds': list(range(len(codes)))}])
+    )
     assert tools.reproduce.main() == code
     assert ran == codes[: next((k + 1 for k, c in enumerate(codes) if c not in (0, 1)), len(codes))]
 

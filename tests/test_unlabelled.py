@@ -216,6 +216,10 @@ def test_other_files_of_the_same_name_are_another_run(script, tmp_path):
             next((tmp_path / 'train').glob('*/*.png')).unlink()
         done = script(*words, '--epochs', 1)
         assert done.code == 2 and 'cannot resume, own_images was' in done.err
+        last = torch.load(tmp_path / data / 'last.pt', weights_only=True)
+        del last['args']['own_images']  # as checkpoints were before
+        torch.save(last, tmp_path / data / 'last.pt')
+        assert script(*words, '--epochs', 1).code == 0
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def main():
     meta = {name: getattr(args, name) for name in SAME} | {
         'kind': args.kind, 'temp_t': args.temp_t, 'epochs': args.label_epochs, 'images': len(train),
         'num_classes': train.num_classes, 'teacher': args.t_name, 'teacher_weights': fingerprint(net),
-        'teacher_top1': measured['top1'],
+        'teacher_top1': measured['top1'], 'own_images': args.own_images,
     } | class_names_of(train) | provenance(device)  # fmt: skip
     write_atomic(folder / 'meta.json', json.dumps(meta, indent=1).encode())
     files = [path for path in folder.rglob('*.npy')]

@@ -110,7 +110,7 @@ def main() -> int:
                     if code and run.needed:
                         break
     for place in [args.results / name for name in names if args.table]:
-        dense = any('task' in table for table in grid if table['name'] == place.name)
+        dense = any('task' in table for table in tables if table['name'] == place.name)
         run = Job(['-m', 'report', 'dense' if dense else 'table', str(place), '--out', str(place)], {})
         if args.dry_run:
             print(shlex.join(['python', *run.words]))
