@@ -17,7 +17,7 @@ is positive inside the margin.
 Differences: the authors' element-wise loss. The mean over elements and margin 2 (set by train_kd.py) are
 those of Knowledge-Distillation-Zoo; the authors sum over elements, divide by N (reduction='batchmean', margin
 1) and weigh the stages, from the last, by 0.003 * (1, 1/2, 1/4). Their CIFAR script leaves the teacher in
-training mode; ours is in eval mode.
+training mode; ours is in eval mode. Afterwards it has soft targets alone (T = 3), ours cross-entropy alone.
 
 Source: bhheo/AB_distillation, cifar10_AB_distillation.py (criterion_alternative_L2) for 'batchmean';
 AberHu/Knowledge-Distillation-Zoo, kd_losses/ab.py for 'mean'.

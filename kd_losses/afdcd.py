@@ -56,8 +56,8 @@ class AfDCD(nn.Module):
         student.
 
     Raises:
-        ValueError: an argument is not legal; a map has other channels or another size than announced, or a
-        size that pool and patch do not divide; mask does not fit.
+        ValueError: an argument is not legal; a map has other channels or another size than announced; its
+        size divided by pool and rounded down is no multiple of patch; mask does not fit.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class AfDCD(nn.Module):
         pooled = [length // (self.pool or 1) for length in size]
         if 0 in pooled or any(length % side for length, side in zip(pooled, self.patch)):
             raise ValueError(
-                f'AfDCD: fm_s must have a size that pool {self.pool} and then patch {self.patch} divide, got '
-                f'{tuple(fm_s.shape)}: take a smaller pool (0 is none) and patch, or another map'
+                f'AfDCD: fm_s must have a size that is a multiple of patch {self.patch} once divided by pool '
+                f'{self.pool}, got {tuple(fm_s.shape)}: take a smaller pool (0 is none) or patch'
             )
         if mask is None:
             mask = torch.rand(n, 1, *size, device=fm_s.device, **_by(generator)) >= self.mask_ratio

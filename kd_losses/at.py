@@ -13,7 +13,8 @@ are average-pooled to the smaller height and the smaller width before the attent
 Differences: the authors' code, not their equation 2 (which has the norm itself, halved, instead of the mean
 of squares). The absolute value is kept for every p; RepDistiller and mdistiller drop it, so that with an odd
 p the channels cancel. The authors multiply the sum over three stages by 1000, which is our mean times 3000;
-the weight in this collection's trainer, 1000, is that of Knowledge-Distillation-Zoo.
+the weight in this collection's trainer, 1000, is that of Knowledge-Distillation-Zoo. They tap the sums of the
+residual groups as they are, before batch norm and ReLU.
 
 Source: szagoruyko/attention-transfer, utils.py (at, at_loss).
 

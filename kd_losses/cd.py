@@ -14,7 +14,7 @@ gets right, m_n = 1 for these, else 0:
     loss = T^2 * sum over n of m_n * KL(softmax(out_t / T) || softmax(out_s / T)) / sum over n of m_n
 
 and 0 if it gets none right. EDT, `edt_weight`, is the authors' schedule: CD alone for 60 epochs of 200, then
-CD, cross-entropy and GKD with decaying weights.
+cross-entropy (weight 1) and GKD (0.1) as well, and the weight of CD times 0.9 at epochs 60 and 160.
 
 Differences: the authors sum four stages with weight 6; we average three with weight 18. Their teacher runs
 with batch statistics by accident, ours does not; their GKD adds spurious terms where a teacher probability

@@ -11,7 +11,8 @@ A. Yao, D. Sun, "Knowledge Transfer via Dense Cross-layer Mutual-distillation", 
 Tap: the logits of all classifiers of two networks trained together on the same batch. Contains its
 cross-entropy. The auxiliary classifiers are dropped after training.
 
-Differences: none from the authors' code.
+Differences: none in the loss. The auxiliary classifiers (`DCMStudent`) are plain copies of what follows; the
+authors halve the blocks of the first one's last stage and double the width of the last one's.
 
 Source: sundw2014/DCM, wrn/main.py and wrn/KL_divergence.py.
 

@@ -18,8 +18,8 @@ Tap: the last stage's map (Knowledge-Distillation-Zoo) or every stage's (RepDist
 maps of different size are average-pooled to the smaller height and width.
 
 Differences: the authors' code (polynomial only) drops the first sum, which is constant; we keep it, so the
-loss is 0 for equal maps. Which pairs define sigma^2 no published code says; per sample and across networks is
-our choice.
+loss is 0 for equal maps. They tap maps before the ReLU and weigh 50. Which pairs define sigma^2 no published
+code says; per sample and across networks is our choice.
 
 Cost: the plain form for the default kernel, with unit vectors s and t of shape (N, C, H * W), is
 

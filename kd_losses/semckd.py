@@ -14,7 +14,8 @@ The attention networks act on rows of N x N matrices, so every batch must have e
 trainer leaves out an incomplete last batch. The regressors cost more than a small student.
 
 Differences: the authors' code with the later `soft` (1 is the original). A zero attention vector is 0 with
-zero gradient, NaN in their code; sizes are compared and pooled by height and width.
+zero gradient, NaN in their code; sizes are compared and pooled by height and width. Their recipe for
+CIFAR-100 has soft targets beside it (weight 1, T = 4).
 
 Source: DefangChen/SemCKD, distiller_zoo/SemCKD.py (SemCKDLoss) and models/util.py (SelfA); `soft` from
 DefangChen/SimKD.

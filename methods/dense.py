@@ -1,10 +1,9 @@
 """The rows of train_dense.py: a segmenter or a detector teaches a smaller one.
 
-Every row has the network's own loss beside it, with weight 1. Weights are the authors', for large networks
-and pictures; the first is for detectors of one stage, the second for Faster R-CNN. A feed gets what
-models/dense.py reads of both networks: Segmented (out, feat, fms) or Detected (fms, pyramid, heads); batch:
-engine/dense.py.
-"""
+Every row has the network's own loss beside it, with weight 1. Weights are the authors' (of `ifvd` and
+`cwd_feat` CIRKD's), for large networks and pictures; the first is for detectors of one stage, the second for
+Faster R-CNN. A feed gets what models/dense.py reads of both networks: Segmented (out, feat, fms) or Detected
+(fms, pyramid, heads); batch: engine/dense.py."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """The rows of train_dfkd.py: a frozen teacher, a student, and images that are made, not given.
 
-The columns say what is made how, in the spirit of columns.py. A preset is the authors' for CIFAR-10.
+The columns say what is made how, in the spirit of columns.py. A preset is the authors' for CIFAR-10, but for
+`deepinv` and `dfq`, whose values are those of a later comparison (zju-vipa/CMI).
 """
 
 import inspect
