@@ -30,7 +30,16 @@ import torch
 import models
 from engine import drawing, errors, listing, session, side_by_side
 from engine.device import compile_networks, setup
-from engine.flags import add_common_flags, add_head_flag, add_thread_flag, check_head, positive_float
+from engine.flags import (
+    OF_SGD,
+    OF_STEPS,
+    add_common_flags,
+    add_head_flag,
+    add_thread_flag,
+    check_head,
+    positive_float,
+    refuse_given,
+)
 from engine.ka_build import ENSEMBLE, build_run, chosen_setting, read_methods
 from engine.ka_student import Batch, Moment, Run
 from engine.meter import Meter
@@ -95,6 +104,10 @@ def parse_args():
     args = parser.parse_args()
     args.lr = args.lr or {'adam': 1e-3, 'sgd': 0.1}[args.optim]
     args.lr_ka = args.lr_ka or {'adam': args.lr, 'sgd': 0.01}[args.optim]
+    if args.optim != 'sgd':
+        refuse_given(args, OF_STEPS | OF_SGD, f'--optim {args.optim} does not read it')
+    elif args.schedule != 'steps':
+        refuse_given(args, OF_STEPS, f'--schedule {args.schedule} does not read it')
     return args
 
 

@@ -53,10 +53,26 @@ def add_optimiser_flag(parser: Parser) -> None:
         help='sgd, or adamw for transformers; with it say --weight_decay 0.05, as DeiT does; default sgd')
 
 
+OF_STEPS = {'milestones': [0.5, 0.75], 'lr_decay': 0.1}  # flags that steps alone read, and their defaults
+OF_SGD = {'momentum': 0.9, 'nesterov': True}  # that SGD alone reads
+
+
 def with_rate(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags, with the optimiser's learning rate where none is said."""
+    """The flags, with the optimiser's learning rate where none is said; refused if nobody reads them."""
     args.lr = args.lr or {'sgd': 0.1, 'adamw': 1e-3}[args.optim]
+    if args.schedule != 'steps':
+        refuse_given(args, OF_STEPS, f'--schedule {args.schedule} does not read it')
+    if args.optim != 'sgd':
+        refuse_given(args, OF_SGD, f'--optim {args.optim} does not read it')
     return args
+
+
+def refuse_given(args: argparse.Namespace, unread: dict, why: str) -> None:
+    """unread: flags with their defaults, at which they must be."""
+    for key, default in unread.items():
+        if getattr(args, key) != default:
+            flag = '--no_nesterov' if key == 'nesterov' else f'--{key}'
+            raise UserError(f'{flag}: {why}')
 
 
 RATE = 'default 0.1 with sgd, 0.001 with adamw'

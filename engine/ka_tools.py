@@ -18,6 +18,7 @@ import engine.evaluate
 import models
 from engine.device import refuse_fp16
 from engine.errors import NonFinite, UserError, user_errors
+from engine.flags import OF_SGD, OF_STEPS, refuse_given
 from engine.meter import Meter
 from engine.processes import processes
 from engine.recipe import resume_point
@@ -27,8 +28,7 @@ from engine.teachers import load_teacher
 from ka_settings.classes import SideBySide
 
 # flags of all scripts that mean nothing here, and their defaults
-NOT_HERE = {'val_split': 0.0, 'schedule': 'steps', 'milestones': [0.5, 0.75], 'lr_decay': 0.1,
-            'momentum': 0.9, 'nesterov': True, 'compile': False, 'tensorboard': False}  # fmt: skip
+NOT_HERE = {'val_split': 0.0, 'schedule': 'steps', 'compile': False, 'tensorboard': False} | OF_STEPS | OF_SGD
 
 
 def begin(args, name: str, **more) -> tuple[Path, Log]:
@@ -43,10 +43,7 @@ def begin(args, name: str, **more) -> tuple[Path, Log]:
 
 def refuse_flags(args, unread: dict) -> None:
     """Flags of all scripts that a tool does not read. unread: their defaults."""
-    for key, default in unread.items():
-        if getattr(args, key) != default:
-            flag = '--no_nesterov' if key == 'nesterov' else f'--{key}'
-            raise UserError(f'{flag}: this tool does not read it')
+    refuse_given(args, unread, 'not for this tool, which does not read it')
 
 
 def class_teachers(args, train, test, amp, log) -> tuple[dataset.ClassParts, list[nn.Module], list[dict]]:

@@ -244,6 +244,14 @@ def test_teachers_that_are_missing_or_idle(fails, teacher):
         (['--net_name', 'resnet8', '--epochs', '0'], '--epochs'),
         (['--net_name', 'resnet8', '--lr', '-1'], '--lr'),
         (['--net_name', 'resnet8', '--milestones', '100'], 'share from 0 to below 1'),
+        (
+            ['--net_name', 'resnet8', '--milestones', '0.6', '--schedule', 'onecycle'],
+            'onecycle does not read it',
+        ),
+        (
+            ['--net_name', 'resnet8', '--no_nesterov', '--optim', 'adamw'],
+            '--no_nesterov: --optim adamw does not',
+        ),
         (['--net_name', 'resnet8', '--amp', 'fp8'], 'fp8'),
         (['--net_name', 'resnet8', '--seed', '1.5'], '--seed'),
         (['--net_name', 'resnet8', '--seed', '20261126140205'], ['--seed', 'at most 12 digits']),

@@ -570,6 +570,7 @@ MISTAKES = [
     (['sbm', '--data_name', 'scenes', '--limit_train', '8'], ['--limit_train: not for --data_name scenes']),
     (['concat', 'mse', '--lambda_kd', '3'], ['--lambda_kd: concat mse would not read it']),
     (['concat', '--ka_layers', 'rb2'], ['--ka_layers: concat would not read it']),
+    (['concat', '--momentum', '0.5'], ['--momentum: --optim adam does not read it']),
     (['scratch', '--T', '2'], ['--T: scratch would not read it']),
     (['concat', '--tasks', 'seg'], ['--tasks: not for --data_name shapes:96']),
     (['cfl', '--lambda_ka', '0', '--lambda_kd', '0'], ['cfl: has nothing to learn']),
