@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.errors import UserError, user_errors
 from engine.processes import processes, rank
-from models.checkpoint import read_checkpoint
+from models.checkpoint import compare_classes, read_checkpoint
 
 # flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
 # (batch_size: those of train_lm.py)
@@ -29,12 +29,17 @@ def math_args(args: argparse.Namespace, **more) -> dict:
     return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | own | more
 
 
-def load_checkpoint(path: Path, math_args: dict) -> dict:
-    """A checkpoint of ours, refused when its run differs in anything that changes the numbers."""
+def load_checkpoint(path: Path, math_args: dict, class_names: list[str] | None = None) -> dict:
+    """A checkpoint of ours, refused when its run differs in anything that changes the numbers.
+
+    class_names: of the data, in the order of the labels; None: they have none.
+    """
     with user_errors():
         content = read_checkpoint(path)
     if not isinstance(content.get('args'), dict) or 'epoch' not in content:
         raise UserError(f'{path}: is not a checkpoint of this script')
+    with user_errors():
+        compare_classes(path, content.get('origin', {}).get('class_names'), class_names)
     old = content['args']
     new = math_args | {k: default for k, default in NEWER.items() if k in old and k not in math_args}
     new = {k: v for k, v in new.items() if k in old or k not in LATER}

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError, user_errors
+from engine.errors import UserError
 from engine.origin import class_names_of, fingerprint, fingerprint_of, provenance  # noqa: F401  asked for here, too
 from engine.processes import gathered, rank
 from engine.recipe import load_checkpoint
-from models.checkpoint import compare_classes, named_weights
+from models.checkpoint import named_weights
 
 
 def output_folder(path: Path) -> Path:
@@ -139,9 +139,7 @@ class Record:
     def resume(self, path: Path | None) -> None:
         if path is None:
             return
-        content = load_checkpoint(path, self.math_args)
-        with user_errors():
-            compare_classes(path, content['origin'].get('class_names'), self.origin.get('class_names'))
+        content = load_checkpoint(path, self.math_args, self.origin.get('class_names'))
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         self.history = content['history']

@@ -216,8 +216,9 @@ def test_dense_training_on_two_processes(two, script, img_root, tmp_path, monkey
     find_some(monkeypatch.setattr)
     taught = ('st+cwd', 'skds_pair+maskd_seg')
     for batch in (2, 4):  # the teacher is made by the first, with batches of 2 as on two processes
+        made = [word for path in one.glob('**/dense_teacher_segmentation_*') for word in ('--t_model', path)]
         done = script('train_dense', *flags, *student, *length, '--kd_mode', *taught, '--batch_size', batch,
-                      '--save_root', one, '--note', batch)  # fmt: skip
+                      '--save_root', one, '--note', batch, *made)  # fmt: skip
         assert done.code == 0, done.err
     for name in taught:
         mine, joint, less = (
