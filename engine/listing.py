@@ -89,8 +89,8 @@ def needs(row) -> list[str]:
         return _without_data(row)
     source = inspect.getsource(row.feed)
     words = [word for pattern, word in READS.items() if word and re.search(pattern, source)]
-    added = isinstance(row, Method) and (row.own.student or row.own.peers)
-    if 'layers added to the student' in words and isinstance(row, Method) and not added:
+    adds = not isinstance(row, Method) or row.own.student or row.own.peers
+    if 'layers added to the student' in words and not adds:
         words[words.index('layers added to the student')] = 'a distillation head, if the student has one'
     if 'maps' in words and 'maps before the ReLU' in words:
         words.remove('maps')

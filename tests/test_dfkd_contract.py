@@ -16,7 +16,17 @@ import torch
 
 from tests import methods
 from tests.methods.shared import Grown, seed
-from tests.test_ka_contract import AWKWARD, Rounding, one_class, places, spoil, tensor_at, tree
+from tests.test_ka_contract import (
+    AWKWARD,
+    check_another_precision,
+    check_exact_products,
+    check_same_gradients,
+    one_class,
+    places,
+    spoil,
+    tensor_at,
+    tree,
+)
 
 MODULES = {file.removeprefix('dfkd/'): methods.of(file) for file in methods.files('dfkd_losses')}
 CASES = {case: text for module in MODULES.values() for case, text in module.cases.items()}
@@ -125,13 +135,7 @@ def test_float64_constants(name):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_the_loss_in_another_precision(name, dtype):
     """half(), bfloat16() or double() for the loss's own parameters: still computed as the images are."""
-    made, rounded = Made(name), Made(name)
-    made.loss.to(dtype)
-    rounded.loss.to(dtype).float()
-    value = made()
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, rounded(), rtol=1e-5, atol=1e-6)
-    made.check(value)
+    check_another_precision(Made(name), Made(name), dtype)
 
 
 @every_case
@@ -216,22 +220,9 @@ def flat(value) -> list:
 
 @cases_but('layers')
 def test_products_are_exact(name):
-    exact, made = Made(name), Made(name)
-    expected = exact()
-    expected.backward()
-    try:
-        torch.set_float32_matmul_precision('medium')
-        with Rounding():
-            value = made()
-            value.backward()
-    finally:
-        torch.set_float32_matmul_precision('highest')
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-7)
-    for g, h in zip((x.grad for x in made.learning), (x.grad for x in exact.learning), strict=True):
-        assert (g is None) == (h is None)
-        if h is not None and h.numel():
-            torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-4 * float(h.abs().max()) + 1e-9)
+    made, exact = Made(name), Made(name)
+    check_exact_products(made, exact)
+    check_same_gradients(made.learning, exact.learning)
 
 
 @pytest.mark.parametrize('name', CASES)

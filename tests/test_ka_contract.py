@@ -293,7 +293,10 @@ def test_float64_teachers(name):
 @pytest.mark.parametrize('name', CASES)
 def test_the_loss_in_another_precision(name, dtype):
     """half(), bfloat16() or double() for the loss's own parameters: still computed as the student's are."""
-    made, rounded = Made(name), Made(name)
+    check_another_precision(Made(name), Made(name), dtype)
+
+
+def check_another_precision(made, rounded, dtype) -> None:
     made.loss.to(dtype)
     rounded.loss.to(dtype).float()
     value = made()
@@ -317,7 +320,13 @@ class Rounding(TorchDispatchMode):
 @pytest.mark.parametrize('name', cases_but('layers'))
 def test_products_are_exact(name):
     """Whatever precision the user allows float32 products: those that decide a loss keep theirs."""
-    exact, made = Made(name), Made(name)
+    made, exact = Made(name), Made(name)
+    check_exact_products(made, exact)
+    check_same_gradients(made.students, exact.students)
+
+
+def check_exact_products(made, exact) -> None:
+    """The value, and a backward pass of both."""
     expected = exact()
     expected.backward()
     try:
@@ -329,7 +338,10 @@ def test_products_are_exact(name):
         torch.set_float32_matmul_precision('highest')
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-7)
-    for g, h in zip((x.grad for x in made.students), (x.grad for x in exact.students), strict=True):
+
+
+def check_same_gradients(some: list, others: list) -> None:
+    for g, h in zip((x.grad for x in some), (x.grad for x in others), strict=True):
         assert (g is None) == (h is None)
         if h is not None and h.numel():
             torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-4 * float(h.abs().max()) + 1e-9)
