@@ -17,7 +17,7 @@ from engine.parser import Parser
 from engine.record import output_folder
 from methods.dense import DENSE
 from report.speed import table
-from report.table import by_recipe, chosen, read_json, read_results
+from report.table import by_recipe, chosen, in_brackets, read_json, read_results
 
 FIGURES = {
     'segmentation': {'miou': 'mIoU', 'accuracy': 'pixel accuracy'},
@@ -61,8 +61,8 @@ def of_setting(task: str, results: list[dict], label: str) -> str:
     main = next(iter(figures))
     rows = {}
     for result in results:
-        own = ', '.join(chosen(result, rows_for(DENSE, task, result['student'])))
-        rows.setdefault(result['method'] + (f' ({own})' if own else ''), []).append(result)
+        own = chosen(result, rows_for(DENSE, task, result['student']))
+        rows.setdefault(result['method'] + in_brackets(own), []).append(result)
     alone = {r['seed']: r['last'][main] for r in rows.get('alone', [])}
     ordered = sorted(rows, key=lambda name: (name != 'alone', -mean(rows[name], main)))
     said = {key: ', '.join(str(x) for x in sorted({r[key] for r in results}))

@@ -19,7 +19,7 @@ from engine.errors import UserError, user_errors
 from engine.parser import Parser
 from engine.record import output_folder
 from methods.dfkd import DFKD
-from report.table import by_recipe, read_results
+from report.table import by_recipe, in_brackets, read_results
 
 
 def mine(results: list[dict]) -> list[dict]:
@@ -51,7 +51,7 @@ def table(results: list[dict]) -> str:
             making = recipe['warmup' if DFKD[name].images.kind == 'fixed' else 'epochs'] * rounds
             updates = (recipe['epochs'] - recipe['warmup']) * recipe['ep_steps']
             cells = [
-                f'`{name}`' + (f' ({", ".join(label)})' if label else ''),
+                f'`{name}`{in_brackets(label)}',
                 spread([r['last']['agreement'] for r in runs]),
                 spread([r['last']['top1'] for r in runs]),
                 spread([r['best']['top1'] for r in runs]),

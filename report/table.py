@@ -11,6 +11,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import UserError, user_errors
@@ -90,7 +91,13 @@ def apart(runs: list[dict]) -> dict[str, list[dict]]:
         found = {
             (*label, *more): part for label, alike in found.items() for more, part in split(alike).items()
         }
-    return {f' ({", ".join(label)})' if label else '': every for label, every in found.items()}
+    return {in_brackets(label): every for label, every in found.items()}
+
+
+def in_brackets(label: Iterable[str]) -> str:
+    """What follows the name of a row; nothing if there is nothing to say."""
+    said = ', '.join(label)
+    return f' ({said})' if said else ''
 
 
 def by_recipe(runs: list[dict], named=()) -> dict[tuple, list[dict]]:

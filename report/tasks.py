@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.parser import Parser
-from report.table import by_recipe, read_results, spread
+from report.table import by_recipe, in_brackets, read_results, spread
 
 SCRIPTS = {
     'sequences': ('right', 'characters right', ('audio', 'alone', 'transcripts', 'libs', 'c2kd')),
@@ -24,7 +24,7 @@ def groups_of(results: list[dict]) -> dict[str, list[dict]]:
     for r in sorted(results, key=lambda r: (order.index(r['method']), name_of(r), r['seed'])):
         made.setdefault(name_of(r), []).append(r)
     return {
-        name + (f' ({", ".join(label)})' if label else ''): alike
+        name + in_brackets(label): alike
         for name, runs in made.items()
         for label, alike in by_recipe(runs).items()
     }
