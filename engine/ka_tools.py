@@ -27,6 +27,7 @@ from engine.session import Log, progress_bar
 from engine.teachers import load_teacher
 from ka_settings.classes import SideBySide
 
+UNREAD = 'not for this tool, which does not read it'
 # flags of all scripts that mean nothing here, and their defaults
 NOT_HERE = {'val_split': 0.0, 'schedule': 'steps', 'compile': False, 'tensorboard': False} | OF_STEPS | OF_SGD
 
@@ -35,15 +36,10 @@ def begin(args, name: str, **more) -> tuple[Path, Log]:
     """The output folder and its log. more: further flags that mean nothing here, and their defaults."""
     if processes() > 1:
         raise UserError('this tool runs in one process only')
-    refuse_flags(args, NOT_HERE | more)
+    refuse_given(args, NOT_HERE | more, UNREAD)
     refuse_fp16(args)
     folder = output_folder(Path(args.save_root) / (args.note or name))
     return folder, Log(folder)
-
-
-def refuse_flags(args, unread: dict) -> None:
-    """Flags of all scripts that a tool does not read. unread: their defaults."""
-    refuse_given(args, unread, 'not for this tool, which does not read it')
 
 
 def class_teachers(args, train, test, amp, log) -> tuple[dataset.ClassParts, list[nn.Module], list[dict]]:

@@ -33,8 +33,8 @@ from engine import errors  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import measure, measured  # noqa: E402
-from engine.flags import add_common_flags, positive_int  # noqa: E402
-from engine.ka_tools import NOT_HERE, refuse_flags  # noqa: E402
+from engine.flags import add_common_flags, positive_int, refuse_given  # noqa: E402
+from engine.ka_tools import NOT_HERE, UNREAD  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
@@ -69,7 +69,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    refuse_flags(args, NOT_HERE | {'weight_decay': 1e-4, 'save_every': 1})
+    refuse_given(args, NOT_HERE | {'weight_decay': 1e-4, 'save_every': 1}, UNREAD)
     refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)

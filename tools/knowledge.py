@@ -32,8 +32,15 @@ from engine import errors, optimise  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import add_common_flags, any_number, positive_float, positive_int, whole_number  # noqa: E402
-from engine.ka_tools import refuse_flags  # noqa: E402
+from engine.flags import (  # noqa: E402
+    add_common_flags,
+    any_number,
+    positive_float,
+    positive_int,
+    refuse_given,
+    whole_number,
+)
+from engine.ka_tools import UNREAD  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import load_checkpoint, math_args, resume_point  # noqa: E402
 from engine.record import (
@@ -89,7 +96,7 @@ def main():
     foreground = kn.central_square(args.grid, args.grid)
     if foreground.all():
         raise UserError(f'--grid {args.grid}: no cell is left outside the foreground; take 6 or more')
-    refuse_flags(args, {'val_split': 0.0, 'compile': False, 'tensorboard': False, 'save_every': 1})
+    refuse_given(args, {'val_split': 0.0, 'compile': False, 'tensorboard': False, 'save_every': 1}, UNREAD)
     refuse_fp16(args)
     device = setup(args)
     amp = autocast(device, args.amp)
