@@ -33,12 +33,13 @@ from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
 from engine.dense_build import make_run, rows_for, share_of_rate, taught
-from engine.dense_tasks import SHOWN, World
-from engine.dense_world import make_world
+from engine.dense_setting import make_setting
+from engine.dense_tasks import SHOWN, Setting
 from engine.device import refuse_fp16, setup
 from engine.errors import UserError
 from engine.flags import (
     add_augment_flag,
+    add_board_flag,
     add_machine_flags,
     add_place_flags,
     fraction,
@@ -51,8 +52,8 @@ from engine.method_flags import refuse_many_processes, refuse_repeated, refuse_u
 from engine.optimise import set_learning_rate
 from engine.parser import Parser
 from engine.processes import averaged, processes, rank
-from engine.record import output_folder, provenance, write_atomic, write_json
-from engine.session import Log, StopAfterEpoch
+from engine.record import output_folder, provenance, write_atomic
+from engine.session import Log
 from methods.dense import DENSE
 
 NETWORKS = {'segmentation': ('lraspp:resnet18', 'lraspp:mobilenet_v3_small@0.5'),
@@ -120,6 +121,7 @@ def parse_args(words=None):
     # fmt: on
     add_machine_flags(parser)
     flag = add_place_flags(parser)
+    add_board_flag(flag)
     flag('--dry_run', action='store_true', help='say what would be trained, and end')
     return parser.parse_args(words)
 
@@ -163,23 +165,17 @@ def main():
         root / (args.note or f'{args.task}-{args.data_name}-s{args.seed}'.replace(':', ''))
     )
     log, origin = Log(folder), provenance(device)
-    world, start = make_world(args, device, root, log, any(map(taught, wanted.values())))
-    origin |= {'class_names': list(world.class_names)}
-    runs = [make_run(args, world, start, folder, origin, word, chosen) for word, chosen in wanted.items()]
-    write_json(folder / 'args.json', {'args': vars(args), **origin})
-
-    args.save_every, segments = 1, -(-args.steps // args.eval_every)
-    first = min(run.record.epoch for run in runs)
-    before = min(first * args.eval_every, args.steps)
-    log(f'{len(runs)} students, {before} of {args.steps} steps done, output in {folder}')
-    log('best.pt is selected on test data')
+    setting, net = make_setting(args, device, root, log, any(map(taught, wanted.values())))
+    origin |= {'class_names': list(setting.class_names)}
+    runs = [make_run(args, setting, net, folder, origin, word, chosen) for word, chosen in wanted.items()]
     if processes() > 1:
         log(f'{processes()} processes x {args.batch_size} pictures')
-    bar = session.progress_bar(args.steps, before, log)
-    live = session.Session(
-        args, log, bar, None, StopAfterEpoch('the next evaluation'), segments, 'evaluation'
+    args.save_every, segments = 1, -(-args.steps // args.eval_every)
+    start = min(run.record.epoch for run in runs)
+    live = session.start(
+        args, log, origin, val=None, done=start, epochs=segments, steps=args.eval_every, total=args.steps
     )
-    for segment in range(first, segments):
+    for segment in range(start, segments):
         started = time.time()
         begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead
         for run in active:
@@ -187,11 +183,11 @@ def main():
             run.meter.reset(segment)
         last = min((segment + 1) * args.eval_every, args.steps)
         numbers = range(segment * args.eval_every, last)
-        for step, pictures in zip(numbers, annotated.in_order(world.batches, numbers, args.workers)):
-            seen = parts.Look(world, step, pictures)
+        for step, pictures in zip(numbers, annotated.in_order(setting.batches, numbers, args.workers)):
+            seen = parts.StepPictures(setting, step, pictures)
             for run in active:
                 train_student(run, seen, args)
-            bar.update()
+            live.bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
             if not active:
                 break
@@ -200,7 +196,7 @@ def main():
         done = []
         for run in begun:
             run.train(False)
-            figures = {f'test_{key}': value for key, value in world.task.measure(run.net).items()}
+            figures = {f'test_{key}': value for key, value in setting.task.measure(run.net).items()}
             row = rows[run.name] | figures | {'seconds': time.time() - started}
             done.append((run.record, row, partial(line, run, args.steps), f'{run.name}/'))
         if code := session.end_epoch(live, segment, segment + 1 == segments, done):
@@ -209,24 +205,26 @@ def main():
             break
 
     if args.data_name.startswith('scenes') and rank() == 0:
-        keep_panels(world, runs, folder / 'panels.npz')
+        keep_panels(setting, runs, folder / 'panels.npz')
     done = []
     for run in runs:
         facts = {'script': 'train_dense', 'task': args.task, 'method': run.name, 'student': args.s_name,
-                 'teacher': world.facts, 'data': args.data_name, 'size': args.size, 'seed': args.seed,
-                 'steps': args.steps, 'labelled': world.pictures, 'unlabelled': world.unlabelled,
-                 **world.augmented, 'trained_with': list(wanted), 'processes': processes(),
+                 'teacher': setting.facts, 'data': args.data_name, 'size': args.size, 'seed': args.seed,
+                 'steps': args.steps, 'labelled': setting.pictures, 'unlabelled': setting.unlabelled,
+                 **setting.augmented, 'trained_with': list(wanted), 'processes': processes(),
                  'parameters': sum(p.numel() for p in run.net.parameters())}  # fmt: skip
         if args.task == 'detection':
             facts['ap_by'] = library()
         path = folder / run.name / 'student.pt'
-        done.append((run.record, path.name, facts, run.name, f'weights: {path}; {how_to_build(args, world)}'))
+        done.append(
+            (run.record, path.name, facts, run.name, f'weights: {path}; {how_to_build(args, setting)}')
+        )
     session.finish(live, done)
 
 
-def train_student(run: parts.Run, seen: parts.Look, args) -> None:
+def train_student(run: parts.Run, seen: parts.StepPictures, args) -> None:
     """One step of one student: its own loss with labels, the methods' on their pictures, backward, update."""
-    task = run.world.task
+    task = run.setting.task
     given = seen.given('labelled')
     seen.seed()
     s = {'labelled': task.look(run.net, given)}
@@ -251,28 +249,28 @@ def train_student(run: parts.Run, seen: parts.Look, args) -> None:
     run.meter.add(None, seen.parts['labelled'][0], **terms)
 
 
-def how_to_build(args, world) -> str:
+def how_to_build(args, setting) -> str:
     """For the log: the network that a file of weights is of."""
-    words = f'{args.task!r}, {args.s_name!r}, {world.num_classes}, {args.size}, frozen={bool(args.s_init)}'
+    words = f'{args.task!r}, {args.s_name!r}, {setting.num_classes}, {args.size}, frozen={bool(args.s_init)}'
     return f'models.dense.build({words}) is the network, models.load_weights(net, path) fills it'
 
 
-def keep_panels(world: World, runs: list, path: Path) -> None:
+def keep_panels(setting: Setting, runs: list, path: Path) -> None:
     """What teacher and students find in some test pictures, for `python -m report dense`."""
-    chosen = [i % len(world.test) for i in SHOWN]
-    pictures = [world.test[i] for i in chosen]
+    chosen = [i % len(setting.test) for i in SHOWN]
+    pictures = [setting.test[i] for i in chosen]
     arrays = {'image': np.stack([(image.numpy() * 255).round().astype(np.uint8) for image, _ in pictures]),
-              'truth': np.stack([world.task.truth(target) for _, target in pictures])}  # fmt: skip
-    nets = {'teacher': world.net_t} if world.net_t else {}
+              'truth': np.stack([setting.task.truth(target) for _, target in pictures])}  # fmt: skip
+    nets = {'teacher': setting.net_t} if setting.net_t else {}
     for name, net in (nets | {run.name: run.net for run in runs}).items():
-        arrays[f'of {name}'] = np.stack([world.task.example(net.eval(), i) for i in chosen])
+        arrays[f'of {name}'] = np.stack([setting.task.example(net.eval(), i) for i in chosen])
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     write_atomic(path, file.getvalue())
 
 
 def line(run: parts.Run, steps: int, row: dict) -> str:
-    figures = '  '.join(f'{key} {row[f"test_{key}"]:5.2f}' for key in run.world.task.shown)
+    figures = '  '.join(f'{key} {row[f"test_{key}"]:5.2f}' for key in run.setting.task.shown)
     start = f'step {row["step"]}/{steps}  {run.name:16s} loss {row["task"]:.3f}'
     return f'{start}  {figures}  {row["seconds"]:.0f} s'
 

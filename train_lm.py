@@ -30,6 +30,7 @@ from engine import lm_networks as networks
 from engine.device import refuse_fp16, setup
 from engine.errors import UserError, user_errors
 from engine.flags import (
+    add_board_flag,
     add_machine_flags,
     add_place_flags,
     positive_float,
@@ -38,13 +39,13 @@ from engine.flags import (
     share_of_ce,
     whole_number,
 )
-from engine.lm_build import make_run, make_world, share, short
-from engine.lm_world import BATCH, Look, cross_entropy, set_rates, share_of_rate
+from engine.lm_build import make_run, make_setting, share, short
+from engine.lm_setting import BATCH, StepTexts, cross_entropy, set_rates, share_of_rate
 from engine.method_flags import refuse_repeated, refuse_unknown, weights_and_options
 from engine.parser import Parser
 from engine.processes import averaged, processes, rank
-from engine.record import output_folder, provenance, write_json
-from engine.session import Log, StopAfterEpoch
+from engine.record import output_folder, provenance
+from engine.session import Log
 from methods import LM
 
 
@@ -94,6 +95,7 @@ def parse_args(words=None):
     # fmt: on
     add_machine_flags(parser)
     flag = add_place_flags(parser)
+    add_board_flag(flag)
     flag('--dry_run', action='store_true', help='say what would be trained, and end')
     return parser.parse_args(words)
 
@@ -136,18 +138,15 @@ def main():
     log, origin = Log(folder), provenance(device)
     log(facts)
 
-    world = make_world(args, text, device, views, root, log)
-    runs = [make_run(args, world, folder, origin, name, *row) for name, row in wanted.items()]
-    write_json(folder / 'args.json', {'args': vars(args), **origin})
-    args.save_every, segments = 1, -(-args.steps // args.eval_every)
-    start = min(run.record.epoch for run in runs)
-    before = min(start * args.eval_every, args.steps)
-    log(f'{len(runs)} students, {before} of {args.steps} steps done, output in {folder}')
+    setting = make_setting(args, text, device, views, root, log)
+    runs = [make_run(args, setting, folder, origin, name, *row) for name, row in wanted.items()]
     if processes() > 1:
         log(f'{processes()} processes x {args.batch_size} texts')
-    bar = session.progress_bar(args.steps, before, log)
-    stop = StopAfterEpoch('the next evaluation')
-    live = session.Session(args, log, bar, None, stop, segments, 'evaluation')
+    args.save_every, segments = 1, -(-args.steps // args.eval_every)
+    start = min(run.record.epoch for run in runs)
+    live = session.start(
+        args, log, origin, val=True, done=start, epochs=segments, steps=args.eval_every, total=args.steps
+    )
     for segment in range(start, segments):
         started = time.time()
         begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead
@@ -157,17 +156,17 @@ def main():
             run.meter.reset(segment)
         last = min((segment + 1) * args.eval_every, args.steps)
         for step in range(segment * args.eval_every, last):
-            seen = Look(world, step)
+            seen = StepTexts(setting, step)
             for run in active:
                 train_student(run, seen)
-            bar.update()
+            live.bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
         rows = {run.name: {'epoch': segment + 1, 'step': last, **run.meter.read(run.net)} for run in begun}
         session.drop_failed(live, begun, runs)
         done = []
         for run in begun:
             run.net.eval()
-            figures, run.shown = networks.measure(run.net, world)
+            figures, run.shown = networks.measure(run.net, setting)
             run.schedule.update(figures['val_loss'])
             run.remember()
             row = rows[run.name] | figures | {'seconds': time.time() - started}
@@ -180,16 +179,16 @@ def main():
     done = []
     for run in runs:
         if not hasattr(run, 'shown'):  # finished before
-            run.shown = networks.measure(run.net.eval(), world)[1]
+            run.shown = networks.measure(run.net.eval(), setting)[1]
         facts = {'script': 'train_lm', 'method': run.name, 'student': 'decoder', 'data': text.name,
                  'corpus': text.digest, 'entropy': text.entropy, 'seed': args.seed, 'steps': args.steps,
-                 'teacher': world.facts, 'trained_with': list(wanted), 'processes': processes(),
+                 'teacher': setting.facts, 'trained_with': list(wanted), 'processes': processes(),
                  'sample': run.shown}  # fmt: skip
         done.append((run.record, 'student.pt', facts, run.name, f'{run.name} writes: {run.shown!r}'))
     session.finish(live, done)
 
 
-def train_student(run: parts.Run, seen: Look) -> None:
+def train_student(run: parts.Run, seen: StepTexts) -> None:
     """One step of one student: its text, forward, backward, update."""
     data, own = run.data(seen)
     s = run.look(data.x)
@@ -207,7 +206,7 @@ def train_student(run: parts.Run, seen: Look) -> None:
     learnt = [p for group in run.opt.param_groups for p in group['params']]
     averaged(learnt)
     nn.utils.clip_grad_norm_(learnt, 1.0)
-    set_rates(run.opt, share_of_rate(seen.step, run.world.steps))
+    set_rates(run.opt, share_of_rate(seen.step, run.setting.steps))
     run.opt.step()
     run.meter.add(None, data.target, **terms)
 

@@ -1,4 +1,4 @@
-"""Parts of a data set by class, for teachers that each know a part of the world."""
+"""Parts of a data set by class, for teachers that each know some of the classes."""
 
 import math
 import random

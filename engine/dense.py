@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.dense_tasks import Given, World
+from engine.dense_tasks import Given, Setting
 from engine.meter import Meter
 from engine.processes import rank, same_buffers
 from engine.record import Record, save_checkpoint, tested, write_json
@@ -17,13 +17,13 @@ from models.dense import Detected
 # ------------------------------------------------------------------------------------ what all students share
 
 
-class Look:
+class StepPictures:
     """The pictures of one step, the same for every student; what the teacher says of them, once."""
 
-    def __init__(self, world: World, step: int, parts: dict | None = None) -> None:
-        self.world, self.step = world, step
-        self.parts = world.batches[step] if parts is None else parts
-        self.generator = torch.Generator(world.device)
+    def __init__(self, setting: Setting, step: int, parts: dict | None = None) -> None:
+        self.setting, self.step = setting, step
+        self.parts = setting.batches[step] if parts is None else parts
+        self.generator = torch.Generator(setting.device)
         self._given, self._teacher = {}, {}
 
     def part(self, method: Dense) -> str:
@@ -33,7 +33,7 @@ class Look:
     @property
     def number(self) -> int:
         process = 7 + 7919 * rank()  # samplers and dropout draw other numbers in each
-        return ((self.world.seed * 1_000_003 + process) * 1_000_003 + self.step) % 2**63
+        return ((self.setting.seed * 1_000_003 + process) * 1_000_003 + self.step) % 2**63
 
     def seed(self) -> None:
         """For all that draws in a student's step, torchvision's samplers, say: a function of the step."""
@@ -44,14 +44,14 @@ class Look:
         if part not in self._given:
             with torch.random.fork_rng(devices=[]):  # once for all students: it must not move what they draw
                 torch.default_generator.manual_seed(self.number)  # CUDA's would not come back
-                self._given[part] = self.world.task.given(*self.parts[part])
+                self._given[part] = self.setting.task.given(*self.parts[part])
         return self._given[part]
 
     def teacher(self, part: str):
         if part not in self._teacher:
             given = self.given(part)
             with torch.no_grad():
-                self._teacher[part] = self.world.task.look(self.world.net_t, given)
+                self._teacher[part] = self.setting.task.look(self.setting.net_t, given)
         return self._teacher[part]
 
     def heard(self) -> list[Tensor]:
@@ -63,7 +63,7 @@ class Look:
 class Batch:
     """What a feed may ask for besides the two networks' maps."""
 
-    def __init__(self, seen: Look, part: str) -> None:
+    def __init__(self, seen: StepPictures, part: str) -> None:
         self.given, self.generator = seen.given(part), seen.generator
 
     @property
@@ -114,7 +114,7 @@ class Run:
     net: nn.Module
     opt: torch.optim.Optimizer
     meter: Meter
-    world: World
+    setting: Setting
     record: Record = None
 
     @cached_property

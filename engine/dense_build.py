@@ -44,13 +44,15 @@ def optimiser(args, parameters) -> torch.optim.Optimizer:
     return adamw(parameters, Namespace(lr=args.lr, weight_decay=0.01))
 
 
-def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: str, chosen: dict) -> parts.Run:
+def make_run(
+    args, setting, start: nn.Module, folder: Path, origin: dict, word: str, chosen: dict
+) -> parts.Run:
     """chosen: {method: (row, weight, options)} of this student."""
     torch.manual_seed(args.seed)
-    net = build(args.task, args.s_name, world.num_classes, args.size, frozen=bool(args.s_init))
+    net = build(args.task, args.s_name, setting.num_classes, args.size, frozen=bool(args.s_init))
     net.load_state_dict(start.state_dict())
-    net.to(world.device, memory_format=torch.channels_last).train()
-    seen = parts.Look(world, 0)
+    net.to(setting.device, memory_format=torch.channels_last).train()
+    seen = parts.StepPictures(setting, 0)
     # losses are built from, and tried on, the first pictures, whatever other students there are
     torch.manual_seed(args.seed)
     terms = []
@@ -60,24 +62,24 @@ def make_run(args, world, start: nn.Module, folder: Path, origin: dict, word: st
             if row.needs.teacher
             else row.build(row.loss, None, **options)
         )
-        terms.append(parts.Term(name, row, kd.to(world.device), weight))
+        terms.append(parts.Term(name, row, kd.to(setting.device), weight))
     net.load_state_dict(start.state_dict())  # the trial has moved batch norms
     kds = nn.ModuleDict({term.name: term.kd for term in terms})
     same_weights(net, kds)
     opt = optimiser(args, [*net.parameters(), *kds.parameters()])
-    run = parts.Run(word, terms, net, opt, Meter(word, 0, world.device, 'before evaluation'), world)
+    run = parts.Run(word, terms, net, opt, Meter(word, 0, setting.device, 'before evaluation'), setting)
     recipe = {key: getattr(args, key) for key in
               ('task', 'data_name', 'size', 'seed', 'steps', 'batch_size', 'lr', 'optim', 'schedule',
                'warmup', 'eval_every', 'amp', 's_name')}  # fmt: skip
     recipe |= {'milestones': args.milestones} if args.schedule == 'steps' else {}
     recipe |= {'processes': processes()} if processes() > 1 else {}
-    recipe |= {'script': 'train_dense', 'labelled': world.pictures, 'unlabelled': world.unlabelled,
+    recipe |= {'script': 'train_dense', 'labelled': setting.pictures, 'unlabelled': setting.unlabelled,
                'initial': fingerprint(start),
                'methods': [[name, weight, options] for name, (_, weight, options) in chosen.items()],
-               'teacher': fingerprint(world.net_t) if taught(chosen) else None,
-               **world.augmented}  # fmt: skip
+               'teacher': fingerprint(setting.net_t) if taught(chosen) else None,
+               **setting.augmented}  # fmt: skip
     state = {'net': net, 'kd': kds, 'opt': opt}
-    run.record = parts.StepRecord(folder / word, state, recipe, origin, 'test', world.task.key)
+    run.record = parts.StepRecord(folder / word, state, recipe, origin, 'test', setting.task.key)
     run.record.resume(resume_point(args.resume, folder / word))
     if not run.record.epoch:
         learn_masks(args, run)
@@ -88,9 +90,9 @@ def taught(chosen: dict) -> bool:
     return any(row.needs.teacher for row, *_ in chosen.values())
 
 
-def tried(row, name: str, options: dict, net: nn.Module, seen: parts.Look) -> nn.Module:
+def tried(row, name: str, options: dict, net: nn.Module, seen: parts.StepPictures) -> nn.Module:
     """The module of a loss, which has been called once: what does not fit shows here, in one line."""
-    part, world = seen.part(row), seen.world
+    part, setting = seen.part(row), seen.setting
     if row.heads and not any(type(net).__name__.lower() == head for head in row.heads):
         raise UserError(f'{name}: is for {", ".join(row.heads)}')
     t = seen.teacher(part)
@@ -98,12 +100,12 @@ def tried(row, name: str, options: dict, net: nn.Module, seen: parts.Look) -> nn
         raise UserError(f'{name}: student and teacher must be {row.heads[0]}')
     state = torch.get_rng_state()
     with torch.no_grad():
-        s = world.task.look(net, seen.given(part))
+        s = setting.task.look(net, seen.given(part))
     torch.set_rng_state(state)
-    probe = parts.Probe(s, t, world.num_classes, world.pictures)
+    probe = parts.Probe(s, t, setting.num_classes, setting.pictures)
     try:
         with user_errors():
-            kd = row.build(row.loss, probe, **options).to(world.device)
+            kd = row.build(row.loss, probe, **options).to(setting.device)
             state, kept = torch.get_rng_state(), {k: v.clone() for k, v in kd.state_dict().items()}
             seen.seed()
             with torch.no_grad():
@@ -124,7 +126,7 @@ def learn_masks(args, run: parts.Run) -> None:
             continue
         opt = torch.optim.Adam(term.kd.parameters(), MASKS_LR)
         for step in range(max(round(args.steps * term.method.when.pretrain / 200), 1)):
-            seen = parts.Look(run.world, step)
+            seen = parts.StepPictures(run.setting, step)
             given = seen.given('labelled')
             seen.seed()
             loss = term.method.own.pretrain(term.kd, seen.teacher('labelled'), parts.Batch(seen, 'labelled'))

@@ -20,7 +20,7 @@ TEST_BATCH = 16
 
 
 @dataclass
-class World:
+class Setting:
     """Pictures, teacher, and what a training is."""
 
     test: Any
@@ -52,17 +52,17 @@ class Segmentation:
 
     key, shown = 'miou', ('miou', 'accuracy')
 
-    def __init__(self, world: World, net: nn.Module) -> None:
-        self.world = world
+    def __init__(self, setting: Setting, net: nn.Module) -> None:
+        self.setting = setting
 
     def given(self, images: list[Tensor], targets: list[Tensor] | None) -> Given:
         x, y = (
-            None if part is None else torch.stack(part).to(self.world.device) for part in (images, targets)
+            None if part is None else torch.stack(part).to(self.setting.device) for part in (images, targets)
         )
         return Given(x.contiguous(memory_format=torch.channels_last), y)
 
     def look(self, net: nn.Module, given: Given):
-        with self.world.amp():
+        with self.setting.amp():
             return segment(net, given.x)
 
     def loss(self, seen, given: Given) -> Tensor:
@@ -73,9 +73,9 @@ class Segmentation:
 
     @torch.no_grad()
     def measure(self, net: nn.Module) -> dict[str, float]:
-        world = self.world
-        metrics = DenseMetrics(('seg',), world.num_classes, world.device)
-        for images, targets in batches(world.test, share(len(world.test))):
+        setting = self.setting
+        metrics = DenseMetrics(('seg',), setting.num_classes, setting.device)
+        for images, targets in batches(setting.test, share(len(setting.test))):
             given = self.given(images, targets)
             out = self.look(net, given).out
             metrics.add([enlarged(out, given.target.shape[1:])], {'seg': given.target})
@@ -85,7 +85,7 @@ class Segmentation:
 
     @torch.no_grad()
     def example(self, net: nn.Module, i: int) -> np.ndarray:
-        image, target = self.world.test[i]
+        image, target = self.setting.test[i]
         out = self.look(net, self.given([image], None)).out
         return enlarged(out, target.shape)[0].argmax(dim=0).cpu().numpy().astype(np.int16)
 
@@ -99,11 +99,11 @@ class Detection:
 
     key, shown = 'ap', ('ap', 'ap50', 'ap75')
 
-    def __init__(self, world: World, net: nn.Module) -> None:
-        self.world, self.transform = world, net.transform  # all networks of a training have the same
+    def __init__(self, setting: Setting, net: nn.Module) -> None:
+        self.setting, self.transform = setting, net.transform  # all networks of a training have the same
 
     def given(self, images: list[Tensor], targets: list[dict] | None) -> Given:
-        to, keys = self.world.device, ('boxes', 'labels')
+        to, keys = self.setting.device, ('boxes', 'labels')
         images = [image.to(to) for image in images]
         targets = targets and [{key: target[key].to(to) for key in keys} for target in targets]
         x, targets = self.transform(images, targets)
@@ -111,7 +111,7 @@ class Detection:
         return Given(x, targets)
 
     def look(self, net: nn.Module, given: Given) -> Detected:
-        return Detected(net, given.x, given.target, self.world.amp)
+        return Detected(net, given.x, given.target, self.setting.amp)
 
     def loss(self, seen: Detected, given: Given) -> Tensor:
         return seen.loss()
@@ -122,7 +122,7 @@ class Detection:
 
     @torch.no_grad()
     def measure(self, net: nn.Module) -> dict[str, float]:
-        test, pairs = self.world.test, []
+        test, pairs = self.setting.test, []
         for images, targets in batches(test, share(len(test)), one_size=False):
             pairs += zip(targets, on_cpu(self.found(net, images)))
         shares = gathered(pairs)
@@ -130,12 +130,12 @@ class Detection:
         return average_precision([truth for truth, _ in pairs], [found for _, found in pairs])
 
     def found(self, net: nn.Module, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        with self.world.amp():
-            return net([image.to(self.world.device) for image in images])
+        with self.setting.amp():
+            return net([image.to(self.setting.device) for image in images])
 
     @torch.no_grad()
     def example(self, net: nn.Module, i: int) -> np.ndarray:
-        (found,) = self.found(net, [self.world.test[i][0]])
+        (found,) = self.found(net, [self.setting.test[i][0]])
         sure = found['scores'] > SURE
         return rows(found['boxes'][sure], found['labels'][sure])
 

@@ -96,6 +96,10 @@ def add_output_flags(parser: Parser) -> None:
               'default 1')
     flag('--print_freq', type=positive_int, default=50,
          help='steps between shown losses, default 50')
+    add_board_flag(flag)
+
+
+def add_board_flag(flag) -> None:
     flag('--tensorboard', action='store_true', help='also write TensorBoard scalars')
 
 

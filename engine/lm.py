@@ -1,4 +1,4 @@
-"""A student of train_lm.py, and what it is fed; lm_world.py has what all share, lm_networks.py networks."""
+"""A student of train_lm.py, and what it is fed; lm_setting.py has what all share, lm_networks.py networks."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.lm_world import NEW, PASSES, PROMPT, ROUND, Look, Texts, World, draw
+from engine.lm_setting import NEW, PASSES, PROMPT, ROUND, Setting, StepTexts, Texts, draw
 from engine.meter import Meter
 from engine.processes import joined, mine, processes, rank
 from engine.record import Record
@@ -40,14 +40,14 @@ class Run:
     net: nn.Module
     opt: torch.optim.Optimizer
     meter: Meter
-    world: World
+    setting: Setting
     lmbda: float | str
     generator: torch.Generator
     record: Record = None
     memory: Memory = field(default_factory=Memory)
 
     def __post_init__(self) -> None:
-        self.generator.manual_seed(self.world.seed)
+        self.generator.manual_seed(self.setting.seed)
         self.schedule = SampleSchedule()
 
     def remember(self) -> None:
@@ -60,21 +60,21 @@ class Run:
         if len(self.memory['generator']) == len(self.generator.get_state()):
             self.generator.set_state(self.memory['generator'])
         else:  # of another kind of device, whose numbers are others anyway
-            self.generator.manual_seed(self.world.seed * 1_000_003 + self.record.epoch)
+            self.generator.manual_seed(self.setting.seed * 1_000_003 + self.record.epoch)
         self.schedule.load_state_dict(self.memory['schedule'])
         for key, value in self.memory.items():
             if isinstance(value, Tensor) and key != 'generator':
-                self.memory[key] = value.to(self.world.device)
+                self.memory[key] = value.to(self.setting.device)
 
     def look(self, x: Tensor) -> lm.Tokens:
-        with self.world.amp():
+        with self.setting.amp():
             return self.net(x, True)
 
     def sampled(self, prompts: Tensor, n: int = NEW, **mixture) -> Tensor:
         """Continuations; the generator moves as in a process that continues the prompts of all."""
         return lm.sample(self.net, prompts, n, self.generator, shard=(rank(), processes()), **mixture)
 
-    def data(self, seen: Look) -> tuple[Look | Texts, bool]:
+    def data(self, seen: StepTexts) -> tuple[StepTexts | Texts, bool]:
         """The step's text, or one of the student's own, and whether it is that."""
         if not self.lmbda or not self.weight:  # of its own texts it would learn nothing
             return seen, False
@@ -83,7 +83,7 @@ class Run:
             'buffer', torch.zeros(0, PROMPT + NEW, dtype=torch.int64, device=seen.x.device)
         )
         if self.lmbda == 'adaptive':
-            source = self.schedule.source(u, seen.step / self.world.steps, len(buffer))
+            source = self.schedule.source(u, seen.step / self.setting.steps, len(buffer))
         else:
             source = 'student' if u < self.lmbda else 'data'
         if source == 'data':
@@ -123,11 +123,11 @@ class Probe:
 class Batch:
     """What a feed may ask for besides Tokens of student and teacher."""
 
-    def __init__(self, run: Run, seen: Look, data: Look | Texts) -> None:
+    def __init__(self, run: Run, seen: StepTexts, data: StepTexts | Texts) -> None:
         self.run, self.seen = run, seen
         self.x, self.target = data.x, data.target
-        self.net_s, self.net_t, self.student = run.net, run.world.net_t, run.look
-        self.progress = seen.step / run.world.steps
+        self.net_s, self.net_t, self.student = run.net, run.setting.net_t, run.look
+        self.progress = seen.step / run.setting.steps
 
     def written(self) -> Texts:
         """Some of what the teacher wrote before the training."""
@@ -147,28 +147,30 @@ class Batch:
 
     def rollouts(self, score: Callable, mix: float = 0.2) -> Rollouts:
         """A part of this round's answers, which student and teacher wrote together; score: their rewards."""
-        run, world, kept, n = self.run, self.run.world, self.run.memory, self.seen.all
+        run, setting, kept, n = self.run, self.run.setting, self.run.memory, self.seen.all
         place = self.seen.step % (PASSES * ROUND)
         if place == 0 or 'order' not in kept:
-            prompts = mine(world.text.windows(ROUND * n, draw(3, world.seed, self.seen.step)))[:, :PROMPT]
-            whole = run.sampled(prompts.to(world.device), PROMPT, other=world.net_t, mix=mix)
+            prompts = mine(setting.text.windows(ROUND * n, draw(3, setting.seed, self.seen.step)))[:, :PROMPT]
+            whole = run.sampled(prompts.to(setting.device), PROMPT, other=setting.net_t, mix=mix)
             tokens = whole[:, PROMPT:]
             with torch.no_grad():
-                outs = [world.look(net, whole[:, :-1]).out[:, PROMPT - 1 :] for net in (run.net, world.net_t)]
+                outs = [
+                    setting.look(net, whole[:, :-1]).out[:, PROMPT - 1 :] for net in (run.net, setting.net_t)
+                ]
             scores = score(*outs, tokens, torch.ones_like(tokens), mix=mix)
             round_of_all = zip(('whole', 'logp_old', 'reward', 'weight'), map(joined, (whole, *scores)))
             kept |= dict(round_of_all)
             orders = [
-                torch.randperm(ROUND * n, generator=draw(6, world.seed, self.seen.step + i))
+                torch.randperm(ROUND * n, generator=draw(6, setting.seed, self.seen.step + i))
                 for i in range(PASSES)
             ]
-            kept['order'] = torch.cat(orders).to(world.device)
+            kept['order'] = torch.cat(orders).to(setting.device)
         rows = mine(kept['order'][place * n : (place + 1) * n])
         x = kept['whole'][rows, :-1]
         scores = {key: kept[key][rows] for key in ('logp_old', 'reward', 'weight')}
-        return Rollouts(x, kept['whole'][rows, PROMPT:], world.look(world.net_t, x), **scores)
+        return Rollouts(x, kept['whole'][rows, PROMPT:], setting.look(setting.net_t, x), **scores)
 
 
-def student_of(world: World) -> nn.Module:
+def student_of(setting: Setting) -> nn.Module:
     """A copy of the weights that all start from, which learns."""
-    return copy.deepcopy(world.start).train().requires_grad_(True)
+    return copy.deepcopy(setting.start).train().requires_grad_(True)

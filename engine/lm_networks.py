@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.device import exact
 from engine.errors import NonFinite, user_errors
-from engine.lm_world import PROMPT, TEACHER_LR, World, adamw, cross_entropy, set_rates, share_of_rate
+from engine.lm_setting import PROMPT, TEACHER_LR, Setting, adamw, cross_entropy, set_rates, share_of_rate
 from engine.meter import all_finite
 from engine.processes import summed
 from engine.record import Record, keep, save_checkpoint, tested, write_json
@@ -69,12 +69,12 @@ def loaded(path: str | Path) -> nn.Module:
 
 
 @torch.no_grad()
-def measure(net: nn.Module, world: World) -> tuple[dict[str, float], str]:
+def measure(net: nn.Module, setting: Setting) -> tuple[dict[str, float], str]:
     """Figures of the held-out text, and what the student makes of its first prompt."""
-    exam, first = world.exam, world.text.first
-    sums = exact(torch.zeros(4, device=world.device))
+    exam, first = setting.exam, setting.text.first
+    sums = exact(torch.zeros(4, device=setting.device))
     for x, target, out_t in exam.parts:
-        log_q = F.log_softmax(world.look(net, x).out[:, first:].float(), dim=2)
+        log_q = F.log_softmax(setting.look(net, x).out[:, first:].float(), dim=2)
         log_p = F.log_softmax(out_t[:, first:], dim=2)
         sums += torch.stack([
             -exact(log_q.gather(2, target[:, first:, None])).sum(),
@@ -83,13 +83,13 @@ def measure(net: nn.Module, world: World) -> tuple[dict[str, float], str]:
             exact(log_q.exp() * (log_q - log_p)).sum(),
         ])  # fmt: skip
     loss, agreement, kl_ts, kl_st = (summed(sums) / exam.count).tolist()
-    generator = torch.Generator(world.device).manual_seed(0)
+    generator = torch.Generator(setting.device).manual_seed(0)
     whole = lm.sample(net, exam.prompts, PROMPT, generator)
-    out_t = world.look(world.net_t, whole[:, :-1]).out[:, PROMPT - 1 :].float()
+    out_t = setting.look(setting.net_t, whole[:, :-1]).out[:, PROMPT - 1 :].float()
     gen_nll = cross_entropy(out_t, whole[:, PROMPT:]).item()
     figures = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'agreement': agreement}
     figures |= {'kl_ts': kl_ts, 'kl_st': kl_st, 'gen_nll': gen_nll}
-    shown = [world.text.show(part.tolist()) for part in whole[0].split(PROMPT)]
+    shown = [setting.text.show(part.tolist()) for part in whole[0].split(PROMPT)]
     return {f'val_{key}': value for key, value in figures.items()}, '|'.join(shown)
 
 

@@ -38,16 +38,31 @@ class Session:
 
 
 def start(
-    args: argparse.Namespace, log: 'Log', origin: dict, *, val, done: int, epochs: int, steps: int
+    args: argparse.Namespace,
+    log: 'Log',
+    origin: dict,
+    *,
+    val: Any,
+    done: int,
+    epochs: int,
+    steps: int,
+    total: int | None = None,
 ) -> Session:
-    """Before the first epoch. done: epochs done, of epochs in all; steps: of an epoch; val: its split."""
-    folder = log.path.parent
+    """Before the first epoch. done: epochs done, of epochs in all; steps: of an epoch; val: its split.
+
+    total: of steps, where a training is cut by evaluations every so many steps, the last part being shorter.
+    """
+    folder, before = log.path.parent, min(done * steps, total or done * steps)
     write_json(folder / 'args.json', {'args': vars(args), **origin})
-    board, stop = tensorboard(folder, args.tensorboard), StopAfterEpoch()
-    log(f'{done} of {epochs} epochs done, output in {folder}')
+    unit, what = (
+        ('evaluation', f'{before} of {total} steps') if total else ('epoch', f'{done} of {epochs} epochs')
+    )
+    log(f'{what} done, output in {folder}')
     if not val:
-        log('best.pt is selected on test data (--val_split holds out training images for that)')
-    return Session(args, log, progress_bar(steps * epochs, steps * done, log), board, stop, epochs)
+        hint = ' (--val_split holds out training images for that)' if hasattr(args, 'val_split') else ''
+        log(f'best.pt is selected on test data{hint}')
+    board, stop = tensorboard(folder, args.tensorboard), StopAfterEpoch(f'this {unit}')
+    return Session(args, log, progress_bar(total or steps * epochs, before, log), board, stop, epochs, unit)
 
 
 def drop_failed(session: Session, begun: list, runs: list) -> None:
@@ -72,7 +87,7 @@ def end_epoch(session: Session, epoch: int, last: bool, done: Iterable[tuple]) -
         session.log(line(row))
         for key, value in row.items() if session.board else ():
             if isinstance(value, float):
-                session.board.add_scalar(f'{prefix}{key}', value, epoch + 1)
+                session.board.add_scalar(f'{prefix}{key}', value, row.get('step', epoch + 1))
     signal = session.stop.agreed() if done and not last else 0
     if signal:
         for record, *_ in done:

@@ -1,7 +1,7 @@
 """The rows of train_lm.py: a language model teaches a smaller one.
 
 No row has cross-entropy beside it but those that need it. needs.views says what a feed asks of its batch
-besides the text itself, see engine/lm.py and engine/lm_world.py.
+besides the text itself, see engine/lm.py and engine/lm_setting.py.
 """
 
 from torch import nn

@@ -30,7 +30,7 @@ IMAGES = 50  # per class, in the t-SNE figure
 # ------------------------------------------------------------------------------------------------- arrays
 
 
-def world_of(folder: Path):
+def setting_of(folder: Path):
     """Data and teachers of a run, from what it wrote."""
     args = argparse.Namespace(**json.loads((folder / 'args.json').read_text())['args'])
     names = [name for name in args.ka_mode if name in METHODS]
@@ -43,8 +43,8 @@ def result_of(folder: Path, name: str) -> dict:
     return json.loads((folder / name / 'results.json').read_text())
 
 
-def trained(folder: Path, name: str, world) -> torch.nn.Module:
-    net = world.student(METHODS[name])
+def trained(folder: Path, name: str, setting) -> torch.nn.Module:
+    net = setting.student(METHODS[name])
     net.load_state_dict(torch.load(folder / name / 'student.pt', weights_only=True))
     return net.eval()
 
@@ -52,12 +52,12 @@ def trained(folder: Path, name: str, world) -> torch.nn.Module:
 @torch.no_grad()
 def collect_space(folder: Path, name: str = 'cfl') -> dict[str, np.ndarray]:
     """Features of student and teachers in the common space and raw, and their t-SNE."""
-    world, args = world_of(folder)
-    net = trained(folder, name, world)
-    classes = range(0, len(world.split.classes), max(len(world.split.classes) // 20, 1))
-    index = torch.cat([(world.test.targets == c).nonzero()[:IMAGES, 0] for c in classes])
-    img = world.test.crops(index, torch.full((len(index), 2), 4), torch.zeros_like(index))
-    s, ts = net(img, True), world.teachers_on(img)
+    setting, args = setting_of(folder)
+    net = trained(folder, name, setting)
+    classes = range(0, len(setting.split.classes), max(len(setting.split.classes) // 20, 1))
+    index = torch.cat([(setting.test.targets == c).nonzero()[:IMAGES, 0] for c in classes])
+    img = setting.test.crops(index, torch.full((len(index), 2), 4), torch.zeros_like(index))
+    s, ts = net(img, True), setting.teachers_on(img)
     layers = tuple(args.ka_layers or METHODS[name].needs.layers)
     e = argparse.Namespace(s=s, all_t=ts, net_s=net, layers=layers)
     options = result_of(folder, name)['recipe']['method'][3]
@@ -66,7 +66,7 @@ def collect_space(folder: Path, name: str = 'cfl') -> dict[str, np.ndarray]:
     block = blocks.eval()[-1]  # one per stage
     raw = [f.fms[layers[-1]] if block.conv else f.feat for f in (s, *ts)]
     h_s, h_ts = block.common(raw[0], raw[1:])
-    arrays = {'label': world.test.targets[index].numpy()}
+    arrays = {'label': setting.test.targets[index].numpy()}
     arrays['common'] = project(torch.cat([embedded(h) for h in (h_s, *h_ts)]))
     if len({x.shape[1] for x in raw}) == 1:
         arrays['raw'] = project(torch.cat([embedded(x) for x in raw]))
@@ -112,8 +112,8 @@ def project(x: torch.Tensor, perplexity: float = 30, steps: int = 750) -> np.nda
 @torch.no_grad()
 def collect_panels(folder: Path, name: str = 'sbm') -> dict[str, np.ndarray]:
     """Per task what student, teacher and truth say of a few test images."""
-    world, _ = world_of(folder)
-    return world.shows(trained(folder, name, world))
+    setting, _ = setting_of(folder)
+    return setting.shows(trained(folder, name, setting))
 
 
 # ------------------------------------------------------------------------------------------------ drawing

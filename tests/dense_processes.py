@@ -39,7 +39,7 @@ def find_some(patch) -> None:
     """Detectors that know two of the test pictures: what untrained ones find has precision 0 in any share."""
 
     def found(task, net, images):
-        known = [task.world.test[i] for i in (0, 3)]
+        known = [task.setting.test[i] for i in (0, 3)]
         made = []
         for image in images:
             true = [target for picture, target in known if torch.equal(picture, image)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train_lm
-from engine import errors, lm_world
+from engine import errors, lm_setting
 from engine.processes import gathered, rank
 from kd_losses.distillm import SampleSchedule
 
@@ -25,9 +25,9 @@ OWN = ('--kd_mode', 'fkl', '--lmbda', 'adaptive')
 
 def small(patch) -> None:
     """Few texts that networks write, held-out ones in many parts, and a schedule that asks for own texts."""
-    patch(lm_world, 'WRITTEN', 8)
-    patch(lm_world, 'PROMPTS', 2)
-    patch(lm_world, 'CHUNK', 5)
+    patch(lm_setting, 'WRITTEN', 8)
+    patch(lm_setting, 'PROMPTS', 2)
+    patch(lm_setting, 'CHUNK', 5)
     patch(SampleSchedule, 'update', lambda self, loss: setattr(self, 'threshold', 0.7))
 
 

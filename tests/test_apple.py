@@ -41,10 +41,10 @@ def test_the_stand_in_can_fail():
 
 @pytest.mark.parametrize('name', test_contract.ROWS)
 def test_rows(name):
-    w = test_contract.world(name)
+    w = test_contract.inputs(name)
     here = test_contract.call(name, test_contract.build(name, w), w)
     here.backward()
-    w = test_contract.world(name)
+    w = test_contract.inputs(name)
     kd = send(test_contract.build(name, w))
     w.s, w.t, w.other = send(w.s), send(w.t), send(w.other)
     w.b.all_t = [w.t, w.t]

@@ -100,7 +100,7 @@ class TrainSet:
         yield self.images, self.targets, torch.arange(40)
 
 
-def world(name, n=5, dtype=torch.float32, number=0, same=False, **kw) -> SimpleNamespace:
+def inputs(name, n=5, dtype=torch.float32, number=0, same=False, **kw) -> SimpleNamespace:
     """Features of both sides for a batch of n, as the trainer has them."""
     seed(number)
     method = METHODS[name]
@@ -249,7 +249,7 @@ def check_order(forward, known):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('name', ROWS)
 def test_value_and_gradients(name, dtype):
-    w = world(name, dtype=dtype)
+    w = inputs(name, dtype=dtype)
     before = [x.detach().clone() for x in tensors(w.s) + tensors(w.t)]
     kd = build(name, w)
     loss = healthy(name, w, kd)
@@ -264,7 +264,7 @@ def test_value_and_gradients(name, dtype):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_teacher_under_no_grad_gives_the_same(name):
-    w, v = world(name), world(name)
+    w, v = inputs(name), inputs(name)
     for x in tensors(v.t):
         x.requires_grad_(False)
     assert torch.equal(healthy(name, w), healthy(name, v))
@@ -274,15 +274,15 @@ def test_teacher_under_no_grad_gives_the_same(name):
 def test_batch_of_one(name):
     if 'no_batch_of_one' in EXCEPTIONS[name]:
         with pytest.raises(ValueError, match=EXCEPTIONS[name]['no_batch_of_one'][1]):
-            healthy(name, world(name, n=1))
+            healthy(name, inputs(name, n=1))
         return
-    healthy(name, world(name, n=1))
+    healthy(name, inputs(name, n=1))
 
 
 @pytest.mark.parametrize('side', ['student', 'teacher', 'both', 'one sample'])
 @pytest.mark.parametrize('name', ROWS)
 def test_zero_features(name, side):
-    w = world(name)
+    w = inputs(name)
     with torch.no_grad():
         for f, sides in (([w.s, w.other], ('student', 'both')), (w.t, ('teacher', 'both'))):
             for x in tensors(f):
@@ -295,12 +295,12 @@ def test_zero_features(name, side):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_equal_inputs(name):
-    healthy(name, world(name, same=True), bound=1e4)
+    healthy(name, inputs(name, same=True), bound=1e4)
 
 
 @pytest.mark.parametrize('name', ROWS)
 def test_all_samples_coincide(name):
-    w = world(name)
+    w = inputs(name)
     with torch.no_grad():
         for x in tensors(w.s) + tensors(w.t):
             x.copy_(x[:1].clone().expand_as(x))
@@ -310,7 +310,7 @@ def test_all_samples_coincide(name):
 @pytest.mark.parametrize('scale', [1e4, -1e4])
 @pytest.mark.parametrize('name', ROWS)
 def test_huge_logits(name, scale):
-    w = world(name)
+    w = inputs(name)
     with torch.no_grad():
         w.other.out.copy_(scale * torch.eye(K)[1:6])
         for k, f in enumerate(w.s if isinstance(w.s, list) else [w.s]):
@@ -327,7 +327,7 @@ def test_huge_logits(name, scale):
 @pytest.mark.parametrize('name', ROWS)
 def test_half_precision_and_autocast(name, dtype):
     """Half inputs inside autocast give the value of the same numbers in float32, to rounding of nothing."""
-    w, v = world(name, dtype=dtype), world(name, dtype=dtype)
+    w, v = inputs(name, dtype=dtype), inputs(name, dtype=dtype)
     if not METHODS[name].own.once_per_batch:  # there the graph from image to logits must stay
         relay(v, lambda x: x.float())
     with torch.autocast('cpu', dtype=dtype):
@@ -340,10 +340,10 @@ def test_half_precision_and_autocast(name, dtype):
 
 @pytest.mark.parametrize('name', [name for name in ROWS if not METHODS[name].own.once_per_batch])
 def test_memory_layout_does_not_matter(name):
-    expected = healthy(name, world(name))
+    expected = healthy(name, inputs(name))
     assert not strided(torch.zeros(2, 2)).is_contiguous()
     for change in (channels_last, strided):
-        w = world(name)
+        w = inputs(name)
         relay(w, change)
         torch.testing.assert_close(healthy(name, w), expected, rtol=1e-5, atol=1e-7)
 
@@ -358,7 +358,7 @@ def strided(x):
 
 @pytest.mark.parametrize('name', rows_but('gradient_not_of_value'))
 def test_gradcheck(name):
-    w = world(
+    w = inputs(
         name, n=4, dtype=torch.float64, number=3, relu=False
     )  # a pixel of zeros is a kink of an adapter
     kd = build(name, w)
@@ -376,7 +376,7 @@ def test_gradcheck(name):
 
 @pytest.mark.parametrize('name', rows_but('not_compiled'))
 def test_compiles_without_a_graph_break(name):
-    w, v = world(name), world(name)
+    w, v = inputs(name), inputs(name)
     kd = build(name, w)
     w.b.generator = None  # a generator object cannot be traced: draw from the global one, seeded by call
     expected = healthy(name, w, copy.deepcopy(kd))
@@ -399,7 +399,7 @@ def test_compiles_without_a_graph_break(name):
 @pytest.mark.parametrize('name', ['st', 'dkd', 'rkd', 'at', 'mgd', 'tekap', 'crd', 'nst'])
 def test_compiled_for_a_last_batch_that_is_smaller(name):
     """The second size of a batch is traced as a symbol; a draw is handed no generator that is None."""
-    w, last = world(name), world(name, n=3)
+    w, last = inputs(name), inputs(name, n=3)
     kd = build(name, w)
     torch._dynamo.reset()
     compiled = torch.compile(lambda s, t, b: METHODS[name].feed(kd, s, t, b), backend='aot_eager')
@@ -413,7 +413,7 @@ def test_compiled_for_a_last_batch_that_is_smaller(name):
 @pytest.mark.parametrize('K', [10, 20, 1000])
 def test_equal_logits_have_no_direction(name, K):
     """The mean of equal float32 numbers is off by a rounding, which is no direction to learn."""
-    w = world(name, n=4)
+    w = inputs(name, n=4)
     out = torch.full((4, K), 0.1, requires_grad=True)
     s, t = w.s._replace(out=out), w.t._replace(out=torch.randn(4, K))
     METHODS[name].feed(build(name, w), s, t, w.b).backward()
@@ -435,7 +435,7 @@ class NoReadBack(TorchDispatchMode):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_no_read_back(name):
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w)
     with NoReadBack():
         call(name, kd, w).backward()
@@ -448,7 +448,7 @@ def test_the_read_back_guard_can_fail():
 
 @pytest.mark.parametrize('name', ROWS)
 def test_state_survives(name):
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w)
     healthy(name, w, kd)
     with torch.no_grad():
@@ -458,12 +458,12 @@ def test_state_survives(name):
     buffer = io.BytesIO()
     torch.save(kd.state_dict(), buffer)
     buffer.seek(0)
-    reloaded = build(name, world(name, number=9))
+    reloaded = build(name, inputs(name, number=9))
     reloaded.load_state_dict(torch.load(buffer, weights_only=True))
     copies = [reloaded, copy.deepcopy(kd)] + (
         [] if 'no_pickle' in EXCEPTIONS[name] else [pickle.loads(pickle.dumps(kd))]
     )
-    w = world(name, number=4)
+    w = inputs(name, number=4)
     expected = call(name, kd, w)
     for other in copies:
         assert torch.equal(call(name, other, w), expected)
@@ -472,7 +472,7 @@ def test_state_survives(name):
 @pytest.mark.parametrize('name', ROWS)
 def test_wrong_shapes_are_named(name):
     """Another batch size, a missing axis: the message says which argument, the shape got, the one wanted."""
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w)
     calls = []
     losses = kd if isinstance(kd, nn.ModuleList) else [kd]
@@ -506,10 +506,10 @@ def spoiled(arg) -> list:
 
 @pytest.mark.parametrize('name', ROWS)
 def test_repr_and_modes(name):
-    kd = build(name, world(name))
+    kd = build(name, inputs(name))
     assert repr(kd)
     kd.eval()
-    healthy(name, world(name), kd)
+    healthy(name, inputs(name), kd)
 
 
 # ------------------------------------------------------------------------- what public bug reports stumble on
@@ -528,8 +528,8 @@ def leaves(w) -> dict:
     return {f'{side}[{i}]': x for side, f in sides.items() for i, x in enumerate(tensors(f))}
 
 
-def prepared_world(name, **kw):
-    w = world(name, **kw)
+def prepared_inputs(name, **kw):
+    w = inputs(name, **kw)
     w.name = name
     return w
 
@@ -552,7 +552,7 @@ def changed(name, kd, w, place, change):
 @pytest.mark.parametrize('name', ROWS)
 def test_what_is_not_finite_shows(name, bad):
     """One bad entry in anything that the loss looks at, on either side: the value itself must tell."""
-    w = prepared_world(name)
+    w = prepared_inputs(name)
     kd = build(name, w)
     clean, seen = outcome(name, kd, w), []
     for place, x in leaves(w).items():
@@ -573,7 +573,7 @@ def test_what_is_not_finite_shows(name, bad):
 @pytest.mark.parametrize('name', ROWS)
 def test_nan_shows_beside_equal_numbers(name):
     """One side holds zeros, which have no direction; what the other side holds must not be lost with it."""
-    w = prepared_world(name)
+    w = prepared_inputs(name)
     kd, found = build(name, w), leaves(w)
     seen = [place for place in found if place[:2] in ('s[', 't[') and not changed(
         name, kd, w, place, lambda x: x.view(-1)[0].fill_(torch.nan)).isfinite()]  # fmt: skip
@@ -593,7 +593,7 @@ def test_nan_shows_beside_equal_numbers(name):
 @pytest.mark.parametrize('name', [name for name in ROWS if 'masked_class' in EXCEPTIONS[name]])
 def test_a_masked_class_of_the_teacher_is_legal(name):
     """-inf is probability 0 where a divergence is weighed by the teacher's probabilities."""
-    w = world(name)
+    w = inputs(name)
     with torch.no_grad():
         w.t.out[:, K - 1] = -torch.inf
     healthy(name, w)
@@ -610,7 +610,7 @@ def one_class(arg):
 
 def calls_of(name):
     """(module, arguments) of the first call of the row's loss."""
-    w = world(name)
+    w = inputs(name)
     kd, calls = build(name, w), []
     for loss in kd if isinstance(kd, nn.ModuleList) else [kd]:
         loss.register_forward_pre_hook(lambda module, args: calls.append((module, list(args))))
@@ -651,7 +651,7 @@ LABELLED = [name for name in ROWS if labelled(name)]
 def test_illegal_labels_are_named(name, label):
     if 'open_labels' in EXCEPTIONS[name] and label > 0:
         return
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w)
     w.b.target = w.b.target.clone()
     w.b.target[2] = label
@@ -662,7 +662,7 @@ def test_illegal_labels_are_named(name, label):
 @pytest.mark.parametrize('dtype', [torch.int32, torch.uint8])
 @pytest.mark.parametrize('name', LABELLED)
 def test_other_integers_are_labels_too(name, dtype):
-    w, v = world(name), world(name)
+    w, v = inputs(name), inputs(name)
     kd = build(name, w)
     v.b.target, v.b.index = v.b.target.to(dtype), v.b.index.int()
     assert torch.equal(outcome(name, kd, v), outcome(name, kd, w))
@@ -682,7 +682,7 @@ def part_of(w, rows) -> None:
 def test_rows_without_a_label_are_left_out(name):
     """Two rows of -100: value and gradient are those of the other three, as F.cross_entropy has it."""
     rows = torch.tensor([0, 2, 4])
-    w, v = world(name, dtype=torch.float64), world(name, dtype=torch.float64)
+    w, v = inputs(name, dtype=torch.float64), inputs(name, dtype=torch.float64)
     kd = build(name, w).eval()
     w.b.target = w.b.target.clone()
     w.b.target[[1, 3]] = -100
@@ -707,7 +707,7 @@ def test_rows_without_a_label_are_left_out(name):
 
 @pytest.mark.parametrize('name', [name for name in LABELLED if 'labels_in_part' not in EXCEPTIONS[name]])
 def test_no_label_at_all_is_zero(name):
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w)
     w.b.target = torch.full_like(w.b.target, -100)
     if METHODS[name].own.once_per_batch:
@@ -721,7 +721,7 @@ def test_no_label_at_all_is_zero(name):
 @pytest.mark.parametrize('name', ROWS)
 def test_who_reads_labels_is_known(name):
     """So that the tests above ask all of them, and without any label the loss is finite, the rest of it."""
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w)
     before, target = outcome(name, kd, w), w.b.target
     w.b.target = target.flip(0)
@@ -746,7 +746,7 @@ def test_teacher_under_inference_mode_gives_the_same(name):
             return None if f is None else f.detach().clone()
         return Feats(*map(again, f)) if isinstance(f, Feats) else [again(x) for x in f]
 
-    w, v = world(name), world(name)
+    w, v = inputs(name), inputs(name)
     kd = build(name, w)
     with torch.inference_mode():
         v.t = again(v.t)
@@ -771,7 +771,7 @@ def cast(f, dtype):
 @pytest.mark.parametrize('name', ROWS)
 def test_a_float64_teacher(name):
     """Cached by NumPy, say: the loss is the student's, float32."""
-    w, v = world(name), world(name)
+    w, v = inputs(name), inputs(name)
     kd = build(name, w)
     v.t = cast(v.t, torch.float64)
     v.b.all_t = [v.t, v.t]
@@ -786,12 +786,12 @@ def test_a_float64_teacher(name):
 @pytest.mark.parametrize('name', ROWS)
 def test_the_loss_in_another_precision(name, dtype):
     """half(), bfloat16() or double() for the loss's own parameters: still computed as the student's are."""
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w).to(dtype)
     rounded = copy.deepcopy(kd).float()
     if hasattr(kd, 'attack'):
         kd.attacker = rounded.attacker
-    expected = healthy(name, world(name), rounded)
+    expected = healthy(name, inputs(name), rounded)
     loss = healthy(name, w, kd)
     assert loss.dtype == torch.float32 and all(p.dtype == dtype for p in kd.parameters())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -803,7 +803,7 @@ def test_a_loss_whose_norms_alone_are_float32():
     """As mixed-precision tools leave it: running statistics must not be written onto themselves."""
     seen = []
     for name in ROWS:
-        w = world(name)
+        w = inputs(name)
         kd = build(name, w)
         norms = [m for m in kd.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         if norms and not any(p.dtype != torch.float32 for p in kd.parameters()):
@@ -819,12 +819,12 @@ def test_a_loss_whose_norms_alone_are_float32():
     'name', [name for name in rows_but('coarse') if not METHODS[name].own.once_per_batch]
 )
 def test_a_float64_student_with_a_float32_loss(name):
-    w = world(name, dtype=torch.float64)
+    w = inputs(name, dtype=torch.float64)
     kd = build(name, w).float()
     loss = healthy(name, w, copy.deepcopy(kd))
     assert loss.dtype == torch.float64
     torch.testing.assert_close(
-        loss, outcome(name, kd.double(), world(name, dtype=torch.float64)), rtol=1e-5, atol=1e-7
+        loss, outcome(name, kd.double(), inputs(name, dtype=torch.float64)), rtol=1e-5, atol=1e-7
     )
 
 
@@ -850,7 +850,7 @@ def lower_precision():
 @pytest.mark.parametrize('name', rows_but('layers'))
 def test_products_are_exact(name, lower_precision):
     """Whatever precision the user allows float32 products: those that decide a loss keep theirs."""
-    w, v = world(name), world(name)
+    w, v = inputs(name), inputs(name)
     kd = build(name, w)
     torch.set_float32_matmul_precision('highest')
     expected = outcome(name, kd, w)
@@ -871,7 +871,7 @@ def test_memory_is_linear_in_the_classes(name, monkeypatch):
     many = 211
     monkeypatch.setattr('tests.test_contract.K', many)
     monkeypatch.setattr(TrainSet, 'targets', torch.arange(40) % many)
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w)
     with Grown(many, 2) as grown:
         call(name, kd, w).backward()
@@ -880,7 +880,7 @@ def test_memory_is_linear_in_the_classes(name, monkeypatch):
 
 @pytest.mark.parametrize('name', rows_but('of_triples'))
 def test_memory_is_at_most_quadratic_in_the_batch(name):
-    w = world(name, n=31)
+    w = inputs(name, n=31)
     kd = build(name, w)
     with Grown(31, 3) as grown:
         call(name, kd, w).backward()
@@ -889,7 +889,7 @@ def test_memory_is_at_most_quadratic_in_the_batch(name):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_an_empty_batch_is_refused(name):
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w)
     relay(w, lambda x: x[:0])
     w.b.target, w.b.index, w.b.img = w.b.target[:0], w.b.index[:0], w.b.img.detach()[:0]
@@ -926,7 +926,7 @@ def put_first(arg, x):
 @pytest.mark.parametrize('name', rows_but('no_meta'))
 def test_meta_tensors(name):
     """Shapes only: what planning tools ask for."""
-    w = world(name)
+    w = inputs(name)
     kd = build(name, w).to('meta')
     relay(w, lambda x: x.to('meta'))
     w.b.target, w.b.index = w.b.target.to('meta'), w.b.index.to('meta')

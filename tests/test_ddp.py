@@ -14,7 +14,7 @@ import models
 import models.dense
 from dataset import annotated
 from dataset import text as texts
-from engine.dense_tasks import TASKS, World
+from engine.dense_tasks import TASKS, Setting
 from engine.device import autocast
 from engine.evaluate import evaluate
 from methods import METHODS
@@ -241,8 +241,8 @@ def test_dense_training_on_two_processes(two, script, img_root, tmp_path, monkey
         net = models.dense.build(task, net, len(test.class_names), 32).eval()
         models.load_weights(net, both / name / 'student.pt')
         cpu = torch.device('cpu')
-        world = World(test, len(test.class_names), cpu, autocast(cpu, 'off'), 0, 1, None, 6)
-        figures = TASKS[task](world, net).measure(net)
+        setting = Setting(test, len(test.class_names), cpu, autocast(cpu, 'off'), 0, 1, None, 6)
+        figures = TASKS[task](setting, net).measure(net)
         last = results(both / name)['last']
         assert 0 < min(figures.values()) and figures == pytest.approx({key: last[key] for key in figures}), (
             task

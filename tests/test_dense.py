@@ -17,8 +17,8 @@ from dataset import annotated, scenes
 from dataset import average_precision as ap
 from dataset.dense_views import dense_views
 from engine import dense as parts
-from engine import dense_build, dense_world
-from engine.dense_tasks import TASKS, World
+from engine import dense_build, dense_setting
+from engine.dense_tasks import TASKS, Setting
 from engine.device import autocast
 from methods.dense import DENSE
 from models.dense import Detected, build, enlarged, normalised, segment
@@ -278,8 +278,8 @@ def test_average_precision_on_random_pictures():
 
 
 def batch_of(task, net, data, n=2):
-    world = SimpleNamespace(device=torch.device('cpu'), amp=lambda: torch.autocast('cpu', enabled=False))
-    made = TASKS[task](world, net)
+    setting = SimpleNamespace(device=torch.device('cpu'), amp=lambda: torch.autocast('cpu', enabled=False))
+    made = TASKS[task](setting, net)
     images, targets = zip(*(data[i] for i in range(n)))
     return made, made.given(list(images), list(targets)), list(images), list(targets)
 
@@ -408,18 +408,18 @@ def test_which_losses_are_means_over_pictures(img_root):
         ('detection', DETECTORS[1], DETECTORS[1]),
     ):
         net_t, net = (build(task, name, 6, 32).eval() for name in (teacher, student))
-        world = World(None, 6, torch.device('cpu'), autocast(torch.device('cpu'), 'off'), 1, 1, None, 4)
-        world.task, world.net_t, data = TASKS[task](world, net), net_t, rooms(task, img_root)
+        setting = Setting(None, 6, torch.device('cpu'), autocast(torch.device('cpu'), 'off'), 1, 1, None, 4)
+        setting.task, setting.net_t, data = TASKS[task](setting, net), net_t, rooms(task, img_root)
         for name, row in DENSE.items():
             if row.task != task or row.heads and type(net).__name__.lower() not in row.heads:
                 continue
             values, kd = [], None
             for chosen in (range(4), (0, 1), (2, 3)):
                 images, targets = zip(*(data[i] for i in chosen))
-                seen = parts.Look(world, 0, {'labelled': (list(images), list(targets))})
+                seen = parts.StepPictures(setting, 0, {'labelled': (list(images), list(targets))})
                 seen.seed()
                 with torch.no_grad():
-                    s, t = world.task.look(net, seen.given('labelled')), seen.teacher('labelled')
+                    s, t = setting.task.look(net, seen.given('labelled')), seen.teacher('labelled')
                     kd = kd or row.build(row.loss, parts.Probe(s, t, 6, 4)).eval()
                     values.append(float(row.feed(kd, s, t, parts.Batch(seen, 'labelled'))))
             whole, halves = values[0], sum(values[1:]) / 2
@@ -608,7 +608,7 @@ def test_queues_of_one_process(script, monkeypatch):
     assert done.code == 2 and done.err.count('\n') == 1
     assert 'cirkd runs in one process only: its queues' in done.err
     monkeypatch.delenv('WORLD_SIZE')
-    monkeypatch.setattr(dense_world, 'processes', lambda: 7)
+    monkeypatch.setattr(dense_setting, 'processes', lambda: 7)
     done = script('train_dense', *QUICK, '--kd_mode', 'alone')
     assert done.code == 2 and '6 and 24 pictures for 7 processes' in done.err
 
@@ -620,9 +620,9 @@ def test_a_loss_that_is_not_finite_stops_one_student(script, tmp_path, monkeypat
     assert (tmp_path / 'x' / 'alone' / 'results.json').exists()
     assert not (tmp_path / 'x' / 'cwd' / 'results.json').exists()
     # nothing is prepared for nobody
-    seen, real = [], parts.Look
+    seen, real = [], parts.StepPictures
     monkeypatch.setattr(
-        parts, 'Look', lambda world, step, *more: seen.append(step) or real(world, step, *more)
+        parts, 'StepPictures', lambda setting, step, *more: seen.append(step) or real(setting, step, *more)
     )
     done = script('train_dense', *QUICK, '--kd_mode', 'cwd', '--lambda_kd', 'cwd=1e39', '--steps', 9)
     assert done.code == 1 and set(seen) == {0}
@@ -655,7 +655,7 @@ def test_boxes_are_float32_under_autocast(name, img_root):
     net = build('detection', name, 4, 32)
     task, given, images, _ = batch_of('detection', net, rooms('detection', img_root))
     plain = task.look(net, given).anchors_of_levels()
-    task.world.amp = lambda: torch.autocast('cpu', torch.bfloat16)
+    task.setting.amp = lambda: torch.autocast('cpu', torch.bfloat16)
     seen = task.look(net, given)
     for a, b in zip(plain, seen.anchors_of_levels()):
         assert torch.equal(a, b)

@@ -134,7 +134,7 @@ def test_every_update_is_guarded():
     """What is not finite stops a training before the update: guard, sound or isfinite before backward."""
     allowed = {
         'engine/lm_networks.py:trained': 'its network is looked at before it is kept',
-        'engine/dense_world.py:learn_from_labels': 'its network is looked at before it is kept',
+        'engine/dense_setting.py:learn_from_labels': 'its network is looked at before it is kept',
         'engine/dense_build.py:learn_masks': 'a dozen steps; the loss that reads the masks is guarded',
         'kd_losses/dot.py:update': 'train_kd.py, which calls it, has asked the guard',
         'ka_settings/backbones.py:fit_probe': 'a probe, whose accuracy is all that is kept',

@@ -11,8 +11,8 @@ from torch import nn
 
 import train_lm
 from dataset import text as texts
-from engine import lm_world
-from engine.lm_world import continued, draw
+from engine import lm_setting
+from engine.lm_setting import continued, draw
 from kd_losses import abkd, akl, distillm, gkd, minillm, taid
 from methods import LM
 from models import lm
@@ -27,8 +27,8 @@ WHOLE = texts.SIZE
 def small(monkeypatch):
     """A shorter chain, fewer texts that networks write before a training, and fewer for gen_nll."""
     monkeypatch.setattr(texts, 'SIZE', 20_000)
-    monkeypatch.setattr(lm_world, 'WRITTEN', 24)
-    monkeypatch.setattr(lm_world, 'PROMPTS', 6)
+    monkeypatch.setattr(lm_setting, 'WRITTEN', 24)
+    monkeypatch.setattr(lm_setting, 'PROMPTS', 6)
 
 
 @pytest.fixture

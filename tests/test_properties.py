@@ -69,7 +69,7 @@ from kd_losses.tfkd import TfKDReg, TfKDSelf
 from kd_losses.uskd import USKD
 from kd_losses.vkd import VkD
 from methods import METHODS
-from tests.test_contract import build, call, relay, world
+from tests.test_contract import build, call, inputs, relay
 
 
 def rand(*shape, seed=0):
@@ -98,7 +98,7 @@ ORDERED = {
     'name', [n for n, m in sorted(METHODS.items()) if n not in ORDERED and not m.own.once_per_batch]
 )
 def test_order_of_the_batch_does_not_matter(name):
-    w, v = world(name, dtype=torch.float64), world(name, dtype=torch.float64)
+    w, v = inputs(name, dtype=torch.float64), inputs(name, dtype=torch.float64)
     order = torch.tensor([3, 1, 4, 0, 2])
 
     def mixed(x):  # copies of a sample stay neighbours

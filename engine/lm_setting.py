@@ -68,7 +68,7 @@ def continued(whole: Tensor, prompt: int = PROMPT) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class World:
+class Setting:
     """The text, the teachers, the weights that students start from, and what was written with them."""
 
     text: Text
@@ -132,40 +132,40 @@ class Exam:
     prompts: Tensor
 
 
-class Look:
+class StepTexts:
     """The texts of one step, the same for every student; what the teacher says of them is found out once.
 
     Seed and step decide the texts of all processes; each has its part of them.
     """
 
-    def __init__(self, world: World, step: int) -> None:
-        self.world, self.step = world, step
-        self.all = world.batch * processes()
-        self.windows = mine(world.text.windows(self.all, draw(1, world.seed, step)))
-        self.x, self.target = world.asked(self.windows)
-        self.net = world.net_t
+    def __init__(self, setting: Setting, step: int) -> None:
+        self.setting, self.step = setting, step
+        self.all = setting.batch * processes()
+        self.windows = mine(setting.text.windows(self.all, draw(1, setting.seed, step)))
+        self.x, self.target = setting.asked(self.windows)
+        self.net = setting.net_t
 
     @cached_property
     def t(self) -> lm.Tokens:
-        return self.world.look(self.world.net_t, self.x)
+        return self.setting.look(self.setting.net_t, self.x)
 
     @cached_property
     def _rows(self) -> Tensor:
-        return mine(torch.randint(WRITTEN, (self.all,), generator=draw(2, self.world.seed, self.step)))
+        return mine(torch.randint(WRITTEN, (self.all,), generator=draw(2, self.setting.seed, self.step)))
 
     def texts(self, whole: Tensor) -> Texts:
         x, target = continued(whole)
-        return Texts(x, target, self.world.look(self.world.net_t, x), self.world.net_t)
+        return Texts(x, target, self.setting.look(self.setting.net_t, x), self.setting.net_t)
 
     @cached_property
     def by_teacher(self) -> Texts:
-        return self.texts(self.world.written['teacher'][self._rows])
+        return self.texts(self.setting.written['teacher'][self._rows])
 
     @cached_property
     def by_start(self) -> Texts:
-        return self.texts(self.world.written['start'][self._rows])
+        return self.texts(self.setting.written['start'][self._rows])
 
     @cached_property
     def second(self) -> Texts:
-        x, target = (part.to(self.x.device) for part in self.world.pairs.batch(self.windows))
-        return Texts(x, target, self.world.look(self.world.net_pairs, x), self.world.net_pairs)
+        x, target = (part.to(self.x.device) for part in self.setting.pairs.batch(self.windows))
+        return Texts(x, target, self.setting.look(self.setting.net_pairs, x), self.setting.net_pairs)

@@ -11,7 +11,7 @@ import models
 from dataset import annotated
 from engine import dense as parts
 from engine import session
-from engine.dense_tasks import TASKS, World
+from engine.dense_tasks import TASKS, Setting
 from engine.device import autocast
 from engine.errors import NonFinite, UserError, user_errors
 from engine.flags import read_augment
@@ -27,7 +27,7 @@ T_LR = 2e-3  # of a teacher that is trained here
 WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|model|net|student)\.)+')
 
 
-def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[World, nn.Module]:
+def make_setting(args, device, root: Path, log, needs_teacher: bool) -> tuple[Setting, nn.Module]:
     """Pictures and teacher, and the weights that every student starts from."""
     with user_errors():
         whole, more, test = annotated.load(args.task, args.data_name, args.img_root, args.size)
@@ -56,16 +56,16 @@ def make_world(args, device, root: Path, log, needs_teacher: bool) -> tuple[Worl
     if args.s_init:
         log(f'--s_init: {started(start, args.s_init)}')
     start.to(device, memory_format=torch.channels_last)
-    world = World(
+    setting = Setting(
         test, K, device, autocast(device, args.amp), args.seed, args.steps, steps, n, free,
         whole.class_names, {'augment': numbers} if numbers else {},
     )  # fmt: skip
-    world.task = TASKS[args.task](world, start)
+    setting.task = TASKS[args.task](setting, start)
     if needs_teacher:
         everything = annotated.Steps(whole, None, args.batch_size, 0)
-        world.net_t = the_teacher(args, world, net_t, everything if rooms else None, root, log)
+        setting.net_t = the_teacher(args, setting, net_t, everything if rooms else None, root, log)
     log(f'{args.data_name}: {n} labelled and {free} other pictures to learn from, {len(test)} for the test')
-    return world, start
+    return setting, start
 
 
 def frozen_in(path: str | None) -> bool:
@@ -97,7 +97,7 @@ def started(net: nn.Module, path: str) -> str:
     return f'{len(fits)} of {len(own)} tensors from {path}'
 
 
-def the_teacher(args, world, net, steps, root: Path, log) -> nn.Module:
+def the_teacher(args, setting, net, steps, root: Path, log) -> nn.Module:
     """From --t_model, or trained here once, on all rooms, and kept."""
     if args.t_model:
         path = Path(args.t_model)
@@ -112,44 +112,44 @@ def the_teacher(args, world, net, steps, root: Path, log) -> nn.Module:
 
         def weights() -> dict:
             torch.manual_seed(0)
-            net.load_state_dict(build(args.task, args.t_name, world.num_classes, args.size).state_dict())
-            learn_from_labels(args, world, net, steps, log)
+            net.load_state_dict(build(args.task, args.t_name, setting.num_classes, args.size).state_dict())
+            learn_from_labels(args, setting, net, steps, log)
             if not all_finite(net):
                 raise NonFinite('the teacher: a weight is not finite after its training')
-            return models.named_weights(net, world.class_names)
+            return models.named_weights(net, setting.class_names)
 
         keep(path, weights)
     with user_errors():
-        models.load_weights(net, path, class_names=world.class_names)
-    net.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        models.load_weights(net, path, class_names=setting.class_names)
+    net.to(setting.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.task == 'detection':
         same = ('image_mean', 'image_std', 'min_size', 'max_size', 'size_divisible')
         for key in same:
-            ours, its = getattr(world.task.transform, key), getattr(net.transform, key)
+            ours, its = getattr(setting.task.transform, key), getattr(net.transform, key)
             if ours != its:
                 raise UserError(
                     f'--t_name, --s_name: pictures are prepared differently, {key} {its} and {ours}'
                 )
-    figures = world.task.measure(net)
+    figures = setting.task.measure(net)
     if not all(math.isfinite(p.sum()) for p in net.state_dict().values() if p.is_floating_point()):
         raise UserError(f'{path}: a weight is not finite')
-    world.facts = {'name': args.t_name, **figures}
+    setting.facts = {'name': args.t_name, **figures}
     log(f'teacher {args.t_name}: {path.name}, ' + ', '.join(f'{k} {v:.2f}' for k, v in figures.items()))
     return net
 
 
-def learn_from_labels(args, world, net, steps, log) -> None:
+def learn_from_labels(args, setting, net, steps, log) -> None:
     """A teacher of rooms: AdamW and one cycle, no checkpoint on the way."""
-    net.to(world.device, memory_format=torch.channels_last).train()
+    net.to(setting.device, memory_format=torch.channels_last).train()
     opt = torch.optim.AdamW(net.parameters(), T_LR, weight_decay=0.01)
     bar = session.progress_bar(args.t_steps, 0, log)
     for step in range(args.t_steps):
-        seen = parts.Look(world, step, steps[step])
+        seen = parts.StepPictures(setting, step, steps[step])
         given = seen.given('labelled')
-        loss = world.task.loss(world.task.look(net, given), given)
+        loss = setting.task.loss(setting.task.look(net, given), given)
         opt.zero_grad(set_to_none=True)
         loss.backward()
-        world.task.clipped(net.parameters())
+        setting.task.clipped(net.parameters())
         set_learning_rate(opt, T_LR * one_cycle((step + 0.5) / args.t_steps))
         opt.step()
         bar.update()
