@@ -142,7 +142,9 @@ def main():
         scales,
     )  # fmt: skip
     how = side_by_side.Graphs(device, log) if graphs else side_by_side.InTurn()
-    live = session.start(args, log, origin, val=val, done=record.epoch, epochs=args.epochs, steps=steps)
+    live = session.start(
+        args, log, origin, [record], val=val, done=record.epoch, epochs=args.epochs, steps=steps
+    )
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = optimise.learning_rate(args, epoch)

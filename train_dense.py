@@ -172,8 +172,17 @@ def main():
         log(f'{processes()} processes x {args.batch_size} pictures')
     args.save_every, segments = 1, -(-args.steps // args.eval_every)
     start = min(run.record.epoch for run in runs)
+    records = [run.record for run in runs]
     live = session.start(
-        args, log, origin, val=None, done=start, epochs=segments, steps=args.eval_every, total=args.steps
+        args,
+        log,
+        origin,
+        records,
+        val=None,
+        done=start,
+        epochs=segments,
+        steps=args.eval_every,
+        total=args.steps,
     )
     for segment in range(start, segments):
         started = time.time()

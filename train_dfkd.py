@@ -142,7 +142,8 @@ def main():
     log('best.pt is selected on test data, as published figures are; the last epoch stands beside it')
     total, start = max(run.recipe.epochs for run in runs), min(run.record.epoch for run in runs)
     steps = sum(run.recipe.ep_steps for run in runs)
-    live = session.start(args, log, origin, val=test, done=start, epochs=total, steps=steps)
+    records = [run.record for run in runs]
+    live = session.start(args, log, origin, records, val=test, done=start, epochs=total, steps=steps)
     for epoch in range(start, total):
         # others have fewer epochs, or a kill left them ahead
         begun = [run for run in runs if run.record.epoch == epoch < run.recipe.epochs]

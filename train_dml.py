@@ -92,7 +92,9 @@ def main():
     compile_networks(args, *step.peers.nets)
     reading, whole = Reading(step), distributed(step, device)
     steps = train.steps(args.batch_size)
-    live = session.start(args, log, origin, val=val, done=record.epoch, epochs=args.epochs, steps=steps)
+    live = session.start(
+        args, log, origin, [record], val=val, done=record.epoch, epochs=args.epochs, steps=steps
+    )
     for epoch in range(record.epoch, args.epochs):
         started = time.time()
         lr = optimise.learning_rate(args, epoch)

@@ -143,7 +143,8 @@ def main():
     total, start = ends[-1], min(run.record.epoch for run in runs)
     steps, images = setting.train.steps(args.batch_size), f'{len(setting.train)} + {len(setting.test)} images'
     log(f'{len(runs)} x {setting.student_name} on {args.data_name}: {images}, {device}')
-    live = session.start(args, log, origin, val=setting.val, done=start, epochs=total, steps=steps)
+    records = [run.record for run in runs]
+    live = session.start(args, log, origin, records, val=setting.val, done=start, epochs=total, steps=steps)
     together = side_by_side.choose(args, device, runs, log)
 
     def seen_by_teachers(img, target, index, _):

@@ -145,8 +145,9 @@ def main():
         log(f'{processes()} processes x {args.batch_size} images; relations between samples: {scope}')
     together = side_by_side.choose(args, device, runs, log)
     steps = train.steps(args.batch_size)
+    records = [run.record for run in runs]
     live = session.start(
-        args, log, origin, val=val, done=start - first, epochs=args.epochs - first, steps=steps
+        args, log, origin, records, val=val, done=start - first, epochs=args.epochs - first, steps=steps
     )
     for epoch in range(start, args.epochs):
         started = time.time()

@@ -144,8 +144,17 @@ def main():
         log(f'{processes()} processes x {args.batch_size} texts')
     args.save_every, segments = 1, -(-args.steps // args.eval_every)
     start = min(run.record.epoch for run in runs)
+    records = [run.record for run in runs]
     live = session.start(
-        args, log, origin, val=True, done=start, epochs=segments, steps=args.eval_every, total=args.steps
+        args,
+        log,
+        origin,
+        records,
+        val=True,
+        done=start,
+        epochs=segments,
+        steps=args.eval_every,
+        total=args.steps,
     )
     for segment in range(start, segments):
         started = time.time()

@@ -21,7 +21,7 @@ from engine.errors import NonFinite, UserError, user_errors
 from engine.flags import OF_SGD, OF_STEPS, refuse_given
 from engine.meter import Meter
 from engine.processes import processes
-from engine.recipe import resume_point
+from engine.recipe import forget, resume_point
 from engine.record import Record, fingerprint, output_folder, write_json
 from engine.session import Log, progress_bar
 from engine.teachers import load_teacher
@@ -80,6 +80,7 @@ def record_of(folder: Path, parts: dict, recipe: dict, origin: dict, args, key: 
     recipe = recipe | {'initial': fingerprint(parts['net'])}
     record = Record(folder, parts, recipe, origin, 'test', key)
     record.resume(resume_point(args.resume, folder))
+    forget(args.resume, folder)
     return record
 
 

@@ -18,6 +18,10 @@ NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs
 # what checkpoints did not say at first, whatever it was
 LATER = ('own_images', 'limit_test', 'image_size')
 
+# what a run writes of its training
+WRITTEN = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net[0-9]*.pt', 'student.pt',
+           'peers.pt', 'ka.pt', 'epoch[0-9]*.pt')  # fmt: skip
+
 
 def math_args(args: argparse.Namespace, **more) -> dict:
     """The flags that change the numbers of a run, as plain values; a digest of the user's own images."""
@@ -64,10 +68,6 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
     if choice == 'auto':
         return last if last.exists() else None
     if choice == 'never':
-        names = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net[0-9]*.pt', 'student.pt',
-                 'peers.pt', 'ka.pt', 'epoch[0-9]*.pt')  # fmt: skip
-        for path in [path for name in names for path in folder.glob(name)] if rank() == 0 else ():
-            path.unlink(missing_ok=True)  # or a run that stops would have another's weights
         return None
     if choice is not None:  # a file, a run's folder, or the folder of a group of runs
         candidates = [Path(choice), Path(choice) / 'last.pt', Path(choice) / folder.name / 'last.pt']
@@ -91,3 +91,13 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
             f'--note NAME starts another one'
         )
     return None
+
+
+def forget(choice: str | None, folder: Path) -> None:
+    """With --resume never, remove what an earlier run left: one that stops must not have another's weights.
+
+    To be called when all that is to be trained has been built: a word that does not fit must cost nothing.
+    """
+    if choice == 'never' and rank() == 0:
+        for path in [path for name in WRITTEN for path in folder.glob(name)]:
+            path.unlink(missing_ok=True)

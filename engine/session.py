@@ -20,7 +20,8 @@ import torch.distributed as dist
 import dataset
 from engine.errors import NonFinite, UserError, user_errors
 from engine.processes import processes, rank
-from engine.record import write_json
+from engine.recipe import forget
+from engine.record import Record, write_json
 
 
 @dataclass
@@ -41,6 +42,7 @@ def start(
     args: argparse.Namespace,
     log: 'Log',
     origin: dict,
+    records: Iterable[Record],
     *,
     val: Any,
     done: int,
@@ -50,8 +52,11 @@ def start(
 ) -> Session:
     """Before the first epoch. done: epochs done, of epochs in all; steps: of an epoch; val: its split.
 
+    records: of all that is trained.
     total: of steps, where a training is cut by evaluations every so many steps, the last part being shorter.
     """
+    for record in records:
+        forget(args.resume, record.folder)
     folder, before = log.path.parent, min(done * steps, total or done * steps)
     write_json(folder / 'args.json', {'args': vars(args), **origin})
     unit, what = (

@@ -14,7 +14,7 @@ import engine.optimise
 import engine.record
 import engine.session
 import models
-from engine.recipe import resume_point
+from engine.recipe import forget, resume_point
 from tests import fresh
 from tests.conftest import TINY, Killed
 from tests.test_train import rows, same, weights
@@ -146,6 +146,11 @@ def test_what_never_removes(tmp_path):
     for name in gone | kept:
         (tmp_path / name).write_text('x')
     assert resume_point('never', tmp_path) is None
+    assert {path.name for path in tmp_path.iterdir()} == gone | kept, 'not before all is known to fit'
+    for choice in (None, 'auto'):
+        forget(choice, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == gone | kept
+    forget('never', tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
@@ -230,6 +235,11 @@ def test_nothing_is_overwritten_unasked(train_kd, tmp_path):
     done = train_kd('st', '--note', 'm', *FOUR)
     assert done.code == 2 and '--resume auto' in done.err
     assert (tmp_path / 'm' / 'st' / 'last.pt').read_bytes() == before
+    done = train_kd(
+        'st', 'fsp', '--note', 'm', *FOUR, '--resume', 'never', '--phases', 'inside', '--init_epochs', 4
+    )
+    assert 'leaves none to train' in done.err
+    assert done.code == 2 and (tmp_path / 'm' / 'st' / 'last.pt').read_bytes() == before, 'nor for a mistake'
     assert train_kd('st', '--note', 'm', *FOUR, '--seed', '5', '--resume', 'never').code == 0
     assert (tmp_path / 'm' / 'st' / 'last.pt').read_bytes() != before
 

@@ -45,7 +45,7 @@ from engine.flags import (  # noqa: E402
     seed_number,
 )
 from engine.parser import Parser  # noqa: E402
-from engine.recipe import load_checkpoint, resume_point  # noqa: E402
+from engine.recipe import forget, load_checkpoint, resume_point  # noqa: E402
 from engine.record import fingerprint, output_folder, provenance, save_checkpoint, write_json  # noqa: E402
 from engine.session import Log, labelled_part, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
@@ -121,6 +121,7 @@ def main():
         state = load_checkpoint(at, recipe)
     if at or args.resume == 'auto':
         log(f'{state["epoch"]} of {len(work)} phases done')
+    forget(args.resume, folder)
     bar = progress_bar(sum(phase['epochs'] for *_, phase in work), 0, log)
 
     for number, (seed, shots, phase) in enumerate(work):

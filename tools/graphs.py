@@ -118,7 +118,8 @@ def main():
 
     steps = -(-args.train // args.batch_size)
     start = min(run.record.epoch for run in runs)
-    live = session.start(args, log, origin, val=None, done=start, epochs=args.epochs, steps=steps)
+    records = [run.record for run in runs]
+    live = session.start(args, log, origin, records, val=None, done=start, epochs=args.epochs, steps=steps)
     for epoch in range(start, args.epochs):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
         batches = torch.randperm(args.train, generator=generator).split(args.batch_size)

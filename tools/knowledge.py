@@ -42,7 +42,7 @@ from engine.flags import (  # noqa: E402
 )
 from engine.ka_tools import UNREAD  # noqa: E402
 from engine.parser import Parser  # noqa: E402
-from engine.recipe import load_checkpoint, math_args, resume_point  # noqa: E402
+from engine.recipe import forget, load_checkpoint, math_args, resume_point  # noqa: E402
 from engine.record import (
     Record,
     class_names_of,
@@ -140,6 +140,7 @@ def main():
         opt = optimise.sgd(net.parameters(), args)
         record = Record(folder / way, {'net': net, 'opt': opt}, recipe | {'way': way}, dict(origin), 'test')
         record.resume(resume_point(args.resume, folder / way))
+        forget(args.resume, folder / way)
         records[way] = record
         bar.update(record.epoch * train.steps(args.batch_size))
         keep(folder / way, net, record.epoch, args)

@@ -127,7 +127,8 @@ def main():
 
     steps = -(-len(train) // args.batch_size)
     start = min(run.record.epoch for run in runs)
-    live = session.start(args, log, origin, val=None, done=start, epochs=args.epochs, steps=steps)
+    records = [run.record for run in runs]
+    live = session.start(args, log, origin, records, val=None, done=start, epochs=args.epochs, steps=steps)
     for epoch in range(start, args.epochs):
         done = []
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
