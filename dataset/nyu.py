@@ -93,8 +93,17 @@ def _split(root: Path, frames: int) -> tuple[np.ndarray, np.ndarray]:
     if path.is_file():
         import scipy.io
 
-        content = scipy.io.loadmat(path)
-        return tuple(content[name].ravel().astype(int) - 1 for name in ('trainNdxs', 'testNdxs'))
+        try:
+            content = scipy.io.loadmat(path)
+            halves = tuple(content[name].ravel().astype(int) - 1 for name in ('trainNdxs', 'testNdxs'))
+        except Exception as error:  # scipy's own kinds
+            raise ValueError(
+                f'{path}: must be a MATLAB file with trainNdxs and testNdxs ({type(error).__name__})'
+            ) from None
+        for half in halves:
+            if not len(half) or half.min() < 0 or half.max() >= frames:
+                raise ValueError(f'{path}: frames must be 1..{frames}, and some of each half')
+        return halves
     order = np.arange(frames)
     return order[: min(TRAIN, frames - 1)], order[min(TRAIN, frames - 1) :]
 
@@ -103,7 +112,12 @@ def _classes(root: Path, labels: np.ndarray) -> tuple[np.ndarray, int]:
     """A table from label to class, and how many classes there are."""
     path = root / 'classes.txt'
     if path.is_file():
-        table = np.array([int(line) for line in path.read_text().split()])
+        try:
+            table = np.array([int(line) for line in path.read_text().split()])
+        except ValueError as error:
+            raise ValueError(f'{path}: must have the number of a class per line ({error})') from None
+        if not len(table) or table.min() < -1 or table.max() < 0:
+            raise ValueError(f'{path}: classes must be 0, 1, ..., or -1 where unknown')
         return table, int(table.max()) + 1
     counts = np.bincount(labels.ravel(), minlength=895)
     counts[0] = 0

@@ -60,6 +60,12 @@ class SoftLabelStore:
         if self.meta.get('own_images', own) != own:
             raise ValueError(f'--soft_labels {self.folder}: labels of other images than --img_root has now')
 
+    def named(self, epochs: int) -> str:
+        """What tells these labels from others of the same teacher, in a training of so many epochs."""
+        name, temp_t = self.meta['kind'], self.meta.get('temp_t', 1)
+        name += f' temp_t={temp_t:g}' if temp_t != 1 and name not in ('logits', 'hard') else ''
+        return name + (f' epochs={self.meta["epochs"]}' if self.meta['epochs'] < epochs else '')
+
     def epoch_of(self, epoch: int) -> int:
         """Which stored epoch a training's epoch repeats: they come round."""
         return epoch % self.meta['epochs']

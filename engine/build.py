@@ -104,7 +104,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     graphs = side_by_side.graphs_wanted(args, device)
     initial, teacher = fingerprint(net_s), '+'.join(map(fingerprint, teachers.nets))
     if teachers.stored:
-        teacher = f'{teachers.stored.meta["teacher_weights"]} {teachers.stored.meta["kind"]}'
+        teacher = f'{teachers.stored.meta["teacher_weights"]} {teachers.stored.named(args.epochs)}'
     net_s.to(device, memory_format=torch.channels_last)
     whole = any(method.needs.full_batches for method in every)
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes

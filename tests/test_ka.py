@@ -164,6 +164,7 @@ def test_dense_metrics_by_hand():
 def test_nyu_in_its_own_format(tmp_path):
     """A small file as MATLAB 7.3 writes it: axes reversed."""
     import h5py
+    import scipy.io
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (6, 3, 640, 480), dtype=np.uint8)
@@ -186,6 +187,23 @@ def test_nyu_in_its_own_format(tmp_path):
     (tmp_path / 'classes.txt').write_text('\n'.join(['-1', *(str(i % 4) for i in range(894))]))
     train, _ = dataset.load_dense('nyuv2', tmp_path, 'cpu', 32, labelled=False)
     assert train.num_classes == 4 and int(train.labels['seg'].min()) == -1
+    for name, content, said in (
+        ('classes.txt', 'wall', 'the number of a class per line'),
+        ('classes.txt', '-2\n0', 'classes must be'),
+        ('splits.mat', 'no MATLAB', 'trainNdxs and testNdxs'),
+    ):
+        before = (tmp_path / 'classes.txt').read_text()
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=said):
+            dataset.load_dense('nyuv2', tmp_path, 'cpu', 32, labelled=False)
+        (tmp_path / 'classes.txt').write_text(before)
+    halves = {'trainNdxs': np.array([[2], [6]]), 'testNdxs': np.array([[1]])}
+    scipy.io.savemat(tmp_path / 'splits.mat', halves)
+    train, test = dataset.load_dense('nyuv2', tmp_path, 'cpu', 32, labelled=False)
+    assert (len(train), len(test)) == (2, 1)
+    scipy.io.savemat(tmp_path / 'splits.mat', halves | {'testNdxs': np.array([[7]])})
+    with pytest.raises(ValueError, match=r'frames must be 1\.\.6'):
+        dataset.load_dense('nyuv2', tmp_path, 'cpu', 32, labelled=False)
     with pytest.raises(ValueError, match='not there'):
         dataset.load_dense('nyuv2', tmp_path / 'elsewhere', 'cpu', 32, labelled=False)
     (tmp_path / 'nyu_depth_v2_labeled.mat').write_bytes(b'MATLAB 5.0')

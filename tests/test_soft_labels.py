@@ -61,6 +61,16 @@ def test_a_black_box_teaches_with_its_answers_alone(pseudo, script, teacher, tmp
         done = script(*words, *more, '--note', 'bad', '--epochs', '2')
         assert done.code == 2 and said in done.err and done.err.count('\n') == 1, done.err
     meta = json.loads((folder / 'meta.json').read_text())
+    named = {}
+    for more in ({'temp_t': 4}, {'kind': 'soft', 'temp_t': 4}, {'kind': 'soft', 'temp_t': 1}):
+        store = SoftLabelStore(folder)
+        store.meta |= more
+        named[store.named(2), store.named(3)] = more
+    assert list(named) == [
+        ('hard', 'hard epochs=2'),
+        ('soft temp_t=4', 'soft temp_t=4 epochs=2'),
+        ('soft', 'soft epochs=2'),
+    ]
     (folder / 'meta.json').write_text(json.dumps(meta | {'class_names': meta['class_names'][::-1]}))
     done = script(*words, '--kd_mode', 'st', '--note', 'other', '--epochs', '2')
     assert done.code == 2 and 'trained for other classes' in done.err and 'another order' in done.err
