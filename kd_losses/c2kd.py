@@ -119,6 +119,7 @@ def smoothed_ce(logits: Tensor, gold: Tensor, smoothing: float = 0.1, ignore: in
     _expect('smoothed_ce', 'logits', logits, 'B', 'L', 'K')
     B, L, K = logits.shape
     _expect('smoothed_ce', 'gold', gold, B, L)
+    gold = gold if gold.is_floating_point() else gold.long()  # eight bits have no -100
     flat = torch.where(gold == ignore, -100, gold).flatten()
     target, valid = _labels('smoothed_ce', flat, B * L, K, 'gold')
     log_p = F.log_softmax(_full(logits), dim=2).flatten(0, 1)

@@ -81,7 +81,7 @@ def _bilinear(feat: Tensor, gamma: float, order: int) -> Tensor:
 def _rbf_taylor(feat: Tensor, gamma: float, order: int) -> Tensor:
     s = _bilinear(feat, gamma, order)
     factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
-    series = torch.full_like(s, factors.pop())
+    series = 0 * s + factors.pop()  # of s also for order 0
     for factor in reversed(factors):  # Horner: a + s (b + s (c + ...))
         series = s * series + factor
     return series

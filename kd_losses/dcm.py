@@ -64,7 +64,8 @@ class DCM(nn.Module):
             )
         for name, outs in (('outs_1', outs_1), ('outs_2', outs_2)):
             for i, z in enumerate(outs):
-                _expect('DCM', f'{name}[{i}]', z, *(('N', 'K') if z is outs_1[0] else outs_1[0].shape))
+                first = name == 'outs_1' and i == 0
+                _expect('DCM', f'{name}[{i}]', z, *(('N', 'K') if first else outs_1[0].shape))
         target, valid = _labels('DCM', target, *outs_1[0].shape)
         outs = torch.stack([_full(z, outs_1[0]) for z in (*outs_1, *outs_2)])
         return _ce_sum(outs, target, valid), self._pairs(*self._smooth(outs), valid)

@@ -78,7 +78,8 @@ def _log_probabilities(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     y = target[:, None]
     others = z.scatter(1, y, -torch.inf)
     rest = others.logsumexp(dim=1, keepdim=True)
-    return torch.cat([z.gather(1, y), rest], dim=1).log_softmax(dim=1), others - rest
+    sure = torch.cat([z.gather(1, y), rest], dim=1).log_softmax(dim=1)
+    return sure, others - rest.masked_fill(rest == -torch.inf, 0.0)  # every other class may be masked
 
 
 def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:

@@ -56,12 +56,16 @@ class EEL(nn.Module):
         if not 0 < angle < 90:
             raise ValueError(f'EEL: angle must be between 0 and 90 degrees, got {angle}')
         self.a = math.tan(math.radians(angle)) ** 2
-        self.map = None
+        if (s_dim is None) != (t_dim is None):
+            raise ValueError(
+                f'EEL: s_dim and t_dim must be given together or left out, got {s_dim} and {t_dim}'
+            )
+        self.map, self.s_dim = None, s_dim
         if s_dim != t_dim:
             self.map = nn.Linear(s_dim, t_dim, bias=False)
 
     def forward(self, feat_s: Tensor, feat_t: Tensor, target: Tensor) -> Tensor:
-        _expect('EEL', 'feat_s', feat_s, 'N', 'D' if self.map is None else self.map.in_features)
+        _expect('EEL', 'feat_s', feat_s, 'N', self.s_dim or 'D')
         t_dim = feat_s.shape[1] if self.map is None else self.map.out_features
         _expect('EEL', 'feat_t', feat_t, len(feat_s), t_dim)
         target, valid = _labels('EEL', target, len(feat_s), 2**31)  # any number of classes

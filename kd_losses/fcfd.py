@@ -25,7 +25,7 @@ Use:
     >>> out_s, out_t, mixed = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10), [torch.randn(8, 10)]
     >>> fm_s, fm_t = torch.randn(8, 16, 4, 4, requires_grad=True), torch.randn(8, 32, 4, 4)
     >>> kd = FCFD([16], [32])
-    >>> kd([[kd.to_teacher(fm_s, 0)]], [fm_t], out_s, out_t, mixed).backward()
+    >>> kd([[kd.to_teacher(fm_s, 1)]], [fm_t], out_s, out_t, mixed).backward()
     >>> fm_s.grad.norm() > 0
     tensor(True)
 """
@@ -85,16 +85,24 @@ class FCFD(nn.Module):
 
     def to_teacher(self, fm_s: Tensor, k: int) -> Tensor:
         """The student's map of stage k = 1, 2, ... in the teacher's space."""
+        bridge = self._of_stage(self.bridges_t, k, 'fm_s', fm_s)
         with _no_autocast(fm_s):
-            return _run(self.bridges_t[k - 1], _full(fm_s))
+            return _run(bridge, _full(fm_s))
 
     def to_student(self, fm_t: Tensor, k: int) -> Tensor:
         """The teacher's map of stage k = 1, 2, ... in the student's space."""
+        bridge = self._of_stage(self.bridges_s, k, 'fm_t', fm_t)
         with _no_autocast(fm_t):
-            bridge = self.bridges_s[k - 1]
             # the student is not here to ask: float64 if teacher and bridge agree on it
             like = next(bridge.parameters())
             return _run(bridge, _full(fm_t.detach(), like if fm_t.dtype == torch.float64 else fm_t))
+
+    @staticmethod
+    def _of_stage(bridges: nn.ModuleList, k: int, name: str, fm: Tensor) -> nn.Module:
+        if not 1 <= k <= len(bridges):
+            raise ValueError(f'FCFD: k must be in 1..{len(bridges)}, got {k}: stages count from 1')
+        _expect('FCFD', name, fm, 'N', bridges[k - 1][0].in_channels, 'H', 'W')
+        return bridges[k - 1]
 
     def forward(
         self,

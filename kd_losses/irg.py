@@ -61,7 +61,7 @@ class IRG(nn.Module):
 
     def terms(self, irg_s: list[Tensor], irg_t: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         for name, graph in (('irg_s', irg_s), ('irg_t', irg_t)):
-            _check(name, graph, len(irg_s[0]))
+            _check(name, graph, len(irg_s[0]) if irg_s else 0)
         _expect('IRG', 'out in irg_t', irg_t[3], *irg_s[3].shape)
         s, t = [_full(x, irg_s[0]) for x in irg_s], [_full(x.detach(), irg_s[0]) for x in irg_t]
         with _no_autocast(s[0]):

@@ -82,20 +82,21 @@ class KDCL(nn.Module):
             best = (z.logsumexp(dim=2) - truth[:, :, 0]).argmin(dim=0)
             return z.gather(0, best[None, :, None].expand(1, -1, z.shape[2]))[0]
         if self.mode == 'linear':
-            return torch.einsum('mn,mnk->nk', _best_mixture(z, target), z)
+            return (_best_mixture(z, target)[:, :, None] * z).sum(dim=0)
         if weights is None or weights.shape != (len(z),):
             got = None if weights is None else tuple(weights.shape)
             raise ValueError(
                 f'KDCL: weights must be ({len(z)},) in mode general, got {got}: see general_weights'
             )
-        return torch.einsum('m,mnk->nk', weights.to(z), z)
+        return (weights.to(z)[:, None, None] * z).sum(dim=0)
 
 
 @torch.no_grad()
 def general_weights(probs: Tensor, onehot: Tensor) -> Tensor:
     """(M,) weights, to sum 1, from probabilities (M, n, K) and labels (n, K) of held-out data."""
     errors = (_full(probs) - onehot.to(_full(probs).dtype)).flatten(1)
-    C = (_exact(errors) @ _exact(errors).T).to(errors.dtype) / probs.shape[1]
+    with _no_autocast(probs):
+        C = (_exact(errors) @ _exact(errors).T).to(errors.dtype) / probs.shape[1]
     C = C + 1e-6 * torch.eye(len(C), dtype=C.dtype, device=C.device)  # equal networks make it singular
     w = torch.linalg.solve(C, torch.ones_like(C[0]))
     return w / w.sum()
@@ -107,8 +108,8 @@ def _best_mixture(z: Tensor, target: Tensor, steps: int = 100) -> Tensor:
     is_y = _is(target, z.shape[2])
     reach = (z.amax(dim=(0, 2)) - z.amin(dim=(0, 2))).clamp(min=1e-6)  # bounds the slope
     for step in range(steps):
-        p = torch.einsum('mn,mnk->nk', a, z).softmax(dim=1)
-        slope = torch.einsum('nk,mnk->mn', p - is_y.to(p.dtype), z)
+        p = (a[:, :, None] * z).sum(dim=0).softmax(dim=1)
+        slope = ((p - is_y.to(p.dtype)) * z).sum(dim=2)
         a = (a.clamp(min=1e-30).log() - 2 / (1 + step) ** 0.5 * slope / reach).softmax(dim=0)
     return a
 
@@ -203,6 +204,11 @@ def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
         return rows.mean(dim=0)
     counts = valid.reshape(-1, *[1] * (rows.dim() - 1))
     return torch.where(counts, rows, 0.0).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
 
 
 def _exact(x: Tensor) -> Tensor:

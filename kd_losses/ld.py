@@ -70,6 +70,8 @@ class LD(nn.Module):
         rows = _kl(log_p, log_q).mean(dim=1) * self.T**2
         if weight is not None:
             rows = rows * _full(weight.detach(), out_s)
+        if isinstance(avg_factor, Tensor):
+            avg_factor = avg_factor.to(rows).reshape(())
         return rows.sum() / (max(len(rows), 1) if avg_factor is None or not len(rows) else avg_factor)
 
 

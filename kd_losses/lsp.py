@@ -71,6 +71,8 @@ class LSP(nn.Module):
         return self._log_probabilities_of(_full(feat), self._edges(edge_index, len(feat))).exp()
 
     def _edges(self, edge_index: Tensor, count: int) -> Tensor:
+        if tuple(edge_index.shape) == (2, 0):  # nodes without edges
+            return edge_index.long()
         _expect('LSP', 'edge_index', edge_index, 2, 'E')
         if edge_index.is_floating_point():
             raise ValueError(

@@ -95,7 +95,8 @@ class MLKD(nn.Module):
             q = F.softmax(t, dim=1)
             m, c = _share_below_median(q.amax(dim=1)), _share_below_median(q.sum(dim=0))
             instance = m * sum(self._instance(s, t, T) for T in self.temps)
-            instance = instance + sum(self._instance(s, t, T) for T in (self.temps[0], self.temps[-1]))
+            ends = [*self.temps[:1], *self.temps[1:][-1:]]  # a single temperature is one of them, once
+            instance = instance + sum(self._instance(s, t, T) for T in ends)
             s, t = _full(out_s_strong, s), _full(out_t_strong.detach(), s)
             return instance + sum(self._instance(s, t, T) for T in self.temps[1:-1]), m * batch, c * class_
 

@@ -69,7 +69,9 @@ class NKD(nn.Module):
         out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
         ce, ce_t = (F.cross_entropy(out, target, reduction='none') for out in (out_s, out_t))
         s, t = ((out / self.T).scatter(1, target[:, None], -torch.inf) for out in (out_s, out_t))
-        q, log_p = F.softmax(t, dim=1), F.log_softmax(s, dim=1)
+        nothing = (t == -torch.inf).all(dim=1, keepdim=True)  # the teacher masks every other class
+        q, log_p = F.softmax(t.masked_fill(nothing, 0.0), dim=1), F.log_softmax(s, dim=1)
+        q = q.masked_fill(nothing, 0.0)
         others = torch.where(q == 0, 0.0, q * log_p).sum(dim=1)  # 0 at y, where log p' is -inf
         return _mean(torch.exp(-ce_t) * ce, valid), -self.gamma * self.T**2 * _mean(others, valid)
 

@@ -61,12 +61,12 @@ class NORM(nn.Module):
             )
         _expect('NORM', 'fm_t', fm_t, len(fm_s), fm_s.shape[1] // R, 'H', 'W')
         k = max(fm_t.shape[2] // fm_s.shape[2], 1)
-        fm_s, fm_t = _full(fm_s), _full(fm_t.detach(), fm_s)
-        fm_t = F.max_pool2d(fm_t, k) if k > 1 else fm_t
+        fm_s, fm_t, given = _full(fm_s), _full(fm_t.detach(), fm_s), tuple(fm_t.shape)
+        fm_t = F.max_pool2d(fm_t, k) if 1 < k <= min(fm_t.shape[2:]) else fm_t
         if fm_t.shape[2:] != fm_s.shape[2:]:
             raise ValueError(
                 f'NORM: fm_t must have the size of fm_s {tuple(fm_s.shape)} or a multiple, '
-                f'got {tuple(fm_t.shape)} after pooling by {k}: average-pool it first'
+                f'got {given}: average-pool it first'
             )
         return R * F.mse_loss(fm_s, fm_t.repeat(1, R, 1, 1))
 

@@ -92,9 +92,11 @@ def _linear(s: Tensor, t: Tensor, d: int, c: float) -> Tensor:
 
 def _gaussian(s: Tensor, t: Tensor, d: int, c: float) -> Tensor:
     def distance(x, y):
-        return x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :] - 2 * x @ y.mT
+        far = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :] - 2 * x @ y.mT
+        return far.clamp(min=0)  # a rounding below 0 over a tiny sigma2 would overflow
 
-    sigma2 = distance(s.detach(), t).mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    least = max(1e-12, 16 * torch.finfo(s.dtype).eps)  # below it is rounding alone
+    sigma2 = distance(s.detach(), t).mean(dim=(1, 2), keepdim=True).clamp(min=least)
     return _mmd(lambda x, y: torch.exp(-distance(x, y) / (2 * sigma2)), s, t)
 
 

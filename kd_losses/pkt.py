@@ -83,7 +83,8 @@ def _surplus(u: Tensor, longer: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     h = torch.addcmul(v.square().sum(dim=1, keepdim=True), short, 2 - short)
     mean = h.mean()
     c = (4 - mean) - h
-    return torch.addmm(mean - h.T, v, v.T, alpha=2) / c, c
+    # p is no negative number, and a rounding below 0 would have no logarithm
+    return (torch.addmm(mean - h.T, v, v.T, alpha=2) / c).clamp(min=-1), c
 
 
 def _divergence(feat_s: Tensor, feat_t: Tensor, eps: float) -> tuple[Tensor, Tensor]:

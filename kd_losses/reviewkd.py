@@ -73,7 +73,7 @@ class ReviewKD(nn.Module):
         return [self.hcl(out, t) for out, t in zip(outs, fms_t)]
 
     def fuse(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> list[Tensor]:
-        self._check('fms_s', fms_s, self.s_channels, len(fms_s[0]) or 'N')
+        self._check('fms_s', fms_s, self.s_channels, (len(fms_s[0]) if fms_s else 0) or 'N')
         self._check('fms_t', fms_t, self.t_channels, len(fms_s[0]))
         if self.training and any(fm[:, 0].numel() == 1 for fm in fms_s):  # torch would not say which
             raise ValueError(

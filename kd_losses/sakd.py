@@ -97,7 +97,8 @@ class SAKD(nn.Module):
                 )
             for i, fm in enumerate(fms):
                 _expect('SAKD', f'{name}[{i}]', fm, len(out_s), 'C', 'H', 'W')
-        chosen = (mask.detach() > 0.5).to(_full(out_s).dtype)
+        mask = _full(mask.detach(), out_s)
+        chosen = (mask > 0.5).to(mask.dtype) + 0 * mask  # a comparison hides what is not finite
         log_p = F.log_softmax(_full(out_t.detach(), out_s) / self.T, dim=1)
         log_q = F.log_softmax(_full(out_s) / self.T, dim=1)
         soft = (chosen[:, -1] * _kl(log_p, log_q).sum(dim=1)).mean() * self.T**2
@@ -162,16 +163,17 @@ def choose(logits: Tensor, noise: Tensor, tau: float = 5.0) -> tuple[Tensor, Ten
 
 def select_and_scale(loss_fn, action_l: Tensor, f_s: Tensor, f_t: Tensor) -> Tensor:
     """Any loss at a spot, also one that relates samples: of the chosen, times their share. A GPU waits."""
+    hidden = 0 * _full(action_l.detach(), f_s).sum()  # a comparison hides what is not finite
     rows = (action_l.detach() > 0.5).nonzero()[:, 0]
     if not len(rows):
-        return 0 * f_s.sum()
-    return len(rows) / len(f_s) * loss_fn(f_s[rows], f_t.detach()[rows])
+        return 0 * f_s.sum() + hidden
+    return hidden + len(rows) / len(f_s) * loss_fn(f_s[rows], f_t.detach()[rows])
 
 
 def attention_distance(fm_s: Tensor, fm_t: Tensor) -> Tensor:
-    """(N,) mean squared difference of attention maps of length 1, at the smaller size."""
+    """(N,) mean squared difference of the attention maps, of length 1, of both pooled to the smaller size."""
     size = [min(a, b) for a, b in zip(fm_s.shape[2:], fm_t.shape[2:])]
-    s, t = (F.adaptive_avg_pool2d(x.square().mean(dim=1), size).flatten(1) for x in (fm_s, fm_t))
+    s, t = (F.adaptive_avg_pool2d(x, size).square().mean(dim=1).flatten(1) for x in (fm_s, fm_t))
     return (_unit(s) - _unit(t)).square().mean(dim=1)
 
 

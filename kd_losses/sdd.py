@@ -74,7 +74,8 @@ class SDD(nn.Module):
         target, valid = _labels('SDD', target, *patch_s.shape[:2])
         s, t = _full(patch_s), _full(patch_t.detach(), patch_s)
         right = t.argmax(dim=1) == target[:, None]  # (N, R)
-        weight = torch.where(right == right[:, :1], self.consistent, self.complementary)
+        agree = (right == right[:, :1]).to(s.dtype)  # two numbers in torch.where would be float32
+        weight = agree * self.consistent + (1 - agree) * self.complementary
         z_s, z_t = s / self.T, t / self.T
         if self.base == 'kd':
             loss = _kl(F.log_softmax(z_t, dim=1), F.log_softmax(z_s, dim=1)).sum(dim=1)
@@ -90,7 +91,7 @@ def local_logits(fm: Tensor, fc, scales: tuple = (1, 2, 4)) -> Tensor:
     """(N, C, H, W) map and classifier (a module, or (weight, bias)) to (N, K, R) logits of the regions of the
     asked scales, whole image first, then the 2x2 and the 4x4 grid row by row."""
     weight, bias = fc if isinstance(fc, (tuple, list)) else (fc.weight, fc.bias)
-    if weight.shape[1] != fm.shape[1]:
+    if fm.dim() != 4 or weight.shape[1] != fm.shape[1]:
         raise ValueError(
             f'local_logits: fm must be the map that is averaged for the classifier, '
             f'(N, {weight.shape[1]}, H, W), got {tuple(fm.shape)}: give the last map before the pooling'
@@ -107,10 +108,11 @@ def _log_probabilities(z: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """log p_y, log(1 - p_y), both (N, R), and the log-softmax over the other classes (N, K, R), -inf at y."""
     others = z.masked_fill(is_y, -torch.inf)
     total = z.logsumexp(dim=1)
+    nothing = (others == -torch.inf).all(dim=1, keepdim=True)  # every other class is masked
     return (
         z.masked_fill(~is_y, 0.0).sum(dim=1) - total,
         others.logsumexp(dim=1) - total,
-        F.log_softmax(others, dim=1),
+        F.log_softmax(others.masked_fill(nothing, 0.0), dim=1).masked_fill(nothing, -torch.inf),
     )
 
 

@@ -93,6 +93,7 @@ class SimKD(nn.Module):
         weight, bias = (
             classifier if isinstance(classifier, (tuple, list)) else (classifier.weight, classifier.bias)
         )
+        _expect('SimKD', 'classifier.weight', weight, 'V', pooled.shape[1])
         return F.linear(pooled, weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
 
 

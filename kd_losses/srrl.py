@@ -70,6 +70,7 @@ class SRRL(nn.Module):
         weight, bias = (
             classifier if isinstance(classifier, (tuple, list)) else (classifier.weight, classifier.bias)
         )
+        _expect('SRRL', 'classifier.weight', weight, 'V', self.t_channels)
         _expect('SRRL', 'out_t', out_t, len(fm_s), len(weight))
         with _no_autocast(fm_s):
             pooled = _run(self.connector, _full(fm_s)).mean(dim=(2, 3))

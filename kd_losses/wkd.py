@@ -85,7 +85,9 @@ class WKDLogit(nn.Module):
         right = F.softmax(out_t, dim=1).gather(1, y) * F.log_softmax(out_s, dim=1).gather(1, y)
 
         is_y, D = _is(target, K), _full(self.cost, out_s).clamp(min=0) + 1e-8
-        p, q = (F.softmax((z / self.T).masked_fill(is_y, -torch.inf), dim=1) for z in (out_s, out_t))
+        p, q = ((z / self.T).masked_fill(is_y, -torch.inf) for z in (out_s, out_t))
+        nothing = (q == -torch.inf).all(dim=1, keepdim=True)  # the teacher masks every other class
+        p, q = (F.softmax(z.masked_fill(nothing, 0.0), dim=1).masked_fill(nothing, 0.0) for z in (p, q))
         u = torch.full_like(p, 1 / (K - 1)).masked_fill(is_y, 0)  # 0 at the label, and stays 0
         u, v = sinkhorn(p, q, u, D, self.reg, self.iters)
         moved = (u * _matmul(v, (D * (-D / self.reg).exp()).T)).sum(dim=1)

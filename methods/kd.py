@@ -183,7 +183,7 @@ KD = {
     'dkl':      Method(dkl.DKL,                1.0, shared.logits,       when=When(ramp=linear(20, of=240))),
     'dkl_gkl':  Method(dkl.DKL,                1.0, dkl.feed_gkl,        dkl.build_gkl,
                        When(ramp=linear(20, of=240)), limits=Limits(BANK),
-                       says='GKL: DKL weighed by what the student said of the class in the last epoch'),
+                       says='GKL: DKL weighed by what the teacher said of the class in the last epoch'),
     'dlb':      Method(dlb.DLB,                1.0, dlb.feed,            plain,              When(ce=0),
                        Needs(teacher=False, views=('second',)),
                        limits=Limits(BANK, 'what it keeps of a batch is another tensor at every step')),

@@ -38,7 +38,7 @@ def golden(z):
 
 
 TERMS = {'crd': 'ckd', 'icl': 'icl', 'cross_kd': 'cross_kd', 'fd': 'fd', 'gd': 'gd', 'afd': 'afd'}
-USES = {'icl': 'c', 'cross_kd': 'c', 'fd': ''}
+USES = {'icl': 'c', 'cross_kd': 'c', 'fd': '', 'afd': ''}
 
 
 def functions(z, loss) -> None:
