@@ -91,11 +91,13 @@ class DeepInversion(nn.Module):
         _expect('DeepInversion', 'out_t', out_t, len(x), 'K')
         _expect('DeepInversion', 'bn_loss', bn_loss)
         target, valid = _labels('DeepInversion', target, *out_t.shape)
-        out_t = _full(out_t, x)
+        out_t, nothing = _full(out_t, x), _full(x[:0]).sum()
+        # without weight it may be of images that have no neighbours
+        alone = min(x.shape[2:]) < 2 and not (self.weights['tv_l1'] or self.weights['tv_l2'])
         terms = {
             'ce': _mean(F.cross_entropy(out_t, target, reduction='none'), valid),
-            'tv_l1': tv_l1(x),
-            'tv_l2': tv_l2(x),
+            'tv_l1': nothing if alone else tv_l1(x),
+            'tv_l2': nothing if alone else tv_l2(x),
             'l2': l2_norm(x),
             'bn': _full(bn_loss, x),
         }
@@ -196,7 +198,9 @@ def _disagreement(out_s: Tensor, out_t: Tensor, T: float, exact: bool) -> Tensor
     if exact:
         log_p, log_q = F.log_softmax(out_s / T, dim=1), F.log_softmax(out_t / T, dim=1)
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        terms = (torch.where(x == -torch.inf, 0.0, x.exp() * (x - log_m)) for x in (log_p, log_q))
+        # a class of probability 0 adds nothing, and 0 * -inf has no gradient
+        log_m = log_m.masked_fill(log_m == -torch.inf, 0.0)
+        terms = (x.exp() * (x.masked_fill(x == -torch.inf, 0.0) - log_m) for x in (log_p, log_q))
         return sum(terms).sum(dim=1) / 2
     p, q = F.softmax(out_s / T, dim=1), F.softmax(out_t / T, dim=1)
     p, q, m = (y.clamp(0.01, 0.99) for y in (p, q, (p + q) / 2))

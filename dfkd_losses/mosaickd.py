@@ -64,7 +64,7 @@ class MosaicKD(nn.Module):
         _expect('MosaicKD', 'd_fake', d_fake, len(out_s), 1, 'H', 'W')
         out_s, out_t, d_fake = _full(out_s), _full(out_t, out_s), _full(d_fake, out_s)
         log_p = F.log_softmax(out_t, dim=1)
-        p = log_p.exp()
+        p, log_p = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)  # 0 * -inf has no gradient
         return {
             'adv': -_kl(out_s, out_t),
             'align': -torch.where(p == 0, 0.0, p * log_p).sum(dim=1).mean(),
@@ -85,7 +85,7 @@ def _patches(d: Tensor, wanted: float) -> Tensor:
 
 def _kl(out_s: Tensor, out_t: Tensor) -> Tensor:
     log_q, log_p = F.log_softmax(out_s, dim=1), F.log_softmax(out_t, dim=1)
-    p = log_p.exp()
+    p, log_p = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)  # 0 * -inf has no gradient
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1).mean()
 
 

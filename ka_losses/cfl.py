@@ -117,10 +117,12 @@ class CFL(nn.Module):
 
 def mmd(x: Tensor, y: Tensor, sigmas: tuple, normalized: bool = True) -> Tensor:
     """Squared maximum mean discrepancy of two batches, (N, ...) each; diagonals included."""
-    x, y = x.flatten(1), y.flatten(1)
+    x, y = _full(x).flatten(1), _full(y, x).flatten(1)
     if normalized:
         x, y = _unit(x), _unit(y)
-    return (_kernel(x, x, sigmas) + _kernel(y, y, sigmas) - 2 * _kernel(x, y, sigmas)).mean().clamp(min=0)
+    with _no_autocast(x):
+        alike = _kernel(x, x, sigmas) + _kernel(y, y, sigmas) - 2 * _kernel(x, y, sigmas)
+    return alike.mean().clamp(min=0)
 
 
 def _kernel(x: Tensor, y: Tensor, sigmas: tuple) -> Tensor:

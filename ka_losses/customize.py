@@ -111,12 +111,15 @@ class Customize(nn.Module):
                     f'Customize: {name} must hold {len(channels)} maps, got {len(fms)}: one per level'
                 )
             for level, (fm, c) in enumerate(zip(fms, channels)):
-                _expect('Customize', f'{name}[{level}]', fm, len(out_s), c, *fms_s[level].shape[2:])
+                size = 'HW' if name == 'fms_s' else fms_s[level].shape[2:]
+                _expect('Customize', f'{name}[{level}]', fm, len(out_s), c, *size)
         _expect('Customize', 'out_t', out_t, *out_s.shape)
 
 
 def entropies(outs_t: list[Tensor]) -> Tensor:
     """Logits of the sources, each (N, K) -> (N, number of sources) entropies of their softmax."""
+    for i, out_t in enumerate(outs_t):
+        _expect('entropies', f'outs_t[{i}]', out_t, len(outs_t[0]) if i else 'N', 'C')
     logs = [F.log_softmax(_full(out_t.detach()), dim=1) for out_t in outs_t]
     terms = [torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p) for log_p in logs]
     return torch.stack([-term.sum(dim=1) for term in terms], dim=1)

@@ -91,6 +91,8 @@ def transferability(sal_s: Tensor, sals_t: Tensor) -> Tensor:
     sal_s: (P, M), flattened saliency of the student on P probe images; sals_t: (clients, P, M). Returns
     (clients,).
     """
+    _expect('transferability', 'sal_s', sal_s, 'P', 'M')
+    _expect('transferability', 'sals_t', sals_t, 'clients', *sal_s.shape)
     return 1 / (0.5 + 0.5 * F.cosine_similarity(_full(sal_s)[None], _full(sals_t), dim=2)).mean(dim=1)
 
 

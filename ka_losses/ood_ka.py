@@ -95,6 +95,9 @@ class OODKAGenerator(nn.Module):
             _expect('OODKAGenerator', f'bn_stats[{i}][0]', x, len(out_s), 'C', 'H', 'W')
             for j, moment in enumerate(moments, 1):
                 _expect('OODKAGenerator', f'bn_stats[{i}][{j}]', moment, x.shape[1])
+        for i, fms in enumerate(fms_t):
+            for k, fm in enumerate(fms):
+                _expect('OODKAGenerator', f'fms_t[{i}][{k}]', fm, len(out_s), 'C', 'H', 'W')
         shapes = [[(len(fm), *fm.shape[2:]) for fm in fms] for fms in fms_t]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -134,7 +137,7 @@ def disc_loss(d_real: Tensor, d_fake: Tensor) -> Tensor:
 
 def _kl(out_s: Tensor, out_t: Tensor) -> Tensor:
     log_q, log_p = F.log_softmax(out_s, dim=1), F.log_softmax(out_t, dim=1)
-    p = log_p.exp()
+    p, log_p = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)  # 0 * -inf has no gradient
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1).mean()
 
 

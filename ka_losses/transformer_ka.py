@@ -106,7 +106,8 @@ class TaskAmalgamation(nn.Module):
         wide, boxes = [], []
         for i, (out, columns) in enumerate(zip(outs_t, self.columns)):
             logits = _full(out['logits'].detach(), like)
-            _expect('TaskAmalgamation', f'logits of outs_t[{i}]', logits, 'N', 'Q', len(columns))
+            n = len(wide[0][0]) if wide else 'N'
+            _expect('TaskAmalgamation', f'logits of outs_t[{i}]', logits, n, 'Q', len(columns))
             _expect('TaskAmalgamation', f'boxes of outs_t[{i}]', out['boxes'], *logits.shape[:2], 4)
             padded = logits.new_full((*logits.shape[:2], 1 + self.num_classes), -5.0)
             padded[:, :, columns] = logits
@@ -189,6 +190,8 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 def detr_ce(logits: Tensor, labels: Tensor, eos: float = 0.1) -> Tensor:
     """DETR's classification: logits (N, Q, 1 + K), labels (N, Q) with 0 for background, which weighs eos;
     -100 is left out."""
+    _expect('detr_ce', 'logits', logits, 'N', 'Q', 'K')
+    _expect('detr_ce', 'labels', labels, *logits.shape[:2])
     out = _full(logits).flatten(0, 1)
     y, valid = _labels('detr_ce', labels.flatten(), *out.shape, 'labels')
     weight = torch.where(y == 0, eos, 1.0).to(out.dtype)
@@ -228,7 +231,7 @@ class SeqHint(nn.Module):
                 loss = loss + error.mean()
                 continue
             _expect('SeqHint', 'pad_mask', pad_mask, error.shape[1], error.shape[0])
-            kept = ~pad_mask.T[:, :, None]
+            kept = (pad_mask == 0).T[:, :, None]  # of whatever type
             loss = loss + (error * kept).sum() / (kept.sum() * error.shape[2]).clamp(min=1)
         return (loss, {'hint': loss}) if return_terms else loss
 
@@ -260,6 +263,8 @@ def compress_tokens(seqs_t: list[Tensor], cosine: bool = False) -> Tensor:
 
     seqs_t: T of (L, N, D). Returns (N, L) indices into the concatenated sequence, ascending per image.
     """
+    for i, seq_t in enumerate(seqs_t):
+        _expect('compress_tokens', f'seqs_t[{i}]', seq_t, *(seqs_t[0].shape if i else ('L', 'N', 'D')))
     tokens = torch.cat([_full(seq_t) for seq_t in seqs_t]).transpose(0, 1)  # (N, T L, D)
     if cosine:
         norm = torch.linalg.vector_norm(tokens, dim=2)

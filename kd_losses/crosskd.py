@@ -116,7 +116,7 @@ def quality_focal(
     t = y.sigmoid()
     ce = F.binary_cross_entropy_with_logits(x, t, reduction='none')
     rows = (ce * (x.sigmoid() - t).abs() ** beta).sum(dim=1)
-    hidden = 0 * y.clamp(min=torch.finfo(y.dtype).min).sum()  # t = 1 hides an inf; -inf, t = 0, is legal
+    hidden = 0 * y.masked_fill(y == -torch.inf, 0.0).sum()  # t = 1 hides an inf; -inf, t = 0, is legal
     return (_full(weight.detach(), out_s) * rows).sum() / _at_least_one(avg_factor, x) + hidden
 
 

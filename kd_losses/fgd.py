@@ -127,6 +127,8 @@ def masks(boxes: list[Tensor], image_size, size) -> tuple[Tensor, Tensor]:
         if tuple(box.shape) != (0, 4):
             _expect('FGD', f'boxes[{i}]', box, 'M', 4)
     n, (h, w), device = len(boxes), size, boxes[0].device
+    if isinstance(image_size, (list, tuple)) and isinstance(image_size[0], Tensor):
+        image_size = torch.stack(list(image_size))
     sizes = torch.as_tensor(image_size, device=device)
     sizes = sizes.expand(n, 2) if sizes.shape == (2,) else sizes
     _expect('FGD', 'image_size', sizes, n, 2)

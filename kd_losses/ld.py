@@ -82,6 +82,7 @@ def main_region(anchors: Tensor, levels: list[int], boxes: Tensor, topk: int = 9
     anchors: (A, 4) x1 y1 x2 y2 of all levels; levels: how many of each, adding up to A; boxes: (B, 4), B may
     be 0; topk: candidates per level and box, those whose centres are nearest.
     """
+    anchors, boxes = _full(anchors.detach()), _full(boxes.detach(), anchors)
     overlap, threshold, candidate = _candidates(anchors, levels, boxes, topk)
     if not len(boxes):
         return torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
@@ -100,6 +101,7 @@ def valuable_region(
 
     diou: the paper's measure, with the overlap; else the authors' code, with the share of the anchor.
     """
+    anchors, boxes = _full(anchors.detach()), _full(boxes.detach(), anchors)
     overlap, threshold, _ = _candidates(anchors, levels, boxes, topk)
     if not len(boxes):
         return torch.zeros(len(anchors), dtype=overlap.dtype, device=anchors.device)

@@ -125,6 +125,7 @@ class ScaleKD(nn.Module):
 
     def _sides(self, tokens: Tensor, fm_t: Tensor) -> tuple[Tensor, Tensor]:
         """Both (N, Hq * Wq, t_channels)."""
+        _expect('ScaleKD', 'tokens', tokens, 'N', self.query_hw[0] * self.query_hw[1], self.t_channels)
         _expect('ScaleKD', 'fm_t', fm_t, len(tokens), self.t_channels, *self.query_hw)
         return _full(tokens), _full(fm_t.detach(), tokens).flatten(2).mT
 

@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from dfkd_losses import cmi, deepinversion, dfq, fastdfkd, mosaickd, zskt
+from ka_losses import cfl, customize, fedka, ood_ka
+from ka_losses import transformer_ka as tka
+from kd_losses import crosskd, fgd, ld
 from kd_losses.at import AT
 from kd_losses.c2kd import smoothed_ce
 from kd_losses.cc import CC
@@ -22,6 +26,7 @@ from kd_losses.nst import NST
 from kd_losses.pkt import PKT
 from kd_losses.reviewkd import ReviewKD
 from kd_losses.sakd import SAKD, attention_distance, select_and_scale
+from kd_losses.scalekd import ScaleKD
 from kd_losses.sdd import SDD, local_logits
 from kd_losses.simkd import SimKD
 from kd_losses.srrl import SRRL
@@ -154,6 +159,71 @@ def test_labels_of_eight_bits_have_padding():
     assert smoothed_ce(logits, gold.to(torch.uint8), ignore=255) == smoothed_ce(logits, gold, ignore=255)
 
 
+def test_a_masked_class_has_a_gradient_also_through_the_teacher():
+    """A generator learns from what the teacher says of its images; 0 * -inf would be NaN."""
+    out_s, mask = draw(6, 5), torch.zeros(5)
+    mask[4] = -INF
+    mosaic = mosaickd.MosaicKD()
+    for loss in (
+        lambda t: cmi.masked_adversarial(t.detach().clamp(min=-9), t),
+        lambda t: fastdfkd.masked_adversarial(t.detach().clamp(min=-9), t),
+        lambda t: dfq._kl(out_s, t),
+        lambda t: mosaickd._kl(out_s, t),
+        lambda t: zskt._kl(out_s, t),
+        lambda t: ood_ka._kl(out_s, t),
+        lambda t: mosaic.terms(out_s, t, draw(6, 1, 2, 2))['align'],
+        lambda t: deepinversion._disagreement(out_s, t, 3.0, True).mean(),
+    ):
+        finite(lambda x, loss=loss: loss(x + mask), draw(6, 5, seed=1))
+
+
+def test_classes_that_are_masked_for_every_anchor():
+    out_s, out_t = draw(6, 5), draw(6, 5, seed=1)
+    out_t[:, 2:4] = -INF
+    finite(lambda x: crosskd.quality_focal(x, out_t, torch.ones(6), 6.0), out_s)
+    out_t[0, 0] = INF
+    assert crosskd.quality_focal(out_s, out_t, torch.ones(6), 6.0).isnan()
+
+
+def test_masks_of_any_type():
+    hint, s, seqs_t = tka.SeqHint(2, 4), draw(10, 3, 4), [draw(5, 3, 4, seed=i) for i in (1, 2)]
+    mask = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]])
+    wanted = hint(s, seqs_t, mask.bool())
+    for dtype in (torch.int64, torch.uint8, torch.float32):
+        assert hint(s, seqs_t, mask.to(dtype)) == wanted
+
+
+def test_boxes_in_half_precision():
+    """Areas of large boxes are beyond it."""
+    anchors = torch.tensor([[0, 0, 300, 300], [10, 10, 310, 310], [400, 400, 700, 700]], dtype=torch.float32)
+    boxes = torch.tensor([[5.0, 5.0, 305.0, 305.0]])
+    for region in (ld.main_region, ld.valuable_region):
+        torch.testing.assert_close(region(anchors.half(), [3], boxes.half()), region(anchors, [3], boxes))
+
+
+def test_sizes_of_pictures_in_any_form():
+    boxes, sizes = [torch.tensor([[0.0, 0.0, 8.0, 8.0]])] * 2, torch.tensor([[32, 32], [16, 32]])
+    for form in (list(sizes), sizes.tolist(), tuple(map(tuple, sizes.tolist()))):
+        for a, b in zip(fgd.masks(boxes, sizes, (4, 4)), fgd.masks(boxes, form, (4, 4))):
+            assert torch.equal(a, b)
+
+
+def test_mmd_is_float32_wherever_it_is_called():
+    x, y = draw(8, 16), draw(8, 16, seed=1)
+    wanted = cfl.mmd(x, y, (1.0,))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert cfl.mmd(x, y, (1.0,)) == wanted
+    assert cfl.mmd(x.bfloat16(), y.bfloat16(), (1.0,)).dtype == torch.float32
+
+
+def test_images_without_neighbours():
+    """Total variation without weight is left out, as its own message advises."""
+    x, out_t, target, bn = draw(2, 3, 1, 8), draw(2, 5), torch.tensor([0, 1]), torch.tensor(1.0)
+    finite(lambda x: deepinversion.DeepInversion(tv_l2=0.0)(x, out_t, target, bn), x)
+    with pytest.raises(ValueError, match='leave total variation out'):
+        deepinversion.DeepInversion(tv_l2=1e-4)(x, out_t, target, bn)
+
+
 @pytest.mark.parametrize(
     'call, said',
     [
@@ -167,6 +237,11 @@ def test_labels_of_eight_bits_have_padding():
         (lambda: DCM()(draw(3, 8, 5, 2), draw(3, 8, 5, 2), torch.zeros(8).long()), 'outs_1'),
         (lambda: FCFD([4, 8], [6, 12]).to_teacher(draw(2, 8, 4, 4), 0), 'count from 1'),
         (lambda: FCFD([4, 8], [6, 12]).to_student(draw(2, 6, 4, 4), 2), r'\(N, 12, H, W\)'),
+        (lambda: ScaleKD(4, 8, (3, 2)).spatial(draw(2, 1, 8), draw(2, 8, 3, 2)), r'\(N, 6, 8\)'),
+        (lambda: tka.compress_tokens([draw(3, 2, 4), draw(5, 2, 4)]), r'seqs_t\[1\]'),
+        (lambda: tka.detr_ce(draw(4, 5), torch.zeros(5).long()), 'logits'),
+        (lambda: customize.select_teacher([draw(3, 4), draw(5, 4)]), r'outs_t\[1\]'),
+        (lambda: fedka.transferability(draw(1, 8), draw(2, 4, 8)), r'\(clients, 1, 8\)'),
         (lambda: EEL(64), 'together'),
         (lambda: EEL(64, 64)(draw(4, 32), draw(4, 32), torch.arange(4)), r'\(N, 64\)'),
     ],
