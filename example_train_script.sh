@@ -57,7 +57,7 @@ DFKD_DATA=${DFKD_DATA:-patterns}  # dfkd: the teacher's data, whose images are n
 DFKD_MODES=${DFKD_MODES:-dafl dfad fastdfkd}    # dfkd: which methods
 DFKD_FLAGS=${DFKD_FLAGS:-}        # dfkd: more flags, for each of them
 FLAGS=${FLAGS:-}                  # anything else for the training scripts, e.g. '--amp bf16'
-FAILED=                           # 1 once a method's loss was not finite
+FAILED=                           # 1 once a training ended with exit code 1
 
 # ---------------------------------------------------------------------------------------------- environment
 
@@ -99,7 +99,8 @@ run() {    # a training script with the common flags
         --seed "$SEED" --resume auto $FLAGS
 }
 
-# A method whose loss became inf or NaN (exit code 1) has no result; the others go on, and the script ends with 1.
+# A method whose loss became inf or NaN, or a group too large for the GPU's memory, has no result (exit code 1); the
+# other commands follow, and the script ends with 1.
 attempt() {
     local code=0
     run "$@" || code=$?
@@ -107,7 +108,8 @@ attempt() {
 }
 
 data() {
-    case $DATA in cifar10 | cifar100) py -m dataset.download "$DATA" --img_root "$IMG_ROOT" ;; esac
+    local name=${DATA%%:*}    # cifar10:25000 is a part of cifar10
+    case $name in cifar10 | cifar100) py -m dataset.download "$name" --img_root "$IMG_ROOT" ;; esac
 }
 
 # The teacher, and the student without a teacher.
@@ -164,8 +166,9 @@ missing() {    # of these methods, those without a result
 peers() {
     local method=$1 weight=$2
     shift 2
-    local flags=(--lambda_kd "$weight" --net_names "$@" --note "$method-$DML_RUN")
-    if [ -n "$(missing train_dml.py "$method" "${flags[@]}")" ]; then
+    local todo flags=(--lambda_kd "$weight" --net_names "$@" --note "$method-$DML_RUN")
+    todo=$(missing train_dml.py "$method" "${flags[@]}")    # a line of its own, so that its failure is the script's
+    if [ -n "$todo" ]; then
         attempt train_dml.py --kd_mode "$method" "${flags[@]}"
     fi
 }
@@ -354,8 +357,8 @@ faces() {
 
 # The claims: each method with halves, quarters and unlike teachers of CIFAR-10, three seeds, half of the images.
 ka_claims() {
-    data
     DATA=cifar10:25000
+    data
     for SEED in 1 2 3; do
         claim halves resnet8:2:0 resnet8:2:1
         claim quarters resnet8:4:0 resnet8:4:1 resnet8:4:2 resnet8:4:3
@@ -440,6 +443,7 @@ ka_tools() {
 dfkd() {
     local mode settings=()
     DATA=$DFKD_DATA
+    data
     if [ "${DATA%%:*}" = patterns ]; then
         T_NAME=resnet8 S_NAME=resnet8 EPOCHS=4
     fi
@@ -591,6 +595,11 @@ say() {    # a heading for who watches
     if [ -n "${DRY_RUN:-}" ]; then echo "# $*"; else printf '\n%s\n\n' "$*" | fold -s -w 100; fi
 }
 
+refuse() {
+    echo "example_train_script.sh: error: $*" >&2
+    exit 2
+}
+
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
@@ -601,13 +610,16 @@ case " quick cifar10 cifar100 base kd table dfkd ka ka_claims rooms faces ka_too
 *)
     case $command in
     help | -h | --help) sed -n '2,/^set /{/^#/p}' "$0" | sed 's/^# \{0,1\}//'; exit ;;
-    *) echo "example_train_script.sh: error: ${command:-nothing to do}: $usage" >&2; exit 2 ;;
+    *) refuse "${command:-nothing to do}: $usage" ;;
     esac ;;
 esac
 shift
-if [ "$command" = table ] && [ $# != 1 ]; then
-    echo 'example_train_script.sh: error: say table NAME, a name of results/grid.json' >&2; exit 2
-fi
+case $command in
+kd) case ${1:--} in -*) refuse 'say kd METHOD..., one method or several, then flags of train_kd.py' ;; esac ;;
+table) [ $# = 1 ] || refuse 'say table NAME, a name of results/grid.json' ;;
+dml) ;;
+*) [ $# = 0 ] || refuse "$command: no words after it, got $*; for several methods: kd METHOD...; --dry-run comes first" ;;
+esac
 if [ -z "${DRY_RUN:-}" ]; then choose_python; fi
 case $command in
 cifar10 | cifar100)
@@ -627,7 +639,7 @@ dml)
     for method in ${@:-dml}; do
         case " $PEERS " in
         *" $method "*) "$method" ;;
-        *) echo "example_train_script.sh: error: dml $method: say one of $PEERS" >&2; exit 2 ;;
+        *) refuse "dml $method: say one of $PEERS" ;;
         esac
     done ;;
 table) rerun "$1" ;;
@@ -641,6 +653,7 @@ ka)
 *) "$command" ;;
 esac
 if [ -n "$FAILED" ]; then
-    echo 'example_train_script.sh: stopped: some losses became inf or NaN (above); all other methods are done' >&2
+    echo 'example_train_script.sh: stopped: some losses became inf or NaN, or the memory of the GPU was too small' \
+        '(above); all other commands are done' >&2
     exit 1
 fi
