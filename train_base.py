@@ -26,7 +26,7 @@ from engine import errors, optimise, session, side_by_side
 from engine.batch import Batch
 from engine.device import PRECISIONS, autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
-from engine.evaluate import measure, measured
+from engine.evaluate import measure, measured, refuse_misfit
 from engine.flags import (
     RATE,
     add_common_flags,
@@ -35,6 +35,7 @@ from engine.flags import (
     add_label_flag,
     add_optimiser_flag,
     check_head,
+    data_words,
     fraction,
     positive_int,
     whole_number,
@@ -119,6 +120,7 @@ def main():
         args, script='train_base', net=args.net_name, initial=fingerprint(net), classes=classes
     )
     net.to(device, memory_format=torch.channels_last)
+    refuse_misfit(args.net_name, net, train)
     scales = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
     if args.bn_l1 and not scales:
         raise UserError(f'--bn_l1: {args.net_name} has no BatchNorm2d with weights')
@@ -178,7 +180,7 @@ def main():
     facts = {'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,
              'data': args.data_name, 'classes': classes, 'seed': args.seed,
              'epochs': args.epochs}  # fmt: skip
-    data = None if classes else args.data_name  # tools/eval.py measures all classes
+    data = None if classes else data_words(args)  # tools/eval.py measures all classes
     how = models.how_to_load(folder / 'net.pt', args.net_name, data, train.num_classes)
     session.finish(live, [(record, 'net.pt', facts, args.net_name, f'weights: {how}')])
 

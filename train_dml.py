@@ -26,7 +26,15 @@ from engine.batch import Batch
 from engine.device import autocast, compile_networks, exact, setup
 from engine.errors import NonFinite, user_errors
 from engine.evaluate import outputs
-from engine.flags import RATE, add_common_flags, add_head_flag, add_optimiser_flag, check_head, with_rate
+from engine.flags import (
+    RATE,
+    add_common_flags,
+    add_head_flag,
+    add_optimiser_flag,
+    check_head,
+    data_words,
+    with_rate,
+)
 from engine.meter import Meter
 from engine.optimise import optimiser
 from engine.parser import Parser
@@ -34,7 +42,7 @@ from engine.peers import Reading, build_networks, build_step, read_method
 from engine.processes import distributed, processes, rank
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
-from engine.session import Log, labelled_part, load_data
+from engine.session import Log, labelled_part, load_data, refuse_too_few
 from methods import PEERS
 
 
@@ -70,6 +78,7 @@ def main():
 
     train, val, test = load_data(args, device, log)
     train = labelled_part(train)
+    refuse_too_few(train, args.batch_size)
     nets = build_networks(args, train.num_classes, device, log)
     initial = [fingerprint(net) for net in nets]
     step = build_step(args, method, options, nets, train, amp, device)
@@ -166,7 +175,7 @@ def main():
     lines = [f'{key} {value["name"]}: top-1 {value["top1"]:.2f}' for key, value in each.items()]
     lines.append(f'ensemble: top-1 {last["ensemble_test_top1"]:.2f}')
     for k, net in enumerate(args.net_names, 1):
-        how = models.how_to_load(folder / f'net{k}.pt', net, args.data_name, train.num_classes)
+        how = models.how_to_load(folder / f'net{k}.pt', net, data_words(args), train.num_classes)
         lines.append(f'weights: {how}')
     session.finish(live, [(record, 'peers.pt', facts, 'mean of the networks', '\n'.join(lines))])
 

@@ -25,7 +25,7 @@ import torch
 import models
 from engine import errors, listing, optimise, session, side_by_side
 from engine.batch import Batch
-from engine.build import build_runs, check_labels, read_methods
+from engine.build import build_runs, check_labels, read_methods, refuse_unread
 from engine.device import autocast, compile_networks, setup
 from engine.errors import user_errors
 from engine.evaluate import measure, measured
@@ -38,6 +38,7 @@ from engine.flags import (
     add_optimiser_flag,
     add_thread_flag,
     check_head,
+    data_words,
     positive_int,
     share_of_ce,
     whole_number,
@@ -46,7 +47,7 @@ from engine.flags import (
 from engine.parser import Parser
 from engine.processes import processes, rank
 from engine.record import class_names_of, output_folder, provenance
-from engine.session import Log, load_data
+from engine.session import Log, load_data, refuse_too_few
 from engine.student import Run, Student, Term  # noqa: F401  what tests and benchmarks build with
 from engine.teachers import Teachers, load_teachers, open_store
 from methods import KD
@@ -111,6 +112,7 @@ def main():
     args = parse_args()
     check_head(args, '--s_init')
     wanted = read_methods(args)
+    refuse_unread(args, wanted)
     device = setup(args)
     amp = autocast(device, args.amp)
     name = (
@@ -120,6 +122,7 @@ def main():
     log = Log(folder)
 
     train, val, test = load_data(args, device, log)
+    refuse_too_few(train, args.batch_size)
     nets_t, facts_t = load_teachers(args, train.num_classes, test, amp, log, args.t_mean, args.t_std)
     stored, facts_stored = open_store(args, train, log)
     facts_t |= facts_stored
@@ -199,7 +202,7 @@ def main():
                  'global_relations': args.global_relations}  # fmt: skip
         facts |= {} if args.kd_stop is None else {'kd_stop': args.kd_stop}
         path = folder / run.name / 'student.pt'
-        how = models.how_to_load(path, args.s_name, args.data_name, train.num_classes)
+        how = models.how_to_load(path, args.s_name, data_words(args), train.num_classes)
         done.append((run.record, path.name, facts, run.name, f'weights: {how}'))
     session.finish(live, done)
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scenes
+from .folder import decoded
 from .pictures import BadImage, read_picture, to_rgb
 
 TASKS = ('segmentation', 'detection')
@@ -253,10 +254,7 @@ class Steps(torch.utils.data.Dataset):
 
 def in_order(steps: Steps, numbers: range, workers: int) -> Iterator[dict]:
     """The pictures of these steps, prepared by so many processes."""
-    try:
-        yield from torch.utils.data.DataLoader(steps, None, sampler=numbers, num_workers=workers)
-    except BadImage as error:  # a worker's exception arrives with its traceback as text in front
-        raise BadImage(str(error).strip().splitlines()[-1].split('BadImage: ')[-1]) from None
+    return decoded(steps, workers, batch_size=None, sampler=numbers)
 
 
 def augmented(image: Tensor, target, g: torch.Generator, crop: int | None, view=None) -> tuple:

@@ -2,7 +2,10 @@
 
 import hashlib
 import math
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -104,8 +107,8 @@ class Folder:
         size = self._options[0]
         images = self._images(transforms.Resize(math.ceil(size * 256 / 224)), transforms.CenterCrop(size))
         rank, processes = self.shard
-        order = torch.arange(rank, len(self), processes)
-        yield from self._batches(images, [part.tolist() for part in order.split(batch_size)])
+        order = torch.arange(len(self))[rank::processes]  # none, where there are more processes than images
+        yield from self._batches(images, [part.tolist() for part in order.split(batch_size) if len(part)])
 
     def split(self, fraction: float, seed: int) -> tuple['Folder', 'Folder']:
         """Two disjoint sets: all but a random fraction, and that fraction."""
@@ -151,24 +154,53 @@ class Folder:
         return _Images(self.samples, to_tensor, self._options[1])
 
     def _batches(self, images: Dataset, batches: list[list[int]]):
-        loader = DataLoader(
-            _Numbered(images), batch_sampler=batches, num_workers=self.workers,
-            pin_memory=self.device.type == 'cuda',
-        )  # fmt: skip
-        try:
-            for *images, target, index in loader:
-                images = [
-                    img.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-                    for img in images
-                ]
-                target, index = (x.to(self.device, non_blocking=True) for x in (target, index))
-                yield *images, target, index
-        except BadImage as error:  # a worker's exception arrives with its traceback as text in front
-            message = str(error).strip().splitlines()[-1].split('BadImage: ')[-1]
-            error.__traceback__ = None  # its frames hold the loader, whose processes should end now
-        else:
-            return
-        raise BadImage(message)
+        loaded = decoded(
+            _Numbered(images), self.workers, batch_sampler=batches, pin_memory=self.device.type == 'cuda'
+        )
+        for *images, target, index in loaded:
+            images = [
+                img.to(self.device, memory_format=torch.channels_last, non_blocking=True) for img in images
+            ]
+            target, index = (x.to(self.device, non_blocking=True) for x in (target, index))
+            yield *images, target, index
+
+
+def decoded(data: Dataset, workers: int, **options) -> Iterator:
+    """What torch's DataLoader gives with so many processes.
+
+    Raises:
+        BadImage: an image that is one, or the end of a process that decodes; one line.
+    """
+    loader = DataLoader(data, num_workers=workers, worker_init_fn=obey_parent_alone, **options)
+    try:
+        yield from loader
+        return
+    except BadImage as error:  # a worker's exception arrives with its traceback as text in front
+        message = str(error).strip().splitlines()[-1].split('BadImage: ')[-1]
+        error.__traceback__ = None  # its frames hold the loader, whose processes should end now
+    except RuntimeError as error:
+        if not str(error).startswith('DataLoader worker (pid'):
+            raise
+        said = str(error).strip().splitlines()[0]
+        message = f'{said}: try --workers 0, or give it more memory or a larger /dev/shm'
+        error.__traceback__ = None
+    raise BadImage(message)
+
+
+def obey_parent_alone(_: int) -> None:
+    """Of a decoding process: Ctrl-C, torchrun and job schedulers send their signals to it as well, but the
+    training process decides what follows, and may finish its epoch first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # elsewhere one cannot tell who has sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def classes_in(folder: Path) -> list[str]:

@@ -33,6 +33,8 @@ class SoftLabelStore:
         try:
             self.meta = json.loads((self.folder / 'meta.json').read_text())
             kind, _ = kept(self.meta['kind'], self.meta['num_classes'])
+            for key in (*SAME, 'images', 'teacher', 'teacher_weights', 'teacher_top1'):
+                self.meta[key]  # a store that lacks one is refused here
             self.parts = {'logits': ['value'], 'hard': ['index']}.get(kind, ['index', 'value'])
             files = [path for epoch in range(self.meta['epochs']) for path in self._files(epoch).values()]
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -119,4 +121,8 @@ def write_epoch(folder: Path, epoch: int, images: int, outs, kind: str, temp_t: 
     if not seen.all():
         raise ValueError(f'soft labels: every image must be labelled, got {seen.sum()} of {images}')
     for key, array in arrays.items():
-        np.save(place / f'{key}.npy', array)
+        path = place / f'{key}.npy'
+        try:
+            np.save(path, array)
+        except OSError as error:  # of a full disk it names neither file nor reason
+            raise ValueError(f'{path}: cannot be written ({error.strerror or error})') from None

@@ -14,6 +14,7 @@ from engine import side_by_side
 from engine.batch import Batch, Probe
 from engine.device import PRECISIONS, random_state
 from engine.errors import UserError, user_errors
+from engine.evaluate import refuse_misfit
 from engine.meter import Meter
 from engine.method_flags import (
     built_from,
@@ -23,12 +24,20 @@ from engine.method_flags import (
     weights_and_options,
 )
 from engine.optimise import optimiser, phase_epochs
-from engine.processes import distributed, gather_batches, rank, same_buffers
+from engine.processes import distributed, gather_batches, processes, rank, same_buffers
 from engine.recipe import math_args, resume_point
 from engine.record import Record, fingerprint
 from engine.stages import read_stages
 from engine.student import Run, Student, Term
 from methods import KD, PEERS, Method, schedules
+
+# flags that some rows read: which do, and what is said where none does
+READ_BY_SOME = {
+    'ramp_epochs': (lambda row: isinstance(row.when.ramp, schedules.linear), 'the weight has no ramp'),
+    'init_epochs': (lambda row: row.when.alone, 'the training does not begin with a loss alone'),
+    'pretrain_epochs': (lambda row: row.when.pretrain, 'no loss has modules that learn before the training'),
+    'global_relations': (lambda row: row.needs.relations, 'no loss relates the samples of a batch'),
+}
 
 
 def read_methods(args) -> dict[str, list[Term]]:
@@ -48,8 +57,6 @@ def read_methods(args) -> dict[str, list[Term]]:
         ]
         for token, terms in tokens.items()
     }
-    if args.ramp_epochs and not any(isinstance(KD[name].when.ramp, schedules.linear) for name in names):
-        raise UserError(f'--ramp_epochs: {", ".join(sorted(names))}: the weight has no ramp')
     for token, terms in wanted.items():
         for column, what in (
             ('student', 'change the student'),
@@ -63,6 +70,13 @@ def read_methods(args) -> dict[str, list[Term]]:
     return wanted
 
 
+def refuse_unread(args, wanted: dict[str, list[Term]]) -> None:
+    rows = {term.name: term.method for terms in wanted.values() for term in terms}
+    for flag, (reads, why) in READ_BY_SOME.items():
+        if getattr(args, flag) and not any(map(reads, rows.values())):
+            raise UserError(f'--{flag}: {", ".join(sorted(rows))}: {why}')
+
+
 def ramp_of(method: Method, args):
     """The schedule of the loss's weight, as long as --ramp_epochs says."""
     ramp = method.when.ramp
@@ -74,6 +88,8 @@ def ramp_of(method: Method, args):
 def check_teachers(args, names: set[str]) -> None:
     if len(args.t_name) != len(args.t_model):
         raise UserError(f'--t_name and --t_model: {len(args.t_name)} names and {len(args.t_model)} files')
+    if (args.t_mean or args.t_std) and not args.t_name:
+        raise UserError('--t_mean and --t_std: are of the images of a teacher, go with --t_name')
     needy = sorted(name for name in names if KD[name].needs.teacher)
     if args.soft_labels and args.t_name:
         raise UserError('--soft_labels: stands for the teacher, leave out --t_name and --t_model')
@@ -106,7 +122,13 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     if teachers.stored:
         teacher = f'{teachers.stored.meta["teacher_weights"]} {teachers.stored.named(args.epochs)}'
     net_s.to(device, memory_format=torch.channels_last)
-    whole = any(method.needs.full_batches for method in every)
+    refuse_misfit(args.s_name, net_s, train)
+    whole = {term.name for terms in wanted.values() for term in terms if term.method.needs.full_batches}
+    if whole and len(train) < args.batch_size * processes():
+        raise UserError(
+            f'--batch_size {args.batch_size} x {processes()} processes: the training set has {len(train)} '
+            f'images, and {", ".join(sorted(whole))} leaves an incomplete batch out'
+        )
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes
     img, target, index, more = next(train.train_batches(args.batch_size, args.seed, 0, teachers.views))
     img, target, index, more = img[:n], target[:n], index[:n], {k: v[:n] for k, v in more.items()}
@@ -119,7 +141,10 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         return models.build(args.s_name, train.num_classes).to(device, memory_format=torch.channels_last)
 
     t = seen.all_t[0] if seen.all_t else None
-    probe = Probe(s, t, net_s, teachers.net_t, train, args.batch_size, args.epochs, train.num_classes,
+    # a loss that looks at the training set sees all of it in every process; it counts one process's steps
+    all_images = copy.copy(train)
+    all_images.shard, all_images.steps = (0, 1), train.steps
+    probe = Probe(s, t, net_s, teachers.net_t, all_images, args.batch_size, args.epochs, train.num_classes,
                   another_net, seen.all_t)  # fmt: skip
     runs = []
     for token, terms in wanted.items():
@@ -127,7 +152,8 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         net = copy.deepcopy(net_s)
         for term in terms:
             net = build_term(term, net, probe, device)
-        ce, before = weight_of_ce(terms, args), epochs_before(terms, args)
+        chosen = recipe_of(terms, args)
+        ce, before = chosen['ce'], tuple(chosen['before'])
         inside = args.phases == 'inside'
         if inside and sum(before) >= args.epochs:
             raise UserError(
@@ -154,8 +180,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
         recipe = math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
-            teacher_weights=teacher, ce=ce, before=list(before), global_relations=args.global_relations,
-            methods=[term.recipe for term in terms],
+            teacher_weights=teacher, **chosen,
         )  # fmt: skip
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = Record(folder / token, state, recipe, origin, selected_on)
@@ -168,16 +193,23 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         try_once(run, step, seen)
         record.resume(resume_point(args.resume, folder / token))
         if not record.epoch and rank() == 0:  # the other processes are sent the result
-            own_share, train.shard = train.shard, (0, 1)  # it looks for all processes
             for term in terms:
                 if term.method.own.before:
                     with user_errors():
                         term.method.own.before(term.loss, teachers.teacher, probe)
-            train.shard = own_share
         same_buffers(step)  # what `before` found; DistributedDataParallel sends parameters only
         run.step = distributed(step, device)
         runs.append(run)
     return runs
+
+
+def recipe_of(terms: list[Term], args) -> dict:
+    """What a run notes down of its methods."""
+    replaced = args.lambda_ce is not None and any(callable(term.method.when.ce) for term in terms)
+    return {
+        'ce': weight_of_ce(terms, args), 'before': list(epochs_before(terms, args)),
+        'global_relations': args.global_relations, 'methods': [term.recipe for term in terms],
+    } | ({'ce_scheduled': False} if replaced else {})  # fmt: skip
 
 
 def weight_of_ce(terms: list[Term], args) -> float:

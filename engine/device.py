@@ -14,13 +14,18 @@ from torch import nn
 from engine.errors import UserError
 from engine.processes import join_processes, processes
 
+SET_BY_TORCHRUN = ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+
 
 def setup(args: argparse.Namespace) -> torch.device:
     """Threads, seeds and kernels as the flags say; returns the device."""
     if args.threads and args.threads > 1024:  # the system would refuse them one by one, and abort
         raise UserError(f'--threads {args.threads}: at most 1024')
-    if processes() > 1 and 'RANK' not in os.environ:
-        raise UserError(f'WORLD_SIZE is {processes()} and there is no RANK: start with torchrun, or unset it')
+    missing = [name for name in SET_BY_TORCHRUN if name not in os.environ]
+    if processes() > 1 and missing:
+        raise UserError(
+            f'WORLD_SIZE is {processes()} and there is no {missing[0]}: start with torchrun, or unset it'
+        )
     torch.set_num_threads(args.threads or cores())
     mps = torch.backends.mps.is_available()
     name = args.device or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')

@@ -72,6 +72,15 @@ def run(main: Callable[[], int | None]) -> None:
         first = str(error).split('. ')[0]
         print(f'{script}: stopped: {first}: take a smaller --batch_size, or fewer at a time', file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:  # torch's handler raises wherever the training is just then
+        if not str(error).startswith('DataLoader worker (pid'):
+            raise
+        first = str(error).strip().splitlines()[0]
+        print(
+            f'{script}: error: {first}: try --workers 0, or give it more memory or a larger /dev/shm',
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt as error:  # where no epoch is to be finished first
         if '--debug' in sys.argv:
             traceback.print_exception(error)

@@ -1,12 +1,32 @@
 """Accuracies."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.processes import gathered, same_buffers, summed
+
+
+@torch.no_grad()
+def refuse_misfit(name: str, net: nn.Module, data) -> None:
+    """Whether a network takes images of this size: tried on two of them, with a copy, so nothing changes."""
+    with torch.random.fork_rng(devices=[]):  # a folder's loader draws from the global generator
+        first = next(data.test_batches(2), None)
+    if first is None:  # this process has no share of them
+        return
+    img = first[0]
+    try:
+        copy.deepcopy(net).eval()(img)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, AssertionError) as error:
+        h, w = img.shape[2:]
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f'{name}: does not take images of {h} x {w}: {said}') from error
 
 
 def evaluate(net: nn.Module, data, amp: Callable[[], torch.autocast]) -> dict[str, float]:
@@ -63,11 +83,10 @@ def outputs(net: nn.Module, data) -> tuple[Tensor, Tensor]:
     net.eval()
     same_buffers(net)
     batches = data.test_batches(128 if data.device.type == 'cpu' else 1000)
-    parts = [(net(img), target) for img, target, _ in batches]
+    parts = [(net(img).cpu(), target.cpu()) for img, target, _ in batches]
+    parts = [part for share in gathered(parts) for part in share]  # of unequal size, or none in some process
     outs, target = torch.cat([out for out, _ in parts], dim=1), torch.cat([target for _, target in parts])
-    shares = gathered((outs.cpu(), target.cpu()))  # of unequal size
-    joined = torch.cat([out for out, _ in shares], dim=1), torch.cat([target for _, target in shares])
-    return tuple(x.to(outs.device) for x in joined)
+    return outs.to(data.device), target.to(data.device)
 
 
 def measure(net: nn.Module, val, test, amp: Callable[[], torch.autocast]) -> dict[str, Tensor]:

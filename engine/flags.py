@@ -1,6 +1,7 @@
 """The flags that scripts share, and how the text of a flag becomes a value."""
 
 import argparse
+import shlex
 
 from engine.errors import UserError
 from engine.method_flags import key_values
@@ -44,7 +45,9 @@ def add_common_flags(
     # fmt: off
     parser.add_argument('--compile', action='store_true',
         help='networks through torch.compile; a minute of start, faster steps on CUDA, other rounding')
-    add_output_flags(parser)
+    flag = add_output_flags(parser)
+    flag('--print_freq', type=positive_int, default=50,
+         help='steps between shown losses, default 50')
 
 
 def add_optimiser_flag(parser: Parser) -> None:
@@ -85,8 +88,8 @@ def add_label_flag(flag) -> None:
               'have one')  # fmt: skip
 
 
-def add_output_flags(parser: Parser) -> None:
-    """Where results go, how a run goes on, and what it shows meanwhile."""
+def add_output_flags(parser: Parser):
+    """Where results go, how a run goes on; returns what adds further flags to the same group."""
     # fmt: off
     flag = add_place_flags(parser)
     flag('--save_every', type=positive_int, default=1, metavar='N',
@@ -94,9 +97,8 @@ def add_output_flags(parser: Parser) -> None:
               'a kill '
               'loses up to N; '
               'default 1')
-    flag('--print_freq', type=positive_int, default=50,
-         help='steps between shown losses, default 50')
     add_board_flag(flag)
+    return flag
 
 
 def add_board_flag(flag) -> None:
@@ -131,6 +133,15 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
          help='folder only: convert images that are not RGB; grey, CMYK and palette images (ImageNet '
               'has some), '
               'instead of refusing')
+
+
+def data_words(args: argparse.Namespace) -> str:
+    """What stands after --data_name in a command for the same images, with the flags of add_data_flags."""
+    words = [args.data_name]
+    words += ['--img_root', args.img_root] if args.img_root != './data' else []
+    words += ['--image_size', str(args.image_size)] if args.image_size != 224 else []
+    words += ['--convert_rgb'] if args.convert_rgb else []
+    return shlex.join(words)
 
 
 def add_machine_flags(parser: Parser) -> None:

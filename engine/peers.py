@@ -9,6 +9,7 @@ from torch import nn
 import models
 from engine.batch import Batch, Probe, as_float
 from engine.errors import UserError, user_errors
+from engine.evaluate import refuse_misfit
 from engine.method_flags import built_from, refuse_many_processes, refuse_unknown, weights_and_options
 from engine.record import fingerprint
 from methods import KD, PEERS
@@ -94,6 +95,8 @@ def build_networks(args, num_classes: int, device, log) -> list[nn.Module]:
 def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
     img, target, index, _ = next(train.train_batches(args.batch_size, args.seed, 0))
     img, target, index = img[:2], target[:2], index[:2]
+    for name, net in zip(args.net_names, nets):
+        refuse_misfit(name, net, train)
     with torch.no_grad():
         seen = [net.eval()(img, True) for net in nets]
 

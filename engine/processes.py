@@ -30,7 +30,7 @@ def join_processes(device: torch.device) -> torch.device:
         store, place, many = next(dist.rendezvous('env://'))
         # After a failure torchrun offers the same store again, with addresses of dead processes still in it.
         # On one machine the count of restarts gives each start a corner of its own; several machines do not
-        # count alike (README, "Several processes").
+        # count alike (docs/running.md, "Several machines").
         if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
             store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
         dist.init_process_group(

@@ -8,11 +8,11 @@ from engine.processes import processes, rank
 from models.checkpoint import compare_classes, read_checkpoint
 
 # flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
-# (batch_size: those of train_lm.py)
+# (batch_size: those of train_lm.py; ce_scheduled: False where --lambda_ce replaces a method's schedule)
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
          'select': 'saliency', 'labelled': None, 'augment': None, 'bn_l1': 0.0, 'processes': 1,
-         'stage': 'search', 'batch_size': 12}  # fmt: skip
+         'stage': 'search', 'batch_size': 12, 'ce_scheduled': True}  # fmt: skip
 
 
 # what checkpoints did not say at first, whatever it was

@@ -152,6 +152,9 @@ class Record:
         commits = [self.origin['commit'], *self.origin.get('resumed_with', [])]
         if commit not in commits:
             self.origin['resumed_with'] = [*commits[1:], commit]
+        if path.parent.resolve() != self.folder.resolve():  # a kill before the next checkpoint finds all here
+            self.saved = -1
+            self.save()
 
     def epoch_done(self, row: dict, save: bool = True) -> None:
         """save: False leaves the checkpoints as they are: a kill then loses this epoch, too."""

@@ -55,18 +55,18 @@ def start(
     records: of all that is trained.
     total: of steps, where a training is cut by evaluations every so many steps, the last part being shorter.
     """
-    for record in records:
-        forget(args.resume, record.folder)
     folder, before = log.path.parent, min(done * steps, total or done * steps)
-    write_json(folder / 'args.json', {'args': vars(args), **origin})
     unit, what = (
         ('evaluation', f'{before} of {total} steps') if total else ('epoch', f'{done} of {epochs} epochs')
     )
+    board, stop = tensorboard(folder, args.tensorboard), StopAfterEpoch(f'this {unit}')
+    for record in records:
+        forget(args.resume, record.folder)
+    write_json(folder / 'args.json', {'args': vars(args), **origin})
     log(f'{what} done, output in {folder}')
     if not val:
         hint = ' (--val_split holds out training images for that)' if hasattr(args, 'val_split') else ''
         log(f'best.pt is selected on test data{hint}')
-    board, stop = tensorboard(folder, args.tensorboard), StopAfterEpoch(f'this {unit}')
     return Session(args, log, progress_bar(total or steps * epochs, before, log), board, stop, epochs, unit)
 
 
@@ -199,16 +199,18 @@ def tensorboard(folder: Path, wanted: bool):
 
 def read_data(args: argparse.Namespace, device: torch.device):
     """(training set, test set), whole."""
-    folder_only = {'image_size': args.image_size, 'workers': args.workers, 'convert_rgb': args.convert_rgb}
-    with user_errors():
-        return dataset.load(args.data_name, args.img_root, device, **folder_only)
+    return _read(dataset.load, args, device)
 
 
 def read_test(args: argparse.Namespace, device: torch.device):
     """The test set alone: nothing of the training set is looked at."""
+    return _read(dataset.load_test, args, device)
+
+
+def _read(load: Callable, args: argparse.Namespace, device: torch.device):
     folder_only = {'image_size': args.image_size, 'workers': args.workers, 'convert_rgb': args.convert_rgb}
     with user_errors():
-        return dataset.load_test(args.data_name, args.img_root, device, **folder_only)
+        return load(args.data_name, args.img_root, device, **folder_only)
 
 
 def load_data(args: argparse.Namespace, device: torch.device, log: Callable = lambda line: None):
@@ -238,7 +240,13 @@ def labelled_part(data):
 
 
 def refuse_too_few(train, batch_size: int) -> None:
-    """Once it is known which images train: batch norm and relations need two in a batch."""
+    """Once it is known which images train: batch norm and relations need two in a batch, and two classes."""
+    if train.num_classes < 2:
+        name = f' ({train.class_names[0]})' if train.class_names else ''
+        raise UserError(
+            f'one class only{name}: there is nothing to tell apart; name more classes, and a folder has one '
+            f'folder per class right below IMG_ROOT/train'
+        )
     if batch_size < 2:
         raise UserError('--batch_size 1: batch norm and relations within a batch need two images')
     if not train.steps(batch_size):

@@ -10,7 +10,7 @@ from dataset.soft_labels import SoftLabelStore
 from engine.batch import Batch, InFloat32
 from engine.device import precision
 from engine.errors import UserError, user_errors
-from engine.evaluate import evaluate
+from engine.evaluate import evaluate, refuse_misfit
 from models import Feats, load_weights
 from models.checkpoint import compare_classes
 
@@ -81,6 +81,7 @@ def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autoca
     with user_errors():
         said = load_weights(net, path, class_names=getattr(data, 'class_names', None))
     net.requires_grad_(False).to(data.device, memory_format=torch.channels_last)
+    refuse_misfit(path, net, data)
     measured = evaluate(net, data, amp)
     if measured['bad']:
         raise UserError(

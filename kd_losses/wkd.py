@@ -359,10 +359,13 @@ def before(kd, teacher, probe, per_class=100):
 
     A class with fewer has its images several times; one with none, or with one, is as far from all as can be.
     """
-    K = len(kd.cost)
+    data, K = probe.train_set, len(kd.cost)
+    if len(data) > K * per_class:  # a folder would decode all of its images until the rarest class is full
+        first = [(data.targets == y).nonzero()[:per_class, 0] for y in range(K)]
+        data = data.subset(torch.cat(first).sort().values)
     found = [[] for _ in range(K)]
     with torch.no_grad():
-        for img, target, _ in probe.train_set.test_batches(probe.batch_size):
+        for img, target, _ in data.test_batches(probe.batch_size):
             for out, y in zip(teacher(img).out, target.tolist()):
                 if 0 <= y < K and len(found[y]) < per_class:
                     found[y].append(out)

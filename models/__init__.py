@@ -113,7 +113,11 @@ def narrowed(net: nn.Module, path: str | Path | None) -> nn.Module:
 
 
 def how_to_load(path: str | Path, name: str, data: str | None, num_classes: int) -> str:
-    """What to do with a file of weights, for the end of a log. data: None if tools/eval.py cannot read it."""
+    """What to do with a file of weights, for the end of a log.
+
+    data: the value of --data_name and the flags after it (engine.flags.data_words); None if tools/eval.py
+    cannot read it.
+    """
     file = shlex.quote(str(path))
     measured = f'python tools/eval.py --net_name {name} --data_name {data} {file} measures them, '
     loaded = f'models.load_student({str(path)!r}, {name!r}, {num_classes}) is the network'

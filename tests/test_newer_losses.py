@@ -206,6 +206,9 @@ class Labelled:
     def __init__(self, target):
         self.target = torch.tensor(target)
 
+    def __len__(self):
+        return len(self.target)
+
     def test_batches(self, n):
         img = torch.arange(len(self.target))
         return zip(img.split(n), self.target.split(n), img.split(n))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.soft_labels import SoftLabelStore, write_epoch
+from dataset.soft_labels import SAME, SoftLabelStore, write_epoch
 from kd_losses.fkd_labels import SoftCE, quantise, recover
 from tests.conftest import TINY
 from tests.test_train import rows
@@ -98,7 +98,9 @@ def test_what_is_stored_is_small_and_comes_back(tmp_path):
     outs = [(torch.tensor([4, 0, 2]), out[[4, 0, 2]]), (torch.tensor([1, 3, 5]), out[[1, 3, 5]])]
     for kind in ('hard', 'smoothing', 'smooth3', 'renorm3', 'smooth12', 'logits'):
         write_epoch(tmp_path / kind, 0, 6, outs, kind, 1.0, 12)
-        (tmp_path / kind / 'meta.json').write_text(json.dumps({'kind': kind, 'num_classes': 12, 'epochs': 1}))
+        meta = dict.fromkeys((*SAME, 'images', 'teacher', 'teacher_weights', 'teacher_top1'), 0)
+        meta |= {'kind': kind, 'num_classes': 12, 'epochs': 1}
+        (tmp_path / kind / 'meta.json').write_text(json.dumps(meta))
         store = SoftLabelStore(tmp_path / kind)
         store.read(7)
         expected = probs

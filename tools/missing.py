@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine.threads  # noqa: E402, F401  before torch
 
 from engine import errors  # noqa: E402
-from engine.build import epochs_before, weight_of_ce  # noqa: E402
+from engine.build import recipe_of  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import NEWER, math_args  # noqa: E402
 from report.table import read_json  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = ('train_base.py', 'train_kd.py', 'train_dml.py')
 
 
 def wanted(script: str, token: str | None, words: list[str]) -> dict:
@@ -35,11 +36,8 @@ def wanted(script: str, token: str | None, words: list[str]) -> dict:
     if token is None:
         recipe |= {'net': args.net_name}
     elif hasattr(args, 's_name'):
-        parts = module.read_methods(args)[token]
-        recipe |= {'student': args.s_name, 'teacher': '+'.join(args.t_name),
-                   'methods': [part.recipe for part in parts], 'ce': weight_of_ce(parts, args),
-                   'before': list(epochs_before(parts, args)),
-                   'global_relations': args.global_relations}  # fmt: skip
+        recipe |= {'student': args.s_name, 'teacher': '+'.join(args.t_name)}
+        recipe |= recipe_of(module.read_methods(args)[token], args)
     else:
         _, weight, options = module.read_method(args)
         recipe |= {'nets': args.net_names, 'method': [token, weight, options]}
@@ -58,8 +56,8 @@ def main():
     parser.add_argument('command', nargs='*', metavar='-- SCRIPT FLAG', help='the command without --kd_mode')
     cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     tokens, (script, *words) = parser.parse_args(sys.argv[1:cut]).methods, sys.argv[cut + 1 :] or ['']
-    if not (script.startswith('train_') and (ROOT / script).is_file()):
-        raise UserError(f'after -- comes a training command, e.g. train_kd.py ..., got {script!r}')
+    if script not in SCRIPTS:
+        raise UserError(f'after -- comes a command of {", ".join(SCRIPTS)}, got {script!r}')
     results = [read_json(path) for path in sorted((ROOT / 'results').rglob('*.json'))]
     recipes = [r['recipe'] for r in results if isinstance(r, dict) and 'recipe' in r]
     print(' '.join(token for token in tokens if not done(wanted(script, token, words), recipes)))
