@@ -4,7 +4,7 @@
     python train_dense.py --task detection --kd_mode alone pkd       boxes around objects
     python train_dense.py --kd_mode cwd+ifvd --labelled 200          two losses on one student
     torchrun --nproc_per_node=2 train_dense.py ...    several processes, --batch_size pictures each
-    python train_dense.py --task detection --data_name coco --size 800 --s_name fasterrcnn_resnet18_fpn
+    python train_dense.py --task detection --data_name coco --s_name fasterrcnn_resnet18_fpn \\
         --t_name fasterrcnn_resnet101_fpn --t_model teacher.pt --kd_mode dkd reviewkd --optim sgd --lr 0.01
 
 Rooms: the teacher is trained first, on many labelled pictures, and kept in SAVE_ROOT; students have labels
@@ -45,6 +45,7 @@ from engine.flags import (
     fraction,
     positive_float,
     positive_int,
+    refuse_given,
     seed_number,
     whole_number,
 )
@@ -123,7 +124,10 @@ def parse_args(words=None):
     flag = add_place_flags(parser)
     add_board_flag(flag)
     flag('--dry_run', action='store_true', help='say what would be trained, and end')
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if args.schedule != 'steps':
+        refuse_given(args, {'milestones': [0.667, 0.889]}, f'--schedule {args.schedule} does not read it')
+    return args
 
 
 def read_methods(args) -> dict[str, dict]:
@@ -140,6 +144,8 @@ def read_methods(args) -> dict[str, dict]:
         raise UserError('--augment: for --task segmentation; boxes are only mirrored')
     if args.size % 32:
         raise UserError(f'--size {args.size}: must be a multiple of 32')
+    if not any(rows[name].needs.teacher for name in names):
+        refuse_given(args, {'t_model': None}, f'{" ".join(names)} has no teacher')
     weights, options = weights_and_options(args, names, rows)
     return {word: {name: (rows[name], weights[name], options[name]) for name in word.split('+')}
             for word in args.kd_mode}  # fmt: skip

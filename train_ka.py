@@ -90,9 +90,8 @@ def parse_args():
         setting.add_flags(parser)
     flag = parser.add_argument_group('optimiser').add_argument
     flag('--optim', choices=('adam', 'sgd'), default='adam',
-         help='adam with cosine, or sgd with milestones; the cosine goes to 0 in every step; --schedule '
-              'onecycle '
-              'replaces either; default adam')
+         help='adam with cosine, or sgd with milestones; adam: the rate falls along a cosine, step by step, '
+              'to 0 at the end; --schedule onecycle replaces either; default adam')
     flag('--lr_ka', type=positive_float, metavar='LR',
          help="learning rate of the loss's modules; default: as --lr with adam, 0.01 with sgd")
     # fmt: on
@@ -131,6 +130,8 @@ def main():
     origin = provenance(device)
 
     setting = kind(args, rows, device, log)
+    if terms:
+        session.refuse_too_few(setting.train, args.batch_size)
     origin |= class_names_of(setting.train)
     runs = [build_run(args, term, setting, folder, origin) for term in terms.values()]
     if setting.nets:
@@ -162,7 +163,7 @@ def main():
         batches = setting.train.train_batches(args.batch_size, args.seed, epoch)
         for k, batch in enumerate(together.looks(seen_by_teachers, batches)):
             lr = learning_rates(args, phase, (epoch - first + k / steps) / (ends[phase] - first))
-            now = Moment(epoch, total, phase, (epoch + k / steps) / total, lr)
+            now = Moment(phase, (epoch + k / steps) / total, lr)
             together.train(partial(train_student, setting=setting, now=now), active, batch)
             live.bar.update()
             active = [run for run in active if not run.meter.failure]  # a failed student stops, others go on
@@ -200,9 +201,8 @@ def train_student(run: Run, seen: Batch, setting, now: Moment) -> None:
     """One step of one student: an update, or several. seen: the batch and what teachers say of it."""
     reads = run.method.needs.labels  # nobody else gets to see them
     batch = replace(
-        seen, target=seen.target if reads else None, epoch=now.epoch, epochs=now.epochs, phase=now.phase,
-        done=now.done, layers=run.layers, blocks=setting.blocks, rng=run.rng, soft=ConcatKD(),
-        supervised=setting.supervised,
+        seen, target=seen.target if reads else None, phase=now.phase, done=now.done, layers=run.layers,
+        blocks=setting.blocks, rng=run.rng, soft=ConcatKD(), supervised=setting.supervised,
     )  # fmt: skip
     said = {}
     if run.draws:

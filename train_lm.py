@@ -35,6 +35,7 @@ from engine.flags import (
     add_place_flags,
     positive_float,
     positive_int,
+    refuse_given,
     seed_number,
     share_of_ce,
     whole_number,
@@ -125,6 +126,9 @@ def main():
     if 'hidden states' in views and text.oracle and not args.t_model:
         raise UserError(f'--data_name {args.data_name}: its teacher has no hidden states; give --t_model')
     facts = f'{text.name}: {len(text.ids)} symbols, {len(text.symbols)} different ones, hash {text.digest}'
+    facts += f'; {text.replaced:.1%} of the characters became blanks' if text.replaced else ''
+    if (args.t_model or text.oracle) and 'a second vocabulary' not in views:
+        refuse_given(args, {'t_steps': 2400}, 'no teacher is trained here')
     if args.dry_run:
         if rank() > 0:
             return

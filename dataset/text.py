@@ -30,6 +30,7 @@ class Text:
     first: int = 0  # position of a window from which on symbols are predicted
     oracle: Oracle | None = None
     entropy: float | None = None  # nats per symbol, the best loss, where it is known
+    replaced: float = 0.0  # share of the characters that became blanks
     train: Tensor = field(init=False)
     val: Tensor = field(init=False)
 
@@ -85,12 +86,16 @@ def load(name: str) -> Text:
 
 def of_characters(name: str, text: str) -> Text:
     """Printable ASCII and newlines; everything else becomes a blank."""
-    text = ''.join(c if ' ' <= c <= '~' or c == '\n' else ' ' for c in text)
+    kept = ''.join(c if ' ' <= c <= '~' or c == '\n' else ' ' for c in text)
+    replaced = sum(a != b and not a.isspace() for a, b in zip(text, kept)) / max(len(text), 1)
+    if replaced > 0.5:
+        raise ValueError(f'{name}: {replaced:.0%} of it would be blanks, only printable ASCII is kept')
+    text = kept
     symbols = ''.join(sorted(set(text)))
     if len(symbols) < 2:
         raise ValueError(f'{name}: the text has {len(symbols)} different symbols, at least 2 are needed')
     numbers = {c: i for i, c in enumerate(symbols)}
-    return Text(name, symbols, torch.tensor([numbers[c] for c in text]))
+    return Text(name, symbols, torch.tensor([numbers[c] for c in text]), replaced=replaced)
 
 
 def markov(K: int, seed: int = 0) -> Text:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine.dense_tasks import Given, Setting
 from engine.meter import Meter
 from engine.processes import rank, same_buffers
-from engine.record import Record, save_checkpoint, tested, write_json
+from engine.record import Record
 from methods.dense import Dense
 from models.dense import Detected
 
@@ -127,22 +127,3 @@ class Run:
             module.train(mode)
             if not mode:
                 same_buffers(module)
-
-
-class StepRecord(Record):
-    """A record whose rows are evaluations after a number of steps."""
-
-    def finish(self, weights: str, facts: dict) -> str:
-        save_checkpoint(self.folder / weights, self._weights())
-        figures = [tested(row) | {'step': row['step']} for row in (self.history[-1], self.best)]
-        for row in figures:
-            del row['epoch']
-        write_json(self.folder / 'results.json', facts | {
-            'last': figures[0],
-            'best': figures[1] | {'selected_on': 'test data'},
-            'curve': [round(row[self.key], 4) for row in self.history],
-            'seconds': round(sum(row['seconds'] for row in self.history), 1),
-            'recipe': self.math_args,
-            **self.origin,
-        })  # fmt: skip
-        return ', '.join(f'{key} {value:.2f}' for key, value in figures[0].items() if key != 'step')

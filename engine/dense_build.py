@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from engine import dense as parts
+from engine.dense_setting import try_step
 from engine.errors import UserError, user_errors
 from engine.meter import Meter
 from engine.optimise import adamw, one_cycle, sgd
 from engine.processes import averaged, processes, same_weights
 from engine.recipe import resume_point
 from engine.record import fingerprint
+from engine.step_record import StepRecord
 from models.dense import Detected, build
 
 MASKS_LR = 1e-3  # of what a loss learns before the training, by Adam
@@ -53,6 +55,7 @@ def make_run(
     net.load_state_dict(start.state_dict())
     net.to(setting.device, memory_format=torch.channels_last).train()
     seen = parts.StepPictures(setting, 0)
+    try_step(args.s_name, net, seen)
     # losses are built from, and tried on, the first pictures, whatever other students there are
     torch.manual_seed(args.seed)
     terms = []
@@ -79,7 +82,7 @@ def make_run(
                'teacher': fingerprint(setting.net_t) if taught(chosen) else None,
                **setting.augmented}  # fmt: skip
     state = {'net': net, 'kd': kds, 'opt': opt}
-    run.record = parts.StepRecord(folder / word, state, recipe, origin, 'test', setting.task.key)
+    run.record = StepRecord(folder / word, state, recipe, origin, 'test', setting.task.key)
     run.record.resume(resume_point(args.resume, folder / word))
     if not run.record.epoch:
         learn_masks(args, run)

@@ -1,5 +1,6 @@
 """From the flags of train_dense.py to its pictures, its teacher, and the weights that students start from."""
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -111,6 +112,7 @@ def the_teacher(args, setting, net, steps, root: Path, log) -> nn.Module:
             )
 
         def weights() -> dict:
+            try_step(args.t_name, net, parts.StepPictures(setting, 0, steps[0]))
             torch.manual_seed(0)
             net.load_state_dict(build(args.task, args.t_name, setting.num_classes, args.size).state_dict())
             learn_from_labels(args, setting, net, steps, log)
@@ -136,6 +138,16 @@ def the_teacher(args, setting, net, steps, root: Path, log) -> nn.Module:
     setting.facts = {'name': args.t_name, **figures}
     log(f'teacher {args.t_name}: {path.name}, ' + ', '.join(f'{k} {v:.2f}' for k, v in figures.items()))
     return net
+
+
+def try_step(name: str, net: nn.Module, seen) -> None:
+    """The pictures of a step through a copy of a network: one line where it cannot learn from so few."""
+    trial, given = copy.deepcopy(net).to(seen.setting.device).train(), seen.given('labelled')
+    try:
+        with torch.no_grad(), user_errors():
+            seen.setting.task.look(trial, given)
+    except UserError as error:
+        raise UserError(f'{name}: {error}; a step needs more pictures (--batch_size, --labelled)') from None
 
 
 def learn_from_labels(args, setting, net, steps, log) -> None:

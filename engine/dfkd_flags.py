@@ -36,12 +36,18 @@ def read_methods(args) -> dict[str, Wanted]:
             raise UserError(f'--{key}: is a weight of {having}, not of {" ".join(names)}')
     options = given_options(args)
     given, made = {'ood': args.ood_name, 'pool': args.pool_init}, {}
+    recipes = {name: recipe_of(args, name) for name in names}
     pooling = [name for name in names if DFKD[name].images.kind == 'pool']
-    reads = {'--pool_init': (args.pool_init, pooling), '--pool_max': (args.pool_max, pooling),
-             '--ood_name': (args.ood_name, [name for name in names if DFKD[name].needs.ood])}  # fmt: skip
-    for flag, (value, readers) in reads.items():
-        if value and not readers:
-            raise UserError(f'{flag}: {" ".join(names)} would not read it')
+    reads = {'pool_init': pooling, 'pool_max': pooling,
+             'ood_name': [name for name in names if DFKD[name].needs.ood],
+             'g_steps': [name for name in names if DFKD[name].feed],
+             'lr_z': [name for name in pooling if DFKD[name].images.generator],
+             'milestones': [name for name in names if recipes[name].sched == 'steps'],
+             'eta_min': [name for name in names if recipes[name].sched == 'cosine'],
+             'momentum': [name for name in names if recipes[name].optim == 'sgd']}  # fmt: skip
+    for key, readers in reads.items():
+        if getattr(args, key) and not readers:
+            raise UserError(f'--{key}: {" ".join(names)} would not read it')
     for name in names:
         row = DFKD[name]
         for need, flag in (('ood', '--ood_name'), ('pool', '--pool_init')):
@@ -50,7 +56,9 @@ def read_methods(args) -> dict[str, Wanted]:
         own = {key: value for key, value in weights.items() if key in row.weights}
         if row.weights and not any((row.weights | own).values()):
             raise UserError(f'--{" --".join(row.weights)}: with all at 0 nothing is left to make images by')
-        recipe = recipe_of(args, name)
+        recipe = recipes[name]
+        if row.images.kind == 'fixed' and not recipe.warmup:
+            raise UserError(f'--warmup 0: {name} trains its generators in these epochs alone')
         if not recipe.g_steps and not (name in pooling and args.pool_init):
             raise UserError(
                 f'--g_steps 0: {name} has no image then; only a pool of --pool_init may stay as it is'
@@ -63,6 +71,8 @@ def recipe_of(args, name: str) -> Recipe:
     """The preset, with what flags say otherwise."""
     given = {f.name: getattr(args, f.name, None) for f in fields(Recipe)}
     given = {key: value for key, value in given.items() if value is not None}
+    if not DFKD[name].feed:  # beside others: it makes no image
+        given.pop('g_steps', None)
     recipe = replace(DFKD[name].recipe, **given)
     if args.dry_run:
         few, warmup = min(recipe.kd_steps, 3), min(recipe.warmup, 1)

@@ -119,8 +119,8 @@ def first_look(args, net: nn.Module, setting, layers: tuple[int, ...]) -> tuple[
     img, index = img[:2], index[:2]
     target = {k: v[:2] for k, v in target.items()} if isinstance(target, dict) else target[:2]
     batch = Batch(
-        img, target, index, setting.teachers_on(img), epochs=args.epochs, layers=layers,
-        blocks=setting.blocks, rng=random.Random(0), soft=ConcatKD(), supervised=setting.supervised,
+        img, target, index, setting.teachers_on(img), layers=layers, blocks=setting.blocks,
+        rng=random.Random(0), soft=ConcatKD(), supervised=setting.supervised,
     )  # fmt: skip
     with torch.no_grad():
         s = setting.forward(net.eval(), batch)

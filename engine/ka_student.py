@@ -28,8 +28,6 @@ class Batch:
     all_t: list  # what the teachers say of the images, see Setting.teachers_on
 
     update: str = 'all'  # which of the row's updates this is
-    epoch: int = 0  # epochs done
-    epochs: int = 0  # of the whole training
     phase: int = 0  # of the setting's phases, from 0
     done: float = 0.0  # share of the whole training that lies behind
     layers: tuple[int, ...] = ()  # the stages that the loss attaches to
@@ -54,8 +52,6 @@ class Probe:
 class Moment:
     """Where in the training a step is."""
 
-    epoch: int
-    epochs: int
     phase: int
     done: float  # share of the whole training
     lr: dict[str, float]  # by the role of a group of parameters

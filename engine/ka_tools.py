@@ -34,12 +34,17 @@ NOT_HERE = {'val_split': 0.0, 'schedule': 'steps', 'compile': False, 'tensorboar
 
 def begin(args, name: str, **more) -> tuple[Path, Log]:
     """The output folder and its log. more: further flags that mean nothing here, and their defaults."""
-    if processes() > 1:
-        raise UserError('this tool runs in one process only')
+    refuse_processes()
     refuse_given(args, NOT_HERE | more, UNREAD)
     refuse_fp16(args)
     folder = output_folder(Path(args.save_root) / (args.note or name))
     return folder, Log(folder)
+
+
+def refuse_processes() -> None:
+    """Every process would see its share of the data, and nobody would average."""
+    if processes() > 1:
+        raise UserError('this tool runs in one process only')
 
 
 def class_teachers(args, train, test, amp, log) -> tuple[dataset.ClassParts, list[nn.Module], list[dict]]:
@@ -73,6 +78,12 @@ def part_figures(nets: list[nn.Module], data, split: dataset.ClassParts, amp) ->
     read = split.metrics(outs[0], target)
     known = [read[f'part{i + 1}'] for i in range(len(split.distinct()))]
     return {'top1': read['top1'], 'known': sum(known) / len(known)}
+
+
+def check_places(args, folder: Path, names: Iterable[str]) -> None:
+    """Refuse, before anything is written or trained, where --resume does not fit a folder of these runs."""
+    for name in names:
+        resume_point(args.resume, folder / name)
 
 
 def record_of(folder: Path, parts: dict, recipe: dict, origin: dict, args, key: str = 'top1') -> Record:
@@ -152,6 +163,12 @@ def sound(loss: Tensor, *teachers: Tensor) -> None:
         raise NonFinite('the teacher gives non-finite logits')
     if not torch.isfinite(loss.detach()):
         raise NonFinite(str(loss.item()))
+
+
+def refuse_non_finite(loss: Tensor, where: str) -> None:
+    """The same of a loss outside of train(), which says itself where that was."""
+    if not torch.isfinite(loss.detach()):
+        raise NonFinite(f'{where}: the loss is not finite')
 
 
 def cosine(done: float) -> float:

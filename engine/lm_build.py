@@ -109,7 +109,7 @@ def make_run(args, setting, folder, origin, name, method, weight, options) -> pa
                'initial': fingerprint(setting.start),
                'second_teacher': fingerprint(setting.net_pairs) if probe.second else None}  # fmt: skip
     state = {'net': net, 'kd': kd, 'opt': run.opt, 'memory': run.memory}
-    run.record = networks.StepRecord(folder / name, state, recipe, origin, 'val', 'loss')
+    run.record = networks.TextRecord(folder / name, state, recipe, origin, 'val', 'loss')
     run.record.resume(resume_point(args.resume, folder / name))
     if run.record.epoch:
         run.recall()

@@ -13,7 +13,8 @@ from engine.errors import NonFinite, user_errors
 from engine.lm_setting import PROMPT, TEACHER_LR, Setting, adamw, cross_entropy, set_rates, share_of_rate
 from engine.meter import all_finite
 from engine.processes import summed
-from engine.record import Record, keep, save_checkpoint, tested, write_json
+from engine.record import keep
+from engine.step_record import StepRecord
 from models import lm
 from models.checkpoint import read_checkpoint
 
@@ -93,27 +94,11 @@ def measure(net: nn.Module, setting: Setting) -> tuple[dict[str, float], str]:
     return {f'val_{key}': value for key, value in figures.items()}, '|'.join(shown)
 
 
-class StepRecord(Record):
-    """A record whose rows are evaluations, and whose figure is a loss: less is better."""
+class TextRecord(StepRecord):
+    """Its figure is a loss: less is better."""
+
+    data, digits = 'held-out text', 3
 
     @property
     def best(self) -> dict:
         return min(self.history, key=lambda row: row[self.key])
-
-    def finish(self, weights: str, facts: dict) -> str:
-        save_checkpoint(self.folder / weights, self._weights())
-        last, best = (
-            {k.replace('val_', 'test_'): v for k, v in row.items()} for row in (self.history[-1], self.best)
-        )
-        figures = [tested(row) | {'step': row['step']} for row in (last, best)]
-        for row in figures:
-            del row['epoch']
-        write_json(self.folder / 'results.json', facts | {
-            'last': figures[0],
-            'best': figures[1] | {'selected_on': 'held-out text'},
-            'curve': [round(row['val_loss'], 4) for row in self.history],
-            'seconds': round(sum(row['seconds'] for row in self.history), 1),
-            'recipe': self.math_args,
-            **self.origin,
-        })  # fmt: skip
-        return ', '.join(f'{key} {figures[0][key]:.3f}' for key in figures[0] if key != 'step')

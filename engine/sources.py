@@ -33,6 +33,7 @@ class Source:
     seed: int | None = None
     url: str | None = None
     known: bool = False  # whether data and classes are what it was trained on
+    headless: bool = False  # whether its file has no classifier: load draws one, whose logits say nothing
 
     def facts(self) -> dict:
         told = {'name': self.name, 'net': self.net, 'file': str(self.file), 'trained_on': self.trained_on}
@@ -47,11 +48,12 @@ class Source:
         return self.classes is None or classes is None or bool(set(self.classes) & set(classes))
 
     def load(self, device: torch.device) -> nn.Module:
-        """The network with its own classifier, frozen, in evaluation mode."""
+        """The network with its own classifier if it has one, frozen, in evaluation mode."""
         with user_errors():
             number = models.num_classes_in(models.build(self.net, 10), self.file)
             net = models.build_for(self.file, self.net, number or 10)
-            models.load_weights(net, self.file, new_head=number is None)
+            self.headless = number is None
+            models.load_weights(net, self.file, new_head=self.headless)
         net.requires_grad_(False).to(device, memory_format=torch.channels_last)
         return net.eval()
 

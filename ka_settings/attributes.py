@@ -14,9 +14,12 @@ from dataset.attributes import attribute_figures, majority
 from engine.batch import as_float
 from engine.device import autocast, exact
 from engine.errors import UserError, user_errors
+from engine.flags import refuse_given
 from engine.processes import gathered, same_buffers
 from ka_losses.customize import select_teacher
 from models.streams import StreamNet
+
+from .classes import size_of
 
 
 class Attributes:
@@ -47,6 +50,9 @@ class Attributes:
 
     def __init__(self, args, wanted: dict, device, log) -> None:
         self.args, self.amp = args, autocast(device, args.amp)
+        self.streams = any(method.own.student for method in wanted.values())
+        if not self.streams:
+            refuse_given(args, {'epochs_ft': 5}, f'{" ".join(args.ka_mode)} would not read it')
         references = all(method.needs.labels for method in wanted.values())
         with user_errors():
             train, self.val, test = dataset.load_attributes(
@@ -57,7 +63,8 @@ class Attributes:
             train, self.val = train.split(args.val_split, args.seed)
         theirs = [text.split(',') for text in args.t_attributes]
         names = args.t_name * len(theirs) if len(args.t_name) == 1 else args.t_name
-        if not len(names) == len(theirs) == len(args.t_model) or not (theirs or references):
+        alike = len(names) == len(theirs) == len(args.t_model) and bool(args.t_name) == bool(theirs)
+        if not alike or not (theirs or references):
             raise UserError(
                 f'--t_name, --t_model and --t_attributes: needs as many of each, got {len(args.t_name)}, '
                 f'{len(args.t_model)} and {len(theirs)}'
@@ -69,11 +76,16 @@ class Attributes:
             for i, (name, path, mine) in enumerate(zip(names, args.t_model, theirs), 1):
                 net, row = self._teacher(i, name, path, test.take(mine), log)
                 self.nets.append(net)
-                figures.append({'name': name, 'attributes': mine, **row})
+                figures.append({'name': name, 'attributes': mine, 'parameters': size_of(net), **row})
             self.train, self.test = train.take(self.attributes), test.take(self.attributes)
             self.val = self.val and self.val.take(self.attributes)
         engine.session.share(self.train, self.val, self.test)
         self._who_knows_what(theirs, wanted)
+        for half, data in (('test', self.test), ('validation', self.val)):
+            if data and set(majority(data.targets, self.attributes).values()) == {100}:
+                raise UserError(
+                    f'--attributes {" ".join(self.attributes)}: all {half} images are alike in these'
+                )
         usual = majority(self.test.targets, self.attributes)
         if alike := [name for name, share in usual.items() if share == 100]:
             log(f'no balanced accuracy of {", ".join(alike)}: all test images are alike')
@@ -84,7 +96,6 @@ class Attributes:
                 raise UserError(f'{flag}: {", ".join(made)} makes the student of the teachers')
         self.initial = self._initial(args, log)
         self.shown = ('accuracy', 'balanced')
-        self.streams = any(method.own.student for method in wanted.values())
         self.facts = {'teacher': '+'.join(names) or None, 'attributes': list(self.attributes),
                       't_attributes': theirs, 'teachers': figures, 'majority': usual,
                       'labelled': references}  # fmt: skip
@@ -183,7 +194,7 @@ class Attributes:
         """Sizes, and where the streams leave the trunk."""
         if isinstance(net, StreamNet):
             return {'parameters': net.parameters_in_use(), 'branch_points': net.points.tolist()}
-        return {'parameters': sum(p.numel() for p in net.parameters())}
+        return {'parameters': size_of(net)}
 
     def ensembles(self) -> dict[str, dict]:
         """Sources of the same attributes: each by itself, and for every image the surest of them with the

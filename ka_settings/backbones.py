@@ -20,11 +20,15 @@ from dataset.labels import labelled_cross_entropy
 from engine.batch import as_float
 from engine.device import autocast, exact
 from engine.errors import UserError, user_errors
+from engine.flags import refuse_given
 from engine.processes import gathered, same_buffers
 
-from .classes import limited
+from .classes import limited, size_of
 
 PROBE = 5000
+# flags that one kind of data reads, and their defaults
+OF_CLASSES = {'num_parts': None, 'split': 'contiguous', 't_classes': None}
+OF_ATTRIBUTES = {'t_attributes': [], 'size': 48}
 
 
 @dataclass
@@ -66,16 +70,16 @@ class Backbones:
         """None of its own."""
 
     def __init__(self, args, wanted: dict, device, log) -> None:
+        faces = args.data_name.partition(':')[0] in dataset.ATTRIBUTE_DATA
+        refuse_given(args, OF_CLASSES if faces else OF_ATTRIBUTES, f'not for --data_name {args.data_name}')
         self.args, self.amp = args, autocast(device, args.amp)
         names = args.t_name * len(args.t_model) if len(args.t_name) == 1 else args.t_name
         if len(names) != len(args.t_model) or not names:
             raise UserError(
                 f'--t_name and --t_model: needs as many of each, got {len(args.t_name)}, {len(args.t_model)}'
             )
-        load = (
-            self._attributes if args.data_name.partition(':')[0] in dataset.ATTRIBUTE_DATA else self._classes
-        )
-        load(args, len(names), device, log)
+        (self._attributes if faces else self._classes)(args, len(names), device, log)
+        self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
         self.few = limited(self.train, PROBE)  # drawn: a folder's images come class by class
         if len(self.of) != len(names):
             raise UserError(f'{len(self.of)} tasks for {len(names)} teachers')
@@ -83,7 +87,7 @@ class Backbones:
         for i, (name, path, task) in enumerate(zip(names, args.t_model, self.of), 1):
             net, right = self._teacher(i, name, path, task, log)
             self.nets.append(net)
-            figures.append({'name': name, 'task': task.name, 'accuracy': right})
+            figures.append({'name': name, 'task': task.name, 'accuracy': right, 'parameters': size_of(net)})
         self.student_name = args.s_name or names[0]
         self.initial = self._initial(args, log)
         self.shown = ('mean', *(f'task{i}' for i in range(1, len(names) + 1)))
@@ -106,7 +110,6 @@ class Backbones:
                  [names[c] for c in part] if names else None)
             for part in parts
         ]  # fmt: skip
-        self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
 
     def _attributes(self, args, teachers: int, device, log) -> None:
         with user_errors():
@@ -178,7 +181,7 @@ class Backbones:
         return row
 
     def details(self, net: nn.Module) -> dict:
-        return {'parameters': sum(p.numel() for p in net.parameters())}
+        return {'parameters': size_of(net)}
 
     def ensembles(self) -> dict[str, dict]:
         """Probes of every teacher's embedding for all tasks, and of the student's before its training."""

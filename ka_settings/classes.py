@@ -80,7 +80,7 @@ class Classes:
         for i, (name, path, part) in enumerate(zip(names, args.t_model, parts), 1):
             net, top1 = self._teacher(i, name, path, part, test, log)
             self.nets.append(net)
-            figures.append({'name': name, 'classes': part, 'top1': top1})
+            figures.append({'name': name, 'classes': part, 'top1': top1, 'parameters': size_of(net)})
         self.facts = {'teacher': '+'.join(names), 'parts': parts, 'classes': self.split.classes,
                       'teachers': figures}  # fmt: skip
         with user_errors():
@@ -212,6 +212,11 @@ class SideBySide(nn.Module):
         with self.amp():
             outs = [net(img) for net in self.nets]
         return torch.cat(outs, dim=1).float()[None]
+
+
+def size_of(net: nn.Module) -> int:
+    """Its parameters."""
+    return sum(p.numel() for p in net.parameters())
 
 
 def limited(data, n: int | None):

@@ -16,8 +16,9 @@ from engine.errors import UserError
 from engine.parser import Parser
 from engine.record import output_folder
 from methods.dense import DENSE
+from report.plot import pyplot_or_error
 from report.speed import table
-from report.table import by_recipe, chosen, in_brackets, read_json, read_results
+from report.table import by_recipe, chosen, extremes, in_brackets, read_json, read_results
 
 FIGURES = {
     'segmentation': {'miou': 'mIoU', 'accuracy': 'pixel accuracy'},
@@ -59,41 +60,54 @@ def of_setting(task: str, results: list[dict], label: str) -> str:
     """label: what tells it from the other tables of its setting."""
     figures = FIGURES[task]
     main = next(iter(figures))
-    rows = {}
+    teachers, rows = teachers_of(results), {}
     for result in results:
         own = chosen(result, rows_for(DENSE, task, result['student']))
+        if len(teachers) > 1 and taught_by(result):
+            own.append(f'teacher {list(teachers).index(taught_by(result)) + 1}')
         rows.setdefault(result['method'] + in_brackets(own), []).append(result)
     alone = {r['seed']: r['last'][main] for r in rows.get('alone', [])}
     ordered = sorted(rows, key=lambda name: (name != 'alone', -mean(rows[name], main)))
     said = {key: ', '.join(str(x) for x in sorted({r[key] for r in results}))
             for key in (*SETTING, 'seed')}  # fmt: skip
-    teacher = next((r['teacher'] for r in results if r['teacher']), None)
+    names = dict.fromkeys(teacher['name'] for teacher in teachers.values())
     above = [f'`{name}`' for name in ordered if name != 'alone' and alone and len(rows[name]) > 1
              and all(r['last'][main] > alone.get(r['seed'], np.inf) for r in rows[name])]  # fmt: skip
     many = results[0].get('processes', 1)
     text = (
-        f'{task.capitalize()}, {teacher["name"] if teacher else "nobody"} teaches {said["student"]}: '
+        f'{task.capitalize()}, {" or ".join(names) or "nobody"} teaches {said["student"]}: '
         f'{said["labelled"]} labelled pictures, {said["unlabelled"]} without labels, {said["steps"]} steps'
         f'{label}{f", {many} processes" if many > 1 else ""}; '
         f'seeds {said["seed"]}: mean (smallest to largest). '
         f'Above the student alone with every seed: {", ".join(above) or "none"}.\n\n'
     )
-    lines = [('teacher', *(f'{teacher[key]:.1f}' for key in figures), '', '')] if teacher else []
+    lines = [(f'teacher {number}' if len(teachers) > 1 else 'teacher',
+              *(f'{teacher[key]:.1f}' for key in figures), '', '')
+             for number, teacher in enumerate(teachers.values(), 1)]  # fmt: skip
     for name in ordered:
         gains = [r['last'][main] - alone[r['seed']] for r in rows[name] if r['seed'] in alone]
         gain = f'{statistics.mean(gains):+.1f}' if gains and name != 'alone' else ''
-        shown = (cell([r['last'][key] for r in rows[name]]) for key in figures)
+        shown = (extremes([r['last'][key] for r in rows[name]]) for key in figures)
         lines.append((f'`{name}`', *shown, gain, str(len(rows[name]))))
     return text + table(('', *figures.values(), f'{figures[main]} against alone', 'seeds'), *lines)
 
 
+def taught_by(result: dict) -> str | None:
+    """The fingerprint of a student's teacher."""
+    return result.get('recipe', {}).get('teacher')
+
+
+def teachers_of(results: list[dict]) -> dict[str | None, dict]:
+    """{fingerprint: name and figures}: all if a seed has several, else one: each seed may have its own."""
+    found = {taught_by(r): r['teacher'] for r in results if r['teacher']}
+    pairs = {(r['seed'], taught_by(r)) for r in results if taught_by(r)}
+    if len(pairs) > len({seed for seed, _ in pairs}):
+        return {mark: teacher for mark, teacher in found.items() if mark}
+    return dict(list(found.items())[:1])
+
+
 def mean(results: list[dict], key: str) -> float:
     return statistics.mean(r['last'][key] for r in results)
-
-
-def cell(values: list[float]) -> str:
-    shown = f'{statistics.mean(values):.1f}'
-    return shown if len(values) == 1 else f'{shown} ({min(values):.1f} to {max(values):.1f})'
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -112,13 +126,7 @@ def collect(folder: Path) -> tuple[str, dict]:
 
 
 def draw(arrays: dict, path: Path) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError('no figures, matplotlib is not installed (pip install matplotlib)') from None
+    plt = pyplot_or_error('no figures,')
     best = str(arrays['best'])
     columns = {'picture': None, 'student alone': 'of alone', f'with {best}': f'of {best}',
                'teacher': 'of teacher', 'truth': 'truth'}  # fmt: skip

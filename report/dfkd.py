@@ -6,11 +6,11 @@
 With --out a folder that has result files only, the table is written from those.
 """
 
-import statistics
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 from torchvision.io import ImageReadMode, read_image
 from torchvision.utils import save_image
 
@@ -19,7 +19,7 @@ from engine.errors import UserError, user_errors
 from engine.parser import Parser
 from engine.record import output_folder
 from methods.dfkd import DFKD
-from report.table import by_recipe, in_brackets, read_results
+from report.table import by_recipe, extremes, in_brackets, read_json, read_results
 
 
 def mine(results: list[dict]) -> list[dict]:
@@ -37,7 +37,7 @@ def table(results: list[dict]) -> str:
     for (data, teacher, student), methods in groups.items():
         every = [r for recipes in methods.values() for runs in recipes.values() for r in runs]
         top1 = sorted({r['teacher_top1'] for r in every} - {None})  # a dry run may have no trained teacher
-        shown = spread(top1) if top1 else 'unknown'
+        shown = extremes(top1) if top1 else 'unknown'
         lines += [
             f'**{data}: {teacher} (top-1 {shown}) to {student}, no training image**\n',
             '| | agreement with the teacher | top-1, last epoch | best* | updates of the student | of images '
@@ -52,9 +52,9 @@ def table(results: list[dict]) -> str:
             updates = (recipe['epochs'] - recipe['warmup']) * recipe['ep_steps']
             cells = [
                 f'`{name}`{in_brackets(label)}',
-                spread([r['last']['agreement'] for r in runs]),
-                spread([r['last']['top1'] for r in runs]),
-                spread([r['best']['top1'] for r in runs]),
+                extremes([r['last']['agreement'] for r in runs]),
+                extremes([r['last']['top1'] for r in runs]),
+                extremes([r['best']['top1'] for r in runs]),
                 f'{updates:,}',
                 f'{making * recipe["g_steps"]:,}',
                 f'{360_000 * sum(r["hours_synth"] for r in runs) / sum(r["seconds"] for r in runs):.0f} %',
@@ -69,36 +69,36 @@ def table(results: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def spread(values: list[float]) -> str:
-    """Mean, and the extremes of several."""
-    mean = f'{statistics.mean(values):.1f}'
-    return f'{mean} ({min(values):.1f} to {max(values):.1f})' if len(values) > 1 else mean
-
-
-def figure(folders: list[Path], data: str, root: str, path: Path) -> list[str]:
-    """A strip of 16 images per method, real ones last; returns what the strips are."""
-    strips, names = [], []
+def figure(folders: list[Path], root: str, path: Path) -> list[str]:
+    """A strip of 16 images per method, then real ones, for each data set; returns what the strips are."""
+    found, strips, names = {}, [], []
     for folder in folders:
-        for results in sorted(folder.glob('*/results.json')):
-            grids = sorted(results.parent.glob('images/epoch*.png'))
-            if grids:
-                strips.append(cut(read_image(str(grids[-1]), ImageReadMode.RGB))[:16])
-                names.append(results.parent.name)
-    with user_errors():
-        test = dataset.load_test(data, root)
-    if isinstance(test, dataset.Resident):
-        strips.append(test.images[:16].permute(0, 3, 1, 2))
-        names.append('real')
-    images = torch.cat(strips).float() / 255
-    save_image(torch.nn.functional.interpolate(images, scale_factor=2), path, nrow=16)
+        for file in sorted(folder.glob('*/results.json')):
+            if grids := sorted(file.parent.glob('images/epoch*.png')):
+                result = read_json(file)
+                data = result['data'], result['recipe'].get('image_size', 224)
+                found.setdefault(data, []).append((file.parent.name, grids[-1]))
+    for (data, size), runs in found.items():
+        with user_errors():
+            test = dataset.load_test(data, root, image_size=size)
+        side = next(test.test_batches(2))[0].shape[-1]
+        for name, grid in runs:
+            strips.append(cut(read_image(str(grid), ImageReadMode.RGB), side))
+            names.append(name)
+        if isinstance(test, dataset.Resident):
+            strips.append(test.images[:16].permute(0, 3, 1, 2))
+            names.append('real')
+    side = 2 * max(strip.shape[-1] for strip in strips)
+    same = [interpolate(pad(strip.float() / 255, (0,) * 7 + (16 - len(strip),)), (side, side))
+            for strip in strips]  # fmt: skip
+    save_image(torch.cat(same), path, nrow=16)
     return names
 
 
-def cut(grid: Tensor, count: int = 8, border: int = 2) -> Tensor:
-    """The images of a grid of 8 x 8, as save_image draws it."""
-    size = (grid.shape[2] - border) // count - border
-    first = [border + k * (size + border) for k in range(count)]
-    return torch.stack([grid[:, y : y + size, x : x + size] for y in first for x in first])
+def cut(grid: Tensor, size: int, border: int = 2) -> Tensor:
+    """The first 16 images at most of a grid as save_image draws it, each `size` pixels a side."""
+    tops, lefts = (range(border, length - size, size + border) for length in grid.shape[1:])
+    return torch.stack([grid[:, y : y + size, x : x + size] for y in tops for x in lefts][:16])
 
 
 def main() -> int:
@@ -114,6 +114,6 @@ def main() -> int:
     (out / 'table.md').write_text(table(results))
     folders = [Path(folder) for folder in args.folders]
     if any(list(folder.glob('*/images/*.png')) for folder in folders):
-        print('images.png:', *figure(folders, results[0]['data'], args.img_root, out / 'images.png'))
+        print('images.png:', *figure(folders, args.img_root, out / 'images.png'))
     print(table(results))
     return 0

@@ -23,6 +23,7 @@ from engine.parser import Parser
 from engine.record import output_folder
 from methods.ka import KA as METHODS
 from report.ka import read_results
+from report.plot import pyplot_or_error
 
 IMAGES = 50  # per class, in the t-SNE figure
 
@@ -260,13 +261,7 @@ def main() -> int:
     parser.add_argument('folder', type=Path, help='a run of train_ka.py, or a folder with saved arrays')
     parser.add_argument('--out', type=Path, required=True, help='folder for arrays and figures')
     args = parser.parse_args()
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError('no figures, matplotlib is not installed (pip install matplotlib)') from None
+    plt = pyplot_or_error('no figures,')
     output_folder(args.out)
     made = collect(args.folder) if (args.folder / 'args.json').exists() else {}
     for name, arrays in made.items():

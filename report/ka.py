@@ -38,9 +38,12 @@ def read_results(folders: list[str]) -> list[dict]:
 
     Folders that differ in the seed at the end, halves-s1 and halves-s2, are one experiment.
     """
-    results = []
+    results, seen = [], set()
     for folder in map(Path, folders):
         for path in sorted(folder.rglob('*.json')):
+            if path.resolve() in seen:  # folders may lie in one another
+                continue
+            seen.add(path.resolve())
             content = read_json(path)
             if isinstance(content, dict) and (content.get('script') == 'train_ka' or is_of_a_tool(content)):
                 place = path.parent.parent if path.name == 'results.json' else path.parent
@@ -63,6 +66,9 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
             raise UserError(
                 f'{experiment}: {method} is there with {said}: no seeds of one run, name one folder'
             )
+        seeds = [(r['seed'], str(r.get('tasks'))) for r in runs]
+        if again := [seed for seed, tasks in seeds if seeds.count((seed, tasks)) > 1]:
+            raise UserError(f'{experiment}: {method} is there twice with seed {again[0]}: name one folder')
     return groups
 
 
@@ -79,7 +85,7 @@ def parts_table(results: list[dict]) -> list[list[str]]:
         first = runs[0]
         for i, teacher in enumerate(first['teachers'], 1):
             name = f'teacher {i}, {teacher["name"]}: {", ".join(map(str, teacher["classes"]))}{of(runs)}'
-            size = _size(teacher['name'], len(teacher['classes']))
+            size = _size(teacher, len(teacher['classes']))
             top1 = statistics.mean(r['teachers'][i - 1]['top1'] for r in runs)
             rows.append([name, '', f'{top1:.2f}', '', '', '', len(runs), size])
         names = {'A': 'raw logits', 'B': 'softmax each', 'C': 'logits - mean'}
@@ -98,7 +104,7 @@ def parts_table(results: list[dict]) -> list[list[str]]:
             name + of(runs), spread(_last(runs, 'top1')), _parts(*(r['last'] for r in runs)),
             _routed(*(r['routing'] for r in runs)),
             spread([r['best']['top1'] for r in runs]), runs[0]['epochs'], len(runs),
-            _size(runs[0]['student'], len(runs[0]['classes'])),
+            _size({'name': runs[0]['student']}, len(runs[0]['classes'])),
         ])  # fmt: skip
     return rows
 
@@ -190,7 +196,7 @@ def attributes_table(results: list[dict]) -> list[list[str]]:
             if not sources:  # its means are of its own attributes
                 read = [{k: v for k, v in one.items() if k not in ('accuracy', 'balanced')} for one in read]
             name = f'teacher {i + 1}, {teacher["name"]}: {", ".join(teacher["attributes"])}'
-            size = _size(teacher['name'], 2 * len(teacher['attributes']))
+            size = _size(teacher, 2 * len(teacher['attributes']))
             rows.append([name, *cells(read), '', '', len(runs), size])
         for key in runs[0]['ensembles'].keys() - set(sources):
             rows.append([key, *cells([r['ensembles'][key] for r in runs]), '', '', len(runs), ''])
@@ -234,8 +240,10 @@ def backbones_table(results: list[dict]) -> list[list[str]]:
     return rows
 
 
-def _size(name: str, classes: int) -> str:
-    return f'{sum(p.numel() for p in models.build(name, classes).parameters()):,}'
+def _size(net: dict, classes: int) -> str:
+    """Parameters, also of a slimmed teacher; older results say its name only."""
+    built = net.get('parameters') or sum(p.numel() for p in models.build(net['name'], classes).parameters())
+    return f'{built:,}'
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -3,10 +3,13 @@
 A row is {"row": name, column: number, ...}. Runs that differ in the seed only are joined, mean +- deviation.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from report.plot import pyplot
-from report.table import spread
+from report.table import by_recipe, in_brackets, spread
+
+OWN = ('teacher', 'select', 'topk')  # of a recipe: a seed has teachers of its own; rows say who is drawn
 
 
 def is_of_a_tool(result: dict) -> bool:
@@ -14,12 +17,20 @@ def is_of_a_tool(result: dict) -> bool:
 
 
 def tables(results: list[dict]) -> list[tuple[str, list[list]]]:
-    """[(title, rows)]: one per tool, data, teachers and title."""
+    """[(title, rows)]: one per tool, data, teachers, title and recipe."""
+    return [(title_of(runs[0]) + ''.join(f', {text}' for text in label), joined(runs))
+            for label, runs in experiments(results)]  # fmt: skip
+
+
+def experiments(results: list[dict]) -> Iterable[tuple[tuple, list[dict]]]:
+    """(what tells its recipe from the others of its title, runs that differ in the seed only)."""
     groups = {}
     for r in filter(is_of_a_tool, results):
         key = r['script'], r['data'], r.get('teacher') or '', r.get('title') or ''
-        groups.setdefault(key, []).append(r)
-    return [(title_of(runs[0]), joined(runs)) for runs in groups.values()]
+        whole = r.get('recipe', {}) | {'epochs': r.get('epochs')}  # older results say the epochs only
+        groups.setdefault(key, []).append(r | {'recipe': whole})
+    for runs in groups.values():
+        yield from by_recipe(runs, OWN).items()
 
 
 def title_of(result: dict) -> str:
@@ -53,13 +64,15 @@ def cell(values: list) -> str:
 def figure(results: list[dict], path: Path) -> bool:
     """What rows reach after each round, mean over seeds and every seed; False where no table has rounds."""
     curves, flat = {}, {}
-    for r in filter(is_of_a_tool, results):
-        for row in r['table']:
-            rounds = {int(key.split()[1]): value for key, value in row.items() if key.startswith('round ')}
-            if rounds:
-                curves.setdefault(row['row'], {})[r['seed']] = rounds
-            elif 'top-1 at the end' in row:
-                flat.setdefault(row['row'], {})[r['seed']] = row['top-1 at the end']
+    every = ((label, r['seed'], row) for label, runs in experiments(results)
+             for r in runs for row in r['table'])  # fmt: skip
+    for label, seed, row in every:
+        name = row['row'] + in_brackets(label)
+        rounds = {int(key.split()[1]): value for key, value in row.items() if key.startswith('round ')}
+        if rounds:
+            curves.setdefault(name, {})[seed] = rounds
+        elif 'top-1 at the end' in row:
+            flat.setdefault(name, {})[seed] = row['top-1 at the end']
     if not curves:
         return False
     if not (plt := pyplot('no figure:')):

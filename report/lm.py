@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from report.speed import table
-from report.table import read_results
+from report.table import extremes, read_results
 
 FIGURES = {
     'loss': 'loss',
@@ -45,7 +45,7 @@ def text_of(folder: Path) -> str:
         ('', *FIGURES.values()),
         ('teacher', *(f'{teacher[key]:.3f}' for key in FIGURES)),
         *(
-            (f'`{name}`', *(cell([last[key] for last in lasts]) for key in FIGURES))
+            (f'`{name}`', *(extremes([last[key] for last in lasts], 3) for key in FIGURES))
             for name, lasts in ordered
         ),
     )
@@ -61,8 +61,3 @@ def name_of(result: dict) -> str:
 def ahead(result: dict, alone: dict) -> bool:
     other, own = alone[result['seed']], result['last']
     return all(own[key] > other[key] if key == 'agreement' else own[key] < other[key] for key in FIGURES)
-
-
-def cell(values: list[float]) -> str:
-    mean = f'{statistics.mean(values):.3f}'
-    return mean if len(values) == 1 else f'{mean} ({min(values):.3f} to {max(values):.3f})'

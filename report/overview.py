@@ -12,6 +12,7 @@ from engine.errors import UserError
 from engine.parser import Parser
 
 from . import ka as ka_report
+from .plot import pyplot_or_error
 from .table import read_results
 
 WHAT = {  # what a student reads of its teachers, of the methods that quick shows; others are named only
@@ -41,36 +42,49 @@ def accuracy(r: dict) -> float:
     return r['ensembles']['A']['top1'] if r['method'] == 'ensemble' else r['last']['top1']
 
 
+def experiment(r: dict) -> tuple:
+    """Networks are compared with one that differs in its method only."""
+    return r['data'], r['epochs'], r['student']
+
+
+def on(r: dict, several: bool) -> str:
+    """What a row says of its data, where there are several sets."""
+    return f', {r["data"]}' if several else ''
+
+
 def rows(results: list[dict]) -> list[tuple[str, str, float, str]]:
     """(network, what it learns from, accuracy, how that compares)."""
     base, kd, ka = by_kind(results)
-    students = {r['student'] for r in kd}
-    alone = next((r for r in base if r['student'] in students and not r['classes']), None)
+    several = len({r['data'] for r in (*base, *kd, *ka)}) > 1  # a student without data names it anyway
+    baselines = {experiment(r): r for r in reversed(base) if not r['classes']}  # of several the first
+    alone = [baselines[experiment(r)] for r in kd if experiment(r) in baselines]
     table = []
-    for r in sorted(base, key=lambda r: r is alone):
+    for r in sorted(base, key=lambda r: r in alone):
         if not r['classes']:
-            who = f'{r["student"]} alone' if r is alone else f'teacher, {r["student"]}'
-            table.append((who, 'labels', accuracy(r), ''))
+            who = f'{r["student"]} alone' if r in alone else f'teacher, {r["student"]}'
+            table.append((who + on(r, several), 'labels', accuracy(r), ''))
     for r in kd:
-        gain = f'{accuracy(r) - accuracy(alone):+.1f} points' if alone else ''
+        other = baselines.get(experiment(r))
+        gain = f'{accuracy(r) - accuracy(other):+.1f} points' if other else ''
         learns = f'labels, {WHAT.get(r["method"], "the teacher")}'
-        table.append((f'{r["student"]} with {r["method"]}', learns, accuracy(r), gain))
+        table.append((f'{r["student"]} with {r["method"]}{on(r, several)}', learns, accuracy(r), gain))
     for r in base:
         if r['classes']:
             learns = f'labels of {", ".join(r.get("class_names") or map(str, r["classes"]))}'
-            table.append(
-                (f'teacher of {len(r["classes"])} classes, {r["student"]}', learns, accuracy(r), 'on these')
-            )
-    labelled = next((accuracy(r) for r in ka if r['method'] == 'scratch'), None)
+            who = f'teacher of {len(r["classes"])} classes, {r["student"]}{on(r, several)}'
+            table.append((who, learns, accuracy(r), 'on these'))
+    references = {(r['data'], r['experiment']): accuracy(r) for r in ka if r['method'] == 'scratch'}
     for r in ka:
+        labelled = references.get((r['data'], r['experiment']))
         share = f'{100 * accuracy(r) / labelled:.0f} % of the one with labels' if labelled else ''
         if r['method'] == 'ensemble':
-            table.append(('these teachers together', 'nothing: the largest output wins', accuracy(r), share))
+            who, learns = 'these teachers together', 'nothing: the largest output wins'
         elif r['method'] == 'scratch':
-            table.append((f'{r["student"]} with labels', 'labels of all classes', labelled, ''))
+            who, learns, share = f'{r["student"]} with labels', 'labels of all classes', ''
         else:
+            who = f'{r["student"]} with {r["method"]}'
             learns = f'no labels, {WHAT.get(r["method"], "the teachers")}'
-            table.append((f'{r["student"]} with {r["method"]}', learns, accuracy(r), share))
+        table.append((who + on(r, several), learns, accuracy(r), share))
     for r in results:
         if r['script'] == 'train_dfkd':
             learns = f'no image: some are made, of a teacher of {r["data"]}'
@@ -189,13 +203,7 @@ def main() -> int:
     text = text_of(rows(results))
     (args.folder / 'overview.md').write_text(text)
     print(text)
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError('no figure, matplotlib is not installed (pip install matplotlib)') from None
+    plt = pyplot_or_error()
     draw(results, args.folder / 'overview.png', plt)
     print(f'figure: {args.folder / "overview.png"}')
     return 0

@@ -19,6 +19,7 @@ from engine.parser import Parser
 from engine.recipe import NEWER
 from engine.record import output_folder
 from methods import METHODS
+from report.plot import pyplot_or_error
 
 COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the baseline', 'best test epoch*')
 COLUMNS += ('schedule', 'device', 'published')
@@ -161,6 +162,12 @@ def mean(runs: list[dict], which: str) -> float:
     return statistics.mean(r[which]['top1'] for r in runs)
 
 
+def extremes(values: list[float], digits: int = 1) -> str:
+    """Mean, and of several the smallest and the largest."""
+    shown = f'{statistics.mean(values):.{digits}f}'
+    return f'{shown} ({min(values):.{digits}f} to {max(values):.{digits}f})' if len(values) > 1 else shown
+
+
 def spread(values: list[float], digits: int = 2) -> str:
     deviation = f' +- {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):.{digits}f}{deviation}'
@@ -298,13 +305,7 @@ def summary(results: list[dict]) -> str:
 
 def figure(results: list[dict], path: Path) -> None:
     """Test accuracy per epoch, or, where curves would be too many or too short to read, of the last epoch."""
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError('no figure, matplotlib is not installed (pip install matplotlib)') from None
+    plt = pyplot_or_error()
     groups = group(results)
     methods = [key for key in groups if not is_baseline(key[3])]
     short = max((key[4] for key in methods), default=9) < 4

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.parser import Parser
+from report.plot import pyplot_or_error
 from report.table import by_recipe, in_brackets, read_results, spread
 
 SCRIPTS = {
@@ -71,16 +72,10 @@ def text_of(folder: Path) -> str:
 
 
 def figure(folder: Path) -> Path:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('the figure needs matplotlib (pip install matplotlib)') from None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
+    plt = pyplot_or_error()
     results = mine(str(folder))
     _, what, _ = SCRIPTS[results[0]['script']]
-    chart, axes = pyplot.subplots(figsize=(7.5, 5), layout='constrained')
+    chart, axes = plt.subplots(figsize=(7.5, 5), layout='constrained')
     for k, (name, runs) in enumerate(groups_of(results).items()):
         colour = 'black' if name in ('audio', 'teacher') else f'C{k}'
         epochs = range(1, len(runs[0]['curve']) + 1)
@@ -93,7 +88,7 @@ def figure(folder: Path) -> Path:
     chart.legend(loc='outside lower center', title='network (seeds)', ncols=2)
     path = folder / 'curves.png'
     chart.savefig(path, dpi=130)
-    pyplot.close(chart)
+    plt.close(chart)
     return path
 
 

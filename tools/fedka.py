@@ -31,10 +31,10 @@ import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
-from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
+from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import measure, measured  # noqa: E402
-from engine.flags import add_common_flags, positive_int, refuse_given  # noqa: E402
-from engine.ka_tools import NOT_HERE, UNREAD  # noqa: E402
+from engine.flags import add_common_flags, data_words, positive_int, refuse_given  # noqa: E402
+from engine.ka_tools import NOT_HERE, UNREAD, refuse_non_finite, refuse_processes  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import forget, math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
@@ -69,6 +69,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    refuse_processes()
     refuse_given(args, NOT_HERE | {'weight_decay': 1e-4, 'save_every': 1}, UNREAD)
     refuse_fp16(args)
     device = setup(args)
@@ -82,7 +83,7 @@ def main():
     with user_errors():
         parts = dataset.split_classes(train.num_classes, clients, args.split, args.seed)
         homes = [dataset.take_classes(train, part) for part in parts]
-        teachers = [models.build(args.t_name, len(part)) for part in parts]
+        teachers = [models.build_for(path, args.t_name, len(part)) for path, part in zip(args.t_model, parts)]
         torch.manual_seed(args.seed)
         student = models.build(args.s_name, train.num_classes).to(device)
     for part, teacher, path in zip(parts, teachers, args.t_model):
@@ -93,8 +94,8 @@ def main():
     probe = dataset.few_per_class(train, args.probe, args.seed)
     img, *_ = next(probe.test_batches(2))
     with torch.no_grad():
-        c_s, c_t = (net.eval()(img, True).fms[-1].shape[1] for net in (student, teachers[0]))
-    losses = nn.ModuleList(FedKA(c_s, c_t) for _ in range(clients)).to(device)
+        c_s, *widths = (net.eval()(img, True).fms[-1].shape[1] for net in (student, *teachers))
+    losses = nn.ModuleList(FedKA(c_s, c_t) for c_t in widths).to(device)
 
     origin = provenance(device) | class_names_of(train)
     recipe = math_args(
@@ -147,7 +148,7 @@ def main():
                       {'row': how[args.select], 'top-1 at the end': record.history[-1]['test_top1'],
                        **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
-    how = models.how_to_load(folder / 'student.pt', args.s_name, args.data_name, train.num_classes)
+    how = models.how_to_load(folder / 'student.pt', args.s_name, data_words(args), train.num_classes)
     log(f'weights: {how}')
 
 
@@ -190,8 +191,7 @@ def at_home(student, loss, teacher, home, args, amp, number: int):
             with amp():
                 fm_s = student(img, True).fms[-1]
             value = loss(fm_s, fm_t)
-            if not torch.isfinite(value):
-                raise NonFinite(f'fedka: the loss is not finite in local epoch {epoch + 1}')
+            refuse_non_finite(value, f'fedka: local epoch {epoch + 1}')
             opt.zero_grad(set_to_none=True)
             value.backward()
             opt.step()
@@ -208,6 +208,7 @@ def adapted(student: nn.Module, probe, args, number: int) -> nn.Module:
     for epoch in range(args.adapt_epochs):
         for img, target, *_ in probe.train_batches(min(64, len(probe)), args.seed, number + epoch):
             loss = F.cross_entropy(net(img), target)
+            refuse_non_finite(loss, f'fedka: epoch {epoch + 1} on the probe set')
             opt.zero_grad(set_to_none=True)
             loss.backward()
             opt.step()

@@ -41,6 +41,7 @@ from engine.record import output_folder, provenance, write_atomic  # noqa: E402
 from engine.session import read_test  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from report.figures import project  # noqa: E402
+from report.plot import pyplot_or_error  # noqa: E402
 
 WHAT = ('correlation', 'tsne', 'cam')
 ROWS = 8  # images of cam.png
@@ -250,13 +251,7 @@ def main():
     s_names = args.s_name * len(args.s_model) if len(args.s_name) == 1 else args.s_name
     if len(s_names) != len(args.s_model):
         raise UserError(f'--s_name: {len(args.s_name)} names for {len(args.s_model)} files')
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError('no figures, matplotlib is not installed (pip install matplotlib)') from None
+    plt = pyplot_or_error('no figures,')
     device = setup(args)
     amp, test, folder = autocast(device, args.amp), read_test(args, device), output_folder(Path(args.out))
     nets, titles, said = [], [], []

@@ -40,7 +40,7 @@ from engine.flags import (  # noqa: E402
     refuse_given,
     whole_number,
 )
-from engine.ka_tools import UNREAD  # noqa: E402
+from engine.ka_tools import UNREAD, refuse_processes  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import forget, load_checkpoint, math_args, resume_point  # noqa: E402
 from engine.record import (
@@ -50,6 +50,7 @@ from engine.record import (
     output_folder,
     provenance,
     save_checkpoint,
+    write_atomic,
     write_json,
 )  # noqa: E402
 from engine.session import Log, StopAfterEpoch, labelled_part, load_data, progress_bar  # noqa: E402
@@ -90,6 +91,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    refuse_processes()
     args.checkpoints = sorted({e for e in args.checkpoints if e <= args.epochs})
     if len(args.checkpoints) < 2:
         raise UserError(f'--checkpoints: two or more must lie within {args.epochs} epochs')
@@ -139,7 +141,11 @@ def main():
         length = float(layer.weight.detach().norm())
         opt = optimise.sgd(net.parameters(), args)
         record = Record(folder / way, {'net': net, 'opt': opt}, recipe | {'way': way}, dict(origin), 'test')
-        record.resume(resume_point(args.resume, folder / way))
+        point = resume_point(args.resume, folder / way)
+        record.resume(point)
+        for file in point.parent.glob('epoch*.pt') if point else ():  # the run may move to another folder
+            if not (folder / way / file.name).exists():
+                write_atomic(folder / way / file.name, file.read_bytes())
         forget(args.resume, folder / way)
         records[way] = record
         bar.update(record.epoch * train.steps(args.batch_size))
@@ -176,7 +182,8 @@ def main():
                 continue
             started = time.time()
             net = models.build(args.s_name, train.num_classes)
-            models.load_weights(net, folder / way / f'epoch{epoch}.pt')
+            with user_errors():
+                models.load_weights(net, folder / way / f'epoch{epoch}.pt')
             net.to(device).eval().requires_grad_(False)
             sigma = torch.stack([scales(net, test, img, args, k) for k, img in enumerate(images)]).cpu()
             save_checkpoint(path, {'epoch': epoch, 'args': settings, 'sigma': sigma})

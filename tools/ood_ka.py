@@ -36,6 +36,7 @@ from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_common_flags, any_number, positive_int  # noqa: E402
 from engine.ka_tools import (  # noqa: E402
     begin,
+    check_places,
     class_teachers,
     in_order,
     part_figures,
@@ -118,6 +119,7 @@ def main():
     recipe = math_args(args, script='ood_ka', student=args.s_name, parts=split.parts, **weights,
                        teachers=[fingerprint(t) for t in teachers],
                        **{key: getattr(args, key) for key in names})  # fmt: skip
+    check_places(args, folder, args.images)
     write_json(folder / 'args.json', {'args': vars(args), **origin})
     facts = {'script': 'ood_ka', 'method': 'ood_ka', 'student': args.s_name, 'parts': split.parts,
              'teacher': '+'.join(t['name'] for t in known), 'data': args.data_name, 'seed': args.seed,
@@ -218,9 +220,8 @@ def main():
         if name == 'made':
             show(makes, torch.randn(32, args.nz, generator=torch.Generator().manual_seed(0)).to(device),
                  mean, std, folder / 'images.png')  # fmt: skip
-    write_table(
-        folder, facts | {'title': f'two teachers of {args.data_name} without its images'}, rows, origin, log
-    )
+    facts |= {'title': f'two teachers of {args.data_name} without its images', 'recipe': recipe}
+    write_table(folder, facts, rows, origin, log)
 
 
 class Makes:

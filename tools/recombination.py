@@ -32,6 +32,7 @@ from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_common_flags, any_number, positive_float, positive_int  # noqa: E402
 from engine.ka_tools import (  # noqa: E402
     begin,
+    check_places,
     class_teachers,
     in_order,
     part_figures,
@@ -95,6 +96,7 @@ def main():
         args, script='recombination', teachers=[fingerprint(t) for t in teachers], parts=split.parts,
         rounds=args.rounds, target=target, gamma=args.gamma, alpha=args.alpha,
     )  # fmt: skip
+    check_places(args, folder, [*(f'round{k + 1}' for k in range(args.rounds)), 'fresh'])
     write_json(folder / 'args.json', {'args': vars(args), **origin})
     facts = {'script': 'recombination', 'method': 'recombination', 'student': args.t_name[0],
              'teacher': '+'.join(args.t_name * len(teachers)), 'data': args.data_name, 'parts': split.parts,
@@ -164,7 +166,8 @@ def main():
     what = (
         f'{len(teachers)} x {args.t_name[0]} in one network, {target} parameters left, gamma {args.gamma:g}'
     )
-    write_table(folder, facts | {'title': what, 'teachers': known}, rows, origin, log)
+    facts |= {'title': what, 'teachers': known, 'recipe': recipe}
+    write_table(folder, facts, rows, origin, log)
 
 
 class Recombined(nn.Module):

@@ -16,6 +16,7 @@ Writes OUT/train.npz and OUT/test.npz, which every script reads as --data_name a
 set is the data's own), and OUT/pool.json.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -111,12 +112,18 @@ def main():
     images = torch.cat(pool).cpu().numpy()
     folder = output_folder(Path(args.out))
     names = np.array(train.class_names or [str(c) for c in range(train.num_classes)])
-    np.savez(folder / 'train.npz', images=images, labels=np.full(len(images), -100), class_names=names,
-             mean=np.array(train.mean), std=np.array(train.std))  # fmt: skip
-    np.savez(folder / 'test.npz', images=test.images.cpu().numpy(), labels=test.targets.cpu().numpy())
+    save_arrays(folder / 'train.npz', images=images, labels=np.full(len(images), -100), class_names=names,
+                mean=np.array(train.mean), std=np.array(train.std))  # fmt: skip
+    save_arrays(folder / 'test.npz', images=test.images.cpu().numpy(), labels=test.targets.cpu().numpy())
     facts['mixes'] = len(images) - args.real
     write_atomic(folder / 'pool.json', json.dumps(facts | provenance(device), indent=1).encode())
     print(f'{folder}: {args.real} real images and {facts["mixes"]} mixes, without labels')
+
+
+def save_arrays(path: Path, **arrays) -> None:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_atomic(path, file.getvalue())
 
 
 def check_pool(path: Path, facts: dict) -> None:

@@ -33,7 +33,15 @@ from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_common_flags, any_number, fraction, positive_float, positive_int  # noqa: E402
-from engine.ka_tools import begin, record_of, sound, train, write_table  # noqa: E402
+from engine.ka_tools import (  # noqa: E402
+    begin,
+    check_places,
+    record_of,
+    refuse_non_finite,
+    sound,
+    train,
+    write_table,
+)
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
@@ -94,6 +102,8 @@ def main():
     flags = ('sub', 'adv_cap', 'T')
     recipe = math_args(args, script='subtask', student=args.s_name, teacher=fingerprint(teacher),
                        **{key: getattr(args, key) for key in flags})  # fmt: skip
+    places = {lam: f'lambda-{lam:g}' for lam in losses}
+    check_places(args, folder, places.values())
     write_json(folder / 'args.json', {'args': vars(args), **origin})
 
     def batches(epoch):
@@ -119,7 +129,7 @@ def main():
         head = nn.Linear(width, len(others)).to(device)
         opts = {name: torch.optim.Adam(part.parameters(), args.lr, weight_decay=args.weight_decay)
                 for name, part in (('student', net), ('head', head))}  # fmt: skip
-        name = f'lambda-{lam:g}'
+        name = places[lam]
         parts = {'net': net, 'head': head, **{f'opt_{key}': opt for key, opt in opts.items()}}
         record = record_of(folder / name, parts, recipe | {'lambda_adv': lam},
                            origin | class_names_of(kept), args)  # fmt: skip
@@ -164,7 +174,7 @@ def main():
     rows = [{key: row[key] for key in columns if key in row} for row in rows]
     start = ', which begins with weights that knew all' if args.s_init else ''
     title = f'{args.t_name} to {args.s_name}{start}, classes {args.sub} kept'
-    write_table(folder, facts | {'title': title, 'attack': len(stolen)}, rows, origin, log)
+    write_table(folder, facts | {'title': title, 'attack': len(stolen), 'recipe': recipe}, rows, origin, log)
 
 
 class Cut(nn.Module):
@@ -213,6 +223,7 @@ def attack(net: nn.Module, name: str, stolen, lost, args, amp, frozen: bool) -> 
                 with amp():
                     out = thief(img)
             loss = F.cross_entropy(out.float(), target)
+            refuse_non_finite(loss, f'epoch {epoch + 1} of the attack (--attack_lr)')
             opt.zero_grad(set_to_none=True)
             loss.backward()
             opt.step()

@@ -32,6 +32,7 @@ from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, positive_float, positive_int, seed_number  # noqa: E402
+from engine.ka_tools import refuse_non_finite  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic, write_json  # noqa: E402
 from engine.session import labelled_part, read_data  # noqa: E402
@@ -49,6 +50,7 @@ METRICS = {
     'gbc': lambda s: tr.gbc(s.feat, s.target),
     'sfda': lambda s: tr.sfda(s.feat, s.target),
 }
+OF_LOGITS = ('leep', 'nce')
 
 
 def parse_args():
@@ -115,6 +117,7 @@ def train_all(source: Source, train, test, args, lr: float, amp) -> float:
             with amp():
                 out = net(source.seen_by(img, args.data_name))
             loss = F.cross_entropy(out.float(), target)
+            refuse_non_finite(loss, f'{source.name}, epoch {epoch + 1} (--tune_lr)')
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -239,7 +242,8 @@ def main():
         for name, metric in metrics.items():
             started = time.process_time()
             with user_errors():
-                row['metrics'][name] = finite(metric(seen))
+                blind = source.headless and name in OF_LOGITS
+                row['metrics'][name] = None if blind else finite(metric(seen))
             row['seconds'][name] = round(time.process_time() - started, 3)
         if args.train and args.tune == 'head':
             seen_test = look(net, source, test, args.data_name, amp)

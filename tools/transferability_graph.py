@@ -42,6 +42,7 @@ from engine.record import (  # noqa: E402
 )
 from engine.session import read_data  # noqa: E402
 from engine.sources import HELP, Source, probe_images, read_sources, some  # noqa: E402
+from report.plot import pyplot  # noqa: E402
 
 PAGE = Path(__file__).with_name('transferability_graph.html')
 # ten colours that are told apart in light and dark, then again with other markers
@@ -144,15 +145,10 @@ def by_overlap(affinity: Tensor, sources: list[Source]) -> dict:
 # -------------------------------------------------------------------------------------------------- drawing
 
 
-def draw(path: Path, graph: dict, title: str) -> bool:
-    """The picture; False without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return False
+def draw(path: Path, graph: dict, title: str) -> None:
+    """The picture, where matplotlib is there."""
+    if not (plt := pyplot(f'{path}: not drawn,')):
+        return
     nodes, sets = graph['nodes'], list(graph['colours'])
     markers = 'osD^vP*X'
     nets = list(dict.fromkeys(n.get('net') for n in nodes))
@@ -246,14 +242,14 @@ def main():
     }
     write_json(folder / 'graph.json', graph | provenance(device))
     write_atomic(folder / 'graph.html', page(graph, args.title).encode())
-    drawn = draw(folder / 'graph.png', graph, args.title)
+    draw(folder / 'graph.png', graph, args.title)
     for kind in list(graph['likeness'])[:3]:
         k = graph['likeness'][kind]
         cells = ['-' if k[x] is None else f'{k[x]:.3f}' for x in ('within', 'between', 'nearest_in_group')]
         print(f'similarity {kind}: within {cells[0]}, between {cells[1]}, nearest is of the same {cells[2]}')
     for kind, k in graph['likeness']['by common classes'].items():
         print(f'similarity of pairs with {kind}: {k["mean"]:.3f} ({k["pairs"]} pairs)')
-    print(f'{folder / "graph.html"}' + ('' if drawn else '; no graph.png: matplotlib is not installed'))
+    print(folder / 'graph.html')
 
 
 if __name__ == '__main__':

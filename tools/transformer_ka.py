@@ -29,7 +29,7 @@ from engine.detection import WithLabels, ap_of_kinds  # noqa: E402
 from engine.device import setup  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.flags import add_common_flags, positive_float, positive_int  # noqa: E402
-from engine.ka_tools import begin, record_of, sound, train, write_table  # noqa: E402
+from engine.ka_tools import begin, check_places, record_of, sound, train, write_table  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import fingerprint, provenance, write_json  # noqa: E402
@@ -79,6 +79,7 @@ def main():
     every = [KINDS.index(name) for name in names]
     origin = provenance(device)
     recipe = math_args(args, script='transformer_ka', kinds=args.kinds, size=args.size, clip=args.clip)
+    check_places(args, folder, [*(f'teacher{i}' for i in range(1, len(tasks) + 1)), *args.students])
     write_json(folder / 'args.json', {'args': vars(args), **origin})
     facts = {'script': 'transformer_ka', 'method': 'transformer_ka', 'student': 'detector', 'seed': args.seed,
              'teacher': ' + '.join(args.kinds), 'data': args.data_name, 'epochs': args.epochs}  # fmt: skip
@@ -145,8 +146,8 @@ def main():
             read = learn(name, net, amalgam.levels, plain, amalgam.told_by(teachers), (test.of(every), names),
                          teachers=marks, norm=args.norm, threshold=args.threshold, T=args.T)  # fmt: skip
         rows.append({'row': f'{name} ({"reads labels" if name == "labels" else "no labels"})', **read})
-    write_table(folder, facts | {'title': f'toy detectors of {" and of ".join(args.kinds)} into one'}, rows,
-                origin, log)  # fmt: skip
+    facts |= {'title': f'toy detectors of {" and of ".join(args.kinds)} into one', 'recipe': recipe}
+    write_table(folder, facts, rows, origin, log)
 
 
 class Amalgamation:
