@@ -17,4 +17,4 @@ if [ -z "$PYTHON" ]; then
     PYTHON=.venv/bin/python
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 fi
-exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"
+exec "$PYTHON" -m pytest -rs -n 2 --dist worksteal "$@"

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,12 +131,32 @@ def two(tmp_path_factory):
 TINY = ('--data_name', 'shapes:96', '--batch_size', '32', '--epochs', '2')
 
 
+@pytest.fixture(scope='session')
+def train(img_root):
+    """train('train_base', '--save_root', folder, ...): like `script`, for what several tests share."""
+
+    def call(name: str, *words):
+        words = [*map(str, words), '--img_root', str(img_root), '--threads', '1']
+        with pytest.MonkeyPatch.context() as patch, own_handlers():
+            patch.setattr(sys, 'argv', [f'{name}.py', *words])
+            assert not importlib.import_module(name).main()
+
+    return call
+
+
+@pytest.fixture(scope='session')
+def trained(train, tmp_path_factory):
+    """The folder of a resnet8 trained for two epochs on 96 shapes, once per test process."""
+    root = tmp_path_factory.mktemp('trained')
+    train('train_base', '--save_root', root, '--net_name', 'resnet8', '--note', 'x', *TINY)
+    return root / 'x'
+
+
 @pytest.fixture
-def teacher(script, tmp_path):
-    """A resnet8 trained for two epochs on 96 shapes."""
-    done = script('train_base', '--net_name', 'resnet8', '--note', 'teacher', *TINY)
-    assert done.code == 0, done.err
-    return tmp_path / 'teacher' / 'net.pt'
+def teacher(trained, tmp_path):
+    """The weights of that network, in a run folder that the test may change."""
+    torch.manual_seed(2)  # as after a training: what a test draws must not depend on the tests before it
+    return Path(shutil.copytree(trained, tmp_path / 'teacher')) / 'net.pt'
 
 
 @pytest.fixture

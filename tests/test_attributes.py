@@ -195,15 +195,14 @@ def test_probes_know_what_is_linear_and_nothing_else():
 # ------------------------------------------------------------------------------------------------- trainer
 
 
-@pytest.fixture
-def sources(script, tmp_path):
+@pytest.fixture(scope='module')
+def sources(train, tmp_path_factory):
     """Three resnet8, each trained for an epoch on some attributes: {their list: file}."""
-    made = {}
+    root, made = tmp_path_factory.mktemp('sources'), {}
     for number, names in enumerate(('Bangs,Smiling', 'Pale_Skin,Bangs', 'Eyeglasses')):
-        done = script('train_ka', '--ka_mode', 'scratch', '--s_name', 'resnet8', *FACES, '--attributes',
-                      *names.split(','), '--note', f'source{number}')  # fmt: skip
-        assert done.code == 0, done.err
-        made[names] = tmp_path / f'source{number}' / 'scratch' / 'student.pt'
+        train('train_ka', '--ka_mode', 'scratch', '--s_name', 'resnet8', *FACES, '--attributes',
+              *names.split(','), '--save_root', root, '--note', f'source{number}')  # fmt: skip
+        made[names] = root / f'source{number}' / 'scratch' / 'student.pt'
     return made
 
 

@@ -145,6 +145,7 @@ def test_the_flags_are_frozen(monkeypatch):
     text = {'-h', '--help', '--debug', '--data_name', '--seed', '--lr', '--save_root', '--note', '--resume'}
     text |= {'--device', '--amp', '--threads', '--deterministic', '--lambda_ce', '--t_model', '--dry_run'}
     text |= {'--lmbda', '--steps', '--init_steps', '--t_steps', '--eval_every', '--batch_size'}
+    text |= {'--tensorboard'}
     assert flags_of(train_lm, monkeypatch) == loss | text
     dense = {'-h', '--help', '--debug', '--data_name', '--img_root', '--batch_size', '--lr', '--milestones'}
     dense |= {
@@ -168,7 +169,7 @@ def test_the_flags_are_frozen(monkeypatch):
         '--labelled',
     }
     dense |= {'--optim', '--dry_run', '--steps', '--t_steps', '--eval_every'}  # as those of other scripts
-    dense |= {'--task', '--unlabelled', '--warmup', '--augment'}
+    dense |= {'--task', '--unlabelled', '--warmup', '--augment', '--tensorboard'}
     assert flags_of(train_dense, monkeypatch) == loss | dense
 
 

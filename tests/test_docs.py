@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import textwrap
 
 import pytest
 
+from engine.errors import UserError
 from methods import KA as KA_METHODS
 from methods import LM, METHODS
 from methods.dense import DENSE
@@ -18,6 +20,7 @@ from report import pages, refresh
 from report.pages import parser_of
 from tests import fresh
 from tests.conftest import ROOT
+from tests.test_cli import parsed
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 TEXT = {page: page.read_text() for page in PAGES}
@@ -75,10 +78,18 @@ def test_the_code_runs(page, block, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def of_scripts() -> list[str]:
+    """The commands that the scripts show in their docstrings, without what stands beside them."""
+    paths = [*sorted(ROOT.glob('train_*.py')), *sorted((ROOT / 'tools').glob('*.py'))]
+    texts = [(ast.get_docstring(ast.parse(path.read_text())) or '') for path in paths]
+    lines = '\n'.join(re.sub(r'\\\n *', '', text) for text in texts).splitlines()
+    return [re.split(' {2,}', line.strip())[0] for line in lines if re.match(' +(python|torchrun) ', line)]
+
+
 def commands() -> list[list[str]]:
     """Every command of the bash blocks, without the variables before it and the comment after it."""
     lines = '\n'.join(block for _, block in blocks('bash')).replace('\\\n', ' ').splitlines()
-    made = [shlex.split(line, comments=True) for line in lines]
+    made = [shlex.split(line, comments=True) for line in [*lines, *of_scripts()]]
     for words in made:
         while words and re.match(r'[A-Z_0-9]+=', words[0]):
             words.pop(0)
@@ -86,8 +97,10 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize('words', commands(), ids=lambda words: ' '.join(words[:5]))
-def test_the_commands_are_right(words):
+def test_the_commands_are_right(words, monkeypatch):
     """Python commands are parsed by their script, those of the example script run with --dry-run."""
+    if words[0] == 'torchrun':  # and its own flags
+        words = ['python', *itertools.dropwhile(lambda word: not word.endswith('.py'), words)]
     if words[:2] == ['bash', 'example_train_script.sh']:
         line = ['bash', str(ROOT / words[1]), '--dry-run', *words[2:]]
         done = subprocess.run(line, capture_output=True, text=True)
@@ -97,12 +110,30 @@ def test_the_commands_are_right(words):
         module = module.removesuffix('.py').replace('/', '.')
         if module == 'report':
             module, rest = f'report.{rest[0]}', rest[1:]
-        args = parser_of(module).parse_args(rest)
-        if module in ('train_kd', 'train_lm', 'train_dense'):
+        if not module.startswith('train_'):
+            parser_of(module).parse_args(rest)
+            return
+        args = parsed([f'{module}.py', *rest], monkeypatch)
+        if module in ('train_lm', 'train_dense'):
             importlib.import_module(module).read_methods(args)
     else:
         assert words[0] in ('bash', 'export', 'python', 'sbatch', 'torchrun')
         assert all((ROOT / word).exists() for word in words if re.fullmatch(r'[\w/]+\.(py|sh)', word))
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'python train_ka.py --ka_mode nonsense --t_name resnet8 --t_model x',
+        'python train_ka.py --ka_mode cfl --ka_args nonsense=1 --t_name resnet8 --t_model x',
+        'python train_dml.py --kd_mode nonsense --net_names resnet8 resnet8',
+        'python train_dfkd.py --kd_mode nonsense --t_name resnet8 --t_model x --s_name resnet8',
+        'torchrun --nproc_per_node=2 train_kd.py --kd_mode nonsense --s_name resnet8',
+    ],
+)
+def test_a_wrong_command_would_be_noticed(monkeypatch, capsys, command):
+    with pytest.raises((SystemExit, UserError)):
+        test_the_commands_are_right(command.split(), monkeypatch)
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)

@@ -287,14 +287,14 @@ def test_combined_networks_give_their_logits_side_by_side():
 # ------------------------------------------------------------------------------------------------- trainer
 
 
-@pytest.fixture
-def halves(script, tmp_path):
+@pytest.fixture(scope='module')
+def halves(train, tmp_path_factory):
     """Two resnet8, each trained for an epoch on half of the classes."""
+    root = tmp_path_factory.mktemp('halves')
     for part in (0, 1):
-        done = script('train_base', '--net_name', 'resnet8', *DATA, '--epochs', 1, '--num_parts', 2, '--part',
-                      part, '--note', f'half{part}')  # fmt: skip
-        assert done.code == 0, done.err
-    return [tmp_path / f'half{part}' / 'net.pt' for part in (0, 1)]
+        train('train_base', '--net_name', 'resnet8', *DATA, '--epochs', 1, '--num_parts', 2, '--part', part,
+              '--save_root', root, '--note', f'half{part}')  # fmt: skip
+    return [root / f'half{part}' / 'net.pt' for part in (0, 1)]
 
 
 @pytest.fixture
@@ -499,13 +499,13 @@ def test_two_processes(two, halves, img_root, tmp_path):
     assert done.code == 2 and 'soka runs in one process only' in done.err
 
 
-@pytest.fixture
-def room_teachers(script, tmp_path):
+@pytest.fixture(scope='module')
+def room_teachers(train, tmp_path_factory):
+    root = tmp_path_factory.mktemp('rooms')
     for task in ('seg', 'depth', 'normal'):
-        words = ('--tasks', task, '--epochs', 1, '--epochs_ft', 0, '--note', task)
-        done = script('train_ka', '--ka_mode', 'scratch', *ROOMS, *words)
-        assert done.code == 0, done.err
-    return [tmp_path / task / 'scratch' / 'student.pt' for task in ('seg', 'depth', 'normal')]
+        words = ('--tasks', task, '--epochs', 1, '--epochs_ft', 0, '--save_root', root, '--note', task)
+        train('train_ka', '--ka_mode', 'scratch', *ROOMS, *words)
+    return [root / task / 'scratch' / 'student.pt' for task in ('seg', 'depth', 'normal')]
 
 
 def test_rooms_block_phase_selection_fine_tuning(script, room_teachers, tmp_path, monkeypatch):

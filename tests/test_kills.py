@@ -63,9 +63,7 @@ def run(words, seconds=300):
     return process.returncode, ''.join(said)
 
 
-@pytest.mark.parametrize(
-    'kind', KINDS if 'KILLS' in os.environ else ('memory bank', 'peers', 'many at once', 'amalgamation')
-)
+@pytest.mark.parametrize('kind', KINDS if 'KILLS' in os.environ else ('memory bank', 'peers', 'amalgamation'))
 def test_killed_at_random_moments(kind, teacher, script, img_root, tmp_path):
     words = KINDS[kind]
     if kind == 'amalgamation':

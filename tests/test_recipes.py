@@ -34,8 +34,8 @@ def small(words: list[str], save) -> list[str]:
         if flag in made:
             at = made.index(flag) + 1
             made[at] = str(max(int(made[at]) // 100, least))
-    if '--epochs' not in made:
-        made += ['--epochs', '2']
+    if '--epochs' not in made:  # epochs that are kept have names
+        made += ['--epochs', '2' if '--keep' in made else '1']
     at = made.index('--data_name')
     return made[:at] + made[at + 2 :] + list(SMALL)
 

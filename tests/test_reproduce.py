@@ -15,21 +15,30 @@ from tests import fresh
 from tests.conftest import ROOT
 
 
+class Training(fresh.Popen):
+    """A training as tools.reproduce starts it, forked: it need not import torch."""
+
+    def wait(self, timeout=None) -> int:
+        out, err = self.communicate(timeout)
+        sys.stdout.write(out)
+        sys.stderr.write(err)
+        return self.returncode
+
+
 @pytest.fixture
-def reproduce(tmp_path, img_root, script):
-    """The script as a process; in this one, which saves its start, where nothing will be trained."""
+def reproduce(tmp_path, img_root, script, monkeypatch):
+    """The script in this process; what it trains are other processes."""
+    monkeypatch.setattr('tools.reproduce.start', lambda words: Training(*words))
     grid = [{'name': 'tiny', 'data': 'shapes:60', 'teacher': 'resnet14', 'student': 'resnet8', 'epochs': 2,
              'seeds': [2, 3], 'methods': ['st', 'at', 'rkd'], 'group': 2,
              'flags': '--batch_size 32 --threads 1'}]  # fmt: skip
     (tmp_path / 'grid.json').write_text(json.dumps(grid))
 
-    def call(*words, idle=False):
+    def call(*words):
         places = ['--grid', tmp_path / 'grid.json', '--results', tmp_path / 'results', '--img_root', img_root,
                   '--save_root', tmp_path / 'save']  # fmt: skip
-        if '--dry_run' in words or idle:
-            done = script('tools.reproduce', *places, *words)
-            return Namespace(returncode=done.code, stdout=done.out, stderr=done.err)
-        return fresh.run(ROOT / 'tools' / 'reproduce.py', *places, *words, cwd=tmp_path)
+        done = script('tools.reproduce', *places, *words)
+        return Namespace(returncode=done.code, stdout=done.out, stderr=done.err)
 
     return call
 
@@ -55,16 +64,18 @@ def test_what_is_missing_is_trained_once(reproduce, tmp_path):
 
 def test_budget_stops_at_a_checkpoint_and_continues(reproduce, tmp_path):
     (table,) = json.loads((tmp_path / 'grid.json').read_text())
-    (tmp_path / 'grid.json').write_text(json.dumps([table | {'seeds': [3], 'methods': ['rkd']}]))
-    first = reproduce('--budget', 0.05)  # three seconds
+    table |= {'seeds': [3], 'methods': ['rkd'], 'epochs': 12}
+    (tmp_path / 'grid.json').write_text(json.dumps([table]))
+    first = reproduce('--budget', 0.02)  # a second is not enough for three trainings
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert not (tmp_path / 'results' / 'tiny' / 'rkd-s3.json').exists()
     for attempt in range(1, 9):  # a slow machine needs longer to get through an epoch
-        done = reproduce('--budget', 0.15 * attempt)
+        done = reproduce('--budget', 0.1 * attempt)
         if done.returncode == 0:
             break
         assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert (tmp_path / 'results' / 'tiny' / 'rkd-s3.json').exists()
+    result = json.loads((tmp_path / 'results' / 'tiny' / 'rkd-s3.json').read_text())
+    assert len(result['curve']) == 12
 
 
 def test_a_diverging_method_does_not_stop_the_others(reproduce, tmp_path):
@@ -176,10 +187,10 @@ def wait_for(look, seconds: float = 60):
 
 
 def test_mistakes(reproduce, tmp_path):
-    assert 'no table is called huge' in reproduce('--only', 'huge', idle=True).stderr
-    assert 'no table is called tin' in reproduce('--only', 'tin', idle=True).stderr
+    assert 'no table is called huge' in reproduce('--only', 'huge').stderr
+    assert 'no table is called tin' in reproduce('--only', 'tin').stderr
     (tmp_path / 'grid.json').write_text('[')
-    done = reproduce(idle=True)
+    done = reproduce()
     assert done.returncode == 2 and 'grid.json' in done.stderr and done.stderr.count('\n') == 1
 
 

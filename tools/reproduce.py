@@ -119,6 +119,11 @@ def main() -> int:
     return failed
 
 
+def start(words: list[str]) -> subprocess.Popen:
+    """A training, in the checkout."""
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT)
+
+
 def means(word: str, name: str) -> bool:
     """Whether --only word chooses this table."""
     return name == word or name.startswith(word + '-')
@@ -135,15 +140,14 @@ class Job:
         if time.time() > end:
             print('budget used up; run again to continue')
             return 128 + signal.SIGTERM
-        process, told = subprocess.Popen([sys.executable, *self.words], cwd=ROOT), False
+        process, told = start(self.words), False
         try:
             try:
-                process.wait(timeout=None if end == float('inf') else max(end - time.time(), 1))
+                code = process.wait(timeout=None if end == float('inf') else max(end - time.time(), 1))
             except subprocess.TimeoutExpired:
                 told = True
                 process.send_signal(signal.SIGTERM)
-                process.wait()
-                process.returncode = process.returncode and 128 + signal.SIGTERM
+                code = process.wait() and 128 + signal.SIGTERM
         except (SystemExit, KeyboardInterrupt) as stop:
             # it ends after its epoch; two must not write into one folder. A second signal would end it at
             # once, and Ctrl-C has reached it already
@@ -151,11 +155,11 @@ class Job:
                 process.send_signal(signal.SIGTERM)
             process.wait()
             raise
-        for source, place in self.kept.items() if process.returncode != 2 else ():  # refused: an old result
+        for source, place in self.kept.items() if code != 2 else ():  # refused: an old result
             if source.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(place, source.read_bytes())
-        return process.returncode
+        return code
 
 
 def jobs(table: dict, seed: int, args) -> list[Job]:
