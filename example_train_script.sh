@@ -143,15 +143,17 @@ team() {
 
 # Any of both kinds, also joined by +.
 chosen() {
-    local alone=() several=() method part where
-    for method; do
-        if [ "$method" = tfkd_self ]; then tfkd_self; continue; fi    # its teacher is the student's twin
+    local alone=() several=() methods=() method part where
+    while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do methods+=("$1"); shift; done    # then flags
+    for method in "${methods[@]}"; do
+        # its teacher is the student's twin
+        if [ "$method" = tfkd_self ]; then T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self "$@"; continue; fi
         where=alone
         for part in ${method//+/ }; do case " $TEAMS " in *" $part "*) where=several ;; esac; done
         if [ $where = several ]; then several+=("$method"); else alone+=("$method"); fi
     done
-    if [ ${#alone[@]} -gt 0 ]; then kd "${alone[@]}"; fi
-    if [ ${#several[@]} -gt 0 ]; then team "${several[@]}"; fi
+    if [ ${#alone[@]} -gt 0 ]; then kd "${alone[@]}" "$@"; fi
+    if [ ${#several[@]} -gt 0 ]; then team "${several[@]}" "$@"; fi
 }
 
 missing() {    # of these methods, those without a result

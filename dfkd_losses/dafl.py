@@ -79,6 +79,7 @@ class DAFL(nn.Module):
 def _kl(out_s: Tensor, out_t: Tensor) -> Tensor:
     log_q, log_p = F.log_softmax(out_s, dim=1), F.log_softmax(out_t, dim=1)
     p, log_p = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)  # 0 * -inf has no gradient
+    log_q = log_q.masked_fill((p == 0) & (log_q == -torch.inf), 0.0)
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1).mean()
 
 

@@ -197,9 +197,9 @@ def _disagreement(out_s: Tensor, out_t: Tensor, T: float, exact: bool) -> Tensor
     """(N,)"""
     if exact:
         log_p, log_q = F.log_softmax(out_s / T, dim=1), F.log_softmax(out_t / T, dim=1)
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        none = (log_p == -torch.inf) & (log_q == -torch.inf)
+        log_m = torch.logaddexp(*(x.masked_fill(none, 0.0) for x in (log_p, log_q))) - math.log(2)
         # a class of probability 0 adds nothing, and 0 * -inf has no gradient
-        log_m = log_m.masked_fill(log_m == -torch.inf, 0.0)
         terms = (x.exp() * (x.masked_fill(x == -torch.inf, 0.0) - log_m) for x in (log_p, log_q))
         return sum(terms).sum(dim=1) / 2
     p, q = F.softmax(out_s / T, dim=1), F.softmax(out_t / T, dim=1)

@@ -108,6 +108,7 @@ def masked_adversarial(out_s: Tensor, out_t: Tensor) -> Tensor:
     out_s, out_t = _full(out_s), _full(out_t, out_s)
     log_q, log_p = F.log_softmax(out_s, dim=1), F.log_softmax(out_t, dim=1)
     p, log_p = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)  # 0 * -inf has no gradient
+    log_q = log_q.masked_fill((p == 0) & (log_q == -torch.inf), 0.0)
     kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1)
     return -((out_s.argmax(dim=1) == out_t.argmax(dim=1)) * kl).mean()
 

@@ -120,7 +120,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     graphs = side_by_side.graphs_wanted(args, device)
     initial, teacher = fingerprint(net_s), '+'.join(map(fingerprint, teachers.nets))
     if teachers.stored:
-        teacher = f'{teachers.stored.meta["teacher_weights"]} {teachers.stored.named(args.epochs)}'
+        teacher = f'{teachers.stored.meta["teacher_weights"]} {teachers.stored.meta["kind"]}'
     net_s.to(device, memory_format=torch.channels_last)
     refuse_misfit(args.s_name, net_s, train)
     whole = {term.name for terms in wanted.values() for term in terms if term.method.needs.full_batches}
@@ -181,6 +181,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         recipe = math_args(
             args, script='train_kd', student=args.s_name, initial=initial, teacher='+'.join(args.t_name),
             teacher_weights=teacher, **chosen,
+            **({'soft_labels': teachers.stored.named(args.epochs)} if teachers.stored else {}),
         )  # fmt: skip
         state = {'net': net, 'kd': step.losses, 'opt': opt, 'scaler': scaler}
         record = Record(folder / token, state, recipe, origin, selected_on)

@@ -46,7 +46,7 @@ def read_methods(args) -> dict[str, Wanted]:
              'eta_min': [name for name in names if recipes[name].sched == 'cosine'],
              'momentum': [name for name in names if recipes[name].optim == 'sgd']}  # fmt: skip
     for key, readers in reads.items():
-        if getattr(args, key) and not readers:
+        if getattr(args, key) is not None and not readers:
             raise UserError(f'--{key}: {" ".join(names)} would not read it')
     for name in names:
         row = DFKD[name]

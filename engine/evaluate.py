@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.processes import gathered, same_buffers, summed
+from engine.processes import gathered, processes, same_buffers, summed
 
 
 @torch.no_grad()
@@ -83,8 +83,10 @@ def outputs(net: nn.Module, data) -> tuple[Tensor, Tensor]:
     net.eval()
     same_buffers(net)
     batches = data.test_batches(128 if data.device.type == 'cpu' else 1000)
-    parts = [(net(img).cpu(), target.cpu()) for img, target, _ in batches]
-    parts = [part for share in gathered(parts) for part in share]  # of unequal size, or none in some process
+    parts = [(net(img), target) for img, target, _ in batches]
+    if processes() > 1:  # shares of unequal size, or none in some process
+        shares = gathered([(out.cpu(), target.cpu()) for out, target in parts])
+        parts = [part for share in shares for part in share]
     outs, target = torch.cat([out for out, _ in parts], dim=1), torch.cat([target for _, target in parts])
     return outs.to(data.device), target.to(data.device)
 

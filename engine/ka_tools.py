@@ -5,6 +5,8 @@ A tool trains several networks one after another, each with a record of its own 
 results.json holds `table`, a list of {'row': name, column: number}: `python -m report ka` joins the seeds.
 """
 
+import contextlib
+import io
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +23,7 @@ from engine.errors import NonFinite, UserError, user_errors
 from engine.flags import OF_SGD, OF_STEPS, refuse_given
 from engine.meter import Meter
 from engine.processes import processes
-from engine.recipe import forget, resume_point
+from engine.recipe import resume_point
 from engine.record import Record, fingerprint, output_folder, write_json
 from engine.session import Log, progress_bar
 from engine.teachers import load_teacher
@@ -82,8 +84,9 @@ def part_figures(nets: list[nn.Module], data, split: dataset.ClassParts, amp) ->
 
 def check_places(args, folder: Path, names: Iterable[str]) -> None:
     """Refuse, before anything is written or trained, where --resume does not fit a folder of these runs."""
-    for name in names:
-        resume_point(args.resume, folder / name)
+    with contextlib.redirect_stdout(io.StringIO()):  # what begins is said when it does
+        for name in names:
+            resume_point(args.resume, folder / name)
 
 
 def record_of(folder: Path, parts: dict, recipe: dict, origin: dict, args, key: str = 'top1') -> Record:
@@ -91,7 +94,7 @@ def record_of(folder: Path, parts: dict, recipe: dict, origin: dict, args, key: 
     recipe = recipe | {'initial': fingerprint(parts['net'])}
     record = Record(folder, parts, recipe, origin, 'test', key)
     record.resume(resume_point(args.resume, folder))
-    forget(args.resume, folder)
+    record.begin(args.resume)
     return record
 
 

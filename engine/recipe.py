@@ -16,7 +16,7 @@ NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs
 
 
 # what checkpoints did not say at first, whatever it was
-LATER = ('own_images', 'limit_test', 'image_size')
+LATER = ('own_images', 'limit_test', 'image_size', 'soft_labels', 'ce_scheduled')
 
 # what a run writes of its training
 WRITTEN = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net[0-9]*.pt', 'student.pt',
@@ -94,10 +94,7 @@ def resume_point(choice: str | None, folder: Path) -> Path | None:
 
 
 def forget(choice: str | None, folder: Path) -> None:
-    """With --resume never, remove what an earlier run left: one that stops must not have another's weights.
-
-    To be called when all that is to be trained has been built: a word that does not fit must cost nothing.
-    """
+    """With --resume never, remove what an earlier run left: a stopped one must not have another's weights."""
     if choice == 'never' and rank() == 0:
         for path in [path for name in WRITTEN for path in folder.glob(name)]:
             path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.origin import class_names_of, fingerprint, fingerprint_of, provenance  # noqa: F401  asked for here, too
 from engine.processes import gathered, rank
-from engine.recipe import load_checkpoint
+from engine.recipe import forget, load_checkpoint
 from models.checkpoint import named_weights
 
 
@@ -152,8 +152,17 @@ class Record:
         commits = [self.origin['commit'], *self.origin.get('resumed_with', [])]
         if commit not in commits:
             self.origin['resumed_with'] = [*commits[1:], commit]
-        if path.parent.resolve() != self.folder.resolve():  # a kill before the next checkpoint finds all here
-            self.saved = -1
+        if path.parent.resolve() != self.folder.resolve():
+            self.saved = -1  # nothing of it lies here yet: begin() writes it
+
+    def begin(self, choice: str | None) -> None:
+        """Once all that is to be trained has been built: a word that does not fit must cost nothing.
+
+        choice: --resume. never removes what an earlier run left; a run that moves to another folder is
+        written there, as a kill before its next checkpoint should find it.
+        """
+        forget(choice, self.folder)
+        if self.saved < 0:
             self.save()
 
     def epoch_done(self, row: dict, save: bool = True) -> None:

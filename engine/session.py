@@ -19,8 +19,7 @@ import torch.distributed as dist
 
 import dataset
 from engine.errors import NonFinite, UserError, user_errors
-from engine.processes import processes, rank
-from engine.recipe import forget
+from engine.processes import gathered, processes, rank
 from engine.record import Record, write_json
 
 
@@ -60,8 +59,9 @@ def start(
         ('evaluation', f'{before} of {total} steps') if total else ('epoch', f'{done} of {epochs} epochs')
     )
     board, stop = tensorboard(folder, args.tensorboard), StopAfterEpoch(f'this {unit}')
+    gathered(None)  # every process has looked where its runs go on
     for record in records:
-        forget(args.resume, record.folder)
+        record.begin(args.resume)
     write_json(folder / 'args.json', {'args': vars(args), **origin})
     log(f'{what} done, output in {folder}')
     if not val:
@@ -240,12 +240,12 @@ def labelled_part(data):
 
 
 def refuse_too_few(train, batch_size: int) -> None:
-    """Once it is known which images train: batch norm and relations need two in a batch, and two classes."""
+    """Once it is known which images train: two classes to tell apart, two images in every batch."""
     if train.num_classes < 2:
         name = f' ({train.class_names[0]})' if train.class_names else ''
         raise UserError(
-            f'one class only{name}: there is nothing to tell apart; name more classes, and a folder has one '
-            f'folder per class right below IMG_ROOT/train'
+            f'one class only{name}: there is nothing to tell apart; choose more classes (images of your own: '
+            f'one folder per class right below IMG_ROOT/train)'
         )
     if batch_size < 2:
         raise UserError('--batch_size 1: batch norm and relations within a batch need two images')

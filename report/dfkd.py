@@ -88,6 +88,8 @@ def figure(folders: list[Path], root: str, path: Path) -> list[str]:
         if isinstance(test, dataset.Resident):
             strips.append(test.images[:16].permute(0, 3, 1, 2))
             names.append('real')
+    if not strips:  # pictures of unfinished runs only
+        return names
     side = 2 * max(strip.shape[-1] for strip in strips)
     same = [interpolate(pad(strip.float() / 255, (0,) * 7 + (16 - len(strip),)), (side, side))
             for strip in strips]  # fmt: skip

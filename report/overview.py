@@ -44,7 +44,7 @@ def accuracy(r: dict) -> float:
 
 def experiment(r: dict) -> tuple:
     """Networks are compared with one that differs in its method only."""
-    return r['data'], r['epochs'], r['student']
+    return r['data'], r['epochs'], r['student'], r.get('seed')
 
 
 def on(r: dict, several: bool) -> str:
@@ -58,10 +58,11 @@ def rows(results: list[dict]) -> list[tuple[str, str, float, str]]:
     several = len({r['data'] for r in (*base, *kd, *ka)}) > 1  # a student without data names it anyway
     baselines = {experiment(r): r for r in reversed(base) if not r['classes']}  # of several the first
     alone = [baselines[experiment(r)] for r in kd if experiment(r) in baselines]
-    table = []
+    students, table = {r['student'] for r in kd}, []
     for r in sorted(base, key=lambda r: r in alone):
         if not r['classes']:
-            who = f'{r["student"]} alone' if r in alone else f'teacher, {r["student"]}'
+            who = f'{r["student"]} alone' if r['student'] in students else f'teacher, {r["student"]}'
+            who += f', {r["epochs"]} epochs' if r['student'] in students and r not in alone else ''
             table.append((who + on(r, several), 'labels', accuracy(r), ''))
     for r in kd:
         other = baselines.get(experiment(r))

@@ -215,6 +215,7 @@ def test_processes_without_an_image(tmp_path, monkeypatch):
         test.shard = (rank, 5)
         assert list(test.test_batches(2)) == []
         engine.evaluate.refuse_misfit('net', net, test)
+        monkeypatch.setattr(engine.evaluate, 'processes', lambda: 2)
         monkeypatch.setattr(engine.evaluate, 'gathered', lambda mine: [first, mine])
         assert torch.equal(engine.evaluate.outputs(stacked, test)[0], outs)
 

@@ -36,7 +36,7 @@ from engine.evaluate import measure, measured  # noqa: E402
 from engine.flags import add_common_flags, data_words, positive_int, refuse_given  # noqa: E402
 from engine.ka_tools import NOT_HERE, UNREAD, refuse_non_finite, refuse_processes  # noqa: E402
 from engine.parser import Parser  # noqa: E402
-from engine.recipe import forget, math_args, resume_point
+from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
 from engine.session import Log, labelled_part, load_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
@@ -106,7 +106,7 @@ def main():
     )  # fmt: skip
     record = Record(folder, {'net': student, 'losses': losses}, recipe, origin, 'test')
     record.resume(resume_point(args.resume, folder))
-    forget(args.resume, folder)
+    record.begin(args.resume)
     write_json(folder / 'args.json', {'args': vars(args), **origin})
     log(f'{clients} clients, probe set of {len(probe)}, {record.epoch} of {args.epochs} rounds done')
     drawn = record.history[-1]['clients'] if record.epoch else []

@@ -40,7 +40,7 @@ from engine.flags import (  # noqa: E402
     seed_number,
 )
 from engine.parser import Parser  # noqa: E402
-from engine.recipe import forget, resume_point  # noqa: E402
+from engine.recipe import resume_point  # noqa: E402
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json  # noqa: E402
 from engine.session import Log, StopAfterEpoch, labelled_part, progress_bar, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
@@ -136,7 +136,7 @@ def main():
         own = recipe | ({'stage': stage} if stage == 'tree' else {})  # older searches have none in theirs
         record = Record(folder / stage, {'net': net, 'opt': opt}, own, dict(origin), 'test')
         record.resume(resume_point(args.resume, folder / stage))
-        forget(args.resume, folder / stage)
+        record.begin(args.resume)
         records[stage] = record
         bar.update(train.steps(args.batch_size) * record.epoch)
         log(f'{stage}: {record.epoch} of {epochs} epochs done')

@@ -42,7 +42,7 @@ from engine.flags import (  # noqa: E402
 )
 from engine.ka_tools import UNREAD, refuse_processes  # noqa: E402
 from engine.parser import Parser  # noqa: E402
-from engine.recipe import forget, load_checkpoint, math_args, resume_point  # noqa: E402
+from engine.recipe import load_checkpoint, math_args, resume_point  # noqa: E402
 from engine.record import (
     Record,
     class_names_of,
@@ -146,7 +146,7 @@ def main():
         for file in point.parent.glob('epoch*.pt') if point else ():  # the run may move to another folder
             if not (folder / way / file.name).exists():
                 write_atomic(folder / way / file.name, file.read_bytes())
-        forget(args.resume, folder / way)
+        record.begin(args.resume)
         records[way] = record
         bar.update(record.epoch * train.steps(args.batch_size))
         keep(folder / way, net, record.epoch, args)

@@ -244,13 +244,14 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
 def dense_jobs(table: dict, seed: int, args, root: Path, place: Path) -> list[Job]:
     """Of train_dense.py; students that are there are known by their files."""
     methods = [name for name in table['methods'] if not (place / f'{name}-s{seed}.json').exists()]
+    taught = ['--t_name', table['teacher'], '--t_model', Path(args.img_root) / table['teacher_file']]
     made = []
     group = table.get('group', len(methods))
     for first in range(0, len(methods), max(group, 1)):
         part = methods[first : first + group]
         note = f'{table["name"]}-s{seed}'
         words = ['train_dense.py', '--task', table['task'], '--kd_mode', *part, *losses(table, part),
-                 '--t_name', table['teacher'], '--t_model', str(Path(args.img_root) / table['teacher_file']),
+                 *(taught if part != ['alone'] else []),
                  '--s_name', table['student'], '--s_init', str(Path(args.img_root) / table['student_file']),
                  '--data_name', table['data'], '--img_root', args.img_root, '--save_root', args.save_root,
                  '--steps', str(table['steps']), '--seed', str(seed), '--resume', 'auto', '--note', note,
