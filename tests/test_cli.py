@@ -627,9 +627,9 @@ def test_debug_shows_an_error_of_the_author(script, teacher, monkeypatch):
 
 def test_amalgamation_of_folders(script, fails, tmp_path):
     """Teachers know a part of the classes each; the class names tell whether the part is the right one."""
-    root = write_folder(tmp_path / 'images')
+    root = write_folder(tmp_path / 'images', classes=('ape', 'bee', 'cat', 'dog'))
     data = ('--img_root', root, *FOLDER)
-    for part, classes in enumerate(('0-1', '2')):
+    for part, classes in enumerate(('0-1', '2-3')):
         words = (
             '--net_name',
             'resnet8',
@@ -643,11 +643,11 @@ def test_amalgamation_of_folders(script, fails, tmp_path):
         )
         assert script('train_base', *words).code == 0
     nets = [tmp_path / f't{part}' / 'net.pt' for part in (0, 1)]
-    ka = ('--ka_mode', 'concat', '--t_name', 'resnet8', '--t_classes', '0-1', '2', *data)
+    ka = ('--ka_mode', 'concat', '--t_name', 'resnet8', '--t_classes', '0-1', '2-3', *data)
     assert script('train_ka', *ka, '--t_model', *nets, '--limit_train', 9, '--limit_test', 9).code == 0
     for file in ('args.json', 'ensemble/results.json', 'concat/results.json', 'concat/student.pt'):
-        assert names_in(next(tmp_path.glob('ka-*')) / file) == ['ape', 'bee', 'cat']
-    swapped = ('--t_classes', '1,0', '2')
+        assert names_in(next(tmp_path.glob('ka-*')) / file) == ['ape', 'bee', 'cat', 'dog']
+    swapped = ('--t_classes', '1,0', '2-3')
     fails('train_ka', *ka, *swapped, '--t_model', *nets, '--note', 'k', said=['teacher 1', 'another order'])
     fails('train_ka', *ka, '--t_model', *nets, '--note', 'k', '--unlabeled', 'shapes:40', said='in memory')
     fed = ('--t_name', 'resnet8', '--t_model', *nets, '--s_name', 'resnet8', *data, '--probe', 2)
@@ -671,7 +671,7 @@ def test_every_tool_explains_itself_and_refuses_in_one_line(script, monkeypatch,
 @pytest.mark.parametrize(
     'words,said',
     [
-        ('missing at', 'after -- comes a training command'),
+        ('missing at', 'after -- comes a command of train_base.py'),
         ('missing at -- nonsense.py', "got 'nonsense.py'"),
         ('missing nonsense -- train_kd.py --s_name resnet8', "'nonsense'"),
         ('missing st -- train_kd.py --epochs many', '--epochs'),

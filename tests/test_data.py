@@ -587,10 +587,10 @@ def test_download_without_any_source(tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------------- folders
 
 
-def write_folder(root: Path, per_class=5) -> Path:
+def write_folder(root: Path, per_class=5, classes=('ape', 'bee', 'cat')) -> Path:
     rng = np.random.default_rng(0)
     for half in ('train', 'val'):
-        for c in ('ape', 'bee', 'cat'):
+        for c in classes:
             (root / half / c).mkdir(parents=True)
             for i in range(per_class):
                 picture = Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8))

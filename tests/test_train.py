@@ -161,8 +161,8 @@ def test_phases(train_kd, tmp_path):
 def test_phases_inside(train_kd, tmp_path):
     """No method of a table trains longer, and all follow one learning rate."""
     words = ('--epochs', '4', '--data_name', 'shapes:96', '--batch_size', '32', '--schedule', 'onecycle')
-    words += ('--init_epochs', '1', '--pretrain_epochs', '2', '--phases', 'inside')
-    done = train_kd('ab', 'ft', 'ctkd', *words, '--note', 'p')
+    words += ('--pretrain_epochs', '2', '--phases', 'inside')
+    done = train_kd('ab', 'ft', 'ctkd', *words, '--init_epochs', '1', '--note', 'p')
     assert done.code == 0, done.err
     runs = {token: rows(tmp_path / 'p' / token) for token in ('ab', 'ft', 'ctkd')}
     phases = {token: [r['phase'] for r in run] for token, run in runs.items()}

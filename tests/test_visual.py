@@ -120,8 +120,8 @@ def test_nothing_to_draw_is_one_line(script):
 def test_a_table_tells_runs_with_the_view_from_those_without():
     run = {'script': 'train_ka', 'method': 'scratch', 'data': 'scenes', 'teacher': None, 'experiment': 'a'}
     run |= {'tasks': ['seg', 'depth'], 'branch_points': [0, 0], 'parameters': 7, 'epochs': 2}
-    runs = [run | {'last': {'miou': miou}} for miou in (50.0, 52.0)]
-    seen = run | {'last': {'miou': 60.0}, 'augment': {'zoom': 0.5}}
+    runs = [run | {'last': {'miou': miou}, 'seed': seed} for seed, miou in enumerate((50.0, 52.0))]
+    seen = run | {'last': {'miou': 60.0}, 'seed': 0, 'augment': {'zoom': 0.5}}
     _, one, two = ka.dense_table([*runs, seen])
     assert one[:2] == ['one network, labels (branches at 0, 0)', '51.0 +- 1.4'] and one[-1] == 2
     assert two[:2] == ['one network, labels, --augment (branches at 0, 0)', '60.0'] and two[-1] == 1
