@@ -174,23 +174,9 @@ def main():
     setting, net = make_setting(args, device, root, log, any(map(taught, wanted.values())))
     origin |= {'class_names': list(setting.class_names)}
     runs = [make_run(args, setting, net, folder, origin, word, chosen) for word, chosen in wanted.items()]
-    if processes() > 1:
-        log(f'{processes()} processes x {args.batch_size} pictures')
-    args.save_every, segments = 1, -(-args.steps // args.eval_every)
-    start = min(run.record.epoch for run in runs)
     records = [run.record for run in runs]
-    live = session.start(
-        args,
-        log,
-        origin,
-        records,
-        val=None,
-        done=start,
-        epochs=segments,
-        steps=args.eval_every,
-        total=args.steps,
-    )
-    for segment in range(start, segments):
+    live, segments = session.start_by_steps(args, log, origin, records, val=None, what='pictures')
+    for segment in segments:
         started = time.time()
         begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead
         for run in active:
@@ -214,7 +200,7 @@ def main():
             figures = {f'test_{key}': value for key, value in setting.task.measure(run.net).items()}
             row = rows[run.name] | figures | {'seconds': time.time() - started}
             done.append((run.record, row, partial(line, run, args.steps), f'{run.name}/'))
-        if code := session.end_epoch(live, segment, segment + 1 == segments, done):
+        if code := session.end_epoch(live, segment, segment + 1 == live.epochs, done):
             return code
         if not runs:
             break

@@ -144,23 +144,9 @@ def main():
 
     setting = make_setting(args, text, device, views, root, log)
     runs = [make_run(args, setting, folder, origin, name, *row) for name, row in wanted.items()]
-    if processes() > 1:
-        log(f'{processes()} processes x {args.batch_size} texts')
-    args.save_every, segments = 1, -(-args.steps // args.eval_every)
-    start = min(run.record.epoch for run in runs)
     records = [run.record for run in runs]
-    live = session.start(
-        args,
-        log,
-        origin,
-        records,
-        val=True,
-        done=start,
-        epochs=segments,
-        steps=args.eval_every,
-        total=args.steps,
-    )
-    for segment in range(start, segments):
+    live, segments = session.start_by_steps(args, log, origin, records, val=True, what='texts')
+    for segment in segments:
         started = time.time()
         begun = active = [run for run in runs if run.record.epoch == segment]  # a kill left others ahead
         for run in active:
@@ -184,7 +170,7 @@ def main():
             run.remember()
             row = rows[run.name] | figures | {'seconds': time.time() - started}
             done.append((run.record, row, partial(line, run, args.steps), f'{run.name}/'))
-        if code := session.end_epoch(live, segment, segment + 1 == segments, done):
+        if code := session.end_epoch(live, segment, segment + 1 == live.epochs, done):
             return code
         if not runs:
             break

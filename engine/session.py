@@ -70,6 +70,21 @@ def start(
     return Session(args, log, progress_bar(total or steps * epochs, before, log), board, stop, epochs, unit)
 
 
+def start_by_steps(
+    args: argparse.Namespace, log: 'Log', origin: dict, records: list[Record], *, val: Any, what: str
+) -> tuple[Session, range]:
+    """The same where an evaluation every so many steps stands for the end of an epoch; and those to come.
+
+    what: of which a batch is, for the log.
+    """
+    if processes() > 1:
+        log(f'{processes()} processes x {args.batch_size} {what}')
+    args.save_every, segments = 1, -(-args.steps // args.eval_every)
+    done = min(record.epoch for record in records)
+    counts = {'done': done, 'epochs': segments, 'steps': args.eval_every, 'total': args.steps}
+    return start(args, log, origin, records, val=val, **counts), range(done, segments)
+
+
 def drop_failed(session: Session, begun: list, runs: list) -> None:
     """Students that failed in this epoch leave both lists; the others go on."""
     for run in [run for run in begun if run.meter.failure]:
