@@ -25,7 +25,7 @@ import torch
 import models
 from engine import errors, listing, optimise, session, side_by_side
 from engine.batch import Batch
-from engine.build import build_runs, check_labels, read_methods, refuse_unread
+from engine.build import build_runs
 from engine.device import autocast, compile_networks, setup
 from engine.errors import user_errors
 from engine.evaluate import measure, measured
@@ -44,6 +44,7 @@ from engine.flags import (
     whole_number,
     with_rate,
 )
+from engine.kd_flags import check_labels, read_methods, refuse_unread
 from engine.parser import Parser
 from engine.processes import processes, rank
 from engine.record import class_names_of, output_folder, provenance
