@@ -179,12 +179,19 @@ def decoded(data: Dataset, workers: int, **options) -> Iterator:
         message = str(error).strip().splitlines()[-1].split('BadImage: ')[-1]
         error.__traceback__ = None  # its frames hold the loader, whose processes should end now
     except RuntimeError as error:
-        if not str(error).startswith('DataLoader worker (pid'):
+        message = end_of_worker(error)
+        if not message:
             raise
-        said = str(error).strip().splitlines()[0]
-        message = f'{said}: try --workers 0, or give it more memory or a larger /dev/shm'
         error.__traceback__ = None
     raise BadImage(message)
+
+
+def end_of_worker(error: RuntimeError) -> str:
+    """One line on the end of a process that decodes; empty if the error says something else."""
+    if not str(error).startswith('DataLoader worker (pid'):
+        return ''
+    said = str(error).strip().splitlines()[0]
+    return f'{said}: try --workers 0, or give it more memory or a larger /dev/shm'
 
 
 def obey_parent_alone(_: int) -> None:

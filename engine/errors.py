@@ -15,6 +15,7 @@ if tuple(map(int, str(torch.__version__).split('.')[:2])) < (2, 11):  # before a
     sys.exit(2)
 
 import dataset
+from dataset.folder import end_of_worker
 from engine.processes import leave_processes
 
 
@@ -73,13 +74,9 @@ def run(main: Callable[[], int | None]) -> None:
         print(f'{script}: stopped: {first}: take a smaller --batch_size, or fewer at a time', file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:  # torch's handler raises wherever the training is just then
-        if not str(error).startswith('DataLoader worker (pid'):
+        if not (said := end_of_worker(error)):
             raise
-        first = str(error).strip().splitlines()[0]
-        print(
-            f'{script}: error: {first}: try --workers 0, or give it more memory or a larger /dev/shm',
-            file=sys.stderr,
-        )
+        print(f'{script}: error: {said}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:  # where no epoch is to be finished first
         if '--debug' in sys.argv:

@@ -168,3 +168,14 @@ def train_kd(script, teacher):
         return script('train_kd', *pair, *(() if '--epochs' in words else TINY), '--kd_mode', *words)
 
     return call
+
+
+@pytest.fixture
+def tool(script, img_root, tmp_path):
+    """tool('subtask', ...) with data and output folder set."""
+
+    def call(name: str, *words):
+        place = ('--img_root', img_root, '--save_root', tmp_path, '--threads', 1)
+        return script(f'tools.{name}', *words, *place)
+
+    return call

@@ -24,17 +24,6 @@ DATA = ('--data_name', 'patterns:80', '--batch_size', '20')
 
 
 @pytest.fixture
-def tool(script, img_root, tmp_path):
-    """tool('subtask', ...) with data and output folder set."""
-
-    def call(name: str, *words):
-        place = ('--img_root', img_root, '--save_root', tmp_path, '--threads', 1)
-        return script(f'tools.{name}', *words, *place)
-
-    return call
-
-
-@pytest.fixture
 def halves(tmp_path):
     """Two resnet8 of half of the classes each, with statistics of their own; they need not know anything."""
     for part in (0, 1):

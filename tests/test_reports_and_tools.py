@@ -24,17 +24,6 @@ from report.dense import SETTING
 PATTERNS = ('--data_name', 'patterns:80', '--batch_size', '20')
 
 
-@pytest.fixture
-def tool(script, img_root, tmp_path):
-    """tool('subtask', ...) with data and output folder set."""
-
-    def call(name: str, *words):
-        place = ('--img_root', img_root, '--save_root', tmp_path, '--threads', 1)
-        return script(f'tools.{name}', *words, *place)
-
-    return call
-
-
 def saved(path, name: str = 'resnet8', classes: int = 5):
     """The file of a network that need not know anything."""
     torch.manual_seed(0)

@@ -32,8 +32,8 @@ from engine.flags import (  # noqa: E402
     positive_int,
     seed_number,
 )
+from engine.ka_tools import refuse_processes  # noqa: E402
 from engine.parser import Parser  # noqa: E402
-from engine.processes import processes  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_atomic  # noqa: E402
 from engine.session import load_data, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
@@ -68,8 +68,7 @@ def main():
     folder = Path(args.out)
     if (folder / 'meta.json').exists():
         raise UserError(f'--out {folder}: there are labels already; choose another folder')
-    if processes() > 1:  # each would label its share alone
-        raise UserError('runs in one process only')
+    refuse_processes()  # each would label its share alone
     device = setup(args)
     amp = autocast(device, args.amp)
     size, args.batch_size = max(args.batch_size, 2), 2  # any size will do
