@@ -110,7 +110,8 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
     dead = [norm <= 8 * torch.finfo(norm.dtype).eps * of for norm, of in zip(norms, length)]
     product = norms[0] * norms[1]
     seen = 0 * product.detach()  # NaN beside equal numbers must show
-    return torch.where(dead[0] | dead[1], seen, (a * b).sum(dim) / (product + 1e-8))
+    unrelated = dead[0] | dead[1] | (product <= 1e-12)
+    return torch.where(unrelated, seen, (a * b).sum(dim) / (product + 1e-8))
 
 
 def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

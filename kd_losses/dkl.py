@@ -91,15 +91,16 @@ class DKL(nn.Module):
         N, K = out_s.shape
         out_s, out_t, valid = _full(out_s), _full(out_t.detach(), out_s), None
         if prior is None:
-            w = F.softmax(out_t / self.T2, dim=1)
+            # not softmax, then its power: a probability of 1e-60 is 0 in float32, its power of 0.05 is not
+            w = (self.gamma * F.log_softmax(out_t / self.T2, dim=1)).exp()
         elif target is None:
             raise ValueError('DKL: target must be given with a prior, got None: the labels choose its rows')
         else:
             _expect('DKL', 'prior', prior, K, K)
             target, valid = _labels('DKL', target, N, K)
-            w = _full(prior.detach(), out_s)[target]
+            w = _full(prior.detach(), out_s)[target].pow(self.gamma)
         masked = out_t == -torch.inf  # classes that the teacher rules out count nothing
-        w = w.pow(self.gamma).masked_fill(masked, 0)
+        w = w.masked_fill(masked, 0)
         d = torch.where(masked, 0.0, out_t - out_s)
         S = w.sum(dim=1)
         mu = (w * d).sum(dim=1) / torch.where(S == 0, 1.0, S)

@@ -54,8 +54,8 @@ class KDSVD(nn.Module):
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: k < 1 or more than a stage has; fewer than two stages; unequal lengths, batches or
-        channels.
+        ValueError: k < 1 or more vectors than a stage of the teacher has; fewer than two stages; unequal
+            lengths, batches or channels.
     """
 
     def __init__(self, k: int = 1) -> None:
@@ -105,9 +105,9 @@ class KDSVD(nn.Module):
         for s, t in zip(fms_s, fms_t):
             _expect('KDSVD', 'fms_s', s, len(fms_s[0]), 'C', 'H', 'W')
             _expect('KDSVD', 'fms_t', t, *s.shape[:2], 'H', 'W')
-            if self.k > min(t.shape[1], t.shape[2] * t.shape[3], s.shape[2] * s.shape[3]):
+            if self.k > min(t.shape[1], t.shape[2] * t.shape[3]):
                 raise ValueError(
-                    f'KDSVD: a stage must have at least k = {self.k} vectors, got {shapes}: lower k'
+                    f'KDSVD: a stage of the teacher must have k = {self.k} vectors, got {shapes}: lower k'
                 )
 
 

@@ -8,8 +8,8 @@ Knowledge", ECCV 2020, arXiv:1912.01540.
     q[i, m] = softmax over m of scale * cos(s_i, w_m)           w, scale: trained with the student
     loss = mean over i of sum over m of p * (log p - log q)
 
-Tap: the last stage's maps, before the final ReLU; equal sizes, any channels. A teacher map whose side is a
-multiple of the student's is average-pooled (the authors: 2x2).
+Tap: the last stage's maps, before the final ReLU; equal sizes, any channels. A larger teacher map is
+average-pooled, 2x2 where that gives the student's size (so the authors), else by the factor of the sizes.
 
 Differences: the authors' formula, on one stage. Their code book comes from all vectors of the training set,
 `fit_centroids` takes as many as it is given. |t|^2 is left out of the distance: the softmax does not see it.
@@ -42,8 +42,9 @@ class QuEST(nn.Module):
         centroids: (num_words, t_channels), the vocabulary; None: zeros, to be filled by `fit`.
 
     Shape:
-        fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H', W'), H' and W' the same multiple of H and W or
-        equal. Returns a scalar. No gradient reaches fm_t.
+        fm_s: (N, s_channels, H, W), fm_t: (N, t_channels, H', W'). H' and W' are H and W, the same multiple
+        of them, or one more than twice as much: then the last row or column counts nothing. Returns a
+        scalar. No gradient reaches fm_t.
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
@@ -92,6 +93,8 @@ class QuEST(nn.Module):
     def _teacher_map(self, fm_t: Tensor, shape_s) -> Tensor:
         n, _, h, w = shape_s
         _expect('QuEST', 'fm_t', fm_t, n, self.t_channels, 'H', 'W')
+        if fm_t.shape[2:] != shape_s[2:] and (fm_t.shape[2] // 2, fm_t.shape[3] // 2) == (h, w):
+            return F.avg_pool2d(fm_t, 2)  # the authors' pooling: of an odd size the last row counts nothing
         if fm_t.shape[2] % h or fm_t.shape[3] % w or fm_t.shape[2] // h != fm_t.shape[3] // w:
             raise ValueError(
                 f'QuEST: fm_t must be {(n, self.t_channels, h, w)} as fm_s, or a multiple of its size, '

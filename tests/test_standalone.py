@@ -249,6 +249,7 @@ OWN = {
     '_leading': (2, 'kdsvd keeps the singular values, mhgd the vectors alone'),
     '_log_probabilities': (3, 'sdd has an axis of regions more, rld and sdd take a mask'),
     '_mmd': (2, "cc's kernel of means, nst's discrepancy"),
+    '_pearson': (2, 'distplus takes short vectors as constant ones, dist as they are'),
     '_pool': (2, 'fsp also by maximum'),
     '_separable': (2, 'exits of different networks'),
 }

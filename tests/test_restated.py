@@ -1,0 +1,67 @@
+"""Losses beside their formula written out a second time, in inputs that no golden file has."""
+
+import torch
+import torch.nn.functional as F
+
+from kd_losses.distplus import DISTPlus
+from kd_losses.dkl import DKL
+from kd_losses.kdsvd import KDSVD
+from kd_losses.quest import QuEST
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(value, wanted):
+    torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_kdsvd_of_a_student_with_fewer_positions_than_vectors():
+    """Each of the teacher's vectors finds the nearest of those that the student has."""
+    fms_s, fms_t = [draw(2, 6, 1, 2), draw(2, 5, 1, 1)], [draw(2, 6, 3, 2), draw(2, 5, 2, 2)]
+    k, sides = 3, [[], []]
+    for s, t in zip(fms_s, fms_t):
+        rows_s, rows_t = (x.flatten(2).mT for x in (s, t))
+        _, sigma, vh = torch.linalg.svd(rows_t, full_matrices=False)
+        v_t = vh[:, :k].mT
+        v_t = v_t * v_t.gather(1, v_t.abs().argmax(dim=1, keepdim=True)).sign()
+        w = sigma[:, None, :k] / sigma[:, None, :k].norm(dim=2, keepdim=True)
+        r = min(k + 3, *rows_s.shape[1:])
+        a = torch.linalg.svd(rows_s, full_matrices=False)[2][:, :r].mT
+        cos = a.mT @ v_t
+        best = cos.abs().argmax(dim=1, keepdim=True)
+        a = a.gather(2, best.expand(-1, a.shape[1], -1)) * cos.gather(1, best).sign()
+        sides[0].append(a * w)
+        sides[1].append(v_t * w)
+    r_s, r_t = (((late[:, :, None] - early[:, None]).square() / -8).exp() for early, late in sides)
+    close(KDSVD(k=k)(fms_s, fms_t), (r_s - r_t).square().sum() / 2)
+
+
+def test_distplus_of_short_vectors():
+    """A product of lengths up to 1e-12 is no direction: r = 0 and no gradient."""
+    out_s, out_t = draw(4, 5), draw(4, 5, seed=1)
+    fm_s, fm_t = (1e-7 * draw(4, 3, 2, 2, seed=seed) for seed in (2, 3))
+    fm_s.requires_grad_()
+    _, channel, spatial = DISTPlus().terms(out_s, fm_s, out_t, fm_t)
+    (channel + spatial).backward()
+    assert (channel.item(), spatial.item(), fm_s.grad.abs().max().item()) == (1, 1, 0)
+    assert DISTPlus().terms(out_s, fm_s * torch.nan, out_t, fm_t)[1].isnan()
+
+
+def test_dkl_with_a_small_power_of_small_probabilities():
+    """In float32 a probability may be 0 whose power of 0.05 is not."""
+    loss = DKL(gamma=0.05, T2=0.5, reduction='weights', alpha=0, beta=1)
+    out_s, out_t = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 150.0, 90.0]])
+    torch.testing.assert_close(loss(out_s, out_t), loss(out_s.double(), out_t.double()).float())
+    assert loss(out_s, out_t) > 4
+
+
+def test_quest_pools_teachers_of_odd_sizes_by_two():
+    words, fm_s, fm_t = draw(3, 4), draw(2, 3, 2, 3), draw(2, 4, 5, 7, seed=1)
+    loss = QuEST(3, 4, centroids=words).double()
+    close(loss(fm_s, fm_t), loss(fm_s, F.avg_pool2d(fm_t[:, :, :4, :6], 2)))
+    close(
+        loss(fm_s[:, :, :1, :1], fm_t[:, :, :3, :3]),
+        loss(fm_s[:, :, :1, :1], F.avg_pool2d(fm_t[:, :, :2, :2], 2)),
+    )
