@@ -84,10 +84,13 @@ def supervised(task: str, out: Tensor, label: Tensor) -> Tensor:
 
 
 class DenseMetrics:
-    """The usual figures of the three tasks, over all known pixels of a test set."""
+    """The usual figures of the three tasks, over all known pixels of a test set.
 
-    def __init__(self, tasks: tuple, num_classes: int, device) -> None:
-        self.tasks, self.num_classes = tasks, num_classes
+    Classes of `ignore` and of -100 are unknown; ValueError: another one is outside 0..num_classes-1.
+    """
+
+    def __init__(self, tasks: tuple, num_classes: int, device, ignore: int = -1) -> None:
+        self.tasks, self.num_classes, self.ignore = tasks, num_classes, ignore
         device = 'cpu' if torch.device(device).type == 'mps' else device  # which has no float64
         self.confusion = torch.zeros(num_classes**2, dtype=torch.float64, device=device)
         self.depth = torch.zeros(4, dtype=torch.float64, device=device)
@@ -117,7 +120,13 @@ class DenseMetrics:
         return result | {'score': sum(known) / len(known)}
 
     def _add_seg(self, out: Tensor, label: Tensor) -> None:
-        known = label >= 0
+        known = (label != self.ignore) & (label != -100)
+        wrong = label[known & ((label < 0) | (label >= self.num_classes))]
+        if len(wrong):
+            raise ValueError(
+                f'DenseMetrics: labels must be in 0..{self.num_classes - 1}, {self.ignore} or -100, '
+                f'got {int(wrong[0])}'
+            )
         pair = label[known] * self.num_classes + out.argmax(dim=1)[known]
         self.confusion += torch.bincount(pair, minlength=self.num_classes**2).to(self.confusion.device)
 

@@ -55,7 +55,8 @@ class AFK(nn.Module):
             _expect('AFK', f'outs_s[{u}]', out_s, 'N', 'C')
             _expect('AFK', f'outs_t[{u}]', out_t, *out_s.shape)
             t = _full(out_t.detach(), out_s)
-            label = torch.where(t > 0, 1.0, 0.0).to(t) + 0 * t  # NaN and inf must show
+            # NaN and inf must show; -inf is a no
+            label = torch.where(t > 0, 1.0, 0.0).to(t) + 0 * t.masked_fill(t == -torch.inf, 0.0)
             terms[f'stream{u}'] = F.binary_cross_entropy_with_logits(_full(out_s), label)
         loss = sum(terms.values())
         return (loss, terms) if return_terms else loss

@@ -93,7 +93,8 @@ def transferability(sal_s: Tensor, sals_t: Tensor) -> Tensor:
     """
     _expect('transferability', 'sal_s', sal_s, 'P', 'M')
     _expect('transferability', 'sals_t', sals_t, 'clients', *sal_s.shape)
-    return 1 / (0.5 + 0.5 * F.cosine_similarity(_full(sal_s)[None], _full(sals_t), dim=2)).mean(dim=1)
+    a, b = F.normalize(_full(sal_s), dim=1), F.normalize(_full(sals_t), dim=2)  # 0 of a map without saliency
+    return 1 / (0.5 + 0.5 * (a * b).sum(dim=2)).mean(dim=1)
 
 
 def selection_prob(tr: Tensor) -> Tensor:

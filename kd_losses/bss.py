@@ -148,10 +148,11 @@ class BSSAttacker:
                 (g,) = torch.autograd.grad(-gap.sum(), x)
             with torch.no_grad():
                 norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
-                moves = (out.argmax(dim=1) == target) & (norm > 0)
+                active = out.argmax(dim=1) == target
+                moves = active & (norm > 0)
                 size = self.step_alpha * (gap + self.eps) / torch.where(moves, norm, 1.0)
                 size = torch.where(moves, size, 0.0).reshape(-1, *[1] * (x.dim() - 1))
-                x = (x + size * g).clamp(*self.clip)
+                x = torch.where(active.any(), (x + size * g).clamp(*self.clip), x)  # else it has ended
         return x.detach()
 
 

@@ -114,8 +114,10 @@ def quality_focal(
     _expect_rows('CrossKD', 'label_weight', weight, len(out_s))
     x, y = _full(out_s), _full(out_t.detach(), out_s)
     t = y.sigmoid()
+    never = (x == -torch.inf) & (t == 0)  # for both: nothing to learn, where 0 times inf would be NaN
+    x = x.masked_fill(never, 0.0)
     ce = F.binary_cross_entropy_with_logits(x, t, reduction='none')
-    rows = (ce * (x.sigmoid() - t).abs() ** beta).sum(dim=1)
+    rows = (ce * (x.sigmoid() - t).abs() ** beta).masked_fill(never, 0.0).sum(dim=1)
     hidden = 0 * y.masked_fill(y == -torch.inf, 0.0).sum()  # t = 1 hides an inf; -inf, t = 0, is legal
     return (_full(weight.detach(), out_s) * rows).sum() / _at_least_one(avg_factor, x) + hidden
 

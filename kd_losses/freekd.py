@@ -210,4 +210,10 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def feed(kd, s, t, batch):
     """With the mean squared error of the maps, 5 times, as the authors have it."""
+    for x, y in zip(s.fms, t.fms):
+        if x.shape[1] != y.shape[1]:
+            raise ValueError(
+                f'freekd: the squared error beside it needs pyramids of one width, got {x.shape[1]} channels '
+                f'and {y.shape[1]}: maskd aligns them'
+            )
     return sum(k(x, y) + 5 * F.mse_loss(x, y.detach()) for k, x, y in zip(kd, s.fms, t.fms))

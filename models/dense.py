@@ -41,6 +41,7 @@ LEVELS = {
     'mobilenet_v3_small': ('1', '3', '8'),
 }
 WIDTHS = {'fasterrcnn': 48, 'retinanet': 64, 'fcos': 64}  # of the small pyramids
+THRESHOLDS = {'score_thresh': 0.05, 'nms_thresh': 0.5, 'detections_per_img': 100}  # fasterrcnn has them
 
 # ------------------------------------------------------------------------------------------------- building
 
@@ -199,7 +200,8 @@ def _detector(name: str, K: int, size: int, frozen: bool) -> nn.Module:
     made = {'fasterrcnn': detection.FasterRCNN, 'retinanet': detection.RetinaNet, 'fcos': detection.FCOS}[
         head
     ]
-    return made(backbone, K, min_size=(640, 672, 704, 736, 768, 800))  # by chance; the last in evaluation
+    sizes = (640, 672, 704, 736, 768, 800)  # by chance; the last in evaluation
+    return made(backbone, K, min_size=sizes, **({} if head == 'fasterrcnn' else THRESHOLDS))
 
 
 def _small_detector(head: str, body: nn.Module, levels: tuple, K: int, size: int) -> nn.Module:
@@ -210,16 +212,12 @@ def _small_detector(head: str, body: nn.Module, levels: tuple, K: int, size: int
     sides, ratios = tuple(round(side * size / 64) for side in (10, 18, 32)), (0.5, 1.0, 2.0)
     if head == 'fcos':
         anchors = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
-        return detection.FCOS(
-            backbone, K, anchor_generator=anchors, score_thresh=0.05, nms_thresh=0.5, **common
-        )
+        return detection.FCOS(backbone, K, anchor_generator=anchors, **THRESHOLDS, **common)
     anchors = AnchorGenerator(tuple((side,) for side in sides), (ratios,) * 3)
     if head == 'retinanet':
         norm = partial(nn.GroupNorm, 8)
         towers = detection.retinanet.RetinaNetHead(width, 3, K, norm_layer=norm)
-        return detection.RetinaNet(
-            backbone, K, anchor_generator=anchors, head=towers, detections_per_img=100, **common
-        )
+        return detection.RetinaNet(backbone, K, anchor_generator=anchors, head=towers, **THRESHOLDS, **common)
     return detection.FasterRCNN(
         backbone, None, rpn_anchor_generator=anchors,
         box_roi_pool=MultiScaleRoIAlign(['0', '1', '2'], 5, 2),

@@ -1,8 +1,15 @@
 """Losses beside their formula written out a second time, in inputs that no golden file has."""
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from dataset.dense import DenseMetrics
+from ka_losses.afk import AFK
+from ka_losses.fedka import transferability
+from kd_losses.bss import BSSAttacker
+from kd_losses.crosskd import quality_focal
 from kd_losses.distplus import DISTPlus
 from kd_losses.dkl import DKL
 from kd_losses.kdsvd import KDSVD
@@ -65,3 +72,50 @@ def test_quest_pools_teachers_of_odd_sizes_by_two():
         loss(fm_s[:, :, :1, :1], fm_t[:, :, :3, :3]),
         loss(fm_s[:, :, :1, :1], F.avg_pool2d(fm_t[:, :, :2, :2], 2)),
     )
+
+
+def test_afk_takes_a_masked_attribute_as_a_no():
+    out_s, out_t = draw(4, 3).requires_grad_(), draw(4, 3, seed=1)
+    masked = out_t.clone()
+    masked[1, 0] = -torch.inf
+    out_t[1, 0] = -1
+    close(AFK()([out_s], [masked]), AFK()([out_s], [out_t]))
+    for value in torch.inf, torch.nan:
+        masked[0, 0] = value
+        assert not AFK()([out_s], [masked]).isfinite()
+
+
+def test_fedka_compares_directions_however_small_the_saliency():
+    sal_s, sals_t = draw(2, 7), draw(3, 2, 7, seed=1)
+    close(transferability(1e-11 * sal_s, sals_t), transferability(sal_s, sals_t))
+    close(transferability(0 * sal_s, sals_t), torch.full((3,), 2.0, dtype=torch.float64))
+
+
+def test_bss_leaves_images_alone_that_the_teacher_has_wrong():
+    """The attack ends before its first step, also before it clips."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(60, 5)).double()
+    img = 3 * draw(2, 3, 4, 5)
+    wrong = (net(img).argmax(dim=1) + 1) % 5
+    assert torch.equal(BSSAttacker().attack(net, img, wrong, (wrong + 1) % 5), img)
+
+
+def test_crosskd_of_a_class_that_both_rule_out():
+    out_s, out_t = draw(3, 4), draw(3, 4, seed=1)
+    weight = torch.ones(3, dtype=torch.float64)
+    wanted = quality_focal(out_s[:, 1:], out_t[:, 1:], weight, 3)
+    out_s[:, 0] = out_t[:, 0] = -torch.inf
+    out_s.requires_grad_()
+    loss = quality_focal(out_s, out_t, weight, 3)
+    loss.backward()
+    close(loss, wanted)
+    assert out_s.grad.isfinite().all()
+
+
+def test_dense_metrics_refuse_labels_that_are_no_class():
+    out = draw(1, 3, 2, 2)
+    label = torch.tensor([[[0, 1], [2, 255]]])
+    metrics = DenseMetrics(('seg',), 3, 'cpu', ignore=255)
+    metrics.add([out], {'seg': label})
+    assert metrics.confusion.sum() == 3
+    with pytest.raises(ValueError, match=r'labels must be in 0\.\.2, -1 or -100, got 255'):
+        DenseMetrics(('seg',), 3, 'cpu').add([out], {'seg': label})
