@@ -73,10 +73,10 @@ class KegNet(nn.Module):
             )
         out_t, z, z_hat = _full(out_t), _full(z, out_t), _full(z_hat, out_t)
         images, log_p, valid = _full(images, out_t).flatten(1), F.log_softmax(out_t, dim=1), None
-        if label.is_floating_point():
+        if label.is_floating_point() or label.dim() == 2:
             _expect('KegNet', 'label', label, *out_t.shape)
             label = _full(label, out_t)
-            cls = (torch.xlogy(label, label) - label * log_p).sum(dim=1)
+            cls = (torch.xlogy(label, label) - torch.where(label == 0, 0.0, label * log_p)).sum(dim=1)
         else:
             label, valid = _labels('KegNet', label, *out_t.shape, 'label')
             cls = F.nll_loss(log_p, label, reduction='none')

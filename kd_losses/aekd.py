@@ -86,6 +86,10 @@ class AEKD(nn.Module):
             v = v / length[:, None]
         gram = (v[:, None] * v[None, :]).sum(dim=2)
         w = _smallest(gram, min(1.0, max(1 / M, C)))
+        # between equal teachers rounding would decide
+        apart = torch.linalg.vector_norm(v[:, None] - v[None], dim=2)
+        equal = (apart <= 1e-12 * torch.linalg.vector_norm(v, dim=1).max()).to(w.dtype)
+        w = (equal * w).sum(dim=1) / equal.sum(dim=1)
         if norm:
             w = w / length
         return w / w.sum()

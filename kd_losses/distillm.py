@@ -51,11 +51,11 @@ class DistiLLM(nn.Module):
     Shape:
         out_s, out_t: (N, L, K) or (N, K) logits of the same tokens and classes, K >= 2.
         target: (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of
-        -100 are left out, other numbers only have to be classes; None: every position counts.
+        -100 are left out, other ids count, whatever they are; None: every position counts.
         Returns a scalar. No gradient reaches out_t. Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: alpha out of its range; shapes that differ; K < 2; a label that is no class.
+        ValueError: alpha out of its range; shapes that differ; K < 2; an id below 0.
     """
 
     def __init__(self, alpha: float = 0.1, reverse: bool = False) -> None:
@@ -138,13 +138,11 @@ def _tokens(
     flat = target.reshape(-1).long()  # -100 is 156 in eight bits
     counts = flat != -100
     if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        wrong = counts & ((flat < 0) | (flat >= rows.shape[1]))
-        for y in flat.tolist() if wrong.any().tolist() else ():
-            if y != -100 and not 0 <= y < rows.shape[1]:
-                raise ValueError(
-                    f'{who}: target{of} must be in 0..{rows.shape[1] - 1}, or -100 to leave a position out, '
-                    f'got {y}: set the mark of your padding to -100'
-                )
+        for y in flat[counts & (flat < 0)].tolist():
+            raise ValueError(
+                f'{who}: target{of} must be ids from 0 up, or -100 to leave a position out, got {y}: set the '
+                'mark of your padding to -100'
+            )
     return rows, out_t.detach().reshape(rows.shape), counts
 
 

@@ -276,13 +276,11 @@ def _tokens(
     flat = target.reshape(-1).long()  # -100 is 156 in eight bits
     counts = flat != -100
     if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        wrong = counts & ((flat < 0) | (flat >= rows.shape[1]))
-        for y in flat.tolist() if wrong.any().tolist() else ():
-            if y != -100 and not 0 <= y < rows.shape[1]:
-                raise ValueError(
-                    f'{who}: target{of} must be in 0..{rows.shape[1] - 1}, or -100 to leave a position out, '
-                    f'got {y}: set the mark of your padding to -100'
-                )
+        for y in flat[counts & (flat < 0)].tolist():
+            raise ValueError(
+                f'{who}: target{of} must be ids from 0 up, or -100 to leave a position out, got {y}: set the '
+                'mark of your padding to -100'
+            )
     return rows, out_t.detach().reshape(rows.shape), counts
 
 

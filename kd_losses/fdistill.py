@@ -50,14 +50,14 @@ class FDistill(nn.Module):
     Shape:
         out_s, out_t: (N, L, K) or (N, K) logits on texts of the teacher or of the data, K >= 2; target:
         (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of -100
-        are left out, other numbers only have to be classes; None: every position counts. out_s_gen,
+        are left out, other ids count, whatever they are; None: every position counts. out_s_gen,
         out_t_gen, target_gen: the same on texts that the student wrote, of another length maybe.
         Returns a scalar. No gradient reaches out_t, out_t_gen. `terms` returns the means over the first
         and the second texts, times T^2, without beta and 1/2, 0 for texts that are missing or not used.
         Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: an argument out of its range; shapes that differ; K < 2; a label that is no class; 'rkl'
+        ValueError: an argument out of its range; shapes that differ; K < 2; an id below 0; 'rkl'
             without the second texts.
     """
 
@@ -146,13 +146,11 @@ def _tokens(
     flat = target.reshape(-1).long()  # -100 is 156 in eight bits
     counts = flat != -100
     if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        wrong = counts & ((flat < 0) | (flat >= rows.shape[1]))
-        for y in flat.tolist() if wrong.any().tolist() else ():
-            if y != -100 and not 0 <= y < rows.shape[1]:
-                raise ValueError(
-                    f'{who}: target{of} must be in 0..{rows.shape[1] - 1}, or -100 to leave a position out, '
-                    f'got {y}: set the mark of your padding to -100'
-                )
+        for y in flat[counts & (flat < 0)].tolist():
+            raise ValueError(
+                f'{who}: target{of} must be ids from 0 up, or -100 to leave a position out, got {y}: set the '
+                'mark of your padding to -100'
+            )
     return rows, out_t.detach().reshape(rows.shape), counts
 
 

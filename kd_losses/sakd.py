@@ -330,7 +330,9 @@ def routed(kd, s, t, batch, action: Tensor) -> Tensor:
         to_t = (1 - a) * _run(hint, _resized(fs, tuple(ft.shape[2:]))) + a * ft
         to_s = (1 - a) * fs + a * _run(anti_hint, _resized(ft, tuple(fs.shape[2:])))
     last = action[:, -1, None]
-    return (1 - last) * after_s(len(kd.hints), to_s).out + last * after_t(len(kd.hints), to_t).out
+    out_t = after_t(len(kd.hints), to_t).out
+    out_t = out_t.masked_fill(out_t == -torch.inf, torch.finfo(out_t.dtype).min / 2)  # 0 times -inf is NaN
+    return (1 - last) * after_s(len(kd.hints), to_s).out + last * out_t
 
 
 def feed(kd, s, t, batch):

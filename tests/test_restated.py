@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataset.dense import DenseMetrics
+from dfkd_losses.kegnet import KegNet
 from ka_losses.afk import AFK
 from ka_losses.fedka import transferability
+from kd_losses.aekd import AEKD
 from kd_losses.bss import BSSAttacker
 from kd_losses.crosskd import quality_focal
 from kd_losses.distplus import DISTPlus
@@ -119,3 +121,20 @@ def test_dense_metrics_refuse_labels_that_are_no_class():
     assert metrics.confusion.sum() == 3
     with pytest.raises(ValueError, match=r'labels must be in 0\.\.2, -1 or -100, got 255'):
         DenseMetrics(('seg',), 3, 'cpu').add([out], {'seg': label})
+
+
+def test_kegnet_takes_labels_as_rows_of_any_type_beside_masked_classes():
+    out_t, z, label = draw(4, 5), draw(4, 3, seed=1), torch.tensor([0, 2, 3, 4])
+    out_t[:, 1] = out_t[2, 4] = -torch.inf
+    more = draw(4, 3, seed=2), z, draw(4, 1, 2, 2, seed=3)
+    rows = F.one_hot(label, 5)
+    close(KegNet()(out_t, rows.double(), *more), KegNet()(out_t, label, *more))
+    close(KegNet()(out_t, rows, *more), KegNet()(out_t, label, *more))
+
+
+def test_aekd_weighs_equal_teachers_alike():
+    t, u = draw(8, 10), draw(8, 10, seed=1)
+    for norm in False, True:
+        close(AEKD.weights(torch.stack([t] * 6), 0.6, norm), torch.full((6,), 1 / 6, dtype=torch.float64))
+        w = AEKD.weights(torch.stack([t, u, t]), 0.6, norm)
+        assert w[0] == w[2] != w[1]

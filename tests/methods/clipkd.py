@@ -25,8 +25,9 @@ def golden(z):
     loss = CLIPKD(z.shape('in_img_s')[1], z.shape('in_img_t')[1], **weights)
     roles = {name.replace('.', '_'): name for name, _ in loss.named_parameters()}
     yield case(z, loss, *INPUTS, more=parameters(z, loss, roles))
-    for scale in {'cross_scale', 'fusion_scale'} - roles.keys():  # of a term without weight: not built
-        z.compare(f'gradparam_{scale}', torch.zeros((), dtype=torch.float64))
+    stored = {key.removeprefix('param_') for key in z.arrays if key.startswith('param_')}
+    for role in stored - roles.keys():  # of a term without weight: not built
+        z.compare(f'gradparam_{role}', torch.zeros_like(z.param(role)))
     built = ['task', *(name for name, w in weights.items() if w)]
     for name in (name.removeprefix('w_') for name in built):
         suffix = f'_{TERMS.get(name, name)}'
