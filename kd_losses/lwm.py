@@ -88,7 +88,7 @@ def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False
     _expect('LwM', f'fm_{side}', fm, len(out), 'C', 'H', 'W')
     target, valid = _labels('LwM', target, *out.shape)
     grad = None
-    if fm.requires_grad and out.requires_grad:
+    if fm.requires_grad and out.requires_grad and torch.is_grad_enabled():
         chosen = out.gather(1, target[:, None])
         chosen = (chosen if valid is None else torch.where(valid[:, None], chosen, 0.0)).sum()
         (grad,) = torch.autograd.grad(
@@ -98,7 +98,7 @@ def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False
         raise ValueError(
             f'LwM: out_{side} must depend on fm_{side}, and fm_{side} must require grad, got no gradient: a '
             'frozen teacher needs an image that requires grad, or a detached map that does and '
-            'the rest of the network on it'
+            'the rest of the network on it; an evaluation needs torch.enable_grad()'
         )
     weight = _full(grad, out).mean(dim=(2, 3), keepdim=True)
     cam = (weight * _full(fm, out)).sum(dim=1)

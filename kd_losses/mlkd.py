@@ -47,8 +47,8 @@ class MLKD(nn.Module):
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: a temperature is not positive; the shapes differ or are not (N, K); two_view without
-            strong views or the other way round.
+        ValueError: a temperature is not positive; the shapes differ or are not (N, K); logit_std with two
+            classes; two_view without strong views or the other way round.
     """
 
     def __init__(
@@ -76,6 +76,11 @@ class MLKD(nn.Module):
         out_t_strong: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         _expect('MLKD', 'out_s', out_s, 'N', 'K')
+        if self.logit_std and out_s.shape[1] < 3:
+            raise ValueError(
+                f'MLKD: out_s must be (N, K) of at least 3 classes with logit_std, got {tuple(out_s.shape)}: '
+                'two standardised logits are constant, leave logit_std off'
+            )
         strong = {'out_s_strong': out_s_strong, 'out_t_strong': out_t_strong} if self.two_view else {}
         for name, out in {'out_t': out_t, **strong}.items():
             if out is None:

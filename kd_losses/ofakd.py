@@ -65,7 +65,7 @@ class OFAKD(nn.Module):
         )
         is_y = _is(target, out_s.shape[1])
         weight = torch.where(is_y, (1 + q).pow(self.eps) - 1, q.pow(self.eps))
-        return -_per_sample(weight * log_p, valid)
+        return -_per_sample(torch.where(weight == 0, 0.0, weight * log_p), valid)  # 0 times -inf counts 0
 
 
 class OFAExit(nn.Module):

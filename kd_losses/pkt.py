@@ -44,11 +44,13 @@ class PKT(nn.Module):
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: an argument has no feature axis; the batch sizes differ.
+        ValueError: eps is not positive; an argument has no feature axis; the batch sizes differ.
     """
 
     def __init__(self, eps: float = 1e-7) -> None:
         super().__init__()
+        if not eps > 0:
+            raise ValueError(f'PKT: eps must be > 0, got {eps}')
         self.eps = eps
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ from kd_losses.crosskd import quality_focal
 from kd_losses.distplus import DISTPlus
 from kd_losses.dkl import DKL
 from kd_losses.kdsvd import KDSVD
+from kd_losses.lwm import LwM
+from kd_losses.mlkd import MLKD
+from kd_losses.ofakd import OFAKD
+from kd_losses.pkt import PKT
 from kd_losses.quest import QuEST
 
 
@@ -138,3 +142,25 @@ def test_aekd_weighs_equal_teachers_alike():
         close(AEKD.weights(torch.stack([t] * 6), 0.6, norm), torch.full((6,), 1 / 6, dtype=torch.float64))
         w = AEKD.weights(torch.stack([t, u, t]), 0.6, norm)
         assert w[0] == w[2] != w[1]
+
+
+def test_ofakd_of_a_class_that_both_rule_out():
+    out_s, out_t, target = draw(3, 5), draw(3, 5, seed=1), torch.tensor([0, 2, 3])
+    out_s[:, 1] = out_t[:, 1] = -torch.inf
+    rest = [0, 2, 3, 4]
+    close(
+        OFAKD(1.5)(out_s, out_t, target), OFAKD(1.5)(out_s[:, rest], out_t[:, rest], torch.tensor([0, 1, 2]))
+    )
+    out_s[0, 2] = torch.nan
+    assert OFAKD(1.5)(out_s, out_t, target).isnan()
+
+
+def test_what_would_only_be_half_a_loss_is_refused():
+    with pytest.raises(ValueError, match='at least 3 classes with logit_std'):
+        MLKD(logit_std=True)(draw(4, 2), draw(4, 2, seed=1))
+    with pytest.raises(ValueError, match='eps must be > 0'):
+        PKT(eps=0.0)
+    fm, net = draw(2, 3, 4, 4).requires_grad_(), nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).double()
+    out, target = net(fm), torch.tensor([0, 1])
+    with torch.no_grad(), pytest.raises(ValueError, match='enable_grad'):
+        LwM()(out, fm, out, fm, target)
