@@ -69,7 +69,7 @@ class AT(nn.Module):
         else:  # keep zeros away from the power: its slope there is inf, and inf * 0 is NaN
             zero = fm == 0
             energy = torch.where(zero, 0.0, torch.where(zero, 1.0, fm).abs().pow(self.p))
-        return _unit(energy.mean(dim=1).flatten(1))
+        return F.normalize(energy.mean(dim=1).flatten(1), dim=1)  # by its length, or 1e-12 where that is less
 
 
 def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,12 +105,6 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         remedy = 'bring maps to one size, F.adaptive_avg_pool2d'
     shape = ', '.join(map(str, wanted)) + ',' * (len(wanted) == 1)
     raise ValueError(f'{who}: {name} must be ({shape}), got {got}: {remedy}')
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows divided by their length; a zero row stays zero and gets no gradient."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm <= 1e-12, torch.inf)  # NaN is not: it must show in the loss
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -78,7 +78,7 @@ class BYOT(nn.Module):
             hard = hard + (1 - self.alpha) * sum(_ce(z, target, valid) for z in outs)
             q = F.softmax(out.detach() / self.T, dim=1)  # one for all exits: their logarithms are summed
             log_p = sum(F.log_softmax(z / self.T, dim=1) for z in outs)
-            soft = -self.alpha * _per_sample(q * log_p, valid)
+            soft = -self.alpha * _per_sample(torch.where(q == 0, 0.0, q * log_p), valid)
             goal = feat.detach()
             for i, (shallow, adapt) in enumerate(zip(feats, self.adapt), 1):
                 if i not in self.skip:

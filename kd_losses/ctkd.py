@@ -67,9 +67,11 @@ class CTKD(nn.Module):
             out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
             theta = _Reversal.apply(self.theta, float(lam)).to(out_s.dtype)
             T = self.t_start + self.t_range * torch.sigmoid(theta)
-            masked = out_t == -torch.inf  # a legal probability of 0, that must not reach the gradient of T
-            z_t = torch.where(masked, -torch.inf, torch.where(masked, 0.0, out_t) / T)
-            log_p_s, log_p_t = F.log_softmax(out_s / T, dim=1), F.log_softmax(z_t, dim=1)
+            # -inf, a legal probability of 0, must not reach the gradient of T
+            log_p_s, log_p_t = (
+                F.log_softmax(torch.where(z == -torch.inf, z, z.masked_fill(z == -torch.inf, 0.0) / T), dim=1)
+                for z in (out_s, out_t)
+            )
             p_t = log_p_t.exp()
             kl = (p_t * torch.where(p_t == 0, 0.0, log_p_t - log_p_s)).sum(dim=1).mean()
             return (kl * T.square()).squeeze(0)

@@ -73,7 +73,8 @@ class DCM(nn.Module):
     def _smooth(self, outs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits -> smoothed probabilities without gradient, and their logarithms."""
         if self.eps == 0:
-            log_q = F.log_softmax(outs, dim=2)
+            # a probability of 0 in both counts nothing: 0 times the logarithm, which must be finite
+            log_q = F.log_softmax(outs, dim=2).clamp(min=torch.finfo(outs.dtype).min / 1e3)
             return log_q.detach().exp(), log_q
         q = (outs.softmax(dim=2) + self.eps) / (1 + outs.shape[2] * self.eps)
         return q.detach(), q.log()

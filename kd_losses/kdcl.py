@@ -78,17 +78,22 @@ class KDCL(nn.Module):
         truth = z.gather(2, target[None, :, None].expand(len(z), -1, 1))  # (M, N, 1)
         if self.mode == 'minlogit':
             return (z - truth).amin(dim=0)
+        ces = z.logsumexp(dim=2) - truth[:, :, 0]
+        best = z.gather(0, ces.argmin(dim=0)[None, :, None].expand(1, -1, z.shape[2]))[0]
         if self.mode == 'naive':
-            best = (z.logsumexp(dim=2) - truth[:, :, 0]).argmin(dim=0)
-            return z.gather(0, best[None, :, None].expand(1, -1, z.shape[2]))[0]
+            return best
+        dead = (z == -torch.inf).all(dim=0)  # classes that all rule out: a weight of 0 times -inf is NaN
+        z = z.masked_fill(dead, 0.0)
         if self.mode == 'linear':
-            return (_best_mixture(z, target)[:, :, None] * z).sum(dim=0)
+            mixed = (_best_mixture(z, target, dead)[:, :, None] * z).sum(dim=0).masked_fill(dead, -torch.inf)
+            alone = ces.amin(dim=0) < F.cross_entropy(mixed, target, reduction='none')
+            return torch.where(alone[:, None], best, mixed)
         if weights is None or weights.shape != (len(z),):
             got = None if weights is None else tuple(weights.shape)
             raise ValueError(
                 f'KDCL: weights must be ({len(z)},) in mode general, got {got}: see general_weights'
             )
-        return (weights.to(z)[:, None, None] * z).sum(dim=0)
+        return (weights.to(z)[:, None, None] * z).sum(dim=0).masked_fill(dead, -torch.inf)
 
 
 @torch.no_grad()
@@ -102,16 +107,25 @@ def general_weights(probs: Tensor, onehot: Tensor) -> Tensor:
     return w / w.sum()
 
 
-def _best_mixture(z: Tensor, target: Tensor, steps: int = 100) -> Tensor:
-    """(M, N) non-negative weights, to sum 1 per sample, of small cross-entropy: exponentiated gradient."""
-    a = torch.full(z.shape[:2], 1 / len(z), dtype=z.dtype, device=z.device)
-    is_y = _is(target, z.shape[2])
+def _best_mixture(z: Tensor, target: Tensor, dead: Tensor, steps: int = 100) -> Tensor:
+    """(M, N) non-negative weights, to sum 1 per sample, of small cross-entropy: exponentiated gradient.
+
+    A step that does not help a sample is taken back and shortened, after one that does the next is longer.
+    """
+    a = torch.zeros(z.shape[:2], dtype=z.dtype, device=z.device).log_softmax(dim=0)
+    is_y = _is(target, z.shape[2]).to(z.dtype)
     reach = (z.amax(dim=(0, 2)) - z.amin(dim=(0, 2))).clamp(min=1e-6)  # bounds the slope
-    for step in range(steps):
-        p = (a[:, :, None] * z).sum(dim=0).softmax(dim=1)
-        slope = ((p - is_y.to(p.dtype)) * z).sum(dim=2)
-        a = (a.clamp(min=1e-30).log() - 2 / (1 + step) ** 0.5 * slope / reach).softmax(dim=0)
-    return a
+    rate, least = 4 / reach, torch.full_like(reach, torch.inf)
+    kept, slope = a, torch.zeros_like(a)
+    for _ in range(steps):
+        mixed = (a.exp()[:, :, None] * z).sum(dim=0).masked_fill(dead, -torch.inf)
+        ce = F.cross_entropy(mixed, target, reduction='none')
+        helps = ce <= least
+        least, kept = torch.where(helps, ce, least), torch.where(helps, a, kept)
+        slope = torch.where(helps, ((mixed.softmax(dim=1) - is_y) * z).sum(dim=2), slope)
+        rate = torch.where(helps, 2 * rate, rate / 4)
+        a = (kept - rate * (slope - slope.amin(dim=0))).clamp(min=-60).log_softmax(dim=0)
+    return kept.exp()
 
 
 def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:

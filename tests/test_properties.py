@@ -931,7 +931,11 @@ def test_kdcl_combinations():
     mixed = F.cross_entropy(KDCL('linear').combine(two, y), y, reduction='none')
     grid = torch.stack([F.cross_entropy(a * two[0] + (1 - a) * two[1], y, reduction='none')
                         for a in torch.linspace(0, 1, 1001, dtype=torch.float64)])  # fmt: skip
-    near(mixed, grid.min(dim=0).values, 1e-2)
+    near(mixed, grid.min(dim=0).values, 1e-4)
+    for scale in 1, 3, 10, 30:  # one network alone is a combination, too
+        mixed = F.cross_entropy(KDCL('linear').combine(scale * outs, y), y, reduction='none')
+        alone = torch.stack([F.cross_entropy(scale * z, y, reduction='none') for z in outs])
+        assert (mixed <= alone.min(dim=0).values + 1e-12).all()
     weights = general_weights(outs.softmax(dim=2), F.one_hot(y, 5))
     near(weights.sum(), 1)
     assert general_weights(torch.stack([outs[0]] * 2).softmax(dim=2), F.one_hot(y, 5)).isfinite().all()

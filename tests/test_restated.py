@@ -10,10 +10,15 @@ from dfkd_losses.kegnet import KegNet
 from ka_losses.afk import AFK
 from ka_losses.fedka import transferability
 from kd_losses.aekd import AEKD
+from kd_losses.at import AT
 from kd_losses.bss import BSSAttacker
+from kd_losses.byot import BYOT
 from kd_losses.crosskd import quality_focal
+from kd_losses.ctkd import CTKD
+from kd_losses.dcm import DCM
 from kd_losses.distplus import DISTPlus
 from kd_losses.dkl import DKL
+from kd_losses.kdcl import KDCL
 from kd_losses.kdsvd import KDSVD
 from kd_losses.lwm import LwM
 from kd_losses.mlkd import MLKD
@@ -164,3 +169,44 @@ def test_what_would_only_be_half_a_loss_is_refused():
     out, target = net(fm), torch.tensor([0, 1])
     with torch.no_grad(), pytest.raises(ValueError, match='enable_grad'):
         LwM()(out, fm, out, fm, target)
+
+
+def test_at_divides_short_maps_by_the_least_length():
+    fm_s, fm_t = 3e-7 * draw(2, 3, 4, 4), draw(2, 5, 4, 4, seed=1)
+    q_s, q_t = (fm.square().mean(dim=1).flatten(1) for fm in (fm_s, fm_t))
+    q_s, q_t = (q / q.norm(dim=1, keepdim=True).clamp(min=1e-12) for q in (q_s, q_t))
+    assert q_s.norm(dim=1).max() < 1
+    close(AT()(fm_s, fm_t), (q_s - q_t).square().mean())
+
+
+@pytest.mark.parametrize('mode', ['ctkd', 'byot', 'dcm', 'linear', 'general', 'naive', 'minlogit'])
+def test_a_class_that_all_networks_rule_out_counts_nothing(mode):
+    """Also in what the gradients say."""
+    outs, target, rest = [3 * draw(6, 5, seed=k) for k in range(3)], torch.arange(6) % 4, slice(0, 4)
+    feats = [draw(6, 3, seed=9 + k) for k in range(3)]
+    theta = []
+
+    def value(outs):
+        if mode == 'ctkd':
+            loss = CTKD().double()
+            found = loss(*outs[:2], 1.0)
+            theta.append(loss.theta)
+        elif mode == 'byot':
+            torch.manual_seed(0)
+            found = BYOT((3, 3, 3)).double()(outs, feats, target)
+        elif mode == 'dcm':
+            found = DCM(eps=0.0)(outs[:1], outs[1:2], target)
+        else:
+            found = KDCL(mode)(outs, target, *[torch.tensor([0.8, 0.5, -0.3]).double()] * (mode == 'general'))
+        return found
+
+    def masked(k):
+        out = outs[k].clone()
+        out[:, 4] = -torch.inf
+        return out.requires_grad_()
+
+    with_it, without = [masked(k) for k in range(3)], [out[:, rest] for out in outs]
+    loss = value(with_it)
+    loss.backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in [*with_it, *theta])
+    torch.testing.assert_close(loss.detach(), value(without).detach(), rtol=1e-6, atol=0)
