@@ -117,18 +117,19 @@ class CFL(nn.Module):
 
 def mmd(x: Tensor, y: Tensor, sigmas: tuple, normalized: bool = True) -> Tensor:
     """Squared maximum mean discrepancy of two batches, (N, ...) each; diagonals included."""
-    x, y = _full(x).flatten(1), _full(y, x).flatten(1)
+    like = _full(x)
+    # squares of distances as small as sigma^2, 1e-6, are differences of lengths of 1
+    x, y = _double(like).flatten(1), _double(_full(y, x)).flatten(1)
     if normalized:
         x, y = _unit(x), _unit(y)
     with _no_autocast(x):
         alike = _kernel(x, x, sigmas) + _kernel(y, y, sigmas) - 2 * _kernel(x, y, sigmas)
-    return alike.mean().clamp(min=0)
+    return alike.mean().clamp(min=0).to(like.dtype).to(like.device)
 
 
 def _kernel(x: Tensor, y: Tensor, sigmas: tuple) -> Tensor:
     floor = 1e-12
-    product = (_exact(x) @ _exact(y).T).to(x.dtype)
-    d2 = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * product
+    d2 = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
     if x is y:
         d2 = d2.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
     d2 = d2.clamp(min=floor)
@@ -171,6 +172,11 @@ def _align_fc(channels: int, h: int) -> nn.Module:
 
 def _decode_fc(channels: int, h: int) -> nn.Module:
     return nn.Sequential(nn.Linear(h, channels), nn.ReLU(), nn.Linear(channels, channels))
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -219,23 +225,6 @@ def _run(module: nn.Module, x: Tensor, *more):
 def _no_autocast(x: Tensor) -> torch.autocast:
     """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
     return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
-
-
-def _exact(x: Tensor) -> Tensor:
-    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
-    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
-
-
-def _rounded() -> bool:
-    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
-    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
-    if mode is None:  # before torch 2.9
-        return torch.get_float32_matmul_precision() != 'highest'
-    rounded = ('tf32', 'bf16')
-    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
-
-
-_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -119,7 +119,8 @@ def saliency(fm: Tensor, out: Tensor) -> Tensor:
 
     fm: (N, C, H, W), with a graph to out: (N, K).
     """
-    grad = torch.autograd.grad(out.max(dim=1).values.sum(), fm)[0]
+    with _no_autocast(out):
+        grad = torch.autograd.grad(out.max(dim=1).values.sum(), fm)[0]
     parts = (grad.mean(dim=(2, 3), keepdim=True) * fm).detach()
     cam = F.relu(parts.sum(dim=1)).flatten(1)
     size = parts.abs().sum(dim=1).flatten(1).amax(dim=1, keepdim=True)

@@ -102,7 +102,9 @@ class GradNorm(nn.Module):
         self.register_buffer('init_losses', torch.zeros(n_tasks))
 
     def forward(self, task_losses: Tensor, shared_param: Tensor) -> Tensor:
-        norms = [torch.autograd.grad(loss, shared_param, retain_graph=True)[0].norm() for loss in task_losses]
+        with _no_autocast(task_losses):
+            grads = [torch.autograd.grad(loss, shared_param, retain_graph=True)[0] for loss in task_losses]
+            norms = [grad.norm() for grad in grads]
         return self.balance(task_losses, torch.stack(norms))
 
     def balance(self, task_losses: Tensor, grad_norm: Tensor) -> Tensor:
@@ -130,6 +132,11 @@ class GradNorm(nn.Module):
         """After the optimiser's step: weights sum to 1."""
         self.weights.clamp_(min=1e-3)
         self.weights.div_(self.weights.sum())
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -82,13 +82,17 @@ class GraphKD(nn.Module):
         return sum(levels) / len(levels)
 
     def _level(self, fm_s, fm_t, valid, kept, like) -> Tensor:
-        s, t = (adjacency(_full(x, like), valid) for x in (fm_s, fm_t.detach()))
+        # float64: embeddings that are almost alike have cosines near 1, which differ in their last digits
+        fm_s, fm_t = (_double(_full(x, like)) for x in (fm_s, fm_t.detach()))
+        valid, kept = (x if x is None else x.to(fm_s.device) for x in (valid, kept))
+        s, t = (adjacency(x, valid) for x in (fm_s, fm_t))
         if kept is not None:
             s, t = s * kept, t * kept
         if self.k is not None and self.k < len(s):
             mask = neighbours(t, self.k, valid)
             s, t = s * mask, t * mask
-        return (_power(t, self.power) - _power(s, self.power)).square().sum()
+        far = (_power(t, self.power) - _power(s, self.power)).square().sum()
+        return far.to(_full(like).dtype).to(like.device)
 
 
 def adjacency(fm: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -118,6 +122,11 @@ def _power(A: Tensor, power: int) -> Tensor:
     for _ in range(power - 1):
         made = (_exact(made) @ _exact(A)).to(A.dtype)
     return made
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -73,8 +73,9 @@ class KDSVD(nn.Module):
             pairs = [
                 self._vectors(_full(s, fms_s[0]), _full(t.detach(), fms_s[0])) for s, t in zip(fms_s, fms_t)
             ]
+            # less 1, which cancels in the difference: of vectors almost alike it would take all digits
             relations = [
-                [torch.exp(-((deep[i][:, :, None] - shallow[i][:, None]).square()) / 8) for i in (0, 1)]
+                [torch.expm1(-((deep[i][:, :, None] - shallow[i][:, None]).square()) / 8) for i in (0, 1)]
                 for shallow, deep in zip(pairs, pairs[1:])
             ]
             return [(r_s - r_t).square().sum(dim=(1, 2, 3)).mean() for r_s, r_t in relations]

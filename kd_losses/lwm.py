@@ -91,9 +91,10 @@ def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False
     if fm.requires_grad and out.requires_grad and torch.is_grad_enabled():
         chosen = out.gather(1, target[:, None])
         chosen = (chosen if valid is None else torch.where(valid[:, None], chosen, 0.0)).sum()
-        (grad,) = torch.autograd.grad(
-            chosen, fm, create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
+        with _no_autocast(out):  # the layers after the map would round their gradient
+            (grad,) = torch.autograd.grad(
+                chosen, fm, create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
     if grad is None:
         raise ValueError(
             f'LwM: out_{side} must depend on fm_{side}, and fm_{side} must require grad, got no gradient: a '
@@ -107,6 +108,11 @@ def grad_cam(out: Tensor, fm: Tensor, target: Tensor, create_graph: bool = False
 
 def _pool(m: Tensor, size: tuple[int, int]) -> Tensor:
     return m if m.shape[1:] == size else F.adaptive_avg_pool2d(m[:, None], size)[:, 0]
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

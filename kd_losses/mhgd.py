@@ -79,12 +79,15 @@ class MHGD(nn.Module):
             v_s = [_aligned(_full(fm, fms_s[0]), v) for fm, v in zip(fms_s, v_t)]
             loss = 0.0
             for level in range(len(self.query)):
-                log_p = F.log_softmax(self._graph(level, v_s, frozen=True).tanh(), dim=2)
-                log_q = F.log_softmax(self._graph(level, v_t, frozen=True).tanh(), dim=2)
+                # float64: the gradient is a sum of numbers that almost cancel
+                log_p, log_q = (
+                    F.log_softmax(_double(self._graph(level, v, frozen=True)).tanh(), dim=2)
+                    for v in (v_s, v_t)
+                )
                 loss = loss + (log_p.exp() * (log_p - log_q.detach())).sum()
         for m, mode in zip(self.modules(), modes):
             m.training = mode
-        return loss
+        return loss.to(v_s[0].dtype).to(v_s[0].device)
 
     def attention_loss(self, fms_t: list[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """How badly the heads predict each stage's vector from the stage before; trains the heads."""

@@ -72,10 +72,14 @@ class NST(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         _expect('NST', 'fm_s', fm_s, 'N', 'C', 'H', 'W')
         _expect('NST', 'fm_t', fm_t, len(fm_s), 'C', 'H', 'W')
-        fm_s, fm_t = _same_size(_full(fm_s), _full(fm_t.detach(), fm_s))
+        like = _full(fm_s)
+        fm_s, fm_t = _same_size(like, _full(fm_t.detach(), fm_s))
+        if self.kernel == 'gaussian':  # distances of channels that are almost alike
+            fm_s, fm_t = _double(fm_s), _double(fm_t)
         s, t = _unit(fm_s.flatten(2)), _unit(fm_t.flatten(2))  # (N, C, M)
         with _no_autocast(s):
-            return _KERNELS[self.kernel](_exact(s), _exact(t), self.d, self.c).mean().to(s.dtype)
+            loss = _KERNELS[self.kernel](_exact(s), _exact(t), self.d, self.c).mean()
+            return loss.to(like.dtype).to(like.device)
 
 
 def _poly(s: Tensor, t: Tensor, d: int, c: float) -> Tensor:
@@ -111,6 +115,11 @@ def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool two maps to the smaller of their heights and of their widths."""
     size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
     return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:

@@ -97,16 +97,19 @@ class PairWise(nn.Module):
             )
         with _no_autocast(fm_s):
             s, t = (self._similarities(x, side) for x in (_full(fm_s), _full(fm_t.detach(), fm_s)))
-            return (t - s).square().mean(dim=(1, 2)).mean()
+            far = (t - s).square().mean(dim=(1, 2)).mean()
+            return far.to(_full(fm_s).dtype).to(fm_s.device)
 
     def _similarities(self, fm: Tensor, side: tuple[int, int]) -> Tensor:
         """(N, m, m)."""
         pool = F.max_pool2d if self.pool == 'max' else F.avg_pool2d
-        nodes = pool(fm, side, side, ceil_mode=True).flatten(2)
+        nodes = _double(
+            pool(fm, side, side, ceil_mode=True).flatten(2)
+        )  # cosines near 1 differ in last digits
         length = torch.linalg.vector_norm(nodes.detach(), dim=1, keepdim=True)  # no gradient: as the authors
         length = length.masked_fill(length <= 1e-12, torch.inf)  # a node of zeros stays, and has no gradient
-        nodes = _exact(nodes / (length + 1e-8))
-        return (nodes.mT @ nodes).to(fm.dtype)
+        nodes = nodes / (length + 1e-8)
+        return nodes.mT @ nodes
 
 
 class Holistic(nn.Module):
@@ -167,6 +170,11 @@ def _by(generator: torch.Generator | None) -> dict:
     return {} if generator is None else {'generator': generator}
 
 
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
@@ -199,23 +207,6 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
 def _no_autocast(x: Tensor) -> torch.autocast:
     """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
     return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
-
-
-def _exact(x: Tensor) -> Tensor:
-    """For products that decide the loss: in float64 where float32 ones are rounded, TF32 for example."""
-    return x.double() if x.dtype == torch.float32 and _rounded() and x.device.type != 'mps' else x
-
-
-def _rounded() -> bool:
-    """Whether torch.set_float32_matmul_precision or its newer forms ask for less than float32."""
-    mode = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
-    if mode is None:  # before torch 2.9
-        return torch.get_float32_matmul_precision() != 'highest'
-    rounded = ('tf32', 'bf16')
-    return mode in rounded or torch.backends.mkldnn.matmul.fp32_precision in rounded
-
-
-_rounded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
 
 
 def _full(x: Tensor, like: Tensor | None = None) -> Tensor:

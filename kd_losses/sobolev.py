@@ -80,15 +80,21 @@ def _gradient(
     if img.requires_grad and out.requires_grad:
         chosen = out.gather(1, target[:, None])
         chosen = (chosen if valid is None else torch.where(valid[:, None], chosen, 0.0)).sum()
-        (grad,) = torch.autograd.grad(
-            chosen, img, create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
+        with _no_autocast(out):  # the network's layers would round their gradient
+            (grad,) = torch.autograd.grad(
+                chosen, img, create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
     if grad is None:
         raise ValueError(
             'Sobolev: the logits must depend on img, got no gradient: call img.requires_grad_() '
             'before both forward passes and run the teacher with gradients enabled'
         )
     return grad
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products and convolutions in the precision of their tensors; there is no autocast on meta."""
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
