@@ -86,7 +86,7 @@ def supervised(task: str, out: Tensor, label: Tensor) -> Tensor:
 class DenseMetrics:
     """The usual figures of the three tasks, over all known pixels of a test set.
 
-    Classes of `ignore` and of -100 are unknown; ValueError: another one is outside 0..num_classes-1.
+    Labels of `ignore` and -100 are left out; any other outside 0..num_classes-1 raises ValueError.
     """
 
     def __init__(self, tasks: tuple, num_classes: int, device, ignore: int = -1) -> None:
@@ -125,7 +125,7 @@ class DenseMetrics:
         if len(wrong):
             raise ValueError(
                 f'DenseMetrics: labels must be in 0..{self.num_classes - 1}, {self.ignore} or -100, '
-                f'got {int(wrong[0])}'
+                f'got {int(wrong[0])}: ignore={int(wrong[0])} if that marks unknown pixels'
             )
         pair = label[known] * self.num_classes + out.argmax(dim=1)[known]
         self.confusion += torch.bincount(pair, minlength=self.num_classes**2).to(self.confusion.device)

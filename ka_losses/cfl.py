@@ -16,8 +16,8 @@ Tap: the last maps before pooling (block='conv', equal height and width, any cha
 embeddings (block='fc'). The authors weigh it 10 beside soft targets over all classes. Batches of 32 or more:
 the value depends on the batch size.
 
-The diagonal of a distance matrix is set to its floor: in float32 the matrix product leaves about 1e-7 on it,
-which the narrowest kernel (2 * sigma^2 = 2e-6) would notice. Unit vectors are mostly further apart than the
+Distances are taken in float64: in float32 the matrix product leaves about 1e-7 on them, which the narrowest
+kernel (2 * sigma^2 = 2e-6) would notice. Unit vectors are mostly further apart than the
 narrow kernels see: with the default widths only sigma >= 0.2 teaches, the others add a constant 2 / N each.
 
 Differences: the conv block is the authors' (no batch norm, no bias), the fc block KamalEngine's. Default
@@ -57,7 +57,7 @@ class CFL(nn.Module):
         f_s: (N, s_channels, H, W), f_ts: list of (N, t_channels[i], H, W); fc: (N, s_channels), (N,
         t_channels[i]). Returns a scalar, with return_terms=True also {'mmd', 'recons'} without beta. No
         gradient reaches f_ts. `common` gives the features in the common space.
-        Computed in float32, also under TF32, or in float64 as the student.
+        Computed in float32, distances in float64, or all in float64 as the student.
 
     Raises:
         ValueError: unknown block; no teacher; a map has other channels, batch or size.

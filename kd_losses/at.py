@@ -4,7 +4,7 @@ S. Zagoruyko, N. Komodakis, "Paying More Attention to Attention: Improving the P
 Neural Networks via Attention Transfer", ICLR 2017, arXiv:1612.03928.
 
     Q[n, h, w] = mean over c of |fm[n, c, h, w]|^p          attention map, flattened to M = H * W numbers
-    q[n] = Q[n] / ||Q[n]||_2
+    q[n] = Q[n] / max(||Q[n]||_2, 1e-12)
     loss = mean over n and m of (q_s - q_t)^2
 
 Tap: the map at the end of each stage, one loss per stage. Channels may differ. If the sizes differ, both maps
@@ -61,7 +61,7 @@ class AT(nn.Module):
         return F.mse_loss(self.attention(fm_s), self.attention(fm_t))
 
     def attention(self, fm: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, H W), rows of length 1, or 0 where the map is zero."""
+        """(N, C, H, W) -> (N, H W), rows of length 1; shorter where the map's is below 1e-12."""
         if self.p == 2:
             energy = fm.square()
         elif self.p >= 1:

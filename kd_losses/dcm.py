@@ -73,9 +73,9 @@ class DCM(nn.Module):
     def _smooth(self, outs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits -> smoothed probabilities without gradient, and their logarithms."""
         if self.eps == 0:
-            # a probability of 0 in both counts nothing: 0 times the logarithm, which must be finite
-            log_q = F.log_softmax(outs, dim=2).clamp(min=torch.finfo(outs.dtype).min / 1e3)
-            return log_q.detach().exp(), log_q
+            log_q = F.log_softmax(outs, dim=2)
+            dead = (outs == -torch.inf).all(dim=0)  # ruled out by all: 0 times the logarithm, made finite
+            return log_q.detach().exp(), log_q.masked_fill(dead, 0.0)
         q = (outs.softmax(dim=2) + self.eps) / (1 + outs.shape[2] * self.eps)
         return q.detach(), q.log()
 

@@ -45,7 +45,7 @@ class GraphKD(nn.Module):
     Shape:
         fms_s, fms_t: lists of tensors (N, ...); target: (N,) labels, needed for 'intra' and 'inter'. Returns
         a scalar, 0 for N = 1. No gradient reaches fms_t. Samples of label -100 are left out.
-        Computed in float32, also under TF32, or in float64 as the student.
+        Computed in float32, graphs in float64, or all in float64 as the student.
 
     Raises:
         ValueError: an argument is not legal; the lists differ in length, the tensors in batch size; a target
@@ -82,26 +82,36 @@ class GraphKD(nn.Module):
         return sum(levels) / len(levels)
 
     def _level(self, fm_s, fm_t, valid, kept, like) -> Tensor:
-        # float64: embeddings that are almost alike have cosines near 1, which differ in their last digits
-        fm_s, fm_t = (_double(_full(x, like)) for x in (fm_s, fm_t.detach()))
-        valid, kept = (x if x is None else x.to(fm_s.device) for x in (valid, kept))
-        s, t = (adjacency(x, valid) for x in (fm_s, fm_t))
+        s, t = (_graph(_full(x, like), valid) for x in (fm_s, fm_t.detach()))
+        valid, kept = (x if x is None else x.to(s.device) for x in (valid, kept))
         if kept is not None:
             s, t = s * kept, t * kept
         if self.k is not None and self.k < len(s):
             mask = neighbours(t, self.k, valid)
             s, t = s * mask, t * mask
         far = (_power(t, self.power) - _power(s, self.power)).square().sum()
-        return far.to(_full(like).dtype).to(like.device)
+        return far.to(_full(like[:0]).dtype).to(like.device)
 
 
 def adjacency(fm: Tensor, valid: Tensor | None = None) -> Tensor:
     """(N, ...) -> (N, N) cosines divided by the roots of both degrees; valid: (N,), who is in the graph."""
+    return _graph(fm, valid).to(fm.dtype).to(fm.device)
+
+
+def _graph(fm: Tensor, valid: Tensor | None) -> Tensor:
+    """The adjacency in float64. Embeddings that are almost alike have cosines near 1, equal to float32.
+
+    So a cosine is 1 - |v_i - v_j|^2 / 2 here, v the unit vectors less their mean: far smaller numbers.
+    """
     x = fm.flatten(1)
     if valid is not None:
         x = torch.where(valid[:, None], x, 0.0)
-    x = _exact(_unit(x))
-    S = (x @ x.T).to(fm.dtype)
+    u = _unit(x)
+    lives = (u != 0).any(dim=1)
+    v = _exact(u - u.mean(dim=0))
+    h = v.square().sum(dim=1) / 2
+    far = _double(h[:, None] + h - v @ v.T)
+    S = torch.where((lives[:, None] & lives).to(far.device), 1 - far, 0 * far.detach())  # NaN must show
     S = S.masked_fill(torch.eye(len(S), dtype=torch.bool, device=S.device), 0.0)
     degree = S.sum(dim=1)
     lonely = degree <= 1e-12  # NaN is not: it must show in the loss
@@ -120,7 +130,7 @@ def neighbours(adj: Tensor, k: int, valid: Tensor | None = None) -> Tensor:
 def _power(A: Tensor, power: int) -> Tensor:
     made = A
     for _ in range(power - 1):
-        made = (_exact(made) @ _exact(A)).to(A.dtype)
+        made = made @ A
     return made
 
 

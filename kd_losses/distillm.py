@@ -51,7 +51,7 @@ class DistiLLM(nn.Module):
     Shape:
         out_s, out_t: (N, L, K) or (N, K) logits of the same tokens and classes, K >= 2.
         target: (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of
-        -100 are left out, other ids count, whatever they are; None: every position counts.
+        -100 are left out, ids of 0 and up count, also unknown ones; None: every position counts.
         Returns a scalar. No gradient reaches out_t. Computed in float32, or in float64 as the student.
 
     Raises:

@@ -20,8 +20,8 @@ Differences: no code of the authors could be found; this is torchdistill's, in w
 mean correlation itself, so that training pulls the maps towards opposite ones: taken as a slip, here it is 1
 minus the mean as in the other terms. Whether the paper's spatial term is 'batch', as torchdistill has it, or
 'within' could not be checked either, nor its weights; torchdistill weighs the whole by 2. The paper also
-tunes the teacher first; that is not here. Constant vectors (dead positions after a ReLU) count as
-uncorrelated and get no gradient.
+tunes the teacher first; that is not here. Constant vectors (dead positions after a ReLU), and
+pairs whose lengths multiply to 1e-12 or less, count as uncorrelated and get no gradient.
 
 Source: yoshitomo-matsubara/torchdistill, torchdistill/losses/mid_level.py (DISTPlusLoss).
 

@@ -50,7 +50,7 @@ class FDistill(nn.Module):
     Shape:
         out_s, out_t: (N, L, K) or (N, K) logits on texts of the teacher or of the data, K >= 2; target:
         (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of -100
-        are left out, other ids count, whatever they are; None: every position counts. out_s_gen,
+        are left out, ids of 0 and up count, also unknown ones; None: every position counts. out_s_gen,
         out_t_gen, target_gen: the same on texts that the student wrote, of another length maybe.
         Returns a scalar. No gradient reaches out_t, out_t_gen. `terms` returns the means over the first
         and the second texts, times T^2, without beta and 1/2, 0 for texts that are missing or not used.

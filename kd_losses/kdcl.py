@@ -6,7 +6,8 @@ Learning", CVPR 2020.
     z = combined logits of the M networks, without gradient:
         minlogit: z[k] = min over m of (outs_m[k] - outs_m[target])
         naive:    per sample the network with the smallest cross-entropy
-        linear:   per sample the convex combination with the smallest cross-entropy
+        linear:   per sample a convex combination of small cross-entropy, found by 100 steps; never worse
+                  than one network alone
         general:  sum over m of w_m * outs_m, w = C^-1 1 / (1' C^-1 1), C: products of the networks' errors,
                   averaged over held-out data, once per epoch (`general_weights`)
     loss = sum over m of CE(outs_m) + lam * T^2 * mean over n of KL(softmax(z / T) || softmax(outs_m / T))

@@ -55,7 +55,7 @@ class NST(nn.Module):
     Shape:
         fm_s: (N, C_s, H_s, W_s), fm_t: (N, C_t, H_t, W_t). Returns a scalar. No gradient reaches fm_t.
         A channel that is zero everywhere counts as the zero vector and gets no gradient.
-        Computed in float32, also under TF32, or in float64 as the student.
+        Computed in float32, also under TF32 (the gaussian kernel in float64), or in float64 as the student.
 
     Raises:
         ValueError: unknown kernel; d is not a positive integer; a map is not 4-D; the batch sizes differ.
@@ -99,8 +99,7 @@ def _gaussian(s: Tensor, t: Tensor, d: int, c: float) -> Tensor:
         far = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :] - 2 * x @ y.mT
         return far.clamp(min=0)  # a rounding below 0 over a tiny sigma2 would overflow
 
-    least = max(1e-12, 16 * torch.finfo(s.dtype).eps)  # below it is rounding alone
-    sigma2 = distance(s.detach(), t).mean(dim=(1, 2), keepdim=True).clamp(min=least)
+    sigma2 = distance(s.detach(), t).mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     return _mmd(lambda x, y: torch.exp(-distance(x, y) / (2 * sigma2)), s, t)
 
 

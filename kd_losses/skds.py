@@ -72,7 +72,7 @@ class PairWise(nn.Module):
 
     Shape:
         fm_s: (N, C_s, H, W), fm_t: (N, C_t, H, W). Returns a scalar. No gradient reaches fm_t.
-        Computed in float32, also under TF32, or in float64 as the student.
+        Computed in float64; the value is float32, or float64 as the student.
 
     Raises:
         ValueError: an argument is not legal; shapes differ; a region would have no pixel.
@@ -98,14 +98,13 @@ class PairWise(nn.Module):
         with _no_autocast(fm_s):
             s, t = (self._similarities(x, side) for x in (_full(fm_s), _full(fm_t.detach(), fm_s)))
             far = (t - s).square().mean(dim=(1, 2)).mean()
-            return far.to(_full(fm_s).dtype).to(fm_s.device)
+            return far.to(_full(fm_s[:0]).dtype).to(fm_s.device)
 
     def _similarities(self, fm: Tensor, side: tuple[int, int]) -> Tensor:
         """(N, m, m)."""
         pool = F.max_pool2d if self.pool == 'max' else F.avg_pool2d
-        nodes = _double(
-            pool(fm, side, side, ceil_mode=True).flatten(2)
-        )  # cosines near 1 differ in last digits
+        nodes = pool(fm, side, side, ceil_mode=True).flatten(2)
+        nodes = _double(nodes)  # cosines near 1 differ in their last digits
         length = torch.linalg.vector_norm(nodes.detach(), dim=1, keepdim=True)  # no gradient: as the authors
         length = length.masked_fill(length <= 1e-12, torch.inf)  # a node of zeros stays, and has no gradient
         nodes = nodes / (length + 1e-8)
@@ -161,7 +160,8 @@ class Holistic(nn.Module):
         x_s, x_t = _full(x_s.detach()), _full(x_t.detach(), x_s)
         a = torch.rand(len(x_s), *[1] * (x_s.dim() - 1), dtype=x_s.dtype, device=x_s.device, **_by(generator))
         x = (a * x_t + (1 - a) * x_s).requires_grad_()
-        (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+        with _no_autocast(x):
+            (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
         return (torch.linalg.vector_norm(grad.flatten(1), dim=1) - 1).square().mean()
 
 

@@ -77,7 +77,7 @@ def _gradient(
     out: Tensor, img: Tensor, target: Tensor, valid: Tensor | None, create_graph: bool = False
 ) -> Tensor:
     grad = None
-    if img.requires_grad and out.requires_grad:
+    if img.requires_grad and out.requires_grad and torch.is_grad_enabled():
         chosen = out.gather(1, target[:, None])
         chosen = (chosen if valid is None else torch.where(valid[:, None], chosen, 0.0)).sum()
         with _no_autocast(out):  # the network's layers would round their gradient
@@ -87,7 +87,7 @@ def _gradient(
     if grad is None:
         raise ValueError(
             'Sobolev: the logits must depend on img, got no gradient: call img.requires_grad_() '
-            'before both forward passes and run the teacher with gradients enabled'
+            'before both forward passes and run the teacher with gradients enabled; so must be an evaluation'
         )
     return grad
 

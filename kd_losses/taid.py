@@ -54,7 +54,7 @@ class TAID(nn.Module):
     Shape:
         out_s, out_t: (N, L, K) or (N, K) logits of the same tokens and classes, K >= 2.
         target: (N, L) or (N,) integers, aligned with the logits (those at i predict target[i]); positions of
-        -100 are left out, other ids count, whatever they are; None: every position counts.
+        -100 are left out, ids of 0 and up count, also unknown ones; None: every position counts.
         Returns a scalar. No gradient reaches out_t. Computed in float32, or in float64 as the student.
         progress: steps done / all steps, 0 at the first one.
 
@@ -173,14 +173,6 @@ def _tokens(
 def _filled(x: Tensor, counts: Tensor | None) -> Tensor:
     """Positions that do not count become 0 before anything is computed: not even a NaN gets through."""
     return x if counts is None else torch.where(counts[:, None], x, 0.0)
-
-
-def _log_pair(out_s: Tensor, out_t: Tensor, counts: Tensor | None, T: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log q and log p; both 0 at a class that either network forbids with -inf, which so counts nothing."""
-    s, t = (_filled(_full(x, out_s), counts) for x in (out_s, out_t))
-    log_q, log_p = (F.log_softmax(x if T == 1 else x / T, dim=1) for x in (s, t))
-    gone = (log_q == -torch.inf) | (log_p == -torch.inf)
-    return log_q.masked_fill(gone, 0.0), log_p.masked_fill(gone, 0.0)
 
 
 def _by_position(rows, *inputs: Tensor | None) -> Tensor:

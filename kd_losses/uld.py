@@ -45,8 +45,8 @@ class ULD(nn.Module):
 
     Shape:
         out_s: (N, L, K_s), out_t: (N, M, K_t) logits of the same N texts; target: (N, L), target_t: (N, M)
-        integers, aligned (logits at i predict target[i]); positions of -100 are left out, other ids
-        count, whatever they are. Those that count are one block in each text (the answer; not checked).
+        integers, aligned (logits at i predict target[i]); positions of -100 are left out, ids of 0
+        and up count, also unknown ones. Those that count are one block of each text (the answer; unchecked).
         Returns a scalar; `per_sample` (N,). No gradient reaches out_t.
         Computed in float32, or in float64 as the student.
 

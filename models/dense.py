@@ -41,7 +41,7 @@ LEVELS = {
     'mobilenet_v3_small': ('1', '3', '8'),
 }
 WIDTHS = {'fasterrcnn': 48, 'retinanet': 64, 'fcos': 64}  # of the small pyramids
-THRESHOLDS = {'score_thresh': 0.05, 'nms_thresh': 0.5, 'detections_per_img': 100}  # fasterrcnn has them
+THRESHOLDS = {'score_thresh': 0.05, 'nms_thresh': 0.5, 'detections_per_img': 100}  # as fasterrcnn's
 
 # ------------------------------------------------------------------------------------------------- building
 
@@ -179,7 +179,8 @@ def _detector(name: str, K: int, size: int, frozen: bool) -> nn.Module:
     if backbone or not found and name not in torchvision.models.list_models(module=detection):
         raise _unknown('detection', name)
     if not found:
-        return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=K)
+        said = {} if name.startswith('fasterrcnn') else THRESHOLDS
+        return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=K, **said)
     head, kind = found.groups()
     extra = {} if head == 'fasterrcnn' else {'extra_blocks': LastLevelP6P7(256, 256)}
     if kind == 'mobilenet_v2':  # strides 4, 8, 16, 32

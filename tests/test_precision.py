@@ -33,7 +33,7 @@ def vectors(fm_s, fm_t):
 
 LOSSES = {  # loss, how far the value and the gradient may be
     'cfl': (lambda s, t: mmd(s, t, (0.001, 0.01)), 1e-3, 1e-3),
-    'deep_geometric_graphs': (lambda s, t: GraphKD()([s], [t]), 1e-3, 1e-3),
+    'deep_geometric_graphs': (lambda s, t: GraphKD()([s], [t]), 1e-3, 1e-2),
     'kdsvd': (vectors, 1e-3, 1e-2),
     'mhgd': (graphs, 1e-2, 5e-2),
     'nst': (NST('gaussian'), 1e-3, 1e-3),
