@@ -138,10 +138,11 @@ def _tokens(
     flat = target.reshape(-1).long()  # -100 is 156 in eight bits
     counts = flat != -100
     if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        for y in flat[counts & (flat < 0)].tolist():
+        wrong = torch.where(counts, flat, 0).amin().view(1).tolist()[0]
+        if wrong < 0:
             raise ValueError(
-                f'{who}: target{of} must be ids from 0 up, or -100 to leave a position out, got {y}: set the '
-                'mark of your padding to -100'
+                f'{who}: target{of} must be ids from 0 up, or -100 to leave a position out, got {wrong}: set '
+                'the mark of your padding to -100'
             )
     return rows, out_t.detach().reshape(rows.shape), counts
 

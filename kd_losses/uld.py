@@ -108,10 +108,11 @@ def _of_texts(who: str, name: str, out: Tensor, labels: str, target: Tensor) -> 
     target = target.long()  # -100 is 156 in eight bits
     counts = target != -100
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
-        for y in target[counts & (target < 0)].tolist():
+        wrong = torch.where(counts, target, 0).amin().view(1).tolist()[0]
+        if wrong < 0:
             raise ValueError(
-                f'{who}: {labels} must be ids from 0 up, or -100 to leave a position out, got {y}: set the '
-                'mark of your padding to -100'
+                f'{who}: {labels} must be ids from 0 up, or -100 to leave a position out, got {wrong}: set '
+                'the mark of your padding to -100'
             )
     return rows, counts
 
