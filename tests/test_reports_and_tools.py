@@ -263,7 +263,6 @@ DENSE = 'train_dense --data_name scenes:24 --size 32 --labelled 6 --steps 1 --kd
     ('train_lm --kd_mode ce --data_name markov --t_steps 9', '--t_steps: no teacher is trained here'),
     (DENSE + 'alone --milestones 0.5', '--milestones: --schedule onecycle does not read it'),
     (DENSE + 'alone --t_model x', '--t_model: alone has no teacher'),
-    (DENSE + 'st --t_model x --t_steps 9', '--t_steps: no teacher is trained here'),
     (DENSE + 'alone --s_name deeplabv3:resnet10 --batch_size 1', 'deeplabv3:resnet10: Expected more than 1'),
     (DENSE + 'st --t_name deeplabv3:resnet10 --batch_size 1 --t_steps 1', 'a step needs more pictures'),
 ])  # fmt: skip
