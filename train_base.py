@@ -24,6 +24,7 @@ import dataset
 import models
 from engine import errors, optimise, session, side_by_side
 from engine.batch import Batch
+from engine.data import labelled_part, load_data, refuse_too_few
 from engine.device import PRECISIONS, autocast, compile_networks, setup
 from engine.errors import NonFinite, UserError, user_errors
 from engine.evaluate import measure, measured, refuse_misfit
@@ -47,7 +48,7 @@ from engine.parser import Parser
 from engine.processes import distributed, rank
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
-from engine.session import Log, labelled_part, load_data, refuse_too_few
+from engine.session import Log
 from engine.side_by_side import cast_weights
 
 

@@ -24,6 +24,7 @@ from torchvision.utils import make_grid, save_image
 
 import models
 from engine import errors, listing, session
+from engine.data import read_test
 from engine.device import autocast, setup
 from engine.dfkd_build import Run, build_run, read_teacher, setting_of
 from engine.dfkd_flags import WEIGHTS, read_methods
@@ -123,7 +124,7 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or name))
     log = Log(folder)
 
-    test = session.read_test(args, device)
+    test = read_test(args, device)
     (net_t,), facts_t = read_teacher(args, test, amp, log)
     said_t = classes(net_t, test, amp)
     torch.manual_seed(args.seed)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import models
 from engine import errors, listing, optimise, session
 from engine.batch import Batch
+from engine.data import labelled_part, load_data, refuse_too_few
 from engine.device import autocast, compile_networks, exact, setup
 from engine.errors import NonFinite, user_errors
 from engine.evaluate import outputs
@@ -42,7 +43,7 @@ from engine.peers import Reading, build_networks, build_step, read_method
 from engine.processes import distributed, processes, rank
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, save_checkpoint
-from engine.session import Log, labelled_part, load_data, refuse_too_few
+from engine.session import Log
 from methods import PEERS
 
 

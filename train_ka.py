@@ -29,6 +29,7 @@ import torch
 
 import models
 from engine import drawing, errors, listing, session, side_by_side
+from engine.data import refuse_too_few
 from engine.device import compile_networks, setup
 from engine.flags import (
     OF_SGD,
@@ -131,7 +132,7 @@ def main():
 
     setting = kind(args, rows, device, log)
     if terms:
-        session.refuse_too_few(setting.train, args.batch_size)
+        refuse_too_few(setting.train, args.batch_size)
     origin |= class_names_of(setting.train)
     runs = [build_run(args, term, setting, folder, origin) for term in terms.values()]
     if setting.nets:

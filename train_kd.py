@@ -26,6 +26,7 @@ import models
 from engine import errors, listing, optimise, session, side_by_side
 from engine.batch import Batch
 from engine.build import build_runs
+from engine.data import load_data, refuse_too_few
 from engine.device import autocast, compile_networks, setup
 from engine.errors import user_errors
 from engine.evaluate import measure, measured
@@ -48,7 +49,7 @@ from engine.kd_flags import check_labels, read_methods, refuse_unread
 from engine.parser import Parser
 from engine.processes import processes, rank
 from engine.record import class_names_of, output_folder, provenance
-from engine.session import Log, load_data, refuse_too_few
+from engine.session import Log
 from engine.student import Run, Student, Term  # noqa: F401  what tests and benchmarks build with
 from engine.teachers import Teachers, load_teachers, open_store
 from methods import KD

@@ -1,4 +1,4 @@
-"""What frames a training: its data, log, progress bar; how an epoch ends, and the whole.
+"""What frames a training: its log, progress bar; how an epoch ends, and the whole.
 
 A script calls start, end_epoch and finish; everything between them is its own. A reader can skip all three.
 """
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import dataset
-from engine.errors import NonFinite, UserError, user_errors
+from engine.errors import NonFinite, UserError
 from engine.processes import gathered, processes, rank
 from engine.record import Record, write_json
 
@@ -210,66 +209,3 @@ def tensorboard(folder: Path, wanted: bool):
     except ImportError:
         raise UserError('--tensorboard: tensorboard is not installed (pip install tensorboard)') from None
     return SummaryWriter(folder)
-
-
-def read_data(args: argparse.Namespace, device: torch.device):
-    """(training set, test set), whole."""
-    return _read(dataset.load, args, device)
-
-
-def read_test(args: argparse.Namespace, device: torch.device):
-    """The test set alone: nothing of the training set is looked at."""
-    return _read(dataset.load_test, args, device)
-
-
-def _read(load: Callable, args: argparse.Namespace, device: torch.device):
-    folder_only = {'image_size': args.image_size, 'workers': args.workers, 'convert_rgb': args.convert_rgb}
-    with user_errors():
-        return load(args.data_name, args.img_root, device, **folder_only)
-
-
-def load_data(args: argparse.Namespace, device: torch.device, log: Callable = lambda line: None):
-    """(training set, validation set or None, test set) as the flags say."""
-    train, test = read_data(args, device)
-    for note in getattr(test, 'notes', ()):
-        log(note)
-    if args.pad != 'reflect' and not isinstance(train, dataset.Resident):
-        raise UserError(f'--pad {args.pad}: {args.data_name} is cropped at random sizes, without padding')
-    train.pad = args.pad
-    args.own_images = train.digest() if dataset.owned(args.data_name) else None
-    val = None
-    if args.val_split:
-        train, val = train.split(args.val_split, args.seed)
-        val = labelled_part(val)
-    if getattr(args, 'labelled', None):
-        train = dataset.forget_labels(train, args.labelled, args.seed)
-    if args.batch_size > len(train):
-        raise UserError(f'--batch_size {args.batch_size}: the training set has {len(train)} images only')
-    share(train, val, test)
-    return train, val, test
-
-
-def labelled_part(data):
-    with user_errors():
-        return dataset.only_labelled(data)
-
-
-def refuse_too_few(train, batch_size: int) -> None:
-    """Once it is known which images train: two classes to tell apart, two images in every batch."""
-    if train.num_classes < 2:
-        name = f' ({train.class_names[0]})' if train.class_names else ''
-        raise UserError(
-            f'one class only{name}: there is nothing to tell apart; choose more classes (images of your own: '
-            f'one folder per class right below IMG_ROOT/train)'
-        )
-    if batch_size < 2:
-        raise UserError('--batch_size 1: batch norm and relations within a batch need two images')
-    if not train.steps(batch_size):
-        raise UserError(f'{len(train)} training images are left, every process needs two')
-
-
-def share(*sets) -> None:
-    """Tell data sets which part of every batch is this process's."""
-    for data in sets:
-        if data:
-            data.shard = (rank(), processes())

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dataset
-import engine.session
+import engine.data
 import models
 from dataset.attributes import attribute_figures, majority
 from engine.batch import as_float
@@ -79,7 +79,7 @@ class Attributes:
                 figures.append({'name': name, 'attributes': mine, 'parameters': size_of(net), **row})
             self.train, self.test = train.take(self.attributes), test.take(self.attributes)
             self.val = self.val and self.val.take(self.attributes)
-        engine.session.share(self.train, self.val, self.test)
+        engine.data.share(self.train, self.val, self.test)
         self._who_knows_what(theirs, wanted)
         for half, data in (('test', self.test), ('validation', self.val)):
             if data and set(majority(data.targets, self.attributes).values()) == {100}:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dataset
-import engine.session
+import engine.data
 import models
 from dataset.labels import labelled_cross_entropy
 from engine.batch import as_float
@@ -96,7 +96,7 @@ class Backbones:
         self.recipe = {'probes': [task.name for task in self.of], 'probe_images': PROBE}
 
     def _classes(self, args, teachers: int, device, log) -> None:
-        self.train, self.val, self.test = engine.session.load_data(args, device, log)
+        self.train, self.val, self.test = engine.data.load_data(args, device, log)
         with user_errors():
             if args.t_classes:
                 parts = [dataset.read_classes(text, self.train.num_classes) for text in args.t_classes]
@@ -120,7 +120,7 @@ class Backbones:
             if args.val_split:
                 self.train, self.val = self.train.split(args.val_split, args.seed)
             parts = [self.test.take(text.split(',')) for text in args.t_attributes]
-        engine.session.share(self.train, self.val, self.test)
+        engine.data.share(self.train, self.val, self.test)
         where = self.test.names.index
         self.of = [Task(', '.join(p.names), [where(n) for n in p.names], True, p.class_names) for p in parts]
 

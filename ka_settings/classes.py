@@ -12,10 +12,10 @@ import engine.evaluate
 import models
 from engine import pictures
 from engine.batch import as_float
+from engine.data import load_data
 from engine.device import autocast
 from engine.errors import UserError, user_errors
 from engine.flags import positive_int
-from engine.session import load_data
 from engine.teachers import load_teacher
 
 

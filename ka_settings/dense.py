@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import dataset
-import engine.session
+import engine.data
 import models
 from dataset.dense import TASKS, DenseMetrics, channels_of, supervised
 from engine import pictures
@@ -62,7 +62,7 @@ class Dense:
                 args.data_name, args.img_root, device, args.size, labelled
             )
         self.train.view, numbers = read_augment(args, args.size)
-        engine.session.share(self.train, self.test)
+        engine.data.share(self.train, self.test)
         needs = [name for name, method in wanted.items() if not method.needs.labels]
         self.tasks, self.student_name = tuple(args.tasks), args.s_name or 'segnet'
         if len(args.t_model) not in ((len(self.tasks),) if needs else (0, len(self.tasks))):

@@ -24,12 +24,12 @@ import torch  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import read_test  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, seed_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic  # noqa: E402
-from engine.session import read_test  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses import sdb  # noqa: E402
 from report.plot import pyplot  # noqa: E402

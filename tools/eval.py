@@ -14,11 +14,11 @@ import engine.threads  # noqa: E402, F401  before torch
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import read_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags  # noqa: E402
 from engine.parser import Parser  # noqa: E402
-from engine.session import read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 
 

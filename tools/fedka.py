@@ -30,6 +30,7 @@ from torch import nn  # noqa: E402
 import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import labelled_part, load_data  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import measure, measured  # noqa: E402
@@ -38,7 +39,7 @@ from engine.ka_tools import NOT_HERE, UNREAD, refuse_non_finite, refuse_processe
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args, resume_point
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
-from engine.session import Log, labelled_part, load_data  # noqa: E402
+from engine.session import Log  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.fedka import FedKA, fed_average, saliency, selection_prob, transferability  # noqa: E402
 

@@ -33,12 +33,12 @@ from torch import Tensor, nn  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors, pictures  # noqa: E402
+from engine.data import read_test  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, positive_float, positive_int  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic  # noqa: E402
-from engine.session import read_test  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from report.figures import project  # noqa: E402
 from report.plot import pyplot_or_error  # noqa: E402

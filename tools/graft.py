@@ -33,6 +33,7 @@ from torch import nn  # noqa: E402
 import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import labelled_part, read_data  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -47,7 +48,7 @@ from engine.flags import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import forget, load_checkpoint, resume_point  # noqa: E402
 from engine.record import fingerprint, output_folder, provenance, save_checkpoint, write_json  # noqa: E402
-from engine.session import Log, labelled_part, progress_bar, read_data  # noqa: E402
+from engine.session import Log, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.graftkd import GraftKD  # noqa: E402
 from models.grafting import Grafted  # noqa: E402

@@ -27,6 +27,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import labelled_part, read_data  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -42,7 +43,7 @@ from engine.flags import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import resume_point  # noqa: E402
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json  # noqa: E402
-from engine.session import Log, StopAfterEpoch, labelled_part, progress_bar, read_data  # noqa: E402
+from engine.session import Log, StopAfterEpoch, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from kd_losses.st import SoftTarget  # noqa: E402
 from models.kdexplainer import KDExplainer  # noqa: E402

@@ -29,6 +29,7 @@ from torch import Tensor, nn  # noqa: E402
 import models  # noqa: E402
 import transferability.knowledge as kn  # noqa: E402
 from engine import errors, optimise  # noqa: E402
+from engine.data import labelled_part, load_data  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -53,7 +54,7 @@ from engine.record import (
     write_atomic,
     write_json,
 )  # noqa: E402
-from engine.session import Log, StopAfterEpoch, labelled_part, load_data, progress_bar  # noqa: E402
+from engine.session import Log, StopAfterEpoch, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from report.plot import pyplot  # noqa: E402
 

@@ -31,6 +31,7 @@ import models  # noqa: E402
 from dfkd_losses.deepinversion import BNStatistics  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.batch import as_float  # noqa: E402
+from engine.data import load_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_common_flags, any_number, positive_int  # noqa: E402
@@ -48,7 +49,6 @@ from engine.ka_tools import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
-from engine.session import load_data  # noqa: E402
 from ka_losses.concat_kd import ConcatKD  # noqa: E402
 from ka_losses.layerwise import LayerwiseKA  # noqa: E402
 from ka_losses.ood_ka import OODKAGenerator, disc_loss  # noqa: E402

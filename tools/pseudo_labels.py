@@ -22,6 +22,7 @@ import torch  # noqa: E402
 import models  # noqa: E402
 from dataset.soft_labels import SAME, write_epoch  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import load_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import (  # noqa: E402
@@ -35,7 +36,7 @@ from engine.flags import (  # noqa: E402
 from engine.ka_tools import refuse_processes  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_atomic  # noqa: E402
-from engine.session import load_data, progress_bar  # noqa: E402
+from engine.session import progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 
 

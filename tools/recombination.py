@@ -27,6 +27,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import load_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_common_flags, any_number, positive_float, positive_int  # noqa: E402
@@ -44,7 +45,6 @@ from engine.ka_tools import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
-from engine.session import load_data  # noqa: E402
 from ka_losses.recombination import SoftFocal, combine_models  # noqa: E402
 from models import slimming  # noqa: E402
 

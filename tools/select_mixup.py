@@ -33,12 +33,12 @@ import models  # noqa: E402
 from dataset.arrays import read_arrays  # noqa: E402
 from dataset.mixup import all_pairs, hardest, mix  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import read_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, positive_int, seed_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic  # noqa: E402
-from engine.session import read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 
 

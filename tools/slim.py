@@ -21,13 +21,13 @@ import torch  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import labelled_part, read_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, fraction, positive_int, seed_number  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, save_checkpoint, write_atomic  # noqa: E402
-from engine.session import labelled_part, read_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from models import slimming  # noqa: E402
 

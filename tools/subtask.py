@@ -29,6 +29,7 @@ import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.batch import as_float  # noqa: E402
+from engine.data import load_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -45,7 +46,6 @@ from engine.ka_tools import (  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
-from engine.session import load_data  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.subtask import SubTask  # noqa: E402
 

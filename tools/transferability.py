@@ -28,6 +28,7 @@ import dataset  # noqa: E402
 import models  # noqa: E402
 import transferability as tr  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import labelled_part, read_data  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -35,7 +36,6 @@ from engine.flags import add_data_flags, add_machine_flags, positive_float, posi
 from engine.ka_tools import refuse_non_finite  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic, write_json  # noqa: E402
-from engine.session import labelled_part, read_data  # noqa: E402
 from engine.sources import HELP, Seen, Source, look, probe_images, read_sources, some  # noqa: E402
 
 # from what a network says of the task's images; higher is better for all

@@ -28,6 +28,7 @@ from torch import Tensor  # noqa: E402
 
 import transferability as tr  # noqa: E402
 from engine import errors  # noqa: E402
+from engine.data import read_data  # noqa: E402
 from engine.device import refuse_amp, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_data_flags, add_machine_flags, positive_int, seed_number  # noqa: E402
@@ -40,7 +41,6 @@ from engine.record import (  # noqa: E402
     write_atomic,
     write_json,
 )
-from engine.session import read_data  # noqa: E402
 from engine.sources import HELP, Source, probe_images, read_sources, some  # noqa: E402
 from report.plot import pyplot  # noqa: E402
 
