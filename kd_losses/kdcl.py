@@ -79,22 +79,23 @@ class KDCL(nn.Module):
         truth = z.gather(2, target[None, :, None].expand(len(z), -1, 1))  # (M, N, 1)
         if self.mode == 'minlogit':
             return (z - truth).amin(dim=0)
+        dead = (z == -torch.inf).all(dim=0)  # classes that all rule out: a weight of 0 times -inf is NaN
+        some = z.masked_fill(dead, 0.0)
+        if self.mode == 'general':
+            if weights is None or weights.shape != (len(z),):
+                got = None if weights is None else tuple(weights.shape)
+                raise ValueError(
+                    f'KDCL: weights must be ({len(z)},) in mode general, got {got}: see general_weights'
+                )
+            return (weights.to(z)[:, None, None] * some).sum(dim=0).masked_fill(dead, -torch.inf)
         ces = z.logsumexp(dim=2) - truth[:, :, 0]
         best = z.gather(0, ces.argmin(dim=0)[None, :, None].expand(1, -1, z.shape[2]))[0]
         if self.mode == 'naive':
             return best
-        dead = (z == -torch.inf).all(dim=0)  # classes that all rule out: a weight of 0 times -inf is NaN
-        z = z.masked_fill(dead, 0.0)
-        if self.mode == 'linear':
-            mixed = (_best_mixture(z, target, dead)[:, :, None] * z).sum(dim=0).masked_fill(dead, -torch.inf)
-            alone = ces.amin(dim=0) < F.cross_entropy(mixed, target, reduction='none')
-            return torch.where(alone[:, None], best, mixed)
-        if weights is None or weights.shape != (len(z),):
-            got = None if weights is None else tuple(weights.shape)
-            raise ValueError(
-                f'KDCL: weights must be ({len(z)},) in mode general, got {got}: see general_weights'
-            )
-        return (weights.to(z)[:, None, None] * z).sum(dim=0).masked_fill(dead, -torch.inf)
+        mixed = (_best_mixture(some, target, dead)[:, :, None] * some).sum(dim=0)
+        mixed = mixed.masked_fill(dead, -torch.inf)
+        alone = ces.amin(dim=0) < F.cross_entropy(mixed, target, reduction='none')
+        return torch.where(alone[:, None], best, mixed)
 
 
 @torch.no_grad()

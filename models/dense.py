@@ -178,8 +178,8 @@ def _detector(name: str, K: int, size: int, frozen: bool) -> nn.Module:
         raise _unknown('detection', name)
     if backbone or not found and name not in torchvision.models.list_models(module=detection):
         raise _unknown('detection', name)
+    said = {} if name.startswith('fasterrcnn') else THRESHOLDS
     if not found:
-        said = {} if name.startswith('fasterrcnn') else THRESHOLDS
         return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=K, **said)
     head, kind = found.groups()
     extra = {} if head == 'fasterrcnn' else {'extra_blocks': LastLevelP6P7(256, 256)}
@@ -202,7 +202,7 @@ def _detector(name: str, K: int, size: int, frozen: bool) -> nn.Module:
         head
     ]
     sizes = (640, 672, 704, 736, 768, 800)  # by chance; the last in evaluation
-    return made(backbone, K, min_size=sizes, **({} if head == 'fasterrcnn' else THRESHOLDS))
+    return made(backbone, K, min_size=sizes, **said)
 
 
 def _small_detector(head: str, body: nn.Module, levels: tuple, K: int, size: int) -> nn.Module:
