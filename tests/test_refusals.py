@@ -13,9 +13,9 @@ from torch import nn
 
 import dataset.folder
 import engine.build
+import engine.data
 import engine.device
 import engine.evaluate
-import engine.session
 import models
 import tools.eval
 import tools.missing
@@ -129,7 +129,7 @@ def test_the_try_changes_nothing(tmp_path):
 
 def test_too_few_images_for_all_processes(fails, teacher, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(engine.session, 'processes', lambda: 60)
+        patch.setattr(engine.data, 'processes', lambda: 60)
         for start in (BASE, ALONE, PEERS):
             assert 'every process needs two' in fails(*start, *TINY)
     monkeypatch.setattr(engine.build, 'processes', lambda: 4)
@@ -229,7 +229,7 @@ def test_losses_see_the_whole_training_set(fails, monkeypatch):
         seen[:] = sum(len(img) for img, *_ in data.test_batches(32)), data.steps(16)
         raise UserError('enough')
 
-    monkeypatch.setattr(engine.session, 'processes', lambda: 2)
+    monkeypatch.setattr(engine.data, 'processes', lambda: 2)
     monkeypatch.setattr(engine.build, 'build_term', noted)
     fails(*ALONE, *TINY, '--batch_size', '16')
     assert seen == [96, 3]
