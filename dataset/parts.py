@@ -74,8 +74,11 @@ class ClassParts:
 
     Args:
         parts: per teacher its classes, in the order of its logits.
-        wanted: the student's classes, None for all that any teacher knows (in the teachers' order). Teachers
-            are cut to those they have of them.
+        wanted: the student's classes, None for all that any teacher knows. Teachers are cut to those they
+            have of them.
+
+    The student's classes are in the teachers' order, since losses join the teachers' logits; in the order of
+    wanted where teachers share some of them.
 
     Attributes: classes, of the student; columns, per teacher the logits that are used; blocks, per teacher
     where they lie in the student's logits.
@@ -95,6 +98,8 @@ class ClassParts:
         self.classes = wanted or everything
         if unknown := sorted(set(self.classes) - set(everything)):
             raise ValueError(f'no teacher knows the classes {unknown}')
+        if not set(shared) & set(self.classes):
+            self.classes = [c for c in everything if c in self.classes]
         self.parts = parts
         self.columns = [[part.index(c) for c in self.classes if c in part] for part in parts]
         self.blocks = [[k for k, c in enumerate(self.classes) if c in part] for part in parts]
