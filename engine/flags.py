@@ -14,6 +14,7 @@ def add_common_flags(
     lr: float | None = 0.1,
     rate: str = 'default 0.1',
     more_data: str = '',
+    batch_size: int = 128,
 ) -> None:
     """The flags that every training script has; rate, more_data: what --help says besides."""
     add_data_flags(parser, more_data)
@@ -24,7 +25,7 @@ def add_common_flags(
               'chosen '
               'on the test set, and the log says so')
     flag('--epochs', type=positive_int, default=epochs, help=f'default {epochs}')
-    flag('--batch_size', type=positive_int, default=128, help='of each process, default 128')
+    flag('--batch_size', type=positive_int, default=batch_size, help=f'of each process, default {batch_size}')
     flag('--lr', type=positive_float, default=lr, help=f'learning rate, {rate}')
     flag('--schedule', choices=('steps', 'onecycle'), default='steps',
          help='steps: the learning rate drops at the milestones; onecycle: it moves at every step, linearly '

@@ -59,6 +59,7 @@ def parse_args():
         lr=1e-3,
         rate="AdamW's, default 0.001",
         more_data='; here: scenes, scenes:N (embedded rooms, N for teachers, N for students)',
+        batch_size=32,
     )  # fmt: skip
     return parser.parse_args()
 
@@ -163,9 +164,10 @@ class Amalgamation:
         def loss(found, sequences, batch):
             with torch.no_grad():
                 told = [net(batch[0]) for net in teachers]
+            final = [outs[-1] for outs, _ in told]  # every layer of the student's decoder learns from it
             total, terms = 0.0, {}
-            for layer, out in enumerate(found):
-                value, parts = self.detections(out, [outs[layer] for outs, _ in told], return_terms=True)
+            for out in found:
+                value, parts = self.detections(out, final, return_terms=True)
                 total = total + value
                 terms = {key: terms.get(key, 0.0) + part for key, part in parts.items()}
             for k, level in enumerate(self.levels):
