@@ -27,6 +27,7 @@ import engine.threads  # noqa: F401  before torch
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from dataset import annotated
 from dataset.average_precision import library
@@ -85,7 +86,7 @@ def parse_args(words=None):
     flag('--t_model', metavar='FILE', help='weights of the teacher; default: see above')
     flag('--s_init', metavar='FILE',
          help="weights that students start from, of the whole network or torchvision's of its backbone; "
-              'batch norms of detectors are frozen then')
+              'batch norms of FPN detectors on a ResNet or MobileNetV2 are frozen then')
     flag = parser.add_argument_group('data').add_argument
     flag('--data_name', default='scenes', metavar='NAME',
          help='scenes or scenes:N (embedded rooms, N training pictures, 1200), voc (2012), coco (detection); '
@@ -245,6 +246,9 @@ def train_student(run: parts.Run, seen: parts.StepPictures, args) -> None:
     loss.backward()
     averaged(run.parameters)
     task.clipped(run.parameters)
+    for term in run.terms:
+        if term.method.clip:
+            clip_grad_norm_(term.kd.parameters(), term.method.clip)
     set_learning_rate(run.opt, args.lr * share_of_rate(args, seen.step))
     run.opt.step()
     run.meter.add(None, seen.parts['labelled'][0], **terms)

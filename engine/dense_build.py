@@ -24,8 +24,11 @@ MASKS_LR = 1e-3  # of what a loss learns before the training, by Adam
 def rows_for(rows: dict, task: str, s_name: str) -> dict:
     """The rows of a task, with the weight for this kind of detector."""
     head = s_name.partition(':')[0].partition('_')[0]
-    return {name: replace(row, weight=row.two_stage) if row.two_stage and head == 'fasterrcnn' else row
-            for name, row in rows.items() if row.task in ('', task)}  # fmt: skip
+    return {
+        name: replace(row, weight=row.by_head.get(head, row.weight))
+        for name, row in rows.items()
+        if row.task in ('', task)
+    }
 
 
 def share_of_rate(args, step: int) -> float:

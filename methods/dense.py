@@ -1,11 +1,11 @@
 """The rows of train_dense.py: a segmenter or a detector teaches a smaller one.
 
 Every row has the network's own loss beside it, with weight 1. Weights are the authors' (of `ifvd` and
-`cwd_feat` CIRKD's), for large networks and pictures; the first is for detectors of one stage, the second for
-Faster R-CNN. A feed gets what models/dense.py reads of both networks: Segmented (out, feat, fms) or Detected
+`cwd_feat` CIRKD's), for large networks and pictures; where a kind of detector has another one, by_head says
+so. A feed gets what models/dense.py reads of both networks: Segmented (out, feat, fms) or Detected
 (fms, pyramid, heads); batch: engine/dense.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import nn
@@ -40,13 +40,15 @@ class Dense(Method):
     task: of --task; '': both.
     labels: it reads labels or boxes, so it is fed the labelled pictures, also where there are others.
     heads: the detectors that it is for; (): all.
-    two_stage: the weight for Faster R-CNN, where it is another.
+    by_head: the weights for other detectors than RetinaNet, where they are others.
+    clip: the largest norm of the gradient of its own parameters; None: any.
     """
 
     task: str = 'detection'
     labels: bool = False
     heads: tuple[str, ...] = ()
-    two_stage: float | None = None
+    by_head: dict[str, float] = field(default_factory=dict)
+    clip: float | None = None
 
 
 # fmt: off
@@ -94,7 +96,7 @@ one, two = {'heads': ('retinanet',)}, {'heads': ('fasterrcnn',)}
 #                        loss            weight  fed by         built by            only what differs
 DENSE = {
     'alone':      Dense(nn.Identity,        0.0, nothing,       needs=alone, task=''),
-    'afdcd':      Dense(afdcd.AfDCD,        1.0, afdcd.feed,    afdcd.build,        **seg),
+    'afdcd':      Dense(afdcd.AfDCD,        1.0, afdcd.feed,    afdcd.build,        **seg, clip=15.0),
     'cirkd':      Dense(cirkd.CIRKD,        1.0, cirkd.feed,    cirkd.build,        **seg, **read, **queues),
     'cwd':        Dense(cwd.CWD,            3.0, logits,        plain,              **seg),
     'cwd_feat':   Dense(cwd.CWD,           50.0, feat,          feat_widths,        **seg),
@@ -114,8 +116,9 @@ DENSE = {
     'fgfi':       Dense(fgfi.FGFI,         0.01, fgfi.feed,     fgfi.build,         **read),
     'freekd':     Dense(freekd.FreeKD,      1.0, freekd.feed,   per_level,          **tokens,
                         own=Own(pretrain=maskd.learn)),
-    'maskd':      Dense(maskd.MasKD,        7.0, each_level,    per_level,          **tokens, two_stage=1.0,
-                        own=Own(pretrain=maskd.learn)),
-    'pkd':        Dense(pkd.PKD,           10.0, levels,        plain,              two_stage=6.0),
+    'maskd':      Dense(maskd.MasKD,        7.0, each_level,    per_level,          **tokens,
+                        own=Own(pretrain=maskd.learn), by_head={'fcos': 10.0, 'fasterrcnn': 1.0}),
+    'pkd':        Dense(pkd.PKD,           10.0, levels,        plain,
+                        by_head={'fasterrcnn': 6.0}),
     'reviewkd':   Dense(reviewkd.ReviewKD,  1.0, whole,         pyramids),
 }

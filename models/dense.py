@@ -54,7 +54,8 @@ def build(task: str, name: str, num_classes: int, size: int = 64, frozen: bool =
         name: see above; 'HEAD:BACKBONE' is small, BACKBONE@WIDTH a narrower mobilenet.
         num_classes: of detection with the background.
         size: side of the pictures, for the small detectors, which do not resize, and their anchors.
-        frozen: batch norms of ResNet detectors keep the statistics they are loaded with.
+        frozen: batch norms of FPN detectors on a ResNet or MobileNetV2 keep the statistics they are loaded
+            with.
 
     Raises:
         ValueError: a name that is not known here.
@@ -183,10 +184,11 @@ def _detector(name: str, K: int, size: int, frozen: bool) -> nn.Module:
         return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=K, **said)
     head, kind = found.groups()
     extra = {} if head == 'fasterrcnn' else {'extra_blocks': LastLevelP6P7(256, 256)}
+    norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
     if kind == 'mobilenet_v2':  # strides 4, 8, 16, 32
         levels = ('3', '6', '13', '17')
         levels, channels = (levels, [24, 32, 96, 320]) if not extra else (levels[1:], [32, 96, 320])
-        body = torchvision.models.mobilenet_v2(weights=None).features
+        body = torchvision.models.mobilenet_v2(weights=None, norm_layer=norm).features
         backbone = BackboneWithFPN(
             body, {path: str(i) for i, path in enumerate(levels)}, channels, 256, **extra
         )
@@ -195,8 +197,7 @@ def _detector(name: str, K: int, size: int, frozen: bool) -> nn.Module:
     else:
         backbone = resnet_fpn_backbone(
             backbone_name=kind, weights=None, trainable_layers=3 if frozen else 5,
-            norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d,
-            returned_layers=[2, 3, 4] if extra else [1, 2, 3, 4], **extra,
+            norm_layer=norm, returned_layers=[2, 3, 4] if extra else [1, 2, 3, 4], **extra,
         )  # fmt: skip
     made = {'fasterrcnn': detection.FasterRCNN, 'retinanet': detection.RetinaNet, 'fcos': detection.FCOS}[
         head
