@@ -253,8 +253,8 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def feed(kd, s, t, batch):
     """batch.inner: 0 in the first epoch, when the maps do not count yet."""
-    fms_t = [f.fms[-1] for f in batch.all_t]
-    fms_s = kd.adapters(s.fms[-1], [fm.shape[2:] for fm in fms_t])
+    fms_t = [f.pres[-1].relu() for f in batch.all_t]  # as they are averaged for the classifier
+    fms_s = kd.adapters(s.pres[-1].relu(), [fm.shape[2:] for fm in fms_t])
     outs_feat = []
     with _no_autocast(fms_s[0]):
         for layer, fm in zip([net.classifier_layer() for net in batch.nets_t], fms_s):

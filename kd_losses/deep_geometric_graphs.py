@@ -229,6 +229,6 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def feed(kd, s, t, batch):
-    """The stages but the last, and the embedding in its place."""
-    pairs = [*zip(s.fms[1:-1], t.fms[1:-1]), (s.feat, t.feat)]
+    """The stages but the last, after the ReLU (a wide network's fms are before it), then the embedding."""
+    pairs = [*((x.relu(), y.relu()) for x, y in zip(s.pres[1:-1], t.pres[1:-1])), (s.feat, t.feat)]
     return kd([x for x, _ in pairs], [y for _, y in pairs], batch.target)

@@ -255,4 +255,9 @@ def feed(kd, s, t, batch):
 def build(loss, probe, **options):
     s, t = probe.s.fms[1:], probe.t.fms[1:]
     scales = [x.shape[2] / y.shape[2] for x, y in zip(s, t)]
-    return loss([x.shape[1] for x in s], [x.shape[1] for x in t], scales, **options)
+    # wide networks hand on their maps before the ReLU: a bridge to them must make negative values, too
+    after_relu = {
+        f'{side}_post_relu': not any(bool((fm < 0).any()) for fm in maps)
+        for side, maps in (('s', s), ('t', t))
+    }
+    return loss([x.shape[1] for x in s], [x.shape[1] for x in t], scales, **{**after_relu, **options})

@@ -9,9 +9,10 @@ J. Song, H. Zhang, X. Wang, M. Xue, Y. Chen, L. Sun, D. Tao, M. Song, "Tree-like
     level = sum over n of w_{g_n} * CE(linear map of the pooled map, g_n) / sum over n of w_{g_n}
     loss = sum over levels of level
 
-Tap: the student's maps after the ReLU of every stage, and labels; the teacher only through its groups. The
-linear maps are trained with the student and dropped. The authors' total is 0.1 * CE + 0.9 * KD + 0.1 * TDD,
-KD with T = 4: --kd_mode tdd+st --lambda_ce 0.1 --lambda_kd tdd=0.1 st=0.9.
+Tap: the student's maps after the ReLU of every stage (of a wide network its sums, which have none), and
+labels; the teacher only through its groups. The linear maps are trained with the student and dropped. The
+authors' total is 0.1 * CE + 0.9 * KD + 0.1 * TDD, KD with T = 4: --kd_mode tdd+st --lambda_ce 0.1
+--lambda_kd tdd=0.1 st=0.9.
 
 Differences: the authors' code fails for a batch of one, which is legal here; its linear maps have an output
 per group, here an output per class, those of groups that do not exist left out of the softmax: value and
