@@ -162,3 +162,19 @@ def feed(kd, s, t, batch):
         return _run(batch.net_t.classifier_layer(), fm.relu().mean(dim=(2, 3)))
 
     return kd(s.pres[-1], t.pres[-1], t.out, rest)
+
+
+def build(loss, probe, **options):
+    layer, feat = probe.net_t.classifier_layer(), probe.t.pres[-1].relu().mean(dim=(2, 3))
+    fits = layer.weight.shape[1:] == feat.shape[1:]
+    if not fits or not _close(_run(layer, feat), probe.t.out):
+        raise ValueError(
+            'AdaINKD: the teacher must end in ReLU, average over positions and classifier, as what is run of '
+            'it here does: take a resnet, wrn or vgg'
+        )
+    return loss(probe.s.fms[-1].shape[1], probe.t.fms[-1].shape[1], **options)
+
+
+def _close(out: Tensor, wanted: Tensor) -> bool:
+    """As far as bfloat16 goes."""
+    return torch.allclose(out.float(), wanted.float(), rtol=0, atol=0.05 * float(wanted.abs().max()))

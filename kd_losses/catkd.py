@@ -127,7 +127,20 @@ def feed(kd, s, t, batch):
 
 
 def build(loss, probe, **options):
+    for who, f, net in (('student', probe.s, probe.net_s), ('teacher', probe.t, probe.net_t)):
+        layer, feat = net.classifier_layer(), f.pres[-1].relu().mean(dim=(2, 3))
+        fits = layer.weight.shape[1:] == feat.shape[1:]
+        if not fits or not _close(F.linear(feat, layer.weight, layer.bias), f.out):
+            raise ValueError(
+                f'CATKD: the {who} must end in ReLU, average over positions and classifier, or its class '
+                f'activation maps say nothing of its logits: take a resnet, wrn or vgg'
+            )
     return loss(**{'normalize': False, **options})  # the authors', for networks of one kind
+
+
+def _close(out: Tensor, wanted: Tensor) -> bool:
+    """As far as bfloat16 goes."""
+    return torch.allclose(out.float(), wanted.float(), rtol=0, atol=0.05 * float(wanted.abs().max()))
 
 
 def student(net, kd, probe):

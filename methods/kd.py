@@ -141,7 +141,7 @@ tokens = Needs(tokens=True)
 KD = {
     'ab':       Method(ab.AB,                 10.0, each_pre_same_size,  ab.build, When(alone=50), stages),
     'abkd':     Method(abkd.ABKD,             32.0, shared.logits,       abkd.build_images),
-    'adain':    Method(adain.AdaINKD,          1.0, adain.feed,          last_channels),
+    'adain':    Method(adain.AdaINKD,          1.0, adain.feed,          adain.build),
     'aekd':     Method(aekd.AEKD,              0.9, all_logits,          needs=team),
     'afd':      Method(afd.AFD,              500.0, each_map_same_size,  per_stage_channels, needs=stages),
     'akl':      Method(akl.AKL,                0.5, shared.logits,       when=When(ce=0.5)),
