@@ -110,6 +110,7 @@ def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
     torch.manual_seed(args.seed)
     with built_from('--kd_args', args.kd_mode[0]):
         kd = method.build(method.loss, probe, **options).to(device)
+        torch.manual_seed(args.seed + len(nets))  # heads of networks: not the weights that one of them has
         step = Step(method.own.peers(nets, probe), kd, method, amp).to(device)
         inner = method.when.inner and method.when.inner(0, args.epochs)
         batch = Batch(img, target, index, {}, epochs=args.epochs, generator=torch.Generator(device),

@@ -281,7 +281,9 @@ def student(net, kd, probe):
 def build(loss, probe, key: int = 1, **options):
     """key: the number that the key image is drawn from, kept secret."""
     kd = build_student(loss, probe, key, **options)
-    kd.random = _Frozen(probe.another_net(probe.net_s))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + 1)  # the box itself may begin with the draws of this seed
+        kd.random = _Frozen(probe.another_net(probe.net_s))
     return kd
 
 
