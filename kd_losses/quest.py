@@ -13,6 +13,8 @@ average-pooled, 2x2 where that gives the student's size (so the authors), else b
 
 Differences: the authors' formula, on one stage. Their code book comes from all vectors of the training set,
 `fit_centroids` takes as many as it is given. |t|^2 is left out of the distance: the softmax does not see it.
+The trainer taps wide networks before the ReLU, too (the authors after it), and averages the larger map, the
+student's as well, over equal shares of it.
 
 Source: valeoai/QuEST, distillation/algorithms/classification/classification_quest.py
 (quest_dense_prediction).

@@ -8,6 +8,8 @@ A build says what its constructor is told, build(loss, probe, **options) -> modu
 images and what else there is to build from, see engine/batch.py.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,14 +61,16 @@ def per_stage_channels(loss, probe, **options): return nn.ModuleList(
 
 def vocabulary(kd, teacher, probe):
     """QuEST's words, from up to 256 vectors per word, as many images as that takes, not augmented."""
-    maps, wanted = [], 256 * len(kd.centroids)
+    positions = same_size(probe.t.pres[-1], probe.s.pres[-1])[0][0, 0].numel()  # of an image, as in training
+    images = math.ceil(256 * len(kd.centroids) / positions)
+    draw = torch.Generator().manual_seed(0)
+    some = torch.randperm(len(probe.train_set), generator=draw)[:images]  # a folder's lie class by class
     with torch.no_grad():
-        for img, _, _ in probe.train_set.test_batches(probe.batch_size):
-            fm = teacher(img).pres[-1]
-            maps.append(same_size(fm, probe.s.pres[-1])[0])  # of the size that training will see
-            if sum(len(m) for m in maps) * maps[0][0, 0].numel() >= wanted:
-                break
-        kd.fit(torch.cat(maps), generator=torch.Generator().manual_seed(0))
+        maps = [
+            same_size(teacher(img).pres[-1], probe.s.pres[-1])[0]
+            for img, _, _ in probe.train_set.subset(some).test_batches(probe.batch_size)
+        ]
+        kd.fit(torch.cat(maps), generator=draw)
 
 
 class Separate(nn.Module):
