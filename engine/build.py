@@ -62,8 +62,6 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     for token, terms in wanted.items():
         torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
         net = copy.deepcopy(net_s)
-        for term in terms:
-            net = build_term(term, net, probe, device)
         chosen = recipe_of(terms, args)
         ce, before = chosen['ce'], tuple(chosen['before'])
         inside = args.phases == 'inside'
@@ -73,6 +71,8 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
                 f'none to train'
             )
         epochs = args.epochs - inside * sum(before)
+        for term in terms:
+            net = build_term(term, net, replace(probe, epochs=epochs), device)
         stops = args.kd_stop is not None and args.kd_stop < epochs  # cross-entropy goes on
         if not ce and not stops and not any(term.weight and not term.method.when.alone for term in terms):
             raise UserError(

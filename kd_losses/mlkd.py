@@ -207,7 +207,7 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def feed_strong(kd, s, t, batch):
-    """The released code's form, with its cross-entropy on the strong view at 0.1 beside a weight of 0.9."""
+    """The released code's form, and the cross-entropy of the strong view."""
     img = batch.views['strong']
     out = batch.student(img).out
     with torch.no_grad():
@@ -215,8 +215,11 @@ def feed_strong(kd, s, t, batch):
     valid = batch.target != -100  # cross_entropy divides by their number, which may be 0
     target = torch.where(valid, batch.target, -100)  # a copy: those of inference mode cannot serve backward
     ce = F.cross_entropy(out, target, reduction='sum') / valid.sum().clamp(min=1)
-    return kd(s.out, t.out, out, out_t) + ce / 9
+    return kd(s.out, t.out, out, out_t) + kd.ce * ce
 
 
-def build_strong(loss, probe, **options):
-    return loss(**{'two_view': True, **options})
+def build_strong(loss, probe, ce: float = 1 / 9, **options):
+    """ce: of the strong view's cross-entropy, over the loss's weight: 0.1 in all beside a weight of 0.9."""
+    kd = loss(**{'two_view': True, **options})
+    kd.ce = ce
+    return kd

@@ -52,6 +52,7 @@ from kd_losses.ft import FT
 from kd_losses.kdcl import KDCL, general_weights
 from kd_losses.lwm import LwM, grad_cam
 from kd_losses.mhgd import MHGD, clipped
+from kd_losses.mlkd import build_strong
 from kd_losses.mlkd import feed_strong as mlkd_feed
 from kd_losses.norm import NORM, FeatureTransform
 from kd_losses.ofakd import OFAExit
@@ -401,11 +402,11 @@ def test_mlkd_strong_without_labels(labelled):
     b = SimpleNamespace(views={'strong': torch.zeros(5, 3, 8, 8)}, target=target)
     weak, strong = rand(5, 4).requires_grad_(), rand(5, 4, seed=1).requires_grad_()
     b.student, b.teacher = (lambda img, out=x: SimpleNamespace(out=out) for x in (strong, rand(5, 4, seed=2)))
-    kd = MLKD(two_view=True)
+    kd = build_strong(MLKD, None, ce=0.2)
     loss = mlkd_feed(kd, SimpleNamespace(out=weak), SimpleNamespace(out=rand(5, 4, seed=3)), b)
     expected = kd(weak, rand(5, 4, seed=3), strong, rand(5, 4, seed=2))
     if labelled:
-        expected = expected + F.cross_entropy(strong[:labelled], target[:labelled]) / 9
+        expected = expected + F.cross_entropy(strong[:labelled], target[:labelled]) * 0.2
     near(loss, expected)
     near(*(torch.autograd.grad(x, strong)[0] for x in (loss, expected)))
 
