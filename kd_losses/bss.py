@@ -91,7 +91,8 @@ class BSS(nn.Module):
         """Attacked images (M, C, H, W), M = min(attack_size, N), and which of them count (M,).
 
         teacher: callable from images to logits. Labels of -100 are never attacked. Spare slots repeat chosen
-        samples, so that the student's batch norm sees nothing else; if none could be chosen, no slot counts.
+        samples, so that the student's batch norm sees nothing else; if none could be chosen, they hold
+        different samples of the batch, and none counts.
         """
         _expect('BSS', 'out_s', out_s, 'N', 'K')
         _expect('BSS', 'out_t', out_t, *out_s.shape)
@@ -99,7 +100,7 @@ class BSS(nn.Module):
         wanted = target if known is None else torch.where(known, target, -100)  # -100: never right
         index, valid = choose(out_s, out_t, wanted, self.attack_size)
         slots = torch.arange(len(index), device=index.device)
-        index = index[slots % valid.sum().clamp(min=1)]
+        index = torch.where(valid.any(), index[slots % valid.sum().clamp(min=1)], index)
         u = torch.rand(len(index), **_by(generator), device=index.device)
         attack_class = sample_attack_class(out_t, index, u.to(_full(out_t).dtype))
         # what is not finite counts as right, and must show in the images
