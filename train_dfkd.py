@@ -6,7 +6,8 @@
     python train_dfkd.py --kd_mode kd_pool --pool_init pool.pt ...    trains on such images only
 
 No image of the training set is read, it need not be there; the test set is only measured on. A method's
-preset (--kd_mode list) is its authors' for CIFAR-10 on a GPU, hours to days; every flag overrides a value.
+preset (--kd_mode list) is its authors' for CIFAR-10 (docs/data-free.md has the exceptions) on a GPU, hours to
+days; every flag overrides a value.
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each student a folder with last.pt (with the image
 source), best.pt, student.pt (plain weights of the last epoch), metrics.csv, results.json, images/.

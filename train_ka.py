@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=2 train_ka.py ...        several processes, --batch_size images each
 
 All students see the same batches and the same teacher forward; a student's result is bit for bit (on the
-CPU) the one it gets when trained alone. Train the teachers with train_base.py --num_parts N --part I, those
-of dense tasks with train_ka.py --ka_mode scratch --data_name scenes --tasks TASK.
+CPU) the one it gets when trained alone (beside afk all students get its --epochs_ft, too). Train the teachers
+with train_base.py --num_parts N --part I, those of dense tasks with train_ka.py --ka_mode scratch
+--data_name scenes --tasks TASK.
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, ensemble/results.json (the teachers themselves), and for each
 student a folder with last.pt, best.pt, student.pt (plain weights of the last epoch), ka.pt (the loss's own

@@ -15,7 +15,7 @@ Tap: the last map of student and teacher, equal height and width. Logits are not
 be another one, and its classifier is fitted on a small labelled probe set.
 
 Differences: the authors warm the student up on the probe set and keep its classifier for the selection; in
-tools/fedka.py the student begins at random and looks at the probe images with a classifier fitted to them.
+tools/fedka.py the student begins at random, and a copy of it, trained as a whole on the probe set, looks.
 KamalEngine quantises Grad-CAM to 8 bit and divides by its range (NaN for a flat map, which here is all zero);
 where it has NaN, because a map is zero or all tr are equal, ours has the similarity 0.5 and equal
 probabilities. Its trainer names a class that does not exist, so it does not run.

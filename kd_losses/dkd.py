@@ -37,8 +37,8 @@ class DKD(nn.Module):
     Args:
         alpha: weight of the target-class term, 1.
         beta: weight of the non-target term; authors' CIFAR-100: 8 in general, 2 (resnet56 to resnet20,
-            resnet110 to resnet32), 6 (vgg13, wrn_40_2 pairs); ImageNet 0.5 (ResNet34 to 18), 2 (ResNet50 to
-            MobileNet).
+            resnet110 to resnet32), 6 (vgg13; wrn_40_2 to wrn_16_2, wrn_40_1); ImageNet 0.5
+            (ResNet34 to 18), 2 (ResNet50 to MobileNet).
         T: temperature, > 0; 4 on CIFAR, 1 on ImageNet.
 
     Shape:

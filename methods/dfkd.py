@@ -1,7 +1,8 @@
 """The rows of train_dfkd.py: a frozen teacher, a student, and images that are made, not given.
 
 The columns say what is made how, in the spirit of columns.py. A preset is the authors' for CIFAR-10, but for
-`deepinv` and `dfq`, whose values are those of a later comparison (zju-vipa/CMI).
+`deepinv` and `dfq`, whose values are those of a later comparison (zju-vipa/CMI), `mosaickd` (a teacher of
+CIFAR-100, images of CIFAR-10) and `kegnet` (SVHN); that of `fastdfkd` is for wide networks.
 """
 
 import inspect

@@ -156,7 +156,8 @@ def main():
 def select(student: nn.Module, teachers: list, probe, args, number: int) -> list[int]:
     """Clients of the next rounds, drawn with replacement: rather those that look where the student looks.
 
-    The student looks with a classifier fitted to the probe set: clients train maps, its own never learns.
+    A copy of the student, trained on the probe set, looks for it: clients train maps, never its own
+    classifier.
     """
     if args.select == 'all':
         return list(range(len(teachers)))
@@ -201,7 +202,7 @@ def at_home(student, loss, teacher, home, args, amp, number: int):
 
 
 def adapted(student: nn.Module, probe, args, number: int) -> nn.Module:
-    """A copy with a new classifier, trained on the labelled probe set."""
+    """A copy with a new classifier, all of it trained on the labelled probe set."""
     net = copy.deepcopy(student).train()
     torch.manual_seed(args.seed)
     net.classifier_layer().reset_parameters()
