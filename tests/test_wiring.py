@@ -1,0 +1,243 @@
+"""What the scripts feed a loss, how they build it and what part of a training it gets."""
+
+from argparse import Namespace
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import train_dense
+from dataset.parts import ClassParts
+from dataset.resident import Resident
+from engine.batch import Probe
+from engine.dense_build import rows_for
+from engine.peers import build_step
+from ka_losses.concat_kd import ConcatKD
+from kd_losses import adain, bss, camkd, catkd, deep_geometric_graphs, fcfd, norm, quest, sdb
+from methods import KD, PEERS, shared
+from methods.dense import DENSE
+from models.dense import build as dense_net
+from tools.transformer_ka import Amalgamation
+
+
+def net_of(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    net = models.build(name, 10)
+    with torch.no_grad():
+        for m in net.modules():  # or all maps are alike, and every network ends as any other
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(0.5, 1.5), m.bias.uniform_(-1, 1)
+    return net.eval()
+
+
+def feats(net: nn.Module, n: int = 4):
+    with torch.no_grad():
+        return net(torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(1)), True)
+
+
+def probe_of(s: str, t: str) -> Probe:
+    net_s, net_t = net_of(s), net_of(t, 1)
+    return Probe(
+        feats(net_s), feats(net_t), net_s, net_t, None, 4, 10, 10, all_t=[feats(net_t), feats(net_t)]
+    )
+
+
+def test_the_vocabulary_knows_all_classes_of_sorted_images():
+    """A folder's images lie class by class: words of the first images would be words of the first classes."""
+    labels = torch.arange(8).repeat_interleave(50)
+    images = (labels * 30).to(torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3).contiguous()
+    data = Resident(images, labels, 8, (0.0,) * 3, (1.0,) * 3, torch.device('cpu'))
+
+    def teacher(img):
+        return SimpleNamespace(pres=[img])
+
+    fm = torch.zeros(2, 3, 4, 4)
+    probe = SimpleNamespace(
+        s=SimpleNamespace(pres=[fm]), t=SimpleNamespace(pres=[fm]), train_set=data, batch_size=7
+    )
+    kd = quest.QuEST(3, 3, num_words=3)  # 48 of the 400 images
+    shared.vocabulary(kd, teacher, probe)
+    assert kd.centroids[:, 0].max() - kd.centroids[:, 0].min() > 60 / 255  # of at least three classes
+
+
+@pytest.mark.parametrize('name', ['resnet8', 'wrn_10_1', 'vgg8'])
+def test_evidence_of_networks_that_end_in_an_average(name):
+    probe = probe_of('resnet8', name)
+    catkd.build(catkd.CATKD, probe)
+    kd = adain.build(adain.AdaINKD, probe)
+    batch = SimpleNamespace(net_t=probe.net_t)
+    fed = []
+    adain.feed(lambda s, t, out_t, rest: fed.append((rest(t), out_t)), probe.s, probe.t, batch)
+    torch.testing.assert_close(*fed[0], rtol=1e-4, atol=1e-4)
+    assert kd
+
+
+@pytest.mark.parametrize('name', ['deit_64_3', 'MobileNetV2', 'ShuffleV2'])
+def test_evidence_of_others_is_refused(name):
+    """A transformer reads a token, others a map that is not handed out."""
+    probe = probe_of('resnet8', name)
+    for build, loss in ((catkd.build, catkd.CATKD), (adain.build, adain.AdaINKD)):
+        with pytest.raises(
+            ValueError, match='teacher must end in ReLU, average over positions and classifier'
+        ):
+            build(loss, probe)
+    with pytest.raises(ValueError, match='the student must end in ReLU'):
+        catkd.build(catkd.CATKD, probe_of(name, 'resnet8'))
+
+
+def test_maps_of_wide_networks_are_fed_after_the_relu():
+    """Theirs are sums, with negatives; the ReLU comes with the batch norm that follows."""
+    t = feats(net_of('wrn_10_1'))
+    assert min(fm.min() for fm in t.fms[1:]) < 0
+    fed = norm.feed(lambda s, t: t, SimpleNamespace(extra=None), t, None)
+    assert fed.min() == 0 and fed.max() > 0
+    for maps in deep_geometric_graphs.feed(lambda s, t, target: (s, t), t, t, SimpleNamespace(target=None)):
+        assert all(fm.min() == 0 for fm in maps[:-1])
+
+
+def test_camkd_asks_the_teachers_classifier_as_the_teacher_does():
+    """A student whose map is the teacher's has the teacher's logits there, wide networks included."""
+    probe = probe_of('wrn_10_1', 'wrn_10_1')
+    net_t = probe.net_t
+    asked = []
+
+    class Recording(camkd.CAMKD):
+        def feature_loss(self, fms_s, fms_t, outs_feat, target):
+            asked.append((fms_s, fms_t, outs_feat))
+            return 0.0
+
+    kd = camkd.build(Recording, probe)
+    kd.adapters.forward = lambda fm, sizes: [fm, fm]
+    t = probe.t
+    batch = SimpleNamespace(all_t=[t, t], nets_t=[net_t, net_t], target=torch.arange(4), inner=1.0)
+    camkd.feed(kd, t, None, batch)
+    (fms_s, fms_t, outs) = asked[0]
+    torch.testing.assert_close(outs[0], t.out, rtol=1e-4, atol=1e-4)
+    assert torch.equal(fms_s[0], fms_t[0])
+
+
+@pytest.mark.parametrize(
+    's,t,ends',
+    [('resnet8', 'resnet8', (1, 1)), ('wrn_10_1', 'resnet8', (0, 1)), ('resnet8', 'wrn_10_1', (1, 0))],
+)
+def test_bridges_of_fcfd_to_sums_make_negative_values(s, t, ends):
+    """(to the student, to the teacher): a leaky ReLU at the end only where the other network has a ReLU."""
+    kd = fcfd.build(fcfd.FCFD, probe_of(s, t))
+    for bridges, wanted in zip((kd.bridges_s, kd.bridges_t), ends):
+        assert {int(isinstance(bridge[-1], nn.LeakyReLU)) for bridge in bridges} == {wanted}
+
+
+def test_heads_of_dcm_start_as_none_of_the_networks():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
+    data = Resident(images, torch.arange(16) % 10, 10, (0.5,) * 3, (0.5,) * 3, torch.device('cpu'))
+    args = Namespace(batch_size=8, seed=3, net_names=['resnet8', 'resnet8'], epochs=2, kd_mode=['dcm'])
+    nets = []
+    for k in range(2):  # as train_dml.py draws them
+        torch.manual_seed(args.seed + k)
+        nets.append(models.build('resnet8', 10))
+    step = build_step(args, PEERS['dcm'], {}, nets, data, nullcontext, torch.device('cpu'))
+    weights = [p for key, p in step.peers.named_parameters() if key.endswith('fc.weight')]
+    assert len(weights) == 6  # of two networks with two heads each
+    assert all(not torch.equal(a, b) for k, a in enumerate(weights) for b in weights[:k])
+
+
+def test_the_untrained_network_of_sdb_is_not_the_boxs_start():
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    data = Resident(images, torch.arange(4), 10, (0.5,) * 3, (0.5,) * 3, torch.device('cpu'))
+    torch.manual_seed(2)
+    net = models.build('resnet8', 10)
+    probe = SimpleNamespace(train_set=data, net_s=net, another_net=lambda _: models.build('resnet8', 10))
+    torch.manual_seed(2)  # as before every student
+    kd = sdb.build(sdb.SDB, probe)
+    assert not torch.equal(kd.random.net.fc.weight, net.fc.weight)
+    drawn = torch.rand(1)
+    torch.manual_seed(2)
+    assert torch.equal(torch.rand(1), drawn)  # nothing else has changed
+
+
+def test_bss_without_a_candidate_shows_different_images():
+    """The student's batch norm would move towards a single image otherwise."""
+    out = torch.zeros(6, 3)
+    out[:, 0] = 1
+    img = torch.arange(6.0)[:, None, None, None].expand(6, 3, 2, 2)
+    attacked, valid = bss.BSS(attack_size=4).attack(
+        lambda x: out[: len(x)] + 0 * x.mean(), img, out, out, torch.ones(6, dtype=torch.int64)
+    )
+    assert not valid.any() and len(attacked[:, 0, 0, 0].unique()) == 4
+
+
+def test_losses_are_built_for_the_training_proper(train_kd, monkeypatch):
+    """With --phases inside it is shorter than --epochs; pskd and taid reach their last share at its end."""
+    seen, row = [], KD['st']
+
+    def build(loss, probe, **options):
+        seen.append(probe.epochs)
+        return row.build(loss, probe, **options)
+
+    monkeypatch.setitem(KD, 'st', replace(row, build=build))
+    words = ('--epochs', 3, '--data_name', 'shapes:96', '--batch_size', 32, '--pretrain_epochs', 2)
+    assert train_kd('ft+st', 'st', '--phases', 'inside', *words, '--note', 'x').code == 0
+    assert seen == [1, 3]
+
+
+def test_students_classes_lie_as_the_teachers_logits_do():
+    """Losses join the teachers' logits; an order of --wanted of its own would set others beside them."""
+    split = ClassParts([[0, 2, 4], [1, 3, 5]], wanted=[0, 1, 2, 3, 4, 5])
+    assert split.classes == [0, 2, 4, 1, 3, 5] and split.blocks == [[0, 1, 2], [3, 4, 5]]
+    cut = ClassParts([[0, 1, 2], [3, 4]], wanted=[4, 2, 0])
+    assert cut.classes == [0, 2, 4] and cut.columns == [[0, 2], [1]] and cut.blocks == [[0, 1], [2]]
+    known = torch.eye(6)[:, cut.classes]  # logits of images of the classes 0..5, as the student has them
+    joined = torch.cat(
+        [torch.eye(6)[:, [0, 1, 2]][:, cut.columns[0]], torch.eye(6)[:, [3, 4]][:, cut.columns[1]]], 1
+    )
+    assert torch.equal(known, joined) and ConcatKD()(known, [known[:, :2], known[:, 2:]]) == 0
+
+
+def test_every_layer_of_a_decoder_learns_from_the_teachers_last():
+    torch.manual_seed(0)
+
+    def detections(n):
+        return {'logits': torch.randn(2, 5, n), 'boxes': torch.rand(2, 5, 4) * 0.4 + 0.3}
+
+    def teacher(img):
+        unfinished = {key: torch.full_like(x, float('nan')) for key, x in detections(2).items()}
+        return [unfinished, detections(2)], [torch.zeros(2, 1, 1)] * 3
+
+    args = Namespace(threshold=0.1, T=4.0, norm='channel')
+    amalgam = Amalgamation('ta', [[0], [1]], 2, 16, args)
+    value, terms = amalgam.told_by([teacher, teacher])([detections(3), detections(3)], None, [torch.zeros(1)])
+    assert torch.isfinite(value) and value > 0 and terms
+
+
+def test_afdcd_clips_its_own_gradients(script, monkeypatch):
+    """At 15, as its authors; nobody else's."""
+    clipped = []
+    monkeypatch.setattr(
+        train_dense, 'clip_grad_norm_', lambda params, most: clipped.append((list(params), most))
+    )
+    done = script('train_dense', '--data_name', 'scenes:24', '--size', 32, '--labelled', 6, '--batch_size', 4,
+                  '--t_steps', 1, '--kd_mode', 'afdcd', 'cwd', '--steps', 2, '--note', 'x')  # fmt: skip
+    assert done.code == 0, done.err
+    assert [most for _, most in clipped] == [15.0, 15.0] and all(params for params, _ in clipped)
+
+
+def test_weights_by_kind_of_detector():
+    heads = {
+        'retinanet:resnet10': (7.0, 10.0),
+        'fcos_resnet50_fpn': (10.0, 10.0),
+        'fasterrcnn:resnet10': (1.0, 6.0),
+    }
+    for name, wanted in heads.items():
+        rows = rows_for(DENSE, 'detection', name)
+        assert (rows['maskd'].weight, rows['pkd'].weight) == wanted
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_batch_norms_of_a_detector_that_starts_from_weights(frozen):
+    net = dense_net('detection', 'fasterrcnn_mobilenet_v2_fpn', 3, frozen=frozen)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) != frozen
