@@ -167,7 +167,7 @@ def main():
             crops = stored.epoch_of(epoch)
             with user_errors():
                 stored.read(crops)
-        batches = train.train_batches(args.batch_size, args.seed, crops, views)
+        batches = train.train_batches(args.batch_size, args.seed, crops, views, views_epoch=epoch)
         for number, batch in enumerate(together.looks(teachers, batches), 1):
             for run in active:
                 optimise.set_learning_rate(run.opt, run.learning_rate(epoch + (number - 0.5) / steps, args))

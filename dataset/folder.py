@@ -87,14 +87,20 @@ class Folder:
         return hashlib.sha1('\n'.join(named).encode(errors='surrogateescape')).hexdigest()[:12]
 
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()
+        self,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        views: Sequence[str] = (),
+        views_epoch: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
         """As Resident's. Every image and view has a seed of its own, whatever the number of workers."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         images = self._images(
             transforms.RandomResizedCrop(self._options[0]), transforms.RandomHorizontalFlip()
         )
-        several = _Views(images, self.targets.cpu(), views, seed, epoch)
+        of = epoch if views_epoch is None else views_epoch
+        several = _Views(images, self.targets.cpu(), views, seed, epoch, of)
         order = torch.randperm(len(self), generator=generator)
         batches = [index.tolist() for index in shares(order, batch_size, self.shard)]
         for img, *more, target, index in self._batches(several, batches):
@@ -279,8 +285,11 @@ class _Images(Dataset):
 class _Views(Dataset):
     """(image, its further views ..., label), each drawn from a seed of its own."""
 
-    def __init__(self, images: Dataset, targets: Tensor, views: Sequence[str], seed: int, epoch: int) -> None:
-        self.images, self.targets, self.views, self.seed, self.epoch = images, targets, views, seed, epoch
+    def __init__(
+        self, images: Dataset, targets: Tensor, views: Sequence[str], seed: int, epoch: int, views_epoch: int
+    ) -> None:
+        self.images, self.targets, self.views = images, targets, views
+        self.seed, self.epoch, self.views_epoch = seed, epoch, views_epoch
 
     def __len__(self) -> int:
         return len(self.images)
@@ -292,8 +301,8 @@ class _Views(Dataset):
             return image, *(self._view(view, i) for view in self.views), target
 
     def _view(self, name: str, i: int) -> Tensor:
-        view, seed = view_called(name), view_seed(name, self.seed, self.epoch, i)
-        torch.default_generator.manual_seed(seed)
+        view = view_called(name)
+        torch.default_generator.manual_seed(view_seed(name, self.seed, self.views_epoch, i))
         if view.partner:
             same = (self.targets == self.targets[i]).nonzero()[:, 0]
             i = int(same[torch.randint(len(same), ())])
@@ -301,7 +310,9 @@ class _Views(Dataset):
         if view.change:
             mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
             pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-            image = (view.change(pixels, seed).float() / 255 - mean) / std
+            # other numbers than the crop's
+            changed = view.change(pixels, view_seed(f'{name}, changed', self.seed, self.views_epoch, i))
+            image = (changed.float() / 255 - mean) / std
         return image
 
 

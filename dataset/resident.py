@@ -69,7 +69,12 @@ class Resident:
         return digest.hexdigest()[:12]
 
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int, views: Sequence[str] = ()
+        self,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        views: Sequence[str] = (),
+        views_epoch: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
         """One shuffled epoch: pad by 4, random crop, random flip. The last batch may be smaller, but
         a batch of one is left out: batch norm and relations need two.
@@ -80,6 +85,7 @@ class Resident:
 
         Args:
             views: further images of every batch, by their names in views.VIEWS.
+            views_epoch: whose views they are; None: this one's.
 
         Raises:
             ValueError: no view has such a name.
@@ -87,7 +93,8 @@ class Resident:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self), generator=generator).to(self.device)
         shift, flip = self._draw(generator)
-        others = {view: self._view(view, seed, epoch) for view in views}
+        of = epoch if views_epoch is None else views_epoch
+        others = {view: self._view(view, seed, of) for view in views}
         for index in shares(order, batch_size, self.shard):
             more = {view: images(index) for view, images in others.items()}
             yield self.crops(index, shift[index], flip[index]), self.targets[index], index, more
