@@ -51,6 +51,7 @@ def load(task: str, name: str, root: str | Path, size: int) -> tuple:
         if number and (not number.isdigit() or int(number) < 6):
             raise ValueError(f'{name}: scenes:N has N >= 6 pictures')
         n = int(number or 1200)
+        scenes.refuse_too_many(n)
         firsts = ((0, n), (scenes.UNLABELLED, n), (scenes.TEST, max(n // 6, 4)))
         return tuple(Rooms(task, first, count, size, root) for first, count in firsts)
     if kind == 'voc':

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scenes import TEST, UNLABELLED, objects, scene
+from .scenes import TEST, UNLABELLED, objects, refuse_too_many, scene
 from .views import count_steps
 
 KINDS = ('box', 'sphere', 'cylinder')
@@ -64,6 +64,7 @@ class Boxes:
 
 def load_boxes(n: int, size: int) -> tuple[Boxes, Boxes, Boxes]:
     """n rooms with labels for teachers, n others for students, and n / 10 (at least 10) for measuring."""
+    refuse_too_many(n)
     counts = (0, n), (UNLABELLED, n), (TEST, max(n // 10, 10))
     return tuple(_rooms(range(first, first + count), size) for first, count in counts)
 

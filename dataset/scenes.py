@@ -20,9 +20,16 @@ UNLABELLED, TEST = 10_000, 20_000  # scenes from 0 on have labels for the teache
 
 def load_scenes(n: int, size: int, device, labelled: bool) -> tuple[Dense, Dense]:
     """n training scenes (those for teachers, or those whose labels nobody reads) and n / 5 test scenes."""
+    refuse_too_many(n)
     first = 0 if labelled else UNLABELLED
     ranges = range(first, first + n), range(TEST, TEST + max(n // 5, 10))
     return tuple(Dense(*_stacked([scene(i, size=size) for i in r]), len(CLASSES), device) for r in ranges)
+
+
+def refuse_too_many(n: int) -> None:
+    """Rooms for students begin where those for teachers end, and those of the test after them."""
+    if n > UNLABELLED:
+        raise ValueError(f'scenes:{n}: there are {UNLABELLED} rooms for teachers and as many for students')
 
 
 def scene(index: int, seed: int = 0, size: int = 48) -> tuple[np.ndarray, ...]:

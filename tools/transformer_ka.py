@@ -27,7 +27,7 @@ from dataset.boxes import KINDS, load_boxes  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.detection import WithLabels, ap_of_kinds  # noqa: E402
 from engine.device import setup  # noqa: E402
-from engine.errors import UserError  # noqa: E402
+from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_common_flags, positive_float, positive_int  # noqa: E402
 from engine.ka_tools import begin, check_places, record_of, sound, train, write_table  # noqa: E402
 from engine.parser import Parser  # noqa: E402
@@ -75,7 +75,8 @@ def main():
     blocks = [[names.index(KINDS[k]) for k in task] for task in tasks]
     folder, log = begin(args, f'transformer_ka-{args.data_name.replace(":", "")}-s{args.seed}',
                         amp='off', pad='reflect')  # fmt: skip
-    labelled, plain, test = load_boxes(n, args.size)
+    with user_errors():
+        labelled, plain, test = load_boxes(n, args.size)
     log(f'{n} rooms with labels, {n} without, {len(test)} to measure on')
     every = [KINDS.index(name) for name in names]
     origin = provenance(device)
