@@ -52,6 +52,23 @@ def labelled_part(data):
         return dataset.only_labelled(data)
 
 
+def which_images(args: argparse.Namespace, train) -> dict:
+    """What the recipe of a tool with data of its own says of them, read but not yet cut: see recipe.LATER."""
+    owned = dataset.owned(args.data_name)
+    return {'image_size': args.image_size, 'own_images': train.digest() if owned else None}
+
+
+def first_images(data, n: int, name: str):
+    """n images of the data called `name`, for a short look: the first, but of the user's own, which may lie
+    class by class, some that are drawn, alike in every run."""
+    if n >= len(data):
+        return data
+    order = torch.arange(len(data))
+    if dataset.owned(name):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return data.subset(order[:n].sort().values.to(data.targets.device))
+
+
 def refuse_too_few(train, batch_size: int) -> None:
     """Once it is known which images train: two classes to tell apart, two images in every batch."""
     if train.num_classes < 2:

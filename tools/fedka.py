@@ -30,7 +30,7 @@ from torch import nn  # noqa: E402
 import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.data import labelled_part, load_data  # noqa: E402
+from engine.data import first_images, labelled_part, load_data  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import measure, measured  # noqa: E402
@@ -91,7 +91,7 @@ def main():
         read = load_teacher(teacher, path, dataset.take_classes(test, part), amp)
         log(f'client {part}: {read["said"]}, top-1 there {read["top1"]:.2f}')
     if args.local_images:
-        homes = [home.subset(torch.arange(min(args.local_images, len(home)))) for home in homes]
+        homes = [first_images(home, args.local_images, args.data_name) for home in homes]
     probe = dataset.few_per_class(train, args.probe, args.seed)
     img, *_ = next(probe.test_batches(2))
     with torch.no_grad():

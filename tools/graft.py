@@ -33,7 +33,7 @@ from torch import nn  # noqa: E402
 import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.data import labelled_part, read_data  # noqa: E402
+from engine.data import first_images, labelled_part, read_data, which_images  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -79,7 +79,7 @@ def parse_args():
     flag('--lr_alone', type=positive_float, default=1e-3, help="of the student alone, default 0.001")
     flag('--batch_size', type=positive_int, default=64,
          help='for 10 images per class; times S / 10 for S, at least 2; default 64')
-    flag('--test_images', type=positive_int, metavar='N', help='measure on the first N test images only')
+    flag('--test_images', type=positive_int, metavar='N', help='measure on N test images only')
     flag('--seed', type=seed_number, nargs='+', default=[2], metavar='N',
          help='of the images, the weights and the batches; each is a run of its own; default 2')
     # fmt: on
@@ -98,9 +98,10 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or f'graft-{args.t_name}-{args.s_name}'))
     log = Log(folder)
     train, test = read_data(args, device)
+    images = which_images(args, train)
     train = labelled_part(train)
     if args.test_images:
-        test = test.subset(torch.arange(min(args.test_images, len(test)), device=device))
+        test = first_images(test, args.test_images, args.data_name)
     with user_errors():
         teacher = models.build_for(args.t_model, args.t_name, train.num_classes)
         start = grafted(args, train.num_classes, test, args.seed)
@@ -116,7 +117,7 @@ def main():
     recipe = {key: getattr(args, key) for key in (
         't_name', 's_name', 'first', 'shots', 'block_epochs', 'net_epochs', 'lr_block', 'lr_adapter',
         'lr_net', 'fixed_lr', 'lr_alone', 'batch_size', 'test_images', 'data_name', 'amp')}  # fmt: skip
-    recipe |= {'script': 'graft', 'seeds': seeds, 'teacher': fingerprint(teacher)}
+    recipe |= {'script': 'graft', 'seeds': seeds, 'teacher': fingerprint(teacher), **images}
     state = {'epoch': 0, 'args': recipe, 'origin': provenance(device), 'rows': [], 'net': None}
     if at := resume_point(args.resume, folder):
         state = load_checkpoint(at, recipe)

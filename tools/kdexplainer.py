@@ -27,7 +27,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.data import labelled_part, read_data  # noqa: E402
+from engine.data import first_images, labelled_part, read_data, which_images  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -77,7 +77,7 @@ def parse_args():
          help='weight of cross-entropy, the rest is that of the soft targets; default 0.1')
     flag('--T', type=positive_float, default=4.0, help='temperature of the soft targets, default 4')
     flag('--images', type=positive_int, metavar='N', help='train on N images only, chosen by the seed')
-    flag('--test_images', type=positive_int, metavar='N', help='measure on the first N test images only')
+    flag('--test_images', type=positive_int, metavar='N', help='measure on N test images only')
     flag('--seed', type=seed_number, default=2, help='of weights and batches, default 2')
     # fmt: on
     add_data_flags(parser)
@@ -96,6 +96,7 @@ def main():
     folder = output_folder(Path(args.save_root) / (args.note or name))
     log = Log(folder)
     train, test = read_data(args, device)
+    images = which_images(args, train)
     train = labelled_part(train)
     with user_errors():
         teacher = models.build_for(args.t_model, args.t_name, train.num_classes)
@@ -103,7 +104,7 @@ def main():
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
         train = train.subset(order[: args.images].to(device))
     if args.test_images:
-        test = test.subset(torch.arange(min(args.test_images, len(test)), device=device))
+        test = first_images(test, args.test_images, args.data_name)
     measured = load_teacher(teacher, args.t_model, test, amp)
     log(f'teacher {args.t_name}: top-1 {measured["top1"]:.2f} on {len(test)} test images')
     if args.batch_size > len(train):
@@ -113,7 +114,7 @@ def main():
         'blocks', 'width', 'last', 'head', 'epochs', 'tree_epochs', 'batch_size', 'lr_search', 'lr_route',
         'lr_tree', 'momentum', 'weight_decay', 'ce', 'T', 'images', 'test_images', 'seed', 'data_name', 'amp',
     )}  # fmt: skip
-    recipe |= {'script': 'kdexplainer', 'teacher': fingerprint(teacher)}
+    recipe |= {'script': 'kdexplainer', 'teacher': fingerprint(teacher), **images}
     origin = provenance(device) | class_names_of(train)
     torch.manual_seed(args.seed)
     with user_errors():

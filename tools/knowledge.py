@@ -29,7 +29,7 @@ from torch import Tensor, nn  # noqa: E402
 import models  # noqa: E402
 import transferability.knowledge as kn  # noqa: E402
 from engine import errors, optimise  # noqa: E402
-from engine.data import labelled_part, load_data  # noqa: E402
+from engine.data import first_images, labelled_part, load_data  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -84,7 +84,7 @@ def parse_args():
     flag('--threshold', type=positive_float, default=0.2, help='of a concept, in nats; default 0.2')
     flag('--settled', type=whole_number, default=40, metavar='E',
          help='first epoch whose checkpoints say which images count; default 40; or the last, if earlier')
-    flag('--test_images', type=positive_int, metavar='N', help='accuracy on the first N test images only')
+    flag('--test_images', type=positive_int, metavar='N', help='accuracy on N test images only')
     # fmt: on
     add_common_flags(parser, epochs=150)
     return parser.parse_args()
@@ -112,7 +112,7 @@ def main():
         raise UserError('--data_name folder: not here, images in memory only')
     measured_on = test
     if args.test_images:
-        measured_on = test.subset(torch.arange(min(args.test_images, len(test)), device=device))
+        measured_on = first_images(test, args.test_images, args.data_name)
     with user_errors():
         teacher = models.build_for(args.t_model, args.t_name, train.num_classes)
         torch.manual_seed(args.seed)
