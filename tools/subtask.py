@@ -8,7 +8,7 @@ while a linear head on its embedding tries to read the others and the student mo
 (0: no unlearning). How much is left is then measured by somebody who wants the other classes back: from
 --attack_share of their training images with labels, once with a new classifier on the frozen network, once
 with the whole network. Beside the students stand the teacher and a network of random weights, attacked in the
-same way. Weight decay is 1e-4, as in all scripts here (authors: --weight_decay 5e-4).
+same way. Weight decay is 1e-4, as in train_base.py (authors: --weight_decay 5e-4).
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, results.json with the table, and per student a folder with
 last.pt (continued by --resume auto), best.pt, student.pt, metrics.csv, results.json.
@@ -208,6 +208,9 @@ def attack(net: nn.Module, name: str, stolen, lost, args, amp, frozen: bool) -> 
     classifier = {f'{path}.{key}' for path, module in thief.named_modules()
                   if module is thief.classifier_layer() for key in ('weight', 'bias')}  # fmt: skip
     body = {key: value for key, value in net.state_dict().items() if key not in classifier}
+    shapes = {key: x.shape for key, x in thief.state_dict().items() if key not in classifier}
+    if shapes != {key: x.shape for key, x in body.items()}:
+        raise UserError(f'{name}: its weights are not those of a plain {name}: it cannot be attacked here')
     thief.load_state_dict(body, strict=False)
     part = thief.classifier_layer() if frozen else thief
     opt = torch.optim.SGD(part.parameters(), args.attack_lr, momentum=0.9)

@@ -106,7 +106,7 @@ def train_all(source: Source, train, test, args, lr: float, amp) -> float:
     """Top-1 on test images of the whole network with a new classifier, after args.train epochs."""
     torch.manual_seed(args.seed)
     with user_errors():
-        net = models.build(source.net, train.num_classes)
+        net = models.narrowed(models.build(source.net, train.num_classes), source.file)
         models.load_weights(net, source.file, new_head=True)
     net.to(train.device, memory_format=torch.channels_last).train()
     opt = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
