@@ -1,6 +1,7 @@
 """Pictures: equal to the golden vector, drawn by the real command, and black where nothing is known."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -70,14 +71,14 @@ def test_unknown_is_black():
     assert (sheet[pictures.TITLE + 143, :144] == 7).all()
 
 
-def test_figures_of_two_networks(script, teacher, tmp_path):
+def test_figures_of_two_networks(script, teacher, tmp_path, monkeypatch):
     words = ('--t_name', 'resnet8', '--t_model', teacher, '--s_name', 'resnet8', '--data_name', 'shapes:96')
     out = tmp_path / 'out'
     call = ('tools.figures', *words, '--s_model', teacher, '--images', 3, '--out', out)
     done = script(*call)
     assert done.code == 0, done.err
-    assert done.out.count('figure: ') == 3
-    for name in ('correlation', 'tsne', 'cam'):
+    assert done.out.count('figure: ') == 4
+    for name in ('correlation', 'tsne', 'cam', 'attention'):
         assert (out / f'{name}.png').stat().st_size > 5000 and (out / f'{name}.npz').exists()
     facts = json.loads((out / 'figures.json').read_text())
     (student,) = facts['students']
@@ -85,6 +86,14 @@ def test_figures_of_two_networks(script, teacher, tmp_path):
     with np.load(out / 'tsne.npz') as file:
         assert file['points'].shape == (2, len(file['label']), 2)
         assert np.array_equal(*file['points']), 'equal networks, equal pictures'
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'matplotlib', None)
+        done = script(*call[:-1], tmp_path / 'bare')
+    assert done.code == 0 and done.out.count('figure: ') == 2 and 'pip install matplotlib' in done.out
+    assert {path.name for path in (tmp_path / 'bare').iterdir()} == {
+        *('cam.png', 'attention.png', 'figures.json'),
+        *(f'{name}.npz' for name in ('correlation', 'tsne', 'cam', 'attention')),
+    }
     done = script(*call[:-4], '--images', 1, '--classes', 2, '--out', out)
     assert done.code == 2 and done.err.count('\n') == 1 and 'needs 10 or more' in done.err
     done = script(*call[:-4], teacher, '--s_name', 'resnet8', 'resnet8', 'resnet8', '--out', out)

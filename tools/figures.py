@@ -11,10 +11,12 @@ a panel per network, a colour per class.
 cam.png: where each network looks for the true class, on a test image of each of 8 classes. Class activation
 map where the classifier is one linear layer after the mean over positions, else Grad-CAM; each map from its
 least to its greatest value.
+attention.png: where its last maps are large (mean square over the channels), on the same images.
 
 Writes these, their arrays (.npz), and figures.json: for each student the largest and mean difference of the
 matrices, how many test images it and the teacher say the same class of, mean KL(teacher || student), mean
-difference of logits. Any two networks with the same classes can be compared.
+difference of logits. Any two networks with the same classes can be compared. Without matplotlib cam.png and
+attention.png are drawn, and of the others the arrays kept.
 """
 
 import io
@@ -41,9 +43,9 @@ from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from report.figures import project  # noqa: E402
-from report.plot import pyplot_or_error  # noqa: E402
+from report.plot import pyplot  # noqa: E402
 
-WHAT = ('correlation', 'tsne', 'cam')
+WHAT = ('correlation', 'tsne', 'cam', 'attention')
 ROWS = 8  # images of cam.png
 
 
@@ -57,7 +59,7 @@ def parse_args(words=None):
     flag('--s_model', required=True, nargs='+', metavar='FILE',
          help='their weights; a panel is called after the folder of its file')
     flag('--out', required=True, metavar='FOLDER', help='where pictures, arrays and figures.json go')
-    flag('--what', nargs='+', choices=WHAT, default=list(WHAT), help='default all three')
+    flag('--what', nargs='+', choices=WHAT, default=list(WHAT), help='default all')
     flag('--max_diff', type=positive_float, default=3.0,
          help="difference of mean logits that is shown darkest; default 3, mdistiller's")
     flag('--classes', type=positive_int, default=20, help='shown by t-SNE, evenly spaced; default 20')
@@ -149,6 +151,15 @@ def looks(net: nn.Module, img: Tensor, target: Tensor) -> tuple[Tensor, str]:
     return grad_cam(fm, f.out.gather(1, target[:, None])[:, 0]), 'Grad-CAM'
 
 
+def attends(net: nn.Module, img: Tensor, target: Tensor) -> tuple[Tensor, str]:
+    """Where its last maps are large, (N, H, W), whatever the class."""
+    with torch.no_grad():
+        fm = net.eval()(img, True).fms[-1]
+    if fm.dim() != 4:
+        raise ValueError('the network has no maps (N, C, H, W): there is no attention')
+    return attention(fm.float()), 'attention'
+
+
 def chosen(target: Tensor, classes: int, images: int) -> Tensor:
     """Positions of the first images of evenly spaced classes."""
     K = int(target.max()) + 1
@@ -156,15 +167,15 @@ def chosen(target: Tensor, classes: int, images: int) -> Tensor:
     return torch.cat([(target == c).nonzero()[:images, 0] for c in spaced])
 
 
-def activation_maps(args, nets: list[nn.Module], test, target: Tensor) -> tuple[dict, tuple] | None:
+def activation_maps(args, name: str, look, nets: list[nn.Module], test, target: Tensor):
     """(arrays of the figure, by which way each network's maps are made); None where a network has no maps."""
     img, target = pictures_of(test, chosen(target, ROWS, 1))
     try:
-        maps, ways = zip(*(looks(net, img, target) for net in nets))
+        maps, ways = zip(*(look(net, img, target) for net in nets))
     except ValueError as error:
         if args.what != list(WHAT):
-            raise UserError(f'--what cam: {error}') from None
-        print(f'no cam.png: {error}')
+            raise UserError(f'--what {name}: {error}') from None
+        print(f'no {name}.png: {error}')
         return None
     size = img.shape[2:]
     maps = [F.interpolate(stretched(x.float())[:, None], size, mode='bilinear')[:, 0] for x in maps]
@@ -222,7 +233,7 @@ def draw_tsne(arrays: dict, path: Path, names: list[str], title: str, plt) -> No
     plt.close(fig)
 
 
-def draw_cam(arrays: dict, path: Path, titles: list[str]) -> None:
+def draw_maps(arrays: dict, path: Path, titles: list[str]) -> None:
     rows = []
     for image, *maps in zip(arrays['image'], *arrays['maps']):
         low = image.min()
@@ -251,7 +262,9 @@ def main():
     s_names = args.s_name * len(args.s_model) if len(args.s_name) == 1 else args.s_name
     if len(s_names) != len(args.s_model):
         raise UserError(f'--s_name: {len(args.s_name)} names for {len(args.s_model)} files')
-    plt = pyplot_or_error('no figures,')
+    plt = None
+    if {'correlation', 'tsne'} & set(args.what):
+        plt = pyplot('no correlation.png and tsne.png, their arrays only:')
     device = setup(args)
     amp, test, folder = autocast(device, args.amp), read_test(args, device), output_folder(Path(args.out))
     nets, titles, said = [], [], []
@@ -279,8 +292,9 @@ def main():
         arrays = {'means': torch.stack(means).numpy(), 'max_diff': np.array(args.max_diff),
                   'difference': torch.stack([d for d, *_ in differences]).numpy()}  # fmt: skip
         save(folder, 'correlation', arrays)
-        draw_correlation(arrays, folder / 'correlation.png', titles[1:], said[1:], plt)
-        made.append('correlation')
+        if plt:
+            draw_correlation(arrays, folder / 'correlation.png', titles[1:], said[1:], plt)
+            made.append('correlation')
     if 'tsne' in args.what:
         index = chosen(targets[0], args.classes, args.images)
         if len(index) < 10:
@@ -299,14 +313,16 @@ def main():
         save(folder, 'tsne', arrays)
         how = 'of length 1' if args.normalise else 'as they are'
         title = f't-SNE of features {how}, {len(index)} test images, perplexity {perplexity:.3g}'
-        draw_tsne(arrays, folder / 'tsne.png', titles, title, plt)
-        made.append('tsne')
-    if 'cam' in args.what and (seen := activation_maps(args, nets, test, targets[0])):
-        arrays, ways = seen
-        save(folder, 'cam', arrays)
-        names = [f'{title.partition(",")[0]}: {way}' for title, way in zip(titles, ways)]
-        draw_cam(arrays, folder / 'cam.png', names)
-        made.append('cam')
+        if plt:
+            draw_tsne(arrays, folder / 'tsne.png', titles, title, plt)
+            made.append('tsne')
+    for name, look in (('cam', looks), ('attention', attends)):
+        if name in args.what and (seen := activation_maps(args, name, look, nets, test, targets[0])):
+            arrays, ways = seen
+            save(folder, name, arrays)
+            names = [f'{title.partition(",")[0]}: {way}' for title, way in zip(titles, ways)]
+            draw_maps(arrays, folder / f'{name}.png', names)
+            made.append(name)
     facts = {'script': 'figures', 'data': args.data_name, 'max_diff': args.max_diff, 'teacher': said[0],
              'students': said[1:], **provenance(device)}  # fmt: skip
     write_atomic(folder / 'figures.json', (json.dumps(facts, indent=1) + '\n').encode())
