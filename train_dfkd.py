@@ -94,7 +94,7 @@ def parse_args(words=None):
     flag('--lr_z', type=positive_float, help='of the noise, where it is optimised')
     flag('--clip', type=share_of_ce, help="limit of both gradients' norms, 0: none")
     flag('--nz', type=positive_int, help='length of the noise')
-    flag('--width', type=positive_int, help='of generators; all authors have 64')
+    flag('--width', type=positive_int, help="of generators but kegnet's; all authors have 64")
     flag('--pool_max', type=positive_int, metavar='N', help='how many images a pool keeps; default all')
     flag('--seed', type=seed_number, default=2, help='of initial weights and images, default 2')
     flag = parser.add_argument_group('weights of what the images minimise').add_argument
