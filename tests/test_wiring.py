@@ -11,16 +11,23 @@ from torch import nn
 
 import models
 import train_dense
+from dataset import annotated, folder
+from dataset.boxes import load_boxes
 from dataset.parts import ClassParts
 from dataset.resident import Resident
+from dataset.scenes import load_scenes
+from dataset.views import View
 from engine.batch import Probe
+from engine.data import first_images
 from engine.dense_build import rows_for
+from engine.errors import UserError
 from engine.peers import build_step
 from ka_losses.concat_kd import ConcatKD
 from kd_losses import adain, bss, camkd, catkd, deep_geometric_graphs, fcfd, norm, quest, sdb
 from methods import KD, PEERS, shared
 from methods.dense import DENSE
 from models.dense import build as dense_net
+from tools.subtask import attack
 from tools.transformer_ka import Amalgamation
 
 
@@ -241,3 +248,85 @@ def test_weights_by_kind_of_detector():
 def test_batch_norms_of_a_detector_that_starts_from_weights(frozen):
     net = dense_net('detection', 'fasterrcnn_mobilenet_v2_fpn', 3, frozen=frozen)
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) != frozen
+
+
+def test_a_strong_view_of_a_folder_is_drawn_apart_from_its_crop(monkeypatch):
+    """One seed for both made large crops the strongly changed ones."""
+    seeds = {'crop': [], 'change': []}
+    monkeypatch.setattr(
+        folder, 'view_called', lambda name: View('', change=lambda x, seed: seeds['change'].append(seed) or x)
+    )
+
+    class Images:
+        def __getitem__(self, i):
+            seeds['crop'].append(torch.default_generator.initial_seed())
+            return torch.zeros(3, 2, 2), 0
+
+    views = folder._Views(Images(), torch.zeros(8), ['strong'], 1, 2, 2)
+    for i in range(8):
+        views[i]
+    assert len(set(seeds['change'])) == 8 and not set(seeds['change']) & set(seeds['crop'])
+
+
+def test_views_of_an_epoch_beside_stored_answers_to_another():
+    """The answers belong to the crops of the epoch that was stored; noise is to be new in every epoch."""
+    torch.manual_seed(0)
+    data = Resident(
+        torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8), torch.arange(8), 8, (0.5,) * 3, (0.5,) * 3,
+        torch.device('cpu'),
+    )  # fmt: skip
+    (a, _, _, old), (b, _, _, new) = (
+        next(data.train_batches(8, 0, 1, ['strong'], views_epoch=of)) for of in (None, 7)
+    )
+    assert torch.equal(a, b) and not torch.equal(old['strong'], new['strong'])
+    _, _, _, own = next(data.train_batches(8, 0, 1, ['strong'], views_epoch=1))
+    assert torch.equal(own['strong'], old['strong'])
+
+
+def test_rooms_of_teachers_students_and_the_test_do_not_meet():
+    for load in (lambda: load_scenes(10001, 16, 'cpu', True), lambda: load_boxes(10001, 16)):
+        with pytest.raises(ValueError, match='there are 10000 rooms for teachers and as many for students'):
+            load()
+    with pytest.raises(ValueError, match='there are 10000 rooms'):
+        annotated.load('segmentation', 'scenes:10001', '.', 16)
+
+
+def test_a_few_images_of_ones_own_are_of_all_classes():
+    """They may lie class by class; those of CIFAR lie in random order, and the first ones are taken."""
+    labels = torch.arange(4).repeat_interleave(25)
+    data = Resident(torch.zeros(100, 4, 4, 3, dtype=torch.uint8), labels, 4, (0.5,) * 3, (0.5,) * 3,
+                    torch.device('cpu'))  # fmt: skip
+    assert first_images(data, 20, 'cifar10').targets.unique().tolist() == [0]
+    assert first_images(data, 20, 'folder').targets.unique().tolist() == [0, 1, 2, 3]
+    assert first_images(data, 100, 'folder') is data
+
+
+def test_an_attack_on_layers_that_are_not_there_is_refused():
+    """It would have attacked random weights, and called them the teacher's."""
+    net = models.build('resnet8', 10)
+    args = Namespace(seed=0)
+    data = SimpleNamespace(num_classes=5, device='cpu')
+    for other in (nn.ModuleDict({'net': net}), models.build('resnet14', 10)):
+        with pytest.raises(UserError, match='its weights are not those of a plain resnet8'):
+            attack(other, 'resnet8', data, data, args, nullcontext, True)
+
+
+def test_bss_attacks_the_teacher_in_float32():
+    kinds = []
+
+    class Teacher(nn.Module):
+        def forward(self, x):
+            kinds.append((x @ x.mT).dtype)
+            return x.mean(dim=(2, 3)) + torch.eye(3)[torch.arange(len(x)) % 3]
+
+    def seen(x):
+        return SimpleNamespace(out=x.mean(dim=(2, 3)))
+
+    img = torch.zeros(6, 3, 4, 4)
+    out = torch.eye(3)[torch.arange(6) % 3]
+    batch = SimpleNamespace(
+        img=img, target=torch.arange(6) % 3, generator=None, net_t=Teacher(), teacher=seen, student=seen
+    )
+    with torch.autocast('cpu', torch.bfloat16):
+        bss.feed(bss.BSS(), SimpleNamespace(out=out), SimpleNamespace(out=out), batch)
+    assert kinds and set(kinds) == {torch.float32}
