@@ -249,9 +249,15 @@ def build(loss, probe, k: int = 20, threshold: float = 0.2):
         feats.append([fm.float().mean(dim=(2, 3)) for fm in fms])
         labels.append(target)
     labels, groups = torch.cat(labels), []
+    known = labels != -100
+    if not known.any():
+        raise ValueError(
+            'TDD: no image of the training set has a label, groups of classes are made from them'
+        )
     for level in zip(*feats):
         group = torch.zeros(probe.num_classes, dtype=torch.int64)
-        for number, classes in enumerate(merge_classes(torch.cat(level), labels, k, threshold)):
+        found = merge_classes(torch.cat(level)[known], labels[known], k, threshold)
+        for number, classes in enumerate(found):
             group[classes] = number
         groups.append(group)
     return loss(groups, [fm.shape[1] for fm in probe.s.fms[1 : levels + 1]])
