@@ -24,6 +24,7 @@ from engine.processes import distributed, gather_batches, processes, rank, same_
 from engine.recipe import math_args, resume_point
 from engine.record import Record, fingerprint
 from engine.student import Run, Student, Term
+from methods import schedules
 
 
 def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on, device) -> list[Run]:
@@ -73,11 +74,19 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         epochs = args.epochs - inside * sum(before)
         for term in terms:
             net = build_term(term, net, replace(probe, epochs=epochs), device)
+            if args.ramp_epochs and isinstance(term.ramp, schedules.linear):
+                term.ramp = term.ramp.lasting(args.ramp_epochs, epochs)
         stops = args.kd_stop is not None and args.kd_stop < epochs  # cross-entropy goes on
         if not ce and not stops and not any(term.weight and not term.method.when.alone for term in terms):
             raise UserError(
                 f'{token}: has nothing to learn: a weight of 0, or a loss that only initialises, and no '
                 f'cross-entropy (--lambda_ce)'
+            )
+        own_step = next((term.name for term in terms if term.method.own.update), None)
+        if own_step and not ce:
+            raise UserError(
+                f'{token}: the step of {own_step} sets the loss against cross-entropy, whose weight is 0; '
+                f'--lambda_ce gives it one'
             )
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
@@ -85,8 +94,9 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         step.all_labelled = bool((train.targets != NO_LABEL).all())
         parameters = [p for p in step.parameters() if p.requires_grad]
         own = next((term for term in terms if term.method.own.optimiser), None)
-        if own and args.optim != 'sgd':
-            raise UserError(f'--optim {args.optim}: {own.name} has an optimiser of its own')
+        if own and (args.optim != 'sgd' or not args.nesterov):
+            flag = '--no_nesterov' if args.optim == 'sgd' else f'--optim {args.optim}'
+            raise UserError(f'{flag}: {own.name} has an optimiser of its own')
         with user_errors():
             opt = own.method.own.optimiser(own.loss, parameters, args) if own else optimiser(parameters, args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')

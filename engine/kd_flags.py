@@ -5,7 +5,7 @@ from engine.errors import UserError
 from engine.method_flags import refuse_many_processes, refuse_repeated, refuse_unknown, weights_and_options
 from engine.stages import read_stages
 from engine.student import Term
-from methods import KD, PEERS, Method, schedules
+from methods import KD, PEERS, schedules
 
 # flags that some rows read: which do, and what is said where none does
 READ_BY_SOME = {
@@ -28,7 +28,7 @@ def read_methods(args) -> dict[str, list[Term]]:
     stages = read_stages(args, sorted(names), KD)
     wanted = {
         token: [
-            Term(name, KD[name], weights[name], options[name], ramp_of(KD[name], args), stages[name])
+            Term(name, KD[name], weights[name], options[name], KD[name].when.ramp, stages[name])
             for name in terms
         ]
         for token, terms in tokens.items()
@@ -43,6 +43,9 @@ def read_methods(args) -> dict[str, list[Term]]:
                 raise UserError(f'--kd_mode {token}: {" and ".join(several)} {what}, only one can')
         if args.amp == 'fp16' and any(term.method.own.update for term in terms):
             raise UserError(f'--amp fp16: {token} has a training step of its own; use bf16')
+        for term in terms:
+            if args.compile and term.method.limits.no_compile:
+                raise UserError(f'--compile: {term.name}: {term.method.limits.no_compile}')
     return wanted
 
 
@@ -51,14 +54,6 @@ def refuse_unread(args, wanted: dict[str, list[Term]]) -> None:
     for flag, (reads, why) in READ_BY_SOME.items():
         if getattr(args, flag) and not any(map(reads, rows.values())):
             raise UserError(f'--{flag}: {", ".join(sorted(rows))}: {why}')
-
-
-def ramp_of(method: Method, args):
-    """The schedule of the loss's weight, as long as --ramp_epochs says."""
-    ramp = method.when.ramp
-    if args.ramp_epochs and isinstance(ramp, schedules.linear):
-        return ramp.lasting(args.ramp_epochs, args.epochs)
-    return ramp
 
 
 def check_teachers(args, names: set[str]) -> None:

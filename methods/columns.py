@@ -91,10 +91,12 @@ class Limits:
 
     one_process: cannot run on several processes.
     no_graph: a CUDA graph cannot repeat its step.
+    no_compile: a compiled network cannot serve it.
     """
 
     one_process: str = ''
     no_graph: str = ''
+    no_compile: str = ''
 
 
 @dataclass(frozen=True)

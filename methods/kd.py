@@ -129,6 +129,7 @@ BANK = 'its memory of the training set would differ between processes'
 QUEUE = 'its queue of earlier batches would differ between processes'
 STEP = 'it has a training step of its own, which does not average over processes'
 SOLVER = 'its linear algebra reads back from the device'
+TWICE = 'it takes gradients of gradients of the network, which torch.compile does not offer'
 alone = Needs(teacher=False)
 related = Needs(relations=True)
 team = Needs(all_teachers=True)
@@ -215,7 +216,8 @@ KD = {
                        limits=Limits(no_graph=SOLVER)),
     'logits':   Method(logits.Logits,          0.1, shared.logits),
     'lskd':     Method(lskd.LSKD,              9.0, shared.logits,       when=When(ce=0.1)),
-    'lwm':      Method(lwm.LwM,                0.4, lwm.feed, own=Own(once_per_batch=lwm.teacher_map)),
+    'lwm':      Method(lwm.LwM,                0.4, lwm.feed, own=Own(once_per_batch=lwm.teacher_map),
+                       limits=Limits(no_compile=TWICE)),
     'mgd':      Method(mgd.MGD,             0.0012, masked_last_map,     last_channels,      needs=last),
     'mhgd':     Method(mhgd.MHGD,              1.0, all_maps,            mhgd.build, When(pretrain=40),
                        own=Own(pretrain=mhgd.pretrain, update=mhgd.update), limits=Limits(STEP, SOLVER)),
@@ -263,7 +265,7 @@ KD = {
     'sla':      Method(sla.SLA,                1.0, sla.feed,            plain, When(ce=0), alone,
                        Own(student=sla.student)),
     'sobolev':  Method(sobolev.Sobolev,       20.0, sobolev.feed,        needs=Needs(image_gradient=True),
-                       own=Own(once_per_batch=sobolev.teacher_gradient)),
+                       own=Own(once_per_batch=sobolev.teacher_gradient), limits=Limits(no_compile=TWICE)),
     'sortkd':   Method(sortkd.SortKD,          0.9, logits_and_labels,   when=When(ce=0.1)),
     'sp':       Method(sp.SP,               3000.0, each_map,            per_stage,
                        needs=Needs(relations=True, stages=())),
