@@ -174,5 +174,7 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def feed(kd, s, t, batch):
-    heads = (s.out, s.out) if s.extra is None else s.extra  # without a distillation head one gives them twice
-    return kd(*heads, t.out, batch.target)
+    heads = s.extra if isinstance(s.extra, list | tuple) else ()
+    # without a distillation head one gives them twice; students of other methods have other things there
+    heads = [x for x in heads if isinstance(x, Tensor) and x.shape == s.out.shape]
+    return kd(*(heads if len(heads) == 2 else (s.out, s.out)), t.out, batch.target)
