@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torchvision.utils import make_grid, save_image
 
+import dataset
 import models
 from engine import errors, listing, session
 from engine.data import read_test
@@ -126,6 +127,7 @@ def main():
     log = Log(folder)
 
     test = read_test(args, device)
+    args.own_images = test.digest() if dataset.owned(args.data_name) else None
     (net_t,), facts_t = read_teacher(args, test, amp, log)
     said_t = classes(net_t, test, amp)
     torch.manual_seed(args.seed)
@@ -170,7 +172,11 @@ def main():
                 draw(run, folder / run.name, epoch + 1, live.board)
             row['seconds'] = spent[run.name]
             done.append((run.record, row, partial(epoch_line, run), f'{run.name}/'))
-        if code := session.end_epoch(live, epoch, epoch + 1 == total, done):
+        code = session.end_epoch(live, epoch, epoch + 1 == total, done)
+        for run in begun:  # methods differ in length
+            if run.record.epoch == run.recipe.epochs:
+                run.record.save()
+        if code:
             return code
         if not runs:
             break

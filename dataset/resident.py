@@ -62,8 +62,8 @@ class Resident:
         return len(self.images)
 
     def digest(self) -> str:
-        """A short name for these images and labels."""
-        digest = hashlib.sha1()
+        """A short name for these images and labels, and how they are normalised."""
+        digest = hashlib.sha1(repr((tuple(self.mean), tuple(self.std))).encode())
         for x in (self.images, self.targets):
             digest.update(x.cpu().numpy())
         return digest.hexdigest()[:12]
@@ -197,10 +197,13 @@ class Resident:
         """Another set's images, read as this one's: no labels (-1), this one's classes, mean and std.
 
         Raises:
-            ValueError: the other set is not held in memory (a folder of images).
+            ValueError: the other set is not held in memory (a folder of images), or has another size.
         """
         if not isinstance(other, Resident):
             raise ValueError('images of a set in memory cannot be replaced by those of a folder')
+        theirs, own = (tuple(x.images.shape[1:3]) for x in (other, self))
+        if theirs != own:
+            raise ValueError(f'images of {theirs} pixels cannot stand for those of {own}')
         targets = torch.full_like(other.targets, -1)
         return self._like_this(other.images, targets, self.num_classes, self.class_names)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from dataset import Resident, pictures
+from dataset import Resident, owned, pictures
 from engine.device import precision
 from engine.dfkd_flags import Wanted
 from engine.dfkd_kinds import SOURCES
@@ -162,6 +162,10 @@ def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, set
         'options': wanted.options, 'ood': args.ood_name if row.needs.ood else None, 'pool_init': pool or None,
     }  # fmt: skip
     math['image_size'] = args.image_size
+    if getattr(args, 'own_images', None):
+        math['own_images'] = args.own_images
+    if setting.ood is not None and owned(args.ood_name):
+        math['own_ood'] = setting.ood.digest()
     record = Record(folder / name, {'net': net, 'opt': opt, 'source': source}, math, origin, 'test')
     record.resume(resume_point(args.resume, folder / name))
     return Run(

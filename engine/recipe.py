@@ -12,11 +12,12 @@ from models.checkpoint import compare_classes, read_checkpoint
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
          'select': 'saliency', 'labelled': None, 'augment': None, 'bn_l1': 0.0, 'processes': 1,
-         'stage': 'search', 'batch_size': 12, 'ce_scheduled': True}  # fmt: skip
+         'stage': 'search', 'batch_size': 12, 'ce_scheduled': True,
+         'labels': None, 'w_frame': 10}  # fmt: skip
 
 
 # what checkpoints did not say at first, whatever it was
-LATER = ('own_images', 'limit_test', 'image_size', 'soft_labels', 'ce_scheduled')
+LATER = ('own_images', 'limit_test', 'image_size', 'soft_labels', 'own_unlabelled', 'own_ood')
 
 # what a run writes of its training
 WRITTEN = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net[0-9]*.pt', 'student.pt',
