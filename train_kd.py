@@ -251,8 +251,11 @@ def begin_epoch(run: Run, epoch: int, args) -> None:
         run.opt.state.clear()  # every phase starts with a fresh optimiser
         run.meter.sums.clear()  # and has its own terms
     whole = getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
+    taught = set(run.weights)
     run.weights = whole.weights(run.phase, run.now, run.epochs)
     run.inner = whole.inner(run.now, run.epochs)
+    if set(run.weights) != taught:  # a loss that rests has no term, and not 0
+        run.meter.sums.clear()
     seed = args.seed * 1_000_003 + epoch
     run.generator.manual_seed(seed + 7919 * rank())  # processes draw different numbers
     run.rng, run.seeds = random.Random(seed), random.Random(seed + 7919 * rank())
