@@ -23,7 +23,7 @@ from engine.errors import NonFinite, UserError, user_errors
 from engine.flags import OF_SGD, OF_STEPS, refuse_given
 from engine.meter import Meter
 from engine.processes import processes
-from engine.recipe import resume_point
+from engine.recipe import forget, resume_point
 from engine.record import Record, fingerprint, output_folder, write_json
 from engine.session import Log, progress_bar
 from engine.teachers import load_teacher
@@ -83,10 +83,14 @@ def part_figures(nets: list[nn.Module], data, split: dataset.ClassParts, amp) ->
 
 
 def check_places(args, folder: Path, names: Iterable[str]) -> None:
-    """Refuse, before anything is written or trained, where --resume does not fit a folder of these runs."""
+    """Refuse, before anything is written or trained, where --resume does not fit a folder of these runs; with
+    never, forget what lies there."""
+    names = list(names)
     with contextlib.redirect_stdout(io.StringIO()):  # what begins is said when it does
         for name in names:
             resume_point(args.resume, folder / name)
+    for name in names:  # all at once: a kill must not leave some of them
+        forget(args.resume, folder / name)
 
 
 def record_of(folder: Path, parts: dict, recipe: dict, origin: dict, args, key: str = 'top1') -> Record:

@@ -10,7 +10,8 @@ clients are drawn again, by how alike student and teacher look at the probe imag
 blindly, all takes every client: plain averaging); every --adapt_every rounds a copy of the student gets a new
 classifier, learns the probe set, and is measured. The reference: a fresh student on the probe set.
 
-Writes to SAVE_ROOT/NOTE: log.txt, args.json, last.pt (continued by --resume auto), best.pt, student.pt,
+Writes to SAVE_ROOT/NOTE: log.txt, args.json, last.pt (continued by --resume auto) and best.pt with the
+server's student, whose classifier never learns, student.pt with the copy that was measured at the end,
 metrics.csv, results.json, whose table has the accuracy after each measured round.
 """
 
@@ -38,7 +39,15 @@ from engine.flags import add_common_flags, data_words, positive_int, refuse_give
 from engine.ka_tools import NOT_HERE, UNREAD, refuse_non_finite, refuse_processes  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args, resume_point
-from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json
+from engine.record import (  # noqa: E402
+    Record,
+    class_names_of,
+    fingerprint,
+    output_folder,
+    provenance,
+    save_checkpoint,
+    write_json,
+)
 from engine.session import Log  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
 from ka_losses.fedka import FedKA, fed_average, saliency, selection_prob, transferability  # noqa: E402
@@ -149,6 +158,8 @@ def main():
                       {'row': how[args.select], 'top-1 at the end': record.history[-1]['test_top1'],
                        **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
+    served = adapted(student, probe, args, args.epochs - 1)  # what the last row has measured
+    save_checkpoint(folder / 'student.pt', models.named_weights(served, train.class_names))
     how = models.how_to_load(folder / 'student.pt', args.s_name, data_words(args), train.num_classes)
     log(f'weights: {how}')
 
@@ -186,6 +197,9 @@ def at_home(student, loss, teacher, home, args, amp, number: int):
     opt = torch.optim.Adam([*student.parameters(), *loss.parameters()], args.lr)
     student.train(), loss.train()
     for epoch in range(args.local_epochs):
+        torch.manual_seed(
+            args.seed * 1_000_003 + number * args.local_epochs + epoch
+        )  # dropout, if it has any
         total = steps = 0
         for img, *_ in home.train_batches(args.batch_size, args.seed, number * args.local_epochs + epoch):
             with torch.no_grad(), amp():

@@ -41,7 +41,7 @@ from engine.flags import (  # noqa: E402
     seed_number,
 )
 from engine.parser import Parser  # noqa: E402
-from engine.recipe import resume_point  # noqa: E402
+from engine.recipe import forget, resume_point  # noqa: E402
 from engine.record import Record, class_names_of, fingerprint, output_folder, provenance, write_json  # noqa: E402
 from engine.session import Log, StopAfterEpoch, progress_bar  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
@@ -129,6 +129,8 @@ def main():
 
     stages = (('search', args.epochs), ('tree', args.tree_epochs))
     records = {}
+    for stage, _ in stages:
+        forget(args.resume, folder / stage)
     for stage, epochs in stages:
         if stage == 'tree':
             net.freeze()

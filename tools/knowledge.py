@@ -43,7 +43,7 @@ from engine.flags import (  # noqa: E402
 )
 from engine.ka_tools import UNREAD, refuse_processes  # noqa: E402
 from engine.parser import Parser  # noqa: E402
-from engine.recipe import load_checkpoint, math_args, resume_point  # noqa: E402
+from engine.recipe import forget, load_checkpoint, math_args, resume_point  # noqa: E402
 from engine.record import (
     Record,
     class_names_of,
@@ -134,6 +134,10 @@ def main():
 
     # -------------------------------------------------------------------------------- the two trainings
     records = {}
+    for way in WAYS:  # and what was found of them
+        forget(args.resume, folder / way)
+    for path in (folder / 'noise').glob('*.pt') if args.resume == 'never' else ():
+        path.unlink()
     for way in WAYS:
         net = models.build(args.s_name, train.num_classes)
         net.load_state_dict(initial)
@@ -270,6 +274,7 @@ class Borrowed(nn.Module):
 def one_epoch(net, teacher, way: str, opt, layer, train, args, epoch: int, amp, bar) -> dict[str, float]:
     """path: how far the weights of the layer went, step by step."""
     net.train()
+    torch.manual_seed(args.seed * 1_000_003 + epoch)  # dropout, if it has any
     total = path = n = 0
     steps = train.steps(args.batch_size)
     for number, (img, target, *_) in enumerate(train.train_batches(args.batch_size, args.seed, epoch)):
