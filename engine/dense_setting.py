@@ -1,6 +1,7 @@
 """From the flags of train_dense.py to its pictures, its teacher, and the weights that students start from."""
 
 import copy
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -155,8 +156,9 @@ def learn_from_labels(args, setting, net, steps, log) -> None:
     net.to(setting.device, memory_format=torch.channels_last).train()
     opt = torch.optim.AdamW(net.parameters(), T_LR, weight_decay=0.01)
     bar = session.progress_bar(args.t_steps, 0, log)
+    drawn = dataclasses.replace(setting, seed=0)  # it is kept for students of any --seed
     for step in range(args.t_steps):
-        seen = parts.StepPictures(setting, step, steps[step])
+        seen = parts.StepPictures(drawn, step, steps[step])
         given = seen.given('labelled')
         loss = setting.task.loss(setting.task.look(net, given), given)
         opt.zero_grad(set_to_none=True)

@@ -101,13 +101,14 @@ def make_run(args, setting, folder, origin, name, method, weight, options) -> pa
     run = parts.Run(name, method, kd, weight, ce, net, adamw(groups), meter, setting,
                     args.lmbda, generator)  # fmt: skip
     run.schedule.update(setting.start_loss)
+    second = fingerprint(setting.net_pairs) if 'a second vocabulary' in method.needs.views else None
     recipe = {key: getattr(args, key) for key in
               ('seed', 'steps', 'init_steps', 'batch_size', 'lr', 'eval_every', 'lmbda', 'amp')}  # fmt: skip
     recipe |= {'processes': processes()} if processes() > 1 else {}
     recipe |= {'script': 'train_lm', 'method': name, 'weight': weight, 'ce': ce, 'options': options,
                'corpus': setting.text.digest, 'teacher': fingerprint(setting.net_t),
                'initial': fingerprint(setting.start),
-               'second_teacher': fingerprint(setting.net_pairs) if probe.second else None}  # fmt: skip
+               'second_teacher': second}  # fmt: skip
     state = {'net': net, 'kd': kd, 'opt': run.opt, 'memory': run.memory}
     run.record = networks.TextRecord(folder / name, state, recipe, origin, 'val', 'loss')
     run.record.resume(resume_point(args.resume, folder / name))

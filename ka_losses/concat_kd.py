@@ -145,6 +145,10 @@ def feed_each(ka, s, all_t, batch):
 
 
 def build_parts(loss, probe, **options):
+    if any(t.out.shape[1] < 2 for t in probe.all_t):
+        raise ValueError(
+            'ConcatKD: a part of one class teaches nothing: give each teacher two or more (--wanted)'
+        )
     return loss(mode='parts', **options)
 
 

@@ -197,15 +197,16 @@ class Attributes:
         return {'parameters': size_of(net)}
 
     def ensembles(self) -> dict[str, dict]:
-        """Sources of the same attributes: each by itself, and for every image the surest of them with the
-        share of the images that it is; others: side by side.
+        """Sources of the same attributes: each by itself, and for every answer the surest of them with the
+        share of the answers that it is; others: side by side.
         """
         outs = [self._outputs(net, self.test) for net in self.nets]
         target = outs[0][1]
         outs = [out[:, columns] for (out, _), columns in zip(outs, self.columns)]
         if self.alike:
-            which = select_teacher(outs)
-            surest = torch.stack(outs)[which, torch.arange(len(which), device=which.device)]
+            pairs = torch.stack(outs).unflatten(2, (-1, 2))  # of each source, image and attribute: no, yes
+            which = select_teacher(list(pairs.flatten(1, 2))).view(pairs.shape[1:3])
+            surest = pairs.gather(0, which[None, ..., None].expand(1, -1, -1, 2))[0].flatten(1)
             rows = {f'source {i}': self._read(out, target) for i, out in enumerate(outs, 1)}
             for i, row in enumerate(rows.values()):
                 row['surest_of'] = 100 * float(exact(which == i).mean())

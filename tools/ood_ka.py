@@ -107,6 +107,7 @@ def main():
         taps = [BNStatistics(net) for net in teachers]
     nothing = torch.full((len(pictures),), -1)
     ood = dataset.Resident(pictures, nothing, data.num_classes, data.mean, data.std, device)
+    ood.pad = args.pad
     half = args.batch_size // 2
     if not 1 < half <= min(len(ood), len(data)):
         raise UserError(
@@ -166,7 +167,7 @@ def main():
                 for _ in range(args.s_steps):
                     index = torch.randint(len(source), (half if name == 'made' else 2 * half,), generator=rng)
                     shown.append(source.crops(*augmented(index, rng, device, size)))
-                yield real, shown, torch.randn(args.s_steps + 1, len(real), args.nz, generator=rng).to(device)
+                yield real, shown, torch.randn(args.s_steps + 1, half, args.nz, generator=rng).to(device)
 
         def step(
             real: Tensor,
@@ -180,7 +181,7 @@ def main():
         ):
             said = {}
             if name == 'made':
-                said = makes.update(net, real, noise[0])
+                said = makes.update(net, real, noise[0, : len(real)])
             net.train(), blocks.train()
             for img, z in zip(shown, noise[1:]):
                 if name == 'made':
