@@ -152,9 +152,10 @@ class Graphs:
             self.own[run.name] = Repeated(capture)
         own = self.own[run.name]
         try:
-            own(partial(step, run, seen), run.decided(), fixed and not run.usual_only)
+            # of another look, too: a recording reads what the look had made, and goes with it
+            own(partial(step, run, seen), (self.look.decided, run.decided()), fixed and not run.usual_only)
         except RuntimeError as error:
-            if own.done <= own.usual or own.replay is not None:
+            if not fixed or run.usual_only or own.done <= own.usual or own.replay is not None:
                 raise  # it failed in a usual step, or a replay did
             said = ' '.join(str(error).split())[:200]
             self.log(f'{run.name}: its step cannot be recorded, usual steps follow ({said})')
