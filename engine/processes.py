@@ -67,7 +67,10 @@ def same_buffers(net: nn.Module) -> None:
     """Give all processes rank 0's buffers: batch norm statistics, and what losses keep."""
     if processes() > 1:
         for buffer in net.buffers():
-            dist.broadcast(buffer, 0)
+            sent = buffer.contiguous()  # NCCL takes no others; vkd has a matrix that lies column by column
+            dist.broadcast(sent, 0)
+            if sent is not buffer:
+                buffer.copy_(sent)
 
 
 @torch.no_grad()
