@@ -77,7 +77,10 @@ def student_gradient(name: str, phase: str, n: int, device: torch.device, exact:
     train = data(64, device)
     run, teachers = one_student(name, phase, train, 'off', n)
     if exact:
-        run.step.net.double().register_forward_pre_hook(lambda _, seen: (seen[0].double(), *seen[1:]))
+        net = run.step.net.double()
+        net.register_forward_pre_hook(lambda _, seen: (seen[0].double(), *seen[1:]))
+        if after := getattr(net, 'after', None):  # fcfd calls it with maps of the other network
+            net.after = lambda k, fm: after(k, fm.double())
     kept = {}
     run.opt.register_step_pre_hook(lambda *_: kept.update(
         {key: p.grad.detach().cpu().clone() for key, p in run.step.named_parameters() if p.grad is not None}
@@ -217,7 +220,7 @@ def faster(device: torch.device, steps: int) -> dict:
         opt, scaler = sgd(net.parameters(), args), torch.amp.GradScaler(device.type, enabled=False)
         lean = way == 'replayed' and device.type == 'cuda'
         cast, counters = (torch.bfloat16, side_by_side.host_counters(net)) if lean else (None, [])
-        run = train_base.Run(way, net, opt, scaler, amp, Meter(way, 0, device), cast, counters)
+        run = train_base.Run(way, net, opt, scaler, amp, Meter(way, 0, device), cast, counters, 0.0, [])
         ways[way] = run, side_by_side.Graphs(device) if lean else side_by_side.InTurn()
     for run, how in ways.values():
         several_steps(run, how, batch, 8)

@@ -172,6 +172,8 @@ def train_teacher(lease: Lease) -> bool:
 def train_students(lease: Lease) -> None:
     """Groups of as many students as the time left allows; what does not fit is tried again, smaller."""
     todo, size = lease.args.students, lease.args.first
+    begun = [int(path.parts[-3].rpartition('-')[2]) for path in lease.save.glob(f'{todo[0]}-*/*/last.pt')]
+    size = max(begun, default=size)  # of an earlier command, which may have found that fewer fit
     while todo and size >= 1 and lease.left > 30:
         names, born = todo[:size], time.time()
         group = f'{names[0]}-{len(names)}'  # the same in a further command, which finds its checkpoints
@@ -209,7 +211,8 @@ def students_that_fit(lease: Lease, process, group: str, names: list[str]) -> in
     if not 3 <= len(rows) <= 5:  # stopped, or a former command has judged
         return len(names)
     phases = max(KD[name].when.pretrain + KD[name].when.alone for name in names)  # of 200, before them
-    need = float(rows[2]['seconds']) * (lease.args.epochs * (1 + phases / 200) - len(rows))
+    busy = sum(len(lease.rows(group, name)) >= 3 for name in names)  # in phases of some the others wait
+    need = float(rows[2]['seconds']) * (lease.args.epochs * (len(names) / busy + phases / 200) - len(rows))
     left = lease.left - 8 + lease.args.more
     lease.say(
         group, f'{len(names)} students, {rows[2]["seconds"]} s per epoch, needs {need:.0f} of {left:.0f} s'
