@@ -20,7 +20,7 @@ READS = {
     r'\.feat\b': 'embeddings',
     r'\.(fms|pyramid)\b': 'maps',
     r'\.towers\b': 'maps inside the head',
-    r'\.pres\b': 'maps before the ReLU',
+    r'\.pres\b(?!.*sums)': 'maps before the ReLU',  # of wide networks alone: as good as fms
     r'\.tokens\b': 'patch tokens',
     r'\.extra\b': 'layers added to the student',
     r'\.target\b': 'labels',
@@ -140,6 +140,7 @@ def _of_distillation(row) -> list[str]:
         *(['the gradient in the image'] if needed.image_gradient else []),
         *(['vision transformers'] if needed.tokens else []),
         *(['one process'] if row.limits.one_process else []),
+        *(['no --compile'] if row.limits.no_compile else []),
         *([f'{when.alone} of 200 epochs alone'] if when.alone else []),
         *(['a look at the training set before'] if row.own.before else []),
         *dense(row),

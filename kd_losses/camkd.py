@@ -253,8 +253,10 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def feed(kd, s, t, batch):
     """batch.inner: 0 in the first epoch, when the maps do not count yet."""
-    fms_t = [f.pres[-1].relu() for f in batch.all_t]  # as they are averaged for the classifier
-    fms_s = kd.adapters(s.pres[-1].relu(), [fm.shape[2:] for fm in fms_t])
+    fm_s, *fms_t = (
+        f.pres[-1].relu() if sums else f.fms[-1] for f, sums in zip((s, *batch.all_t), kd.sums)
+    )  # as they are averaged for the classifier
+    fms_s = kd.adapters(fm_s, [fm.shape[2:] for fm in fms_t])
     outs_feat = []
     with _no_autocast(fms_s[0]):
         for layer, fm in zip([net.classifier_layer() for net in batch.nets_t], fms_s):
@@ -267,4 +269,10 @@ def feed(kd, s, t, batch):
 def build(loss, probe, **options):
     kd = loss(**options)
     kd.adapters = FeatureAdapters(probe.s.fms[-1].shape[1], [f.fms[-1].shape[1] for f in probe.all_t])
+    kd.sums = [_sums(f) for f in (probe.s, *probe.all_t)]
     return kd
+
+
+def _sums(f) -> bool:
+    """Whether the last map is before a ReLU, as a wide network's: not after it, and not without one."""
+    return bool((f.fms[-1] < 0).any()) and not torch.equal(f.fms[-1], f.pres[-1])

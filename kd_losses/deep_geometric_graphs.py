@@ -229,6 +229,20 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def feed(kd, s, t, batch):
-    """The stages but the last, after the ReLU (a wide network's fms are before it), then the embedding."""
-    pairs = [*((x.relu(), y.relu()) for x, y in zip(s.pres[1:-1], t.pres[1:-1])), (s.feat, t.feat)]
+    """The stages but the last, after the ReLU, then the embedding."""
+    sides = (
+        [pre.relu() for pre in f.pres[1:-1]] if sums else f.fms[1:-1] for f, sums in zip((s, t), kd.sums)
+    )
+    pairs = [*zip(*sides), (s.feat, t.feat)]
     return kd([x for x, _ in pairs], [y for _, y in pairs], batch.target)
+
+
+def build(loss, probe, **options):
+    kd = loss(**options)
+    kd.sums = [_sums(f) for f in (probe.s, probe.t)]
+    return kd
+
+
+def _sums(f) -> bool:
+    """Whether the last map is before a ReLU, as a wide network's: not after it, and not without one."""
+    return bool((f.fms[-1] < 0).any()) and not torch.equal(f.fms[-1], f.pres[-1])

@@ -160,7 +160,18 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def feed(kd, s, t, batch):
-    return kd(s.extra, t.pres[-1].relu())  # a wide network hands out its last map before the ReLU
+    return kd(s.extra, t.pres[-1].relu() if kd.t_sums else t.fms[-1])
+
+
+def build(loss, probe, **options):
+    kd = loss(**options)
+    kd.t_sums = _sums(probe.t)
+    return kd
+
+
+def _sums(f) -> bool:
+    """Whether the last map is before a ReLU, as a wide network's: not after it, and not without one."""
+    return bool((f.fms[-1] < 0).any()) and not torch.equal(f.fms[-1], f.pres[-1])
 
 
 def student(net, kd, probe):
