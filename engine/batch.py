@@ -24,6 +24,7 @@ class Batch:
     all_t: list = field(default_factory=list)  # Feats of all teachers, the main one first
     once: dict[Callable, Any] = field(default_factory=dict)  # {a row's once_per_batch: what it gave}
     teacher: Callable[[Tensor], Any] | None = None  # images -> the main teacher's Feats
+    exact: Callable[[Tensor], Any] | None = None  # the same in float32, whatever --amp says
     net_t: nn.Module | None = None  # the main teacher
     nets_t: list = field(default_factory=list)  # all of them
 

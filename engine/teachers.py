@@ -42,7 +42,9 @@ class Teachers:
     def __init__(self, nets: list[nn.Module], amp, views: list[str], img: Tensor, stored=None) -> None:
         self.nets, self.amp, self.views, self.stored = nets, amp, views, stored
         self.net_t = nets[0] if nets else None
-        self.fast = [models.folded(net, img, precision(amp, img.device)) for net in nets]
+        cast = precision(amp, img.device)
+        self.fast = [models.folded(net, img, cast) for net in nets]
+        self.in_float32 = self.net_t if cast else next(iter(self.fast), None)
         self.reads = [set() for _ in nets]  # what students look at, of each teacher
         self.resting = False  # no student learns from them at the moment
         self.prepare = set()  # the functions of rows that want more of the main teacher
@@ -56,8 +58,8 @@ class Teachers:
                 raise UserError('--soft_labels: there are logits only, and a method asks for a network')
             said = OnlyLogits(Feats(self.stored.rows(index), None, None, None))
             return Batch(img, target, index, views, [said], teacher=self.teacher)
-        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, net_t=self.net_t,
-                     nets_t=self.nets)  # fmt: skip
+        seen = Batch(img, target, index, views, self.teachers_on(img), teacher=self.teacher, exact=self.exact,
+                     net_t=self.net_t, nets_t=self.nets)  # fmt: skip
         with torch.no_grad():
             for prepare in sorted(self.prepare, key=lambda f: f.__name__):
                 seen.once[prepare] = prepare(self.net_t, seen.all_t[0], seen)
@@ -69,6 +71,11 @@ class Teachers:
             raise UserError('--soft_labels: there are logits only, and a method asks for a network')
         with self.amp():
             return InFloat32(self.fast[0](img, True))
+
+    def exact(self, img: Tensor) -> InFloat32:
+        """The same without the precision of --amp."""
+        with torch.autocast(img.device.type, enabled=False):
+            return InFloat32(self.in_float32(img, True))
 
     @torch.no_grad()
     def teachers_on(self, img: Tensor) -> list[InFloat32]:

@@ -165,7 +165,8 @@ def feed(kd, s, t, batch):
 
 
 def build(loss, probe, **options):
-    layer, feat = probe.net_t.classifier_layer(), probe.t.pres[-1].relu().mean(dim=(2, 3))
+    feat = probe.t.pres[-1].relu().mean(dim=(2, 3))  # stored answers say here that they have no maps
+    layer = probe.net_t.classifier_layer()
     fits = layer.weight.shape[1:] == feat.shape[1:]
     if not fits or not _close(_run(layer, feat), probe.t.out):
         raise ValueError(
@@ -176,5 +177,6 @@ def build(loss, probe, **options):
 
 
 def _close(out: Tensor, wanted: Tensor) -> bool:
-    """As far as bfloat16 goes."""
-    return torch.allclose(out.float(), wanted.float(), rtol=0, atol=0.05 * float(wanted.abs().max()))
+    """As far as bfloat16 goes; logits of a head that is all zero say nothing."""
+    most = 0.05 * float(wanted.detach().abs().max())
+    return most > 0 and torch.allclose(out.float(), wanted.float(), rtol=0, atol=most)

@@ -268,14 +268,10 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def feed(kd, s, t, batch):
     """Attack the teacher, then look at the attacked images with both networks."""
-
-    def exact(x):  # in bfloat16 the steps would be others
-        if batch.net_t is None:  # its answers are read from files: the trainer says what to do
-            return batch.teacher(x).out
-        with torch.autocast(x.device.type, enabled=False):
-            return batch.net_t(x)
-
-    attacked, valid = kd.attack(exact, batch.img, s.out.detach(), t.out, batch.target, batch.generator)
+    exact = batch.exact or batch.teacher  # in bfloat16 the steps would be others
+    attacked, valid = kd.attack(
+        lambda x: exact(x).out, batch.img, s.out.detach(), t.out, batch.target, batch.generator
+    )
     with torch.no_grad():
         goal = batch.teacher(attacked).out
     return kd(batch.student(attacked).out, goal, valid)

@@ -50,7 +50,7 @@ def test_rows(name):
     w.b.all_t = [w.t, w.t]
     for key in ('net_s', 'net_t', 'img', 'target', 'index', 'views'):
         setattr(w.b, key, send(getattr(w.b, key)))
-    w.b.teacher, w.b.nets_t = w.b.net_t, [w.b.net_t, w.b.net_t]
+    w.b.teacher, w.b.exact, w.b.nets_t = w.b.net_t, w.b.net_t, [w.b.net_t, w.b.net_t]
     with Names(), Dispatch():
         if not METHODS[name].own.peers:
             test_contract.connect(name, w)
