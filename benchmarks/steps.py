@@ -45,6 +45,9 @@ class Many:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def subset(self, index):
+        return self
+
     def test_batches(self, size):
         yield self.img, self.targets[: len(self.img)], None
 

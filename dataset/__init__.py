@@ -81,7 +81,8 @@ def load_test(name: str, root: str | Path = './data', device: str | torch.device
 
 def owned(name: str) -> bool:
     """Whether the data called `name` are the user's own files, so that the name does not say which."""
-    return DATA[_named(name)[0]].owned
+    kind = name.partition(':')[0]
+    return kind in DATA and DATA[kind].owned
 
 
 def pictures(name: str, root: str | Path, size: int) -> torch.Tensor:

@@ -62,8 +62,8 @@ class Resident:
         return len(self.images)
 
     def digest(self) -> str:
-        """A short name for these images and labels, and how they are normalised."""
-        digest = hashlib.sha1(repr((tuple(self.mean), tuple(self.std))).encode())
+        """A short name for these images and labels."""
+        digest = hashlib.sha1()
         for x in (self.images, self.targets):
             digest.update(x.cpu().numpy())
         return digest.hexdigest()[:12]

@@ -29,7 +29,9 @@ def load_scenes(n: int, size: int, device, labelled: bool) -> tuple[Dense, Dense
 def refuse_too_many(n: int) -> None:
     """Rooms for students begin where those for teachers end, and those of the test after them."""
     if n > UNLABELLED:
-        raise ValueError(f'scenes:{n}: there are {UNLABELLED} rooms for teachers and as many for students')
+        raise ValueError(
+            f'scenes:{n}: at most {UNLABELLED}, further rooms are for other networks and the test'
+        )
 
 
 def scene(index: int, seed: int = 0, size: int = 48) -> tuple[np.ndarray, ...]:

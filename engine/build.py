@@ -83,10 +83,11 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
                 f'cross-entropy (--lambda_ce)'
             )
         own_step = next((term.name for term in terms if term.method.own.update), None)
-        if own_step and not ce:
+        later = args.lambda_ce is None and any(callable(term.method.when.ce) for term in terms)
+        if own_step and (later or not ce):
             raise UserError(
-                f'{token}: the step of {own_step} sets the loss against cross-entropy, whose weight is 0; '
-                f'--lambda_ce gives it one'
+                f'{token}: the step of {own_step} sets the loss against cross-entropy, whose weight is 0'
+                f'{" at first" if later else ""}; --lambda_ce gives it one'
             )
         gather = gather_batches if args.global_relations else None
         cast = PRECISIONS[args.amp] if graphs else None
@@ -94,9 +95,8 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         step.all_labelled = bool((train.targets != NO_LABEL).all())
         parameters = [p for p in step.parameters() if p.requires_grad]
         own = next((term for term in terms if term.method.own.optimiser), None)
-        if own and (args.optim != 'sgd' or not args.nesterov):
-            flag = '--no_nesterov' if args.optim == 'sgd' else f'--optim {args.optim}'
-            raise UserError(f'{flag}: {own.name} has an optimiser of its own')
+        if own and args.optim != 'sgd':
+            raise UserError(f'--optim {args.optim}: {own.name} has an optimiser of its own')
         with user_errors():
             opt = own.method.own.optimiser(own.loss, parameters, args) if own else optimiser(parameters, args)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')

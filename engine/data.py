@@ -35,6 +35,8 @@ def load_data(args: argparse.Namespace, device: torch.device, log: Callable = la
         raise UserError(f'--pad {args.pad}: {args.data_name} is cropped at random sizes, without padding')
     train.pad = args.pad
     args.own_images = train.digest() if dataset.owned(args.data_name) else None
+    scaled = args.own_images and isinstance(train, dataset.Resident)
+    args.own_scale = [[float(x) for x in part] for part in (train.mean, train.std)] if scaled else None
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)

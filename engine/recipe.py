@@ -8,7 +8,8 @@ from engine.processes import processes, rank
 from models.checkpoint import compare_classes, read_checkpoint
 
 # flags that a recipe names only where they are not at their defaults: older checkpoints do not know them
-# (batch_size: those of train_lm.py; ce_scheduled: False where --lambda_ce replaces a method's schedule)
+# (batch_size: those of train_lm.py; ce_scheduled: False where --lambda_ce replaces a method's schedule;
+# labels, w_frame: tools/sequences.py and graphs.py, whose recipes name labels only where some are hidden)
 NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs': None, 'nesterov': True,
          'pad': 'reflect', 't_mean': None, 't_std': None, 'kd_stop': None, 'optim': 'sgd',
          'select': 'saliency', 'labelled': None, 'augment': None, 'bn_l1': 0.0, 'processes': 1,
@@ -17,7 +18,7 @@ NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs
 
 
 # what checkpoints did not say at first, whatever it was
-LATER = ('own_images', 'limit_test', 'image_size', 'soft_labels', 'own_unlabelled', 'own_ood')
+LATER = ('own_images', 'limit_test', 'image_size', 'soft_labels', 'own_scale', 'own_unlabelled', 'own_ood')
 
 # what a run writes of its training
 WRITTEN = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net[0-9]*.pt', 'student.pt',
@@ -30,7 +31,7 @@ def math_args(args: argparse.Namespace, **more) -> dict:
              'momentum', 'weight_decay', 'seed', 'amp')  # fmt: skip
     chosen = {name: getattr(args, name) for name, default in NEWER.items()
               if getattr(args, name, default) != default}  # fmt: skip
-    own = {'own_images': args.own_images} if getattr(args, 'own_images', None) else {}
+    own = {key: getattr(args, key) for key in ('own_images', 'own_scale') if getattr(args, key, None)}
     return {name: getattr(args, name) for name in names} | {'processes': processes()} | chosen | own | more
 
 

@@ -62,6 +62,7 @@ def transformer() -> Tap:
     net = VisionTransformer(
         image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
     )
+    nn.init.normal_(net.heads.head.weight)  # torchvision starts with zeros, and all logits would be equal
     layers = [f'encoder.layers.encoder_layer_{i}' for i in (0, 0, 1, 2)]
     return Tap(net, fms=layers, to_map=tokens)
 
@@ -132,6 +133,9 @@ class Forty:
 
     def steps(self, batch_size: int) -> int:
         return -(-len(self) // batch_size)
+
+    def subset(self, index):
+        return self
 
     def test_batches(self, size):
         yield self.img, self.target, None
