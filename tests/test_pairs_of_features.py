@@ -3,6 +3,7 @@
 import csv
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 from torch import nn
 
 import dataset
+import engine.data
 import models
+from benchmarks import cuda
 from dataset.resident import Resident
 from dfkd_losses import fastdfkd
-from engine import build, dense_setting
+from engine import build, dense_setting, side_by_side
+from engine.batch import Batch
 from engine.errors import UserError
 from engine.ka_tools import check_places
 from engine.recipe import load_checkpoint
@@ -77,7 +81,7 @@ def test_a_ramp_is_as_long_as_the_flag_says_beside_phases(train_kd, monkeypatch)
     [
         (('dot+pld',), 'dot sets the loss against cross-entropy, whose weight is 0'),
         (('dot', '--lambda_ce', 0), 'whose weight is 0'),
-        (('dot', '--no_nesterov'), '--no_nesterov: dot has an optimiser of its own'),
+        (('dot+cd_edt',), 'whose weight is 0 at first'),
         (('dot', '--optim', 'adamw'), '--optim adamw: dot has an optimiser of its own'),
         (('lwm', '--compile'), '--compile: lwm: it takes gradients of gradients'),
         (('st', 'sobolev', '--compile'), '--compile: sobolev: it takes gradients of gradients'),
@@ -114,8 +118,25 @@ def test_deit_beside_a_student_with_other_things_in_extra():
     assert torch.equal(two, kd(out, other, out_t, target))
 
 
-def test_how_images_are_normalised_is_part_of_their_name():
-    assert images(4).digest() == images(4).digest() != images(4, mean=0.4).digest()
+def test_how_images_are_normalised_is_part_of_the_recipe(monkeypatch):
+    args = Namespace(
+        data_name='arrays',
+        img_root='.',
+        image_size=32,
+        workers=0,
+        convert_rgb=False,
+        pad='reflect',
+        val_split=0,
+        labelled=None,
+        batch_size=2,
+    )
+    names = []
+    for mean in (0.5, 0.4):
+        both = images(4, mean=mean), images(4)
+        monkeypatch.setattr(engine.data, 'read_data', lambda *_, both=both: both)
+        engine.data.load_data(args, torch.device('cpu'))
+        names.append((args.own_images, args.own_scale))
+    assert names[0][0] == names[1][0] and names[0][1] != names[1][1]
 
 
 def test_images_of_another_size_cannot_stand_for_others():
@@ -205,3 +226,52 @@ def test_the_student_of_a_federation_is_the_one_that_was_measured(train, tool, s
         for img, target, _ in test.test_batches(64):
             hits.append(net(img).argmax(dim=1) == target)
     assert 100 * float(torch.cat(hits).double().mean()) == pytest.approx(wanted, abs=0.01)
+
+
+def test_a_recording_goes_with_the_look_that_it_reads(monkeypatch):
+    """The teachers rest from here on, what they had said is freed: steps that read it are recorded anew."""
+    captured = []
+
+    def capture(stream, generators, counters=()):
+        def record(work):
+            captured.append(work)
+            return cuda.stand_in()(work)
+
+        return record
+
+    class Look:
+        nets, resting = [1], False
+
+        def __call__(self, img, target, index, views):
+            return Batch(img, target, index, views)
+
+    class Run:
+        name, usual_only, generators, counters = 'ab', '', (), ()
+
+        def decided(self):
+            return 'always the same'
+
+    monkeypatch.setattr(side_by_side, 'cuda_capture', capture)
+    monkeypatch.setattr(
+        side_by_side.Graphs, '_apart', lambda self, runs: nullcontext(lambda run: nullcontext())
+    )
+    how, look, run, steps = side_by_side.Graphs(torch.device('cpu')), Look(), Run(), []
+    batch = torch.zeros(2, 3), torch.zeros(2), torch.zeros(2), {}
+    for resting in (False, True):
+        look.resting = resting
+        for seen in how.looks(look, [batch] * 6):
+            how.train(lambda run, seen: steps.append(seen), [run], seen)
+    of_run = [work for work in captured if work.func is not side_by_side._settled]
+    assert len(of_run) == 2
+
+
+def test_convolutions_of_losses_are_float32_on_a_gpu(script):
+    torch.backends.cudnn.allow_tf32 = True
+    assert script('train_base', '--net_name', 'resnet8', *TINY, '--epochs', 1, '--note', 'x').code == 0
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_the_replay_benchmark_runs():
+    said = []
+    cuda.replay(torch.device('cpu'), 1, lambda *words: said.append(words[-1]()))
+    assert said[0]['usual_ms'] > 0

@@ -22,11 +22,13 @@ from engine.data import first_images
 from engine.dense_build import rows_for
 from engine.errors import UserError
 from engine.peers import build_step
+from engine.teachers import Teachers
 from ka_losses.concat_kd import ConcatKD
 from kd_losses import adain, bss, camkd, catkd, deep_geometric_graphs, fcfd, norm, quest, sdb
 from methods import KD, PEERS, shared
 from methods.dense import DENSE
 from models.dense import build as dense_net
+from models.feats import Feats
 from tools.subtask import attack
 from tools.transformer_ka import Amalgamation
 
@@ -100,10 +102,23 @@ def test_maps_of_wide_networks_are_fed_after_the_relu():
     """Theirs are sums, with negatives; the ReLU comes with the batch norm that follows."""
     t = feats(net_of('wrn_10_1'))
     assert min(fm.min() for fm in t.fms[1:]) < 0
-    fed = norm.feed(lambda s, t: t, SimpleNamespace(extra=None), t, None)
+    kd = norm.build(norm.NORM, probe_of('resnet8', 'wrn_10_1'))
+    kd.forward = lambda s, t: t
+    fed = norm.feed(kd, SimpleNamespace(extra=None), t, None)
     assert fed.min() == 0 and fed.max() > 0
-    for maps in deep_geometric_graphs.feed(lambda s, t, target: (s, t), t, t, SimpleNamespace(target=None)):
+    kd = deep_geometric_graphs.build(deep_geometric_graphs.GraphKD, probe_of('wrn_10_1', 'wrn_10_1'))
+    kd.forward = lambda s, t, target: (s, t)
+    for maps in deep_geometric_graphs.feed(kd, t, t, SimpleNamespace(target=None)):
         assert all(fm.min() == 0 for fm in maps[:-1])
+
+
+@pytest.mark.parametrize('name', ['MobileNetV2', 'deit_64_3', 'resnet8', 'vgg8', 'ShuffleV1'])
+def test_maps_of_others_are_fed_as_they_are(name):
+    """After their ReLU, or without one: half of a linear bottleneck would become 0."""
+    t = feats(net_of(name))
+    kd = norm.build(norm.NORM, SimpleNamespace(t=t))
+    kd.forward = lambda s, t: t
+    assert norm.feed(kd, SimpleNamespace(extra=None), t, None) is t.fms[-1]
 
 
 def test_camkd_asks_the_teachers_classifier_as_the_teacher_does():
@@ -285,9 +300,9 @@ def test_views_of_an_epoch_beside_stored_answers_to_another():
 
 def test_rooms_of_teachers_students_and_the_test_do_not_meet():
     for load in (lambda: load_scenes(10001, 16, 'cpu', True), lambda: load_boxes(10001, 16)):
-        with pytest.raises(ValueError, match='there are 10000 rooms for teachers and as many for students'):
+        with pytest.raises(ValueError, match='scenes:10001: at most 10000'):
             load()
-    with pytest.raises(ValueError, match='there are 10000 rooms'):
+    with pytest.raises(ValueError, match='at most 10000'):
         annotated.load('segmentation', 'scenes:10001', '.', 16)
 
 
@@ -315,18 +330,23 @@ def test_bss_attacks_the_teacher_in_float32():
     kinds = []
 
     class Teacher(nn.Module):
-        def forward(self, x):
+        def forward(self, x, feats=False):
             kinds.append((x @ x.mT).dtype)
-            return x.mean(dim=(2, 3)) + torch.eye(3)[torch.arange(len(x)) % 3]
+            out = x.mean(dim=(2, 3)) + torch.eye(3)[torch.arange(len(x)) % 3]
+            return Feats(out, out, [x], [x])
 
-    def seen(x):
-        return SimpleNamespace(out=x.mean(dim=(2, 3)))
+    def amp():
+        return torch.autocast('cpu', torch.bfloat16)
 
-    img = torch.zeros(6, 3, 4, 4)
-    out = torch.eye(3)[torch.arange(6) % 3]
-    batch = SimpleNamespace(
-        img=img, target=torch.arange(6) % 3, generator=None, net_t=Teacher(), teacher=seen, student=seen
-    )
-    with torch.autocast('cpu', torch.bfloat16):
-        bss.feed(bss.BSS(), SimpleNamespace(out=out), SimpleNamespace(out=out), batch)
-    assert kinds and set(kinds) == {torch.float32}
+    img, target = torch.zeros(6, 3, 4, 4), torch.arange(6) % 3
+    teachers = Teachers([Teacher()], amp, [], img)
+    with amp():
+        batch = teachers(img, target, torch.arange(6), {})
+        kinds.clear()
+        batch.student = lambda x: SimpleNamespace(out=x.mean(dim=(2, 3)))
+        out = SimpleNamespace(out=torch.eye(3)[target])
+        bss.BSS().attack(lambda x: batch.exact(x).out, img, out.out, out.out, target)
+        assert kinds and set(kinds) == {torch.float32}
+        kinds.clear()
+        bss.feed(bss.BSS(), out, out, batch)
+    assert kinds.count(torch.float32) >= 1 and kinds[-1] == torch.bfloat16  # what the student is told of them
