@@ -222,8 +222,4 @@ def end(kd, source, net, kept):
         for p, q in zip(source.generator.parameters(), net.parameters()):
             p.grad = 67 * (p.detach() - q.detach())  # the authors' factor
     if source.options['meta'] != 'none':
-        for group in source.slow.param_groups:
-            group['lr'] = group['full'] * source.rate
-        if source.recipe.clip:
-            nn.utils.clip_grad_norm_(source.generator.parameters(), source.recipe.clip)
-        source.slow.step()
+        source.step(source.slow)

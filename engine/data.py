@@ -8,6 +8,7 @@ import torch
 import dataset
 from engine.errors import UserError, user_errors
 from engine.processes import processes, rank
+from engine.sources import some
 
 
 def read_data(args: argparse.Namespace, device: torch.device):
@@ -63,12 +64,9 @@ def which_images(args: argparse.Namespace, train) -> dict:
 def first_images(data, n: int, name: str):
     """n images of the data called `name`, for a short look: the first, but of the user's own, which may lie
     class by class, some that are drawn, alike in every run."""
-    if n >= len(data):
-        return data
-    order = torch.arange(len(data))
     if dataset.owned(name):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return data.subset(order[:n].sort().values.to(data.targets.device))
+        return some(data, n, 0)
+    return data if n >= len(data) else data.subset(torch.arange(n, device=data.device))
 
 
 def refuse_too_few(train, batch_size: int) -> None:

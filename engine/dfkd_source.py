@@ -188,12 +188,16 @@ class Source:
             between()
         for opt in opts:
             opt.found_inf = getattr(opts[0], 'found_inf', None)
-            for group in opt.param_groups:
-                group['lr'] = group['full'] * self.rate
-            if self.recipe.clip:
-                nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], self.recipe.clip)
-            opt.step()
+            self.step(opt)
         return True
+
+    def step(self, opt: torch.optim.Optimizer) -> None:
+        """With the rate of now, and gradients no longer than the recipe says."""
+        for group in opt.param_groups:
+            group['lr'] = group['full'] * self.rate
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], self.recipe.clip)
+        opt.step()
 
     @torch.no_grad()
     def facts(self) -> dict:

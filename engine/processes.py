@@ -67,10 +67,7 @@ def same_buffers(net: nn.Module) -> None:
     """Give all processes rank 0's buffers: batch norm statistics, and what losses keep."""
     if processes() > 1:
         for buffer in net.buffers():
-            sent = buffer.contiguous()  # NCCL takes no others; vkd has a matrix that lies column by column
-            dist.broadcast(sent, 0)
-            if sent is not buffer:
-                buffer.copy_(sent)
+            _from_rank_0(buffer)
 
 
 @torch.no_grad()
@@ -78,9 +75,14 @@ def same_weights(*modules: nn.Module) -> None:
     """Give all processes rank 0's parameters and buffers, once before a training."""
     for module in modules if processes() > 1 else ():
         for value in (*module.parameters(), *module.buffers()):
-            sent = value.contiguous()
-            dist.broadcast(sent, 0)
-            value.copy_(sent)
+            _from_rank_0(value)
+
+
+def _from_rank_0(value: Tensor) -> None:
+    sent = value.contiguous()  # NCCL takes no others; vkd has a matrix that lies column by column
+    dist.broadcast(sent, 0)
+    if sent is not value:
+        value.copy_(sent)
 
 
 @torch.no_grad()
