@@ -173,7 +173,7 @@ def main():
             row['seconds'] = spent[run.name]
             done.append((run.record, row, partial(epoch_line, run), f'{run.name}/'))
         code = session.end_epoch(live, epoch, epoch + 1 == total, done)
-        for run in begun:  # methods differ in length
+        for run in begun:  # with --save_every, too; methods differ in length
             if run.record.epoch == run.recipe.epochs:
                 run.record.save()
         if code:
@@ -184,7 +184,6 @@ def main():
     done = []
     for run in runs:
         run.check_teacher()
-        run.record.save()  # with --save_every one that has ended before the others
         facts = {'script': 'train_dfkd', 'method': run.name, 'student': args.s_name, **facts_t,
                  'data': args.data_name, 'seed': args.seed, 'epochs': run.recipe.epochs,
                  'hours_synth': sum(row['seconds_synth'] for row in run.record.history) / 3600}  # fmt: skip

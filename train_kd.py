@@ -247,14 +247,14 @@ def begin_epoch(run: Run, epoch: int, args) -> None:
     run.step.train()
     run.now, run.phase = run.own(epoch), run.phase_of(epoch)
     pretrain, init = run.before
-    if run.now in (-pretrain - init, -init, 0):
+    begins = run.now in (-pretrain - init, -init, 0)
+    if begins:
         run.opt.state.clear()  # every phase starts with a fresh optimiser
-        run.meter.sums.clear()  # and has its own terms
     whole = getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
     taught = set(run.weights)
     run.weights = whole.weights(run.phase, run.now, run.epochs)
     run.inner = whole.inner(run.now, run.epochs)
-    if set(run.weights) != taught:  # a loss that rests has no term, and not 0
+    if begins or set(run.weights) != taught:  # a loss that rests has no term, and not 0
         run.meter.sums.clear()
     seed = args.seed * 1_000_003 + epoch
     run.generator.manual_seed(seed + 7919 * rank())  # processes draw different numbers

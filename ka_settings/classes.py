@@ -83,7 +83,7 @@ class Classes:
             figures.append({'name': name, 'classes': part, 'top1': top1, 'parameters': size_of(net)})
         self.facts = {'teacher': '+'.join(names), 'parts': parts, 'classes': self.split.classes,
                       'teachers': figures}  # fmt: skip
-        own = {}
+        self.recipe = {'parts': parts, 'classes': self.split.classes}
         if without := int((train.targets < 0).sum()):
             log(f'{without} training images have no label, so nobody knows whose they are: they are left out')
         with user_errors():
@@ -93,9 +93,9 @@ class Classes:
             if args.unlabeled:
                 other, _ = dataset.load(args.unlabeled, args.img_root, device)
                 self.train = self.train.pictures(other)
-                own = {'own_unlabelled': other.digest()} if dataset.owned(args.unlabeled) else {}
+                if dataset.owned(args.unlabeled):
+                    self.recipe['own_unlabelled'] = other.digest()
         self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
-        self.recipe = {'parts': parts, 'classes': self.split.classes, **own}
         self.student_name = args.s_name or names[0]
         self.initial = self._initial(args, log)
         self.shown = ('top1', *(f'part{i + 1}' for i in range(len(self.split.distinct()))))
