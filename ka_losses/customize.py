@@ -108,7 +108,7 @@ class Customize(nn.Module):
         for name, fms, channels in (('fms_s', fms_s, self.s_channels), ('fms_t', fms_t, self.t_channels)):
             if len(fms) != len(channels):
                 raise ValueError(
-                    f'Customize: {name} must hold {len(channels)} maps, got {len(fms)}: one per level'
+                    f'Customize: {name} must hold {len(channels)} maps, got {len(fms)}: a list, one per level'
                 )
             for level, (fm, c) in enumerate(zip(fms, channels)):
                 size = 'HW' if name == 'fms_s' else fms_s[level].shape[2:]
@@ -138,6 +138,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

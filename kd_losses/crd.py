@@ -60,7 +60,7 @@ class CRD(nn.Module):
     Shape:
         feat_s: (N, s_dim), feat_t: (N, t_dim); further axes are flattened. index: (N,) int64. sample_idx:
         (N, 1 + n) int64 instead of drawn ones, the positive first. generator: where to draw from. Returns a
-        scalar. No gradient reaches feat_t. In eval mode and without gradients nothing is remembered.
+        scalar. No gradient reaches feat_t. Nothing is remembered in eval mode, nor without gradients.
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
@@ -118,8 +118,7 @@ class CRD(nn.Module):
         feat_s, feat_t = self._flat('feat_s', feat_s, self.s_dim), self._flat('feat_t', feat_t, self.t_dim)
         n = len(feat_s)
         _expect('CRD', 'feat_t', feat_t, n, self.t_dim)
-        _expect('CRD', 'index', index, n)
-        index = index.long()
+        index = _positions_in('CRD', index, n, self.n_data)
         if sample_idx is None:
             sample_idx = self._draw(index, generator)
         else:
@@ -229,6 +228,20 @@ def _by(generator: torch.Generator | None) -> dict:
     return {} if generator is None else {'generator': generator}
 
 
+def _positions_in(who: str, index: Tensor, n: int, size: int) -> Tensor:
+    """n positions in the training set as int64. Only on the CPU are they looked at, a GPU would wait."""
+    _expect(who, 'index', index, n)
+    seen = index.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)()
+    wrong = [i for i in index.tolist() if not 0 <= i < size] if seen else []
+    if wrong or index.is_floating_point():
+        got = index.dtype if index.is_floating_point() else wrong[0]
+        raise ValueError(
+            f'{who}: index must be integers in 0..{size - 1}, positions in the training set, got {got}: '
+            "number the samples from 0 (those of a Subset have the whole set's numbers)"
+        )
+    return index.long()
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
@@ -237,6 +250,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

@@ -41,7 +41,8 @@ class DIST(nn.Module):
 
     Shape:
         out_s, out_t: (N, K), equal, or (N, K, H, W), every position a sample. Returns a scalar.
-        No gradient reaches out_t. `terms` returns (inter, intra), tau^2 included, beta and gamma not.
+        No gradient reaches out_t. `terms` returns (inter, intra), tau^2 included, beta and gamma not. With
+        K = 2 the inter term is constant: two numbers always correlate fully, and only intra teaches.
         Computed in float32, or in float64 as the student.
 
     Raises:
@@ -90,6 +91,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

@@ -45,7 +45,8 @@ class DOT(torch.optim.Optimizer):
     Shape:
         gradients of the parameters' shapes. `step_kd()` stores the current gradients as the distillation's,
         `step()` takes the current ones as the task's and moves the parameters; without step_kd it is SGD with
-        momentum. Not under a GradScaler: what step_kd stored would stay scaled. bfloat16 needs none.
+        momentum. step_kd() replaces what it stored: gradients of micro-batches are not gathered. Not under a
+        GradScaler: what step_kd stored would stay scaled. bfloat16 needs none.
         DistributedDataParallel averages the first backward after a forward only: with two, every process
         would go its own way. Run forward and both inside `net.no_sync()`, and all_reduce each gradient,
         divided by the number of processes, before step_kd() and before step().

@@ -48,7 +48,7 @@ class SoftCE(nn.Module):
         Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: T is not positive; shapes are wrong.
+        ValueError: T is not positive; shapes are wrong; out_t is negative somewhere (not looked at on a GPU).
     """
 
     def __init__(self, T: float = 1.0) -> None:
@@ -60,6 +60,10 @@ class SoftCE(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
         _expect('SoftCE', 'out_s', out_s, 'N', 'K')
         _expect('SoftCE', 'out_t', out_t, *out_s.shape)
+        if out_t.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():
+            (lowest,) = out_t.detach().flatten().amin(dim=0, keepdim=True).tolist()
+            if lowest < -0.01:  # stored halves are rounded, so not 0
+                raise ValueError(f'SoftCE: out_t must be probabilities, got {lowest:g}: out_t.softmax(dim=1)')
         p, log_q = _full(out_t.detach(), out_s), F.log_softmax(_full(out_s) / self.T, dim=1)
         return -torch.where(p == 0, 0.0, p * log_q).sum(dim=1).mean()
 
@@ -159,6 +163,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

@@ -132,7 +132,9 @@ class MHGD(nn.Module):
 
     def _check(self, name: str, fms: list[Tensor], n: int | None = None) -> None:
         if len(fms) != len(self.dims):
-            raise ValueError(f'MHGD: {name} must hold {len(self.dims)} maps, got {len(fms)}: one per stage')
+            raise ValueError(
+                f'MHGD: {name} must hold {len(self.dims)} maps, got {len(fms)}: a list, one per stage'
+            )
         for fm, channels in zip(fms, self.dims):
             _expect('MHGD', name, fm, len(fms[0]) if n is None else n, channels, 'H', 'W')
 
@@ -213,6 +215,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

@@ -3,7 +3,7 @@
 K. Kim, B. Ji, D. Yoon, S. Hwang, "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV
 2021, arXiv:2006.12000.
 
-    alpha = alpha_T * (epoch + 1) / total_epochs                     epoch from 0
+    alpha = alpha_T * (epoch + 1) / total_epochs                     epoch from 0; at most alpha_T
     s = (1 - alpha) * onehot(target) + alpha * softmax(out of this image, one epoch ago)
     loss = - mean over n of sum over k of s * log softmax(out)     instead of cross-entropy
     then softmax(out) is remembered for the next epoch
@@ -66,18 +66,18 @@ class PSKD(nn.Module):
 
     def forward(self, out: Tensor, target: Tensor, index: Tensor, epoch: int) -> Tensor:
         _expect('PSKD', 'out', out, 'N', self.memory.shape[1])
-        _expect('PSKD', 'index', index, len(out))
+        index = _positions_in('PSKD', index, len(out), len(self.memory))
         known, valid = _labels('PSKD', target, *out.shape)
-        past = _full(self.memory[index.long()], out)
+        past = _full(self.memory[index], out)
         unseen = past.sum(dim=1, keepdim=True) == 0
         past_or_label = torch.where(unseen, _is(known, out.shape[1]).to(past.dtype), past)
-        alpha = max(0.0, self.alpha_T * (epoch + 1) / self.total_epochs)
+        alpha = self.alpha_T * min(max((epoch + 1) / self.total_epochs, 0.0), 1.0)
         loss = _refined(out, past_or_label, known, valid, alpha)
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 now = _full(out).softmax(dim=1)
                 now = now if valid is None else torch.where(valid[:, None], now, past)
-                self.memory.index_copy_(0, index.long(), now.to(self.memory.dtype))
+                self.memory.index_copy_(0, index, now.to(self.memory.dtype))
         return loss
 
 
@@ -95,6 +95,20 @@ def _refined(out: Tensor, prev_prob: Tensor, target: Tensor, valid: Tensor | Non
     return -_per_sample(goal * F.log_softmax(out, dim=1), valid)
 
 
+def _positions_in(who: str, index: Tensor, n: int, size: int) -> Tensor:
+    """n positions in the training set as int64. Only on the CPU are they looked at, a GPU would wait."""
+    _expect(who, 'index', index, n)
+    seen = index.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)()
+    wrong = [i for i in index.tolist() if not 0 <= i < size] if seen else []
+    if wrong or index.is_floating_point():
+        got = index.dtype if index.is_floating_point() else wrong[0]
+        raise ValueError(
+            f'{who}: index must be integers in 0..{size - 1}, positions in the training set, got {got}: '
+            "number the samples from 0 (those of a Subset have the whole set's numbers)"
+        )
+    return index.long()
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
@@ -103,6 +117,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

@@ -50,7 +50,8 @@ class QuEST(nn.Module):
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: centroids has another shape; a map has other channels or sizes than allowed.
+        ValueError: centroids has another shape, or is zeros still; a map has other channels or sizes than
+            allowed.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class QuEST(nn.Module):
             _expect('QuEST', 'centroids', centroids, 'V', t_channels)
             num_words = len(centroids)
         num_words = 4096 if num_words is None else num_words
+        self.known = centroids is not None  # else forward looks, once, whether they are zeros still
         if centroids is None:
             centroids = torch.zeros(num_words, t_channels)
         _expect('QuEST', 'centroids', centroids, num_words, t_channels)
@@ -78,6 +80,13 @@ class QuEST(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         _expect('QuEST', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
         fm_t = self._teacher_map(fm_t, fm_s.shape)
+        compiling = getattr(torch.compiler, 'is_compiling', bool)()
+        if not self.known and not compiling and not self.centroids.is_meta:  # a GPU waits once
+            self.known = bool((self.centroids != 0).any())
+            if not self.known:
+                raise ValueError(
+                    'QuEST: centroids must be known, got zeros: call fit with maps of the teacher'
+                )
         with _no_autocast(fm_s):
             s, t = _positions(_full(fm_s)), _positions(_full(fm_t.detach(), fm_s))
             with torch.no_grad():
@@ -110,6 +119,7 @@ class QuEST(nn.Module):
         """Make the vocabulary from teacher maps (N, t_channels, H, W) of the size that training will see."""
         words = fit_centroids(_positions(_full(maps)), len(self.centroids), iters, generator)
         self.centroids.copy_(words)
+        self.known = True
 
 
 @torch.no_grad()
@@ -156,6 +166,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

@@ -73,7 +73,7 @@ class ReviewKD(nn.Module):
         return [self.hcl(out, t) for out, t in zip(outs, fms_t)]
 
     def fuse(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> list[Tensor]:
-        self._check('fms_s', fms_s, self.s_channels, (len(fms_s[0]) if fms_s else 0) or 'N')
+        self._check('fms_s', fms_s, self.s_channels, (len(fms_s[0]) if len(fms_s) else 0) or 'N')
         self._check('fms_t', fms_t, self.t_channels, len(fms_s[0]))
         if self.training and any(fm[:, 0].numel() == 1 for fm in fms_s):  # torch would not say which
             raise ValueError(
@@ -91,7 +91,7 @@ class ReviewKD(nn.Module):
     def _check(name: str, fms: list[Tensor], channels: list[int], n: int) -> None:
         if len(fms) != len(channels):
             raise ValueError(
-                f'ReviewKD: {name} must hold {len(channels)} maps, got {len(fms)}: one per level'
+                f'ReviewKD: {name} must hold {len(channels)} maps, got {len(fms)}: a list, one per level'
             )
         for fm, c in zip(fms, channels):
             _expect('ReviewKD', name, fm, n, c, 'H', 'W')
@@ -154,6 +154,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

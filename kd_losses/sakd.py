@@ -93,7 +93,7 @@ class SAKD(nn.Module):
         for name, fms in (('fms_s', fms_s), ('fms_t', fms_t)):
             if len(fms) != len(self.hints):
                 raise ValueError(
-                    f'SAKD: {name} must hold {len(self.hints)} maps, got {len(fms)}: one per stage'
+                    f'SAKD: {name} must hold {len(self.hints)} maps, got {len(fms)}: a list, one per stage'
                 )
             for i, fm in enumerate(fms):
                 _expect('SAKD', f'{name}[{i}]', fm, len(out_s), 'C', 'H', 'W')
@@ -206,6 +206,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

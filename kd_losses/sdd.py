@@ -88,9 +88,9 @@ class SDD(nn.Module):
 
 
 def local_logits(fm: Tensor, fc, scales: tuple = (1, 2, 4)) -> Tensor:
-    """(N, C, H, W) map and classifier (a module, or (weight, bias)) to (N, K, R) logits of the regions of the
-    asked scales, whole image first, then the 2x2 and the 4x4 grid row by row."""
-    weight, bias = fc if isinstance(fc, (tuple, list)) else (fc.weight, fc.bias)
+    """(N, C, H, W) map and classifier (the last nn.Linear, or (weight, bias)) to (N, K, R) logits of the
+    regions of the asked scales, whole image first, then the 2x2 and the 4x4 grid row by row."""
+    weight, bias = _affine('local_logits', 'fc', fc)
     if fm.dim() != 4 or weight.shape[1] != fm.shape[1]:
         raise ValueError(
             f'local_logits: fm must be the map that is averaged for the classifier, '
@@ -128,6 +128,18 @@ def _kl(log_p_t: Tensor, log_p_s: Tensor, on_host: bool = False) -> Tensor:
     return torch.where(p_t == 0, 0.0, kl)
 
 
+def _affine(who: str, name: str, layer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer, or of the pair (weight, bias)."""
+    if isinstance(layer, (tuple, list)):
+        return layer
+    if getattr(getattr(layer, 'weight', None), 'ndim', 0) != 2:
+        kind = type(layer).__name__
+        raise ValueError(
+            f'{who}: {name} must be a Linear or (weight, bias), got {kind}: give the last Linear'
+        )
+    return layer.weight, layer.bias
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
@@ -136,6 +148,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

@@ -64,8 +64,9 @@ class SimKD(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         _expect('SimKD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
         _expect('SimKD', 'fm_t', fm_t, len(fm_s), self.t_channels, 'H', 'W')
-        for i, side in enumerate(fm_t.shape[2:]):
-            self.size[i].fill_(side)  # a tensor copied from the host would wait on a GPU
+        if self.training:  # images of another size in validation leave what predict pools to
+            for i, side in enumerate(fm_t.shape[2:]):
+                self.size[i].fill_(side)  # a tensor copied from the host would wait on a GPU
         return self.distance(self.project(fm_s, tuple(fm_t.shape[2:])), fm_t)
 
     def project(self, fm_s: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -86,13 +87,11 @@ class SimKD(nn.Module):
 
     def predict(self, fm_s: Tensor, classifier, size: tuple[int, int] | None = None) -> Tensor:
         """Logits of the student with the teacher's classifier; size: of the teacher's map, default the last
-        one seen, for which a GPU waits."""
+        one seen in training, for which a GPU waits."""
         if size is None:
             size = tuple(self.size.tolist()) if int(self.size[0]) else None
         pooled = self.project(fm_s, size).mean(dim=(2, 3))
-        weight, bias = (
-            classifier if isinstance(classifier, (tuple, list)) else (classifier.weight, classifier.bias)
-        )
+        weight, bias = _affine('SimKD', 'classifier', classifier)
         _expect('SimKD', 'classifier.weight', weight, 'V', pooled.shape[1])
         return F.linear(pooled, weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
 
@@ -133,6 +132,18 @@ class SimKDStudent(nn.Module):
         return f._replace(out=out, feat=feat, extra=projected) if feats else out
 
 
+def _affine(who: str, name: str, layer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer, or of the pair (weight, bias)."""
+    if isinstance(layer, (tuple, list)):
+        return layer
+    if getattr(getattr(layer, 'weight', None), 'ndim', 0) != 2:
+        kind = type(layer).__name__
+        raise ValueError(
+            f'{who}: {name} must be a Linear or (weight, bias), got {kind}: give the last Linear'
+        )
+    return layer.weight, layer.bias
+
+
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """Refuse another shape and say what to do. A letter is an axis of any length but 0, for K (classes) 1."""
     got = tuple(x.shape)
@@ -141,6 +152,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

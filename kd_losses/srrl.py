@@ -40,8 +40,8 @@ class SRRL(nn.Module):
         sr_weight: weight of the logit term; 1.
 
     Shape:
-        fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t), out_t: (N, K); classifier: a module
-        from (N, t_channels) to (N, K) or a pair (weight (K, t_channels), bias (K,)). Returns a scalar. No
+        fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t), out_t: (N, K); classifier: the
+        teacher's last nn.Linear or a pair (weight (K, t_channels), bias (K,) or None). Returns a scalar. No
         gradient reaches fm_t, out_t or the classifier's parameters. `terms` returns (FM, SR).
         Computed in float32, or in float64 as the student.
 
@@ -67,9 +67,7 @@ class SRRL(nn.Module):
     def terms(self, fm_s: Tensor, fm_t: Tensor, out_t: Tensor, classifier) -> tuple[Tensor, Tensor]:
         _expect('SRRL', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
         _expect('SRRL', 'fm_t', fm_t, len(fm_s), self.t_channels, 'H', 'W')
-        weight, bias = (
-            classifier if isinstance(classifier, (tuple, list)) else (classifier.weight, classifier.bias)
-        )
+        weight, bias = _affine('SRRL', 'classifier', classifier)
         _expect('SRRL', 'classifier.weight', weight, 'V', self.t_channels)
         _expect('SRRL', 'out_t', out_t, len(fm_s), len(weight))
         with _no_autocast(fm_s):
@@ -77,6 +75,18 @@ class SRRL(nn.Module):
             weight, bias = (None if x is None else _full(x.detach(), fm_s) for x in (weight, bias))
             feature = F.mse_loss(pooled, _full(fm_t.detach(), fm_s).mean(dim=(2, 3)))
             return feature, F.mse_loss(F.linear(pooled, weight, bias), _full(out_t.detach(), fm_s))
+
+
+def _affine(who: str, name: str, layer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer, or of the pair (weight, bias)."""
+    if isinstance(layer, (tuple, list)):
+        return layer
+    if getattr(getattr(layer, 'weight', None), 'ndim', 0) != 2:
+        kind = type(layer).__name__
+        raise ValueError(
+            f'{who}: {name} must be a Linear or (weight, bias), got {kind}: give the last Linear'
+        )
+    return layer.weight, layer.bias
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -87,6 +97,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

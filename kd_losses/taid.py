@@ -59,7 +59,8 @@ class TAID(nn.Module):
         progress: steps done / all steps, 0 at the first one.
 
     Raises:
-        ValueError: 0 <= t_start <= t_end <= 1 does not hold; shapes that differ; K < 2; an id below 0.
+        ValueError: 0 <= t_start <= t_end <= 1 does not hold; shapes that differ; K < 2; an id below 0;
+            progress, if a number, is not in [0, 1].
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class TAID(nn.Module):
     def forward(
         self, out_s: Tensor, out_t: Tensor, target: Tensor | None = None, progress: Tensor | float = 0.0
     ) -> Tensor:
+        if not isinstance(progress, Tensor) and not 0 <= progress <= 1:
+            raise ValueError(f'TAID: progress must be in [0, 1], got {progress}: steps done / all steps')
         rows, rows_t, counts = _tokens('TAID', out_s, out_t, target)
         t = self.t.clone()  # backward may come after the update
 
@@ -233,6 +236,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

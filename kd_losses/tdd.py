@@ -72,7 +72,7 @@ class TDD(nn.Module):
     def levels(self, fms_s: list[Tensor], target: Tensor) -> list[Tensor]:
         if len(fms_s) != len(self.channels):
             raise ValueError(
-                f'TDD: fms_s must hold {len(self.channels)} maps, got {len(fms_s)}: one per level'
+                f'TDD: fms_s must hold {len(self.channels)} maps, got {len(fms_s)}: a list, one per level'
             )
         for i, (fm, c) in enumerate(zip(fms_s, self.channels)):
             _expect('TDD', f'fms_s[{i}]', fm, len(fms_s[0]) or 'N', c, 'H', 'W')
@@ -163,6 +163,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

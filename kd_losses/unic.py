@@ -193,7 +193,7 @@ class TeacherNorm(nn.Module):
 
 def momentum(step: int, steps: int, start: float = 1.0, end: float = 0.001) -> float:
     """r of a step: along a cosine from start to end."""
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
 
 def _projector(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
@@ -227,6 +227,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '

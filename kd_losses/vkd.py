@@ -51,7 +51,9 @@ class VkD(nn.Module):
     def __init__(self, s_dim: int, t_dim: int) -> None:
         super().__init__()
         self.s_dim, self.t_dim = s_dim, t_dim
-        self.projection = orthogonal(nn.Linear(s_dim, t_dim, bias=False))
+        # torch's choice for unlike widths keeps signs in the parameter, which weight decay would round to 0
+        way = None if s_dim == t_dim else 'cayley'
+        self.projection = orthogonal(nn.Linear(s_dim, t_dim, bias=False), orthogonal_map=way)
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         feat_s, feat_t = (x.flatten(1) if x.dim() > 2 else x for x in (feat_s, feat_t))
@@ -71,6 +73,8 @@ def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
         return
     if 0 in got:
         remedy = 'leave an empty batch out'
+    elif len(got) == 2 and len(wanted) == 1:
+        remedy = 'a number per row: x.flatten() of (N, 1) or (N, L), x.argmax(1) of one-hot labels'
     elif len(got) > len(wanted) and len(wanted) < 3:
         remedy = (
             'classes last, then flatten: x.movedim(1, -1).flatten(0, 2) for (N, K, H, W), x.flatten(0, 1) '
