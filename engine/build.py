@@ -173,17 +173,26 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
                         weights |= {
                             t.name: t.weight for t in run.terms if t.weight and not t.method.when.alone
                         }
-                    trial(batch, weights, inner, phase)
+                    check_terms(trial(batch, weights, inner, phase)[1])
     except AttributeError as error:  # a network of the user's own, without a part that this method asks for
         raise UserError(f'{run.name}: {error}') from None
     if not torch.equal(state, random_state(seen.img.device)):
         run.draws, run.usual_only = True, '; '.join(filter(None, (run.usual_only, 'it has dropout')))
 
 
+def check_terms(terms: dict) -> None:
+    """A loss that is no number, or has lost its graph, would leave the student to the others in silence."""
+    for name, x in terms.items():
+        if not isinstance(x, torch.Tensor) or x.dim() or not x.requires_grad:
+            got = f'a tensor of shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else type(x).__name__
+            got += ', detached' if isinstance(x, torch.Tensor) and not x.requires_grad else ''
+            raise UserError(f'{name}: feed and loss must give one number with a gradient, got {got}')
+
+
 def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:
     """Build the loss of a method, and return the network that this method trains."""
     method = term.method
-    with built_from('--kd_args', term.name):
+    with built_from('--kd_args' if term.options else '', term.name):
         term.build(probe)
         term.loss.to(device)
         if method.own.student:

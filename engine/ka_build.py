@@ -89,7 +89,7 @@ def build_run(args, term: Term, setting, folder, origin) -> Run:
     if layers:
         check_stages(name, probe)
     torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
-    with built_from('--ka_args', name):
+    with built_from('--ka_args' if term.options else '', name):
         ka = method.build(method.loss, probe, **term.options).to(device)
     step = Student(net, ka, term, setting, args.T)
     opts = {update: optimiser(args, *both) for update, both in method.own.parameters(net, ka).items()}

@@ -67,7 +67,11 @@ def opening(module) -> tuple[str, str]:
     """The first two paragraphs of a loss file: what it is, and whose."""
     if not module:
         return '', ''
-    paragraphs = [' '.join(text.split()) for text in inspect.getdoc(module).split('\n\n')]
+    paragraphs = [' '.join(text.split()) for text in (inspect.getdoc(module) or '').split('\n\n')]
+    if len(paragraphs) < 2:
+        raise ValueError(
+            f'{module.__file__}: the docstring must begin with a title, an empty line, and the paper'
+        )
     return paragraphs[0].rstrip('.'), paragraphs[1]
 
 
@@ -167,6 +171,12 @@ def arguments(row) -> str:
     worked_out = ' '.join(key for key, value in values.items() if not value)
     named = [f'{key}={value}' for key, value in values.items() if value]
     return ', '.join([*named, *([f'worked out: {worked_out}'] if worked_out else [])])
+
+
+def unlike_defaults(row) -> str:
+    """What the row's build tells the constructor where its class says otherwise: "T=2.0"; '' for nothing."""
+    defaults = {p.name: repr(p.default) for p in inspect.signature(row.loss).parameters.values()}
+    return ', '.join(f'{k}={v}' for k, v in told(row.build).items() if v and v != defaults.get(k, v))
 
 
 def told(build) -> dict:

@@ -88,7 +88,7 @@ def make_run(args, setting, folder, origin, name, method, weight, options) -> pa
     torch.manual_seed(args.seed)  # a loss's own weights must not depend on the runs built before it
     net, seen = parts.student_of(setting), StepTexts(setting, 0)
     probe = parts.Probe(setting.look(net, seen.x), seen.t, args.steps, seen.second if setting.pairs else None)
-    with built_from('--kd_args', name):
+    with built_from('--kd_args' if options else '', name):
         kd = method.build(method.loss, probe, **options).to(setting.device)
     same_weights(net, kd)
     groups = [{'params': list(net.parameters()), 'base': args.lr}]

@@ -6,6 +6,8 @@ import contextlib
 import inspect
 from collections.abc import Iterable
 
+from torch import nn
+
 from engine.errors import UserError, user_errors
 from engine.processes import processes
 
@@ -92,6 +94,7 @@ def check_option(name: str, method, key: str, value, flag: str) -> None:
     if key not in signature.parameters:
         raise UserError(f'{flag}: {name} has no argument {key!r}; {shown}')
     kind = signature.parameters[key].annotation
+    kind = object if kind is inspect.Parameter.empty else kind
     legal = True
     with contextlib.suppress(TypeError):  # a list of something: the constructor says more
         legal = isinstance(value, int | kind if isinstance(0.0, kind) else kind)  # 100 is a float, too
@@ -101,9 +104,14 @@ def check_option(name: str, method, key: str, value, flag: str) -> None:
 
 @contextlib.contextmanager
 def built_from(flag: str, name: str):
-    """Where a loss is built: an argument that the table fills, e.g. s_channels, is a user error, too."""
+    """Where a loss is built: an argument that the table fills, e.g. s_channels, is a user error, too.
+
+    So is a part that a network of the user's own lacks. flag: where options stand, '' if none were given.
+    """
     try:
         with user_errors():
             yield
-    except (TypeError, IndexError) as error:
-        raise UserError(f'{flag}: {name}: {error}') from None
+    except (TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, AttributeError) and not isinstance(error.obj, nn.Module):
+            raise  # a mistake of who wrote the build
+        raise UserError(f'{flag}: {name}: {error}' if flag else f'{name}: {error}') from None

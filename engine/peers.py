@@ -108,7 +108,7 @@ def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
     probe = Probe(seen, None, nets, None, train, args.batch_size, args.epochs, train.num_classes,
                   another_net)  # fmt: skip
     torch.manual_seed(args.seed)
-    with built_from('--kd_args', args.kd_mode[0]):
+    with built_from('--kd_args' if options else '', args.kd_mode[0]):
         kd = method.build(method.loss, probe, **options).to(device)
         torch.manual_seed(args.seed + len(nets))  # heads of networks: not the weights that one of them has
         step = Step(method.own.peers(nets, probe), kd, method, amp).to(device)

@@ -120,7 +120,7 @@ class Student(nn.Module):
     def inner(self, epoch: int, epochs: int) -> dict[str, float]:
         """{method: the value of its inner schedule in this epoch}"""
         schedules = {term.name: term.method.when.inner for term in self.terms}
-        return {name: schedule(epoch, epochs) for name, schedule in schedules.items() if schedule}
+        return {name: schedule(max(epoch, 0), epochs) for name, schedule in schedules.items() if schedule}
 
     def weights(self, phase: str, epoch: int, epochs: int) -> dict[str, float]:
         """{'ce' or method: its weight in this epoch}, without the methods that rest."""
@@ -134,7 +134,9 @@ class Student(nn.Module):
             own = math.prod(ce(epoch, epochs) if callable(ce) else ce for ce in ces)
             weights['ce'] = own if self.ce is None else self.ce
         for term in self.terms:
-            factor = term.ramp(epoch, epochs) if term.ramp else 1
+            factor = (
+                term.ramp(epoch, epochs) if term.ramp and phase == 'train' else 1
+            )  # epochs before are < 0
             # a loss that initialises rests afterwards; others rest while it works
             if (phase == 'init') == bool(term.method.when.alone) and term.weight * factor != 0:
                 weights[term.name] = term.weight * factor

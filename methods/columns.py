@@ -112,3 +112,9 @@ class Method:
     own: Own = Own()
     limits: Limits = Limits()
     says: str = ''  # what it does, where the loss file's first line is another row's
+
+    def __post_init__(self) -> None:
+        if bool(self.when.pretrain) != (self.own.pretrain is not None):
+            raise ValueError(
+                f'{self.loss.__name__}: When(pretrain=epochs) and Own(pretrain=function) go together'
+            )

@@ -31,7 +31,8 @@ lines of the loss files; `python train_kd.py --kd_mode list` prints weights, nee
 loss.
 
 The weight is the default of `--lambda_kd` (`--lambda_ka`): loss = cross-entropy + weight * method, unless the
-row gives cross-entropy another weight, which stands in brackets; 0 where the loss contains it. Weights are
+row gives cross-entropy another weight, which stands in brackets; 0 where the loss contains it. "With" names
+arguments that the weight was made for where they are not the defaults of the loss's class. Weights are
 those of Knowledge-Distillation-Zoo on CIFAR-10 where it has the method, else the authors'
 ([words](words.md)). "Maps" are the feature maps at the end of a network's stages, "embedding" is the vector
 before the classifier. Stages are averaged. The last column links to what each file is verified against and
@@ -95,6 +96,8 @@ def methods_line(name: str, row, facts: dict) -> str:
     reference = 'images that were made before' if hasattr(row, 'images') else 'cross-entropy with labels'
     what = facts['title'] or f'the reference: {reference}'
     weight = facts['weight'] + (f' (ce {facts["ce"]})' if facts['ce'] else '')
+    if not hasattr(row, 'images') and (unlike := listing.unlike_defaults(row)):
+        weight += f', with `{unlike}`'
     return f'| {shown} | {what} | {facts["paper"]} | {facts["needs"]} | {weight} | {more(name, path)} |'
 
 

@@ -113,6 +113,8 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
         (loss_kd + terms.get('ce', 0)).backward()
     except ValueError as error:
         return 'refuses', ' '.join(str(error).split())
+    except (RuntimeError, TypeError) as error:  # a loss should refuse what does not fit
+        return 'broken', f'{type(error).__name__}: {" ".join(str(error).split())}'
     if not torch.isfinite(loss_kd):
         return 'broken', f'loss {loss_kd}'
     learns = any(p.requires_grad for p in term.loss.parameters()) or method.own.student is not None
@@ -157,7 +159,16 @@ one line before training. *works*: as it is. *adapter*: with layers of the loss'
 """
 
 
-def page(verdict: Callable[[str, str], str] = lambda name, kind: one_step(name, kind)[0]) -> str:
+def tried(name: str, kind: str) -> str:
+    verdict, why = one_step(name, kind)
+    if verdict == 'broken':
+        raise ValueError(
+            f'{name} on the pair {kind}: {why}; a ValueError of the loss would count as a refusal'
+        )
+    return verdict
+
+
+def page(verdict: Callable[[str, str], str] = tried) -> str:
     """The text of docs/pairs.md; verdict: (method, pair) -> works, adapter or refuses."""
     torch.set_num_threads(1)  # small networks; several threads would wait for each other
     lines = [f'| `{kind}` | {what} |' for kind, what in PAIRS.items()]

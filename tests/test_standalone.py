@@ -206,12 +206,14 @@ def test_explains_itself(path):
     doc = ast.get_docstring(tree)
     assert re.search(r'(19|20)\d\d', doc), 'no year of the paper'
     assert 'loss =' in doc, 'no equation'
-    assert re.search(r'^Taps?:', doc, re.M) and re.search(r'^Differences:', doc, re.M)
+    assert re.search(r'^Taps?:', doc, re.M) and re.search(r'^Differences:', doc, re.M), (
+        'no Tap:, Differences:'
+    )
     assert len(doc.splitlines()) <= 45, 'longer than a screen'
     public = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith('_')]
     assert public, 'the first public class is the method'
-    said = ast.get_docstring(public[0])
-    assert 'Shape:' in said and 'Raises:' in said
+    said = ast.get_docstring(public[0]) or ''
+    assert 'Shape:' in said and 'Raises:' in said, 'the class needs a docstring with Shape: and Raises:'
     init = [n for n in public[0].body if isinstance(n, ast.FunctionDef) and n.name == '__init__']
     for argument in [a.arg for a in init[0].args.args[1:]] if init else []:
         assert re.search(rf'\b{argument}\b', said), f'{argument} is not explained'
@@ -221,7 +223,9 @@ def test_explains_itself(path):
 def test_says_where_it_is_from_and_how_to_use_it(path, monkeypatch):
     """Source: repository and file, or 'formula only'. Use: runs as pasted, and fails without a gradient."""
     doc = ast.get_docstring(ast.parse(path.read_text()))
-    source = re.search(r'^Source: (.+?)\n\n', doc, re.M | re.S)[1]
+    source = re.search(r'^Source: (.+?)\n\n', doc, re.M | re.S)
+    assert source and '\nUse:\n' in doc, 'the docstring needs the paragraphs Source: and Use:'
+    source = source[1]
     assert source.startswith('formula only') or re.match(r'[\w-]+/[\w.-]+( at commit \w+)?, \w', source), (
         source
     )
@@ -287,7 +291,7 @@ def test_helpers_of_one_name_are_one_text():
 def test_every_loss_guards_its_arguments(path):
     """Shapes with remedies, precision, and exact products: a new file has them too."""
     source = path.read_text()
-    assert '_expect(' in source and '_full(' in source
+    assert '_expect(' in source and '_full(' in source, 'copy both from kd_losses/st.py, and use them'
     code = source.split('"""', 2)[2]
     for product in re.findall(r'[^\n]*(?: @ |addmm|bmm)[^\n]*', code):
         assert '_exact' in code or path.stem in ('cfl', 'skds'), f'{product.strip()} is not exact'

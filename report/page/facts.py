@@ -337,13 +337,15 @@ def kind_of(text: str, doc: Doc) -> str:
         if re.match(r'formula only|no vector', text):
             return 'formula'
         return 'reference'
-    return 'formula' if source.startswith('formula only') else 'vector'
+    return 'vector' if source and not source.startswith('formula only') else 'formula'
 
 
 def said_by_source(doc: Doc) -> str:
     source = doc.source[0][1] if doc.source else ''
     if source.startswith('formula only'):
         return 'formula only'
+    if not source:
+        return 'nothing yet: its file names no source'
     return "our specification's vector of the formula, as that source has it"
 
 
