@@ -186,6 +186,9 @@ def test_the_readme_counts_what_is_verified():
     authors = [name for name, said in verified.items() if said.startswith("authors' code")]
     for counted in (f'{len(verified)} losses and recipes: ', f'{len(authors)} of them against their authors'):
         assert counted in TEXT[PAGES[0]].replace('\n', ' '), f'README.md must say: {counted}'
+    page = (ROOT / 'docs' / 'index.html').read_text()
+    shown = re.search(r'id="count"[^>]*>(\d+) methods', page)[1]
+    assert f'({shown} with their variants)' in TEXT[PAGES[0]], 'README.md counts the page otherwise'
 
 
 def test_the_followed_step_exists():
