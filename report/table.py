@@ -25,11 +25,11 @@ COLUMNS = ('method', 'teacher -> student', 'last epoch', 'seeds', 'against the b
 COLUMNS += ('schedule', 'device', 'published')
 # what repetitions of a run differ in
 PER_SEED = {'seed', 'initial', 'teacher_weights', 'teachers', 'parts', 'teacher_top1', 'teacher_right',
-            'own_images'}  # fmt: skip
+            'own_images', 'own_scale'}  # fmt: skip
 NAMED = {'script', 'teacher', 'method', 'methods', 'ce'}  # what a row's name says already, see chosen
 RECIPE = ('lr', 'batch_size', 'schedule', 'milestones', 'lr_decay', 'amp', 'optim', 'weight_decay',
           'momentum', 'nesterov', 'pad', 'augment', 'image_size', 'labelled', 'val_split', 'bn_l1',
-          'processes')  # fmt: skip
+          'processes', 'own_scale')  # fmt: skip
 SCRIPTS = ('train_base', 'train_kd', 'train_dml')  # what this table is of; others have commands of their own
 PUBLISHED = Path(__file__).parent.parent / 'results' / 'published.json'
 
@@ -57,15 +57,15 @@ def read_json(path: Path):
 
 def group(results: list[dict]) -> dict[tuple, list[dict]]:
     """Runs of the same experiment, which differ in the seed only; baselines first, then by last accuracy."""
-    groups = {}
-    for r in results:
+    groups, data = {}, data_names(results)
+    for r, name in zip(results, data):
         # a student that teaches itself may have been trained beside others, in a process with a teacher, and
         # one of a single teacher in a process with several, of which it reads the first
         rows = [METHODS[part] for part in r['method'].split('+') if part in METHODS]
         teacher = r['teacher'] if any(row.needs.teacher for row in rows) else ''
         teacher = teacher if any(row.needs.all_teachers for row in rows) else teacher.partition('+')[0]
         method = r['method'] + (f' until epoch {r["kd_stop"]}' if 'kd_stop' in r else '')
-        key = (r['data'], teacher, r['student'], method, r['epochs'])
+        key = (name, teacher, r['student'], method, r['epochs'])
         groups.setdefault(key, []).append(r)
     groups = {
         (*key[:3], key[3] + more, key[4]): runs
@@ -75,6 +75,19 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
     return dict(
         sorted(groups.items(), key=lambda item: (not is_baseline(item[0][3]), -mean(item[1], 'last')))
     )
+
+
+def data_names(results: list[dict]) -> list[str]:
+    """Of every result. Data that the user has, under one name, are told apart by how their digest begins."""
+    sets = {}
+    for r in results:
+        sets.setdefault(r['data'], set()).add(r.get('recipe', {}).get('own_images'))
+    several = {name for name, digests in sets.items() if len(digests - {None}) > 1}
+    names = []
+    for r in results:
+        digest = r.get('recipe', {}).get('own_images') or 'unknown'
+        names.append(f'{r["data"]} {digest[:6]}' if r['data'] in several else r['data'])
+    return names
 
 
 def is_baseline(method: str) -> bool:
@@ -88,7 +101,7 @@ def apart(runs: list[dict]) -> dict[str, list[dict]]:
     for label, alike in by_recipe(runs, NAMED).items():
         for r in alike:
             found.setdefault((*chosen(r), *label), []).append(r)
-    for split in (by_teacher, by_start, by_images):
+    for split in (by_teacher, by_start, by_scale):
         found = {
             (*label, *more): part for label, alike in found.items() for more, part in split(alike).items()
         }
@@ -153,9 +166,10 @@ def by_start(runs: list[dict]) -> dict[tuple, list[dict]]:
     return by(lambda r: r['recipe'].get('initial'), runs, lambda number, _: f'start {number}')
 
 
-def by_images(runs: list[dict]) -> dict[tuple, list[dict]]:
-    """Of data that the user has, under one name."""
-    return by(lambda r: r['recipe'].get('own_images'), runs, lambda number, _: f'images {number}')
+def by_scale(runs: list[dict]) -> dict[tuple, list[dict]]:
+    """Of one's own images, normalised otherwise than before: all digits, as the name of a row is its own."""
+    scale = 'own_scale'
+    return by(lambda r: r['recipe'].get(scale), runs, lambda _, r: f'{scale} {r["recipe"].get(scale)}')
 
 
 def mean(runs: list[dict], which: str) -> float:
@@ -254,7 +268,8 @@ def table(results: list[dict]) -> str:
         '| ' + ' | '.join(COLUMNS) + ' |',
         '|---' * len(COLUMNS) + '|',
     ]
-    groups, several = group(results), len({r['data'] for r in results}) > 1
+    groups = group(results)
+    several = len({key[0] for key in groups}) > 1
     for key, runs in groups.items():
         data, teacher, student, method, _ = key
         alone = baseline_of(groups, key)

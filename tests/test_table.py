@@ -103,6 +103,34 @@ def test_the_baseline_is_the_students_own():
     assert baseline(run('st', 1, 'a'), run('baseline', 2, 'other', 45.0)) == 45.0, 'of another seed'
 
 
+def test_images_of_ones_own_are_compared_with_themselves():
+    """Two folders of one name: rows, baselines and means of one are not those of the other."""
+    from report.table import group, table
+
+    def run(method, images, top1, seed=1, scale=0.5):
+        recipe = {'lr': 0.1, 'batch_size': 128, 'amp': 'off', 'seed': seed, 'initial': f'a{seed}'}
+        recipe |= {'own_images': images, 'own_scale': [[scale] * 3, [scale] * 3]} if images else {}
+        if method == 'st':
+            recipe |= {'ce': 1.0, 'methods': [['st', METHODS['st'].weight, {}]], 'teacher': 't'}
+        return {'method': method, 'seed': seed, 'data': 'arrays', 'teacher': 't', 'student': 'resnet8',
+                'epochs': 2, 'recipe': recipe, 'machine': {'device': 'cpu'}, 'curve': [top1],
+                'last': {'top1': top1}, 'best': {'top1': top1, 'selected_on': 'test data'}}  # fmt: skip
+
+    one, three = 'aaaaaaaaaaaa', 'cccccccccccc'
+    both = [run('baseline', one, 90.0), run('st', three, 20.0, scale=0.4)]
+    assert '-70' not in table(both)
+    rows = table([*both, run('baseline', three, 18.0, scale=0.4), run('st', one, 91.0)]).splitlines()
+    assert [row for row in rows if '| st | t -> resnet8, arrays cccccc |' in row and '+2.00' in row], rows
+    assert [row for row in rows if '| st | t -> resnet8, arrays aaaaaa |' in row and '+1.00' in row], rows
+    assert not any('own_scale' in row for row in rows)
+    assert [len(runs) for runs in group([run('st', one, 90.0), run('st', three, 20.0, seed=2)]).values()] == [
+        1, 1
+    ], 'no repetitions'  # fmt: skip
+    assert '+1.00' in table([run('baseline', None, 90.0), run('st', one, 91.0)]), 'older ones do not say'
+    scaled = group([run('st', one, 90.0), run('st', one, 80.0, scale=0.4)])
+    assert len(scaled) == 2 and all('own_scale' in key[3] for key in scaled)
+
+
 def test_the_page_compares_within_a_setting():
     """Detectors and lengths of one folder are not mixed: a gain is over this student's own training."""
     from report.page import outcomes
