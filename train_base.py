@@ -115,7 +115,8 @@ def main():
     with user_errors():
         net = models.narrowed(models.build(args.net_name, train.num_classes), args.init)
         if args.init:
-            log(f'initial weights: {models.load_weights(net, args.init, new_head=args.new_head)}')
+            said = models.load_weights(net, args.init, new_head=args.new_head, scale=(train.mean, train.std))
+            log(f'initial weights: {said}')
     initial = copy.deepcopy(models.named_weights(net, train.class_names))
     recipe = math_args(
         args, script='train_base', net=args.net_name, initial=fingerprint(net), classes=classes
@@ -172,7 +173,7 @@ def main():
         row |= measured(measure(net, val, test, amp))
         row['seconds'] = time.time() - started
         if args.keep and (epoch + 1) % args.keep == 0:
-            weights = models.named_weights(net, train.class_names)
+            weights = models.named_weights(net, train.class_names, args.own_scale)
             save_checkpoint(folder / f'epoch{epoch + 1}.pt', weights)
         done = [(record, row, partial(epoch_line, record, args.epochs), '')]
         if code := session.end_epoch(live, epoch, epoch + 1 == args.epochs, done):
@@ -182,7 +183,7 @@ def main():
              'data': args.data_name, 'classes': classes, 'seed': args.seed,
              'epochs': args.epochs}  # fmt: skip
     data = None if classes else data_words(args)  # tools/eval.py measures all classes
-    how = models.how_to_load(folder / 'net.pt', args.net_name, data, train.num_classes)
+    how = models.how_to_load(folder / 'net.pt', args.net_name, data, train.num_classes, train)
     session.finish(live, [(record, 'net.pt', facts, args.net_name, f'weights: {how}')])
 
 

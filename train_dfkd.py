@@ -188,7 +188,7 @@ def main():
                  'data': args.data_name, 'seed': args.seed, 'epochs': run.recipe.epochs,
                  'hours_synth': sum(row['seconds_synth'] for row in run.record.history) / 3600}  # fmt: skip
         path = folder / run.name / 'student.pt'
-        how = models.how_to_load(path, args.s_name, data_words(args), test.num_classes)
+        how = models.how_to_load(path, args.s_name, data_words(args), test.num_classes, test)
         done.append((run.record, path.name, facts, run.name, f'weights: {how}'))
     session.finish(live, done)
     if args.pool_save and runs:

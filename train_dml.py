@@ -165,7 +165,7 @@ def main():
 
     last = record.history[-1]
     for k in range(len(nets)):
-        weights = models.named_weights(step.peers.weights(k), train.class_names)
+        weights = models.named_weights(step.peers.weights(k), train.class_names, args.own_scale)
         save_checkpoint(folder / f'net{k + 1}.pt', weights)
     each = {f'net{k}': {'name': net, 'top1': last[f'net{k}_test_top1'], 'top5': last[f'net{k}_test_top5']}
             for k, net in enumerate(args.net_names, 1)}  # fmt: skip
@@ -176,7 +176,8 @@ def main():
     lines = [f'{key} {value["name"]}: top-1 {value["top1"]:.2f}' for key, value in each.items()]
     lines.append(f'ensemble: top-1 {last["ensemble_test_top1"]:.2f}')
     for k, net in enumerate(args.net_names, 1):
-        how = models.how_to_load(folder / f'net{k}.pt', net, data_words(args), train.num_classes)
+        path = folder / f'net{k}.pt'
+        how = models.how_to_load(path, net, data_words(args), train.num_classes, train)
         lines.append(f'weights: {how}')
     session.finish(live, [(record, 'peers.pt', facts, 'mean of the networks', '\n'.join(lines))])
 

@@ -268,7 +268,7 @@ def how_to_load(run: Run, setting, folder: Path) -> str:
     """For the log: what becomes of the student's weights."""
     path, many = folder / run.name / 'student.pt', logits_of(run.net)
     if many:
-        return f'weights: {models.how_to_load(path, setting.student_name, None, many)}'
+        return f'weights: {models.how_to_load(path, setting.student_name, None, many, setting.train)}'
     kind = type(run.net)
     return f'weights: {path}, of {kind.__module__}.{kind.__name__}, built from the networks of its teachers'
 

@@ -133,7 +133,9 @@ def main():
         net_s = models.build(args.s_name, train.num_classes)
         net_s = models.narrowed(net_s, args.s_init)
         if args.s_init:
-            log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
+            scale = train.mean, train.std
+            said = models.load_weights(net_s, args.s_init, new_head=args.new_head, scale=scale)
+            log(f'initial student: {said}')
 
     origin = provenance(device) | class_names_of(train)
     check_labels(wanted, train, log)
@@ -204,7 +206,7 @@ def main():
                  'global_relations': args.global_relations}  # fmt: skip
         facts |= {} if args.kd_stop is None else {'kd_stop': args.kd_stop}
         path = folder / run.name / 'student.pt'
-        how = models.how_to_load(path, args.s_name, data_words(args), train.num_classes)
+        how = models.how_to_load(path, args.s_name, data_words(args), train.num_classes, train)
         done.append((run.record, path.name, facts, run.name, f'weights: {how}'))
     session.finish(live, done)
 

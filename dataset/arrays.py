@@ -4,6 +4,9 @@ images       (N, H, W, 3) uint8
 labels       (N,) integers; -100: none
 class_names  (K,) strings, in the order of the labels      train.npz; test.npz has the same or none
 mean, std    (3,) of pixels in 0..1                        train.npz only; left out: of its images
+
+When you add images, keep mean and std of the first file: networks that it trained know images normalised
+with these. Left out, they are worked out anew; dataset.load('arrays', ROOT)[0].mean is what they were.
 """
 
 import zipfile

@@ -196,7 +196,8 @@ class Record:
             self.waiting = None
 
     def _weights(self) -> dict:
-        return named_weights(deployed(self.parts['net']), self.origin.get('class_names'))
+        names, scale = self.origin.get('class_names'), self.math_args.get('own_scale')
+        return named_weights(deployed(self.parts['net']), names, scale)
 
     def finish(self, weights: str, facts: dict) -> str:
         """Write the plain weights and results.json; return the headline, which is the last epoch's."""

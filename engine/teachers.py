@@ -83,10 +83,16 @@ class Teachers:
             return [InFloat32(net(img, True), reads) for net, reads in zip(self.fast, self.reads)]
 
 
-def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autocast]) -> dict[str, float]:
-    """Fill, freeze and measure a teacher; one that gives non-finite logits is refused."""
+def load_teacher(
+    net: nn.Module, path: str, data, amp: Callable[[], torch.autocast], scale: tuple | None = None
+) -> dict[str, float]:
+    """Fill, freeze and measure a teacher; one that gives non-finite logits is refused.
+
+    scale: (mean, std) to which the network brings its images; None: they stay as the data's.
+    """
     with user_errors():
-        said = load_weights(net, path, class_names=getattr(data, 'class_names', None))
+        names, scale = getattr(data, 'class_names', None), scale or scale_of(data)
+        said = load_weights(net, path, class_names=names, scale=scale)
     net.requires_grad_(False).to(data.device, memory_format=torch.channels_last)
     refuse_misfit(path, net, data)
     measured = evaluate(net, data, amp)
@@ -97,6 +103,11 @@ def load_teacher(net: nn.Module, path: str, data, amp: Callable[[], torch.autoca
     return measured | {'said': said}
 
 
+def scale_of(data) -> tuple | None:
+    """(mean, std) of a data set; None if its batches are no such images."""
+    return (data.mean, data.std) if hasattr(data, 'mean') else None
+
+
 def load_teachers(
     args, num_classes: int, test, amp, log, mean: list | None = None, std: list | None = None
 ) -> tuple[list[nn.Module], dict]:
@@ -105,13 +116,13 @@ def load_teachers(
     mean, std: of the images that they were trained on, None: as the data's.
     """
     nets, top1 = [], []
+    statistics = (mean or test.mean, std or test.std)
     for name, path in zip(args.t_name, args.t_model):
         with user_errors():
             net = models.build_for(path, name, num_classes)
             if mean or std:
-                statistics = mean or test.mean, std or test.std
                 models.trained_on(net, statistics, (test.mean, test.std))
-        teacher = load_teacher(net, path, test, amp)
+        teacher = load_teacher(net, path, test, amp, statistics)
         log(f'teacher {name}: {teacher["said"]}')
         log(f'teacher {name}: top-1 {teacher["top1"]:.2f}, top-5 {teacher["top5"]:.2f} on the test set')
         nets.append(net)

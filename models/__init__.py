@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import load_weights, named_weights, num_classes_in
+from .checkpoint import load_weights, named_weights, normalised, num_classes_in
 from .feats import Feats
 from .folding import folded
 from .hooks import tap_torchvision
@@ -112,15 +112,18 @@ def narrowed(net: nn.Module, path: str | Path | None) -> nn.Module:
     return shaped_like(net, read_state(path))
 
 
-def how_to_load(path: str | Path, name: str, data: str | None, num_classes: int) -> str:
+def how_to_load(path: str | Path, name: str, data: str | None, num_classes: int, images=None) -> str:
     """What to do with a file of weights, for the end of a log.
 
     data: the value of --data_name and the flags after it (engine.flags.data_words); None if tools/eval.py
     cannot read it.
+    images: a data set of those that it knows; what their mean and std are is said, too.
     """
     file = shlex.quote(str(path))
     measured = f'python tools/eval.py --net_name {name} --data_name {data} {file} measures them, '
     loaded = f'models.load_student({str(path)!r}, {name!r}, {num_classes}) is the network'
+    if images is not None:
+        loaded += f', for images normalised with {normalised((images.mean, images.std))}'
     return f'{path}; {measured if data else ""}{loaded}'
 
 
@@ -129,6 +132,9 @@ def load_student(path: str | Path, name: str, num_classes: int = 100) -> nn.Modu
 
         net = models.load_student('save/run/simkd/student.pt', 'resnet8', num_classes=10)
         logits = net(images)
+
+    images: (N, 3, H, W) of pixels in 0..1, less the mean and divided by the std of the training images, per
+    channel: dataset.mean_std('cifar10'), or what the last line of log.txt says.
 
     Args:
         path: student.pt, net.pt, best.pt, or any file that load_weights reads.

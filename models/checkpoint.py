@@ -29,6 +29,7 @@ def load_weights(
     part: str | None = None,
     new_head: bool = False,
     class_names: Sequence[str] | None = None,
+    scale: Sequence | None = None,
 ) -> str:
     """Fill `net` from a checkpoint file, strictly.
 
@@ -43,9 +44,11 @@ def load_weights(
         new_head: leave the classifier as it is, whatever the file has for it; the rest must fit.
         class_names: what the network's logits stand for: a file that knows its classes and has others, or
             another order, is refused. None: not compared.
+        scale: (mean, std) of the images that it will get. None: not compared.
 
     Returns:
-        A line for the log: which part was taken, what was left out, and the accuracy stored in the file.
+        A line for the log: which part was taken, what was left out, the accuracy stored in the file, and
+        that it knows images normalised otherwise, if the file says so.
 
     Raises:
         ValueError: the file is missing, truncated, holds no weights, holds pickled code, or does not fit the
@@ -53,7 +56,7 @@ def load_weights(
     """
     content = read_checkpoint(path)
     state, key, others = _find_state(content, path, part)
-    names = _stored_class_names(content, state)
+    names, known_scale = _stored_class_names(content, state), _stored_scale(content, state)
     state, prefix, beside = _unwrapped(state, net.state_dict())
     if method := changed_by(beside):
         raise ValueError(
@@ -85,7 +88,7 @@ def load_weights(
         for name in _ACCURACIES
         if _number(content.get(name)) is not None
     ]
-    return ', '.join(said)
+    return ', '.join(said) + _other_scale(known_scale, scale)
 
 
 def num_classes_in(net: nn.Module, path: str | Path) -> int | None:
@@ -107,16 +110,49 @@ def num_classes_in(net: nn.Module, path: str | Path) -> int | None:
 _HEAD_HINT = '; only the classifier differs: --init FILE --new_head (--s_init, --net_inits) keeps the rest'
 
 
-def named_weights(net: nn.Module | dict, class_names: Sequence[str] | None) -> dict:
+def named_weights(
+    net: nn.Module | dict, class_names: Sequence[str] | None, scale: Sequence | None = None
+) -> dict:
     """The state dict of a network (or one that is given) as it is, with the attribute `class_names`.
+
+    scale: (mean, std) of its images, where the name of the data does not say them: the attribute `scale`.
 
     An attribute, because a plain state dict is what everybody can load; torch.save and torch.load keep it.
     """
     state = net.state_dict() if isinstance(net, nn.Module) else net
-    if class_names:
+    if class_names or scale:
         state = OrderedDict(state) if type(state) is dict else state  # a plain one has no attributes
+    if class_names:
         state.class_names = list(class_names)
+    if scale:
+        state.scale = [list(part) for part in scale]
     return state
+
+
+def _stored_scale(content: dict, state: dict) -> Sequence | None:
+    args = content.get('args')  # of a checkpoint of ours: its recipe
+    return getattr(state, 'scale', None) or (args.get('own_scale') if isinstance(args, dict) else None)
+
+
+def _other_scale(stored: Sequence | None, given: Sequence | None) -> str:
+    """A warning for the log; empty if both are alike, or one is unknown."""
+    if not stored or not given or _differ(stored, given) < 1e-3:
+        return ''
+    return (
+        f'; warning: it was trained on images normalised with {normalised(stored)}, these have '
+        f'{normalised(given)}: store the first mean and std in train.npz, or, for a teacher of train_kd.py, '
+        f'say them with --t_mean and --t_std'
+    )
+
+
+def _differ(a: Sequence, b: Sequence) -> float:
+    return max(abs(x - y) for one, other in zip(a, b) for x, y in zip(one, other))
+
+
+def normalised(scale: Sequence) -> str:
+    """'mean (0.4914, 0.4822, 0.4465) std (...)', for people."""
+    mean, std = (tuple(round(float(x), 4) for x in part) for part in scale)
+    return f'mean {mean} std {std}'
 
 
 def _stored_class_names(content: dict, state: dict) -> list | None:

@@ -160,7 +160,8 @@ def main():
     log(f'fedka: {record.finish("student.pt", facts)}')
     served = adapted(student, probe, args, args.epochs - 1)  # what the last row has measured
     save_checkpoint(folder / 'student.pt', models.named_weights(served, train.class_names))
-    how = models.how_to_load(folder / 'student.pt', args.s_name, data_words(args), train.num_classes)
+    path, data = folder / 'student.pt', data_words(args)
+    how = models.how_to_load(path, args.s_name, data, train.num_classes, train)
     log(f'weights: {how}')
 
 

@@ -77,6 +77,7 @@ def main():
     with user_errors():
         net = models.build_for(args.t_model, args.t_name, train.num_classes)
     measured = load_teacher(net, args.t_model, test, amp)
+    print(f'teacher {args.t_name}: {measured["said"]}')
     print(f'teacher {args.t_name}: top-1 {measured["top1"]:.2f} on the test set')
     size = min(size, len(train))
     while len(train) % size == 1:  # trainings leave out a last batch of one; here every image counts

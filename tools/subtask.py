@@ -159,7 +159,7 @@ def main():
         train(record, name, opts.values(), batches, steps, step, measure, args, log)
         log(f'{name}: {record.finish("student.pt", facts | {"lambda_adv": lam})}')
         path = folder / name / 'student.pt'
-        log(f'weights: {models.how_to_load(path, args.s_name, None, len(sub))}')
+        log(f'weights: {models.how_to_load(path, args.s_name, None, len(sub), kept)}')
         last = record.history[-1]
         rows.append(attacked(net, args.s_name, f'student, lambda {lam:g}') | {
             'kept': last['test_top1'], 'divergence of the head': last['adv'],
