@@ -33,18 +33,28 @@ class Source:
     seed: int | None = None
     url: str | None = None
     known: bool = False  # whether data and classes are what it was trained on
+    images: str | None = None  # digest of the user's own images that it was trained on
+    scale: tuple | None = None  # (mean, std) of its images, where the name of the data does not say them
     headless: bool = False  # whether its file has no classifier: load draws one, whose logits say nothing
 
     def facts(self) -> dict:
         told = {'name': self.name, 'net': self.net, 'file': str(self.file), 'trained_on': self.trained_on}
         return told | {'data': self.data, 'classes': self.classes, 'seed': self.seed, 'url': self.url}
 
-    def saw(self, data: str, classes: Sequence[int] | None) -> bool | None:
-        """Whether it was trained on any of these classes; None if that is not known."""
+    def of(self, data: str, images: str | None) -> bool | None:
+        """Whether it was trained on this data; None if that is not known. images: own ones' digest."""
         if not self.known:
             return None
         if self.data.partition(':')[0] != data.partition(':')[0]:
             return False
+        if not dataset.owned(data):
+            return True
+        return None if None in (images, self.images) else images == self.images
+
+    def saw(self, data: str, classes: Sequence[int] | None, images: str | None = None) -> bool | None:
+        """Whether it was trained on any of these classes; None if that is not known."""
+        if not (same := self.of(data, images)):
+            return same
         return self.classes is None or classes is None or bool(set(self.classes) & set(classes))
 
     def load(self, device: torch.device) -> nn.Module:
@@ -57,12 +67,12 @@ class Source:
         net.requires_grad_(False).to(device, memory_format=torch.channels_last)
         return net.eval()
 
-    def seen_by(self, img: Tensor, data: str) -> Tensor:
-        """Images that are normalised as those of `data`, as this network wants them."""
-        if data == self.data:
+    def seen_by(self, img: Tensor, data: str, scale: tuple | None = None) -> Tensor:
+        """Images that are normalised as those of `data`, with this mean and std, as the network wants."""
+        if data == self.data and not (scale and self.scale):
             return img
         with user_errors():
-            theirs, ours = dataset.mean_std(data), dataset.mean_std(self.data)
+            theirs, ours = scale or dataset.mean_std(data), self.scale or dataset.mean_std(self.data)
         if theirs == ours:
             return img
         (m, s), (mean, std) = (
@@ -122,14 +132,19 @@ def _source(told: dict, data: str) -> Source:
             results = json.loads(beside.read_text())
             ours = {'net': results['student'], 'data': results['data'], 'seed': results.get('seed')}
             ours |= {'classes': results.get('classes'), 'name': file.parent.name, 'known': True}
-        except (OSError, ValueError, KeyError, TypeError):
+            recipe = results.get('recipe', {})
+            scale = recipe.get('own_scale')
+            own = {'images': recipe.get('own_images'), 'scale': scale and tuple(map(tuple, scale))}
+            ours |= own if told.get('data', ours['data']) == ours['data'] else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             if 'net' not in told:
                 said = 'no results.json beside it says which network it is: write NETWORK=FILE'
                 raise UserError(f'{file}: {said}') from None
     told = {'name': file.stem, 'data': data} | ours | told
     if 'trained_on' not in told and (told.get('known') or 'classes' in told):
         classes = told.get('classes')
-        told['trained_on'] = told['data'].partition(':')[0] + (f' {written(classes)}' if classes else '')
+        parts = [told['data'].partition(':')[0], (told.get('images') or '')[:6]]
+        told['trained_on'] = ' '.join(filter(None, [*parts, written(classes or ())]))
     kept = {key: value for key, value in told.items() if key in Source.__dataclass_fields__}
     return Source(**(kept | {'file': file}))
 
@@ -169,7 +184,7 @@ def look(net: nn.Module, source: Source, data, name: str, amp: Callable) -> Seen
     parts = []
     for img, target, _ in data.test_batches(250):
         with amp():
-            f = net(source.seen_by(img, name), True)
+            f = net(source.seen_by(img, name, (data.mean, data.std)), True)
         parts.append((f.out.float(), f.feat.float().flatten(1), target))
     return Seen(*(torch.cat(x) for x in zip(*parts)))
 

@@ -1,5 +1,7 @@
 """Images of one's own: what is said where they, their numbers or their files are not what they were."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -59,3 +61,30 @@ def test_weights_keep_how_their_images_were_normalised(script, trained, tmp_path
     net = models.build('resnet8', 3)
     torch.save(state, tmp_path / 'old.pt')
     assert 'warning' not in load_weights(net, tmp_path / 'old.pt', scale=((0.1,) * 3, (0.1,) * 3))
+
+
+def test_two_own_data_sets_are_two(tmp_path):
+    """As sources of a transfer: what a network saw, and how its images were normalised, say its results."""
+    from engine.sources import read_sources
+    from tools.transferability_graph import overlap_of
+
+    scale = [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]]
+    recipes = {'a': {'own_images': 'aaaaaaaaaaaa', 'own_scale': scale}, 'old': {}}
+    recipes['c'] = {'own_images': 'cccccccccccc', 'own_scale': [scale[0], [0.4] * 3]}
+    for name, recipe in recipes.items():
+        (tmp_path / name).mkdir()
+        torch.save({}, tmp_path / name / 'net.pt')
+        facts = {'student': 'resnet8', 'data': 'arrays', 'seed': 1, 'recipe': recipe}
+        (tmp_path / name / 'results.json').write_text(json.dumps(facts))
+    a, old, c = read_sources([str(tmp_path / name / 'net.pt') for name in ('a', 'old', 'c')], 'arrays')
+    (other,) = read_sources([f'resnet8={tmp_path / "a" / "net.pt"}@cifar10'], 'arrays')
+    assert [s.saw('arrays', None, 'aaaaaaaaaaaa') for s in (a, old, c)] == [True, None, False]
+    assert [s.trained_on for s in (a, old, c)] == ['arrays aaaaaa', 'arrays', 'arrays cccccc']
+    assert overlap_of(a, c) == 'other data' and overlap_of(a, a) == 'the same classes'
+    assert overlap_of(a, old) is None and other.scale is None and a.saw('cifar10', None) is False
+    img = torch.rand(2, 3, 4, 4)
+    assert (
+        a.seen_by(img, 'arrays', tuple(map(tuple, scale))) is img
+        and old.seen_by(img, 'arrays', c.scale) is img
+    )
+    assert torch.allclose(c.seen_by(img, 'arrays', a.scale), img / 2, atol=1e-6)

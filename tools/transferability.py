@@ -115,25 +115,25 @@ def train_all(source: Source, train, test, args, lr: float, amp) -> float:
         for img, target, *_ in train.train_batches(64, args.seed, epoch):
             opt.param_groups[0]['lr'] = lr * (1 - done / steps)
             with amp():
-                out = net(source.seen_by(img, args.data_name))
+                out = net(source.seen_by(img, args.data_name, (train.mean, train.std)))
             loss = F.cross_entropy(out.float(), target)
             refuse_non_finite(loss, f'{source.name}, epoch {epoch + 1} (--tune_lr)')
             opt.zero_grad()
             loss.backward()
             opt.step()
             done += 1
-    return evaluate(_Normalised(net, source, args.data_name), test, amp)['top1']
+    return evaluate(_Normalised(net, source, args.data_name, (test.mean, test.std)), test, amp)['top1']
 
 
 class _Normalised(nn.Module):
     """A network that is given images as another data set normalises them."""
 
-    def __init__(self, net: nn.Module, source: Source, data: str) -> None:
+    def __init__(self, net: nn.Module, source: Source, data: str, scale: tuple) -> None:
         super().__init__()
-        self.net, self.source, self.data = net, source, data
+        self.net, self.source, self.data, self.scale = net, source, data, scale
 
     def forward(self, img: Tensor) -> Tensor:
-        return self.net(self.source.seen_by(img, self.data))
+        return self.net(self.source.seen_by(img, self.data, self.scale))
 
 
 # ------------------------------------------------------------------------------------------------ rankings
@@ -205,6 +205,7 @@ def main():
     sources = read_sources(args.networks, args.data_name)
     goal = read_sources([args.target], args.data_name)[0] if args.target else None
     train, test = read_data(args, device)
+    own_images = train.digest() if dataset.owned(args.data_name) else None
     train = labelled_part(train)
     classes = None
     with user_errors():
@@ -222,7 +223,7 @@ def main():
         img = probe_images(probes)
 
         def attribution(source: Source, net: nn.Module) -> tuple[Tensor, Tensor]:
-            own = source.seen_by(img, args.data_name)
+            own = source.seen_by(img, args.data_name, (train.mean, train.std))
             with torch.no_grad():
                 feat = net(own, True).feat.flatten(1)
             return tr.attribution_map(lambda x: net(x, True).feat.flatten(1), own), feat
@@ -237,7 +238,8 @@ def main():
         seen = look(net, source, train, args.data_name, amp)
         if goal:
             seen.extra['maps'] = attribution(source, net)
-        row = source.facts() | {'width': seen.feat.shape[1], 'seen': source.saw(args.data_name, classes)}
+        saw = source.saw(args.data_name, classes, own_images)
+        row = source.facts() | {'width': seen.feat.shape[1], 'seen': saw}
         row |= {'metrics': {}, 'seconds': {}}
         for name, metric in metrics.items():
             started = time.process_time()

@@ -71,16 +71,20 @@ def parse_args():
     return parser.parse_args()
 
 
-def map_of(source: Source, img: Tensor, args, cache: Path | None) -> Tensor:
-    """The attribution map of a network on images of the probe data; from the cache if it is there."""
+def map_of(source: Source, img: Tensor, args, cache: Path | None, scale: tuple) -> Tensor:
+    """The attribution map of a network on images of the probe data; from the cache if it is there.
+
+    scale: mean and std of these images.
+    """
     net = source.load(img.device)
     key = hashlib.sha1(img.cpu().numpy().tobytes())
-    key.update(f'{fingerprint(net)} {source.data} {args.method} {args.output}'.encode())
+    own = f'{scale} {source.scale}' if source.scale else ''
+    key.update(f'{fingerprint(net)} {source.data}{own} {args.method} {args.output}'.encode())
     file = cache / f'{key.hexdigest()[:16]}.pt' if cache else None
     if file and file.is_file():
         return torch.load(file, weights_only=True)['map']
 
-    own = source.seen_by(img, args.data_name)
+    own = source.seen_by(img, args.data_name, scale)
     parts = own.split(50)  # memory: every layer keeps what backward needs
     with user_errors():
         made = [
@@ -127,9 +131,9 @@ def overlap_of(a: Source, b: Source) -> str | None:
         return None
     if a.trained_on == b.trained_on:
         return 'the same classes'
-    if a.data.partition(':')[0] != b.data.partition(':')[0]:
-        return 'other data'
-    return 'some classes in common' if a.saw(b.data, b.classes) else 'no class in common'
+    if not (same := a.of(b.data, b.images)):
+        return None if same is None else 'other data'
+    return 'some classes in common' if a.saw(b.data, b.classes, b.images) else 'no class in common'
 
 
 def by_overlap(affinity: Tensor, sources: list[Source]) -> dict:
@@ -202,7 +206,7 @@ def main():
     img = probe_images(some(test, args.probes, args.seed))
     maps = []
     for number, source in enumerate(sources, 1):
-        maps.append(map_of(source, img, args, cache))
+        maps.append(map_of(source, img, args, cache, (test.mean, test.std)))
         print(f'{number}/{len(sources)} {source.name}', file=sys.stderr, flush=True)
     for source, made in zip(sources, maps):
         if not torch.isfinite(made).all():
