@@ -105,7 +105,8 @@ def kept(kind: str, K: int) -> tuple[str, int]:
         number = kind.removeprefix(name)
         if kind.startswith(name) and number.isdecimal() and int(number):
             if int(number) > K:
-                raise ValueError(f'soft labels: kind {kind} needs {number} classes, got {K}: take fewer')
+                remedy = f'take {name}{K - 1} or logits'
+                raise ValueError(f'soft labels: kind {kind} needs {number} classes, got {K}: {remedy}')
             return name, int(number)
     raise ValueError(
         f'soft labels: kind must be hard, smoothing, smooth5, renorm5 (any number) or logits, got {kind!r}'

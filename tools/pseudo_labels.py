@@ -51,8 +51,8 @@ def parse_args():
          help='epochs of crops to label, default 20')
     flag('--kind', default='smooth5',
          help='what is kept of a crop: hard (the class), smoothing (and its probability), smooth5 (the five '
-              'largest, the rest spread evenly; any number), renorm5 (the rest 0), logits (all, in half '
-              'precision); default smooth5')
+              'largest, the rest spread evenly; any number, at most that of the classes), renorm5 (the rest '
+              '0), logits (all, in half precision); default smooth5')
     flag('--temp_t', type=positive_float, default=1.0, help='temperature of the teacher, default 1')
     flag('--seed', type=seed_number, default=2, help='of the crops, that of the training to come; default 2')
     flag('--batch_size', type=positive_int, default=256, help='default 256; changes nothing but the speed')
