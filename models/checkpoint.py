@@ -57,6 +57,7 @@ def load_weights(
     content = read_checkpoint(path)
     state, key, others = _find_state(content, path, part)
     names, known_scale = _stored_class_names(content, state), _stored_scale(content, state)
+    whole = state
     state, prefix, beside = _unwrapped(state, net.state_dict())
     if method := changed_by(beside):
         raise ValueError(
@@ -70,7 +71,7 @@ def load_weights(
         state, left = _with_head_of(net, state)
     if problem := _misfit(net, state):
         headless = not new_head and head_names(net) and not _misfit(net, _with_head_of(net, state)[0])
-        hint = _HEAD_HINT if headless else ''
+        hint = _HEAD_HINT + _head_beside(net, whole, beside, prefix) if headless else ''
         guess = _guess(state)
         raise ValueError(
             f'{path}: does not fit the network; {problem}{f"; it looks like {guess}" if guess else ""}{hint}'
@@ -82,7 +83,11 @@ def load_weights(
     said += [f'also in the file: {", ".join(others)}'] if others else []
     said += [f'without the prefix {prefix}'] if prefix else []
     said += [f'left out: {_few(beside)}'] if beside else []
-    said += [f'a new classifier, left out: {_few(left) or "nothing, the file has none"}'] if new_head else []
+    if new_head:
+        other = _head_beside(net, whole, beside, prefix)
+        said.append(
+            'a new classifier' + (other if other and not left else f', left out: {_few(left) or _NONE}')
+        )
     said += [
         f'{name} {_number(content[name]):.2f}'
         for name in _ACCURACIES
@@ -107,6 +112,7 @@ def num_classes_in(net: nn.Module, path: str | Path) -> int | None:
     return heads[0].shape[0] if heads else None
 
 
+_NONE = 'nothing, the file has none'
 _HEAD_HINT = '; only the classifier differs: --init FILE --new_head (--s_init, --net_inits) keeps the rest'
 
 
@@ -200,6 +206,10 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f'{path}: no such checkpoint file')
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
+    if _is_torchscript(path):
+        raise ValueError(
+            f'{path}: is a TorchScript archive; ' + _save_alone(f'torch.jit.load({str(path)!r})')
+        )
     try:
         # RepDistiller's optimiser state has a NumPy number in it, others keep accuracies as such: allow
         # numbers, also by their old name
@@ -226,7 +236,9 @@ def read_checkpoint(path: str | Path) -> dict:
             else ''
         )
         raise ValueError(
-            f'{path}: refused, it contains pickled code ({name}) and nothing of it was run{hint}'
+            f'{path}: refused, it contains pickled code ({name}) and nothing of it was run{hint}; '
+            + _save_alone(f'torch.load({str(path)!r}, weights_only=False)')
+            + ", of a dict ['state_dict'] in place of .state_dict()"
         ) from None
     except (
         RuntimeError,
@@ -247,6 +259,18 @@ def read_checkpoint(path: str | Path) -> dict:
             f'{path}: holds a {type(content).__name__}, expected a state dict or a training checkpoint'
         )
     return content
+
+
+def _save_alone(loaded: str) -> str:
+    return f'if you trust it, save its weights alone: torch.save({loaded}.state_dict(), NEW)'
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith('/constants.pkl') for name in file.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _read_safetensors(path: Path) -> dict:
@@ -355,6 +379,19 @@ def _with_head_of(net: nn.Module, state: dict) -> tuple[dict, list[str]]:
     left = [name for name in state if name in head or name.partition('.')[0] not in body]
     rest = {name: x for name, x in state.items() if name not in left}
     return rest | {name: wanted[name] for name in head}, left
+
+
+def _head_beside(net: nn.Module, state: dict, beside: list[str], prefix: str) -> str:
+    """What to do with entries beside the network that may be its classifier, by their width."""
+    wanted, head = net.state_dict(), head_names(net)
+    inputs = {tuple(wanted[name].shape[1:]) for name in head if wanted[name].dim() > 1}
+    alike = [name for name in beside if (_shape(state[name]) or ((),))[1:] in inputs]
+    places = {name.rpartition('.')[0] for name in alike}
+    names = [name for name in beside if name.rpartition('.')[0] in places]
+    if not names:
+        return ''
+    here = f'{prefix}{sorted(head)[0].rpartition(".")[0]}.*'
+    return f'; beside it the file has {_few(names)}: rename them to {here} if that is the classifier'
 
 
 def head_names(net: nn.Module) -> set[str]:
