@@ -16,9 +16,7 @@ from engine.device import PRECISIONS, random_state
 from engine.errors import UserError, user_errors
 from engine.evaluate import refuse_misfit
 from engine.meter import Meter
-from engine.method_flags import (
-    built_from,
-)
+from engine.method_flags import built_from, named
 from engine.optimise import optimiser, phase_epochs
 from engine.processes import distributed, gather_batches, processes, rank, same_buffers
 from engine.recipe import math_args, resume_point
@@ -162,7 +160,7 @@ def try_once(run: Run, step: Student, seen: Batch) -> None:
     state = random_state(seen.img.device)
     generator = torch.Generator(seen.img.device)
     try:
-        with user_errors():
+        with named(run.name):
             for phase, count in (('pretrain', run.before[0]), ('init', run.before[1]), ('train', 1)):
                 if count:
                     batch = replace(seen, now=run.epochs // 2, epochs=run.epochs, generator=generator,

@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import inspect
+import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -103,13 +104,25 @@ def check_option(name: str, method, key: str, value, flag: str) -> None:
 
 
 @contextlib.contextmanager
+def named(method: str):
+    """A user's mistake says which method it is about, of several."""
+    try:
+        with user_errors():
+            yield
+    except UserError as error:
+        if re.search(rf'\b{re.escape(method)}\b', str(error), re.IGNORECASE):
+            raise
+        raise UserError(f'{method}: {error}') from error
+
+
+@contextlib.contextmanager
 def built_from(flag: str, name: str):
     """Where a loss is built: an argument that the table fills, e.g. s_channels, is a user error, too.
 
     So is a part that a network of the user's own lacks. flag: where options stand, '' if none were given.
     """
     try:
-        with user_errors():
+        with named(name):
             yield
     except (TypeError, IndexError, AttributeError) as error:
         if isinstance(error, AttributeError) and not isinstance(error.obj, nn.Module):
