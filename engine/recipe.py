@@ -20,6 +20,19 @@ NEWER = {'compile': False, 'schedule': 'steps', 'phases': 'before', 'ramp_epochs
 # what checkpoints did not say at first, whatever it was
 LATER = ('own_images', 'limit_test', 'image_size', 'soft_labels', 'own_scale', 'own_unlabelled', 'own_ood')
 
+# keys that are no flags, as a refusal names them; of digests and fingerprints the values say nothing
+WORDS = {
+    'own_images': 'the images of --img_root are others',
+    'own_scale': 'mean and std of the images of --img_root are others',
+    'own_unlabelled': 'the images without labels are others',
+    'own_ood': 'the images of another domain are others',
+    'teacher_weights': '--t_model holds other weights',
+    'initial': 'the initial weights are others',
+    'methods': '--kd_args, --lambda_kd or --kd_layers differ: was {1!r}, is {2!r}',
+    'ce': '--lambda_ce, the weight of cross-entropy, was {1!r}, is {2!r}',
+    'before': '--pretrain_epochs or --init_epochs differ: was {1!r}, is {2!r}',
+}
+
 # what a run writes of its training
 WRITTEN = ('last.pt', 'best.pt', 'results.json', 'metrics.csv', 'net.pt', 'net[0-9]*.pt', 'student.pt',
            'peers.pt', 'ka.pt', 'epoch[0-9]*.pt')  # fmt: skip
@@ -49,18 +62,21 @@ def load_checkpoint(path: Path, math_args: dict, class_names: list[str] | None =
     old = content['args']
     new = math_args | {k: default for k, default in NEWER.items() if k in old and k not in math_args}
     new = {k: v for k, v in new.items() if k in old or k not in LATER}
-    differ = [f'{k} was {old.get(k, NEWER.get(k))!r}, is {v!r}' for k, v in new.items() if old.get(k) != v]
+    differ = [k for k, v in new.items() if old.get(k) != v]
     if differ:
+        said = [WORDS.get(k, '{} was {!r}, is {!r}').format(k, old.get(k, NEWER.get(k)), new[k])
+                for k in differ if k != 'own_scale' or 'own_images' not in differ]  # fmt: skip
         hint = ''
         weights = {'--init': 'net.pt', '--s_init': 'student.pt', '--net_inits': 'net[0-9]*.pt'}
         found = {flag: sorted(map(str, path.parent.glob(name))) for flag, name in weights.items()}
         finished = [f'{flag} {" ".join(files)}' for flag, files in found.items() if files]
-        if finished and math_args.get('epochs', 0) > old.get('epochs', math_args.get('epochs', 0)):
-            hint = (
-                '; this run is finished, and its learning rates belong to its length: to go on from its '
-                f'weights, start another one, --note NAME {finished[0]}'
-            )
-        raise UserError(f'{path}: cannot resume, {"; ".join(differ)}{hint}')
+        length = next((key for key in ('epochs', 'steps') if key in math_args), 'epochs')
+        if finished and math_args.get(length, 0) > old.get(length, math_args.get(length, 0)):
+            hint = '; this run is finished, and its learning rates belong to its length'
+            if math_args.get('script') != 'train_lm':  # which has no flag for weights to start from
+                hint += f': to go on from its weights, start another one, --note NAME {finished[0]}'
+        remedy = '--note NAME starts another run, --resume never overwrites this one'
+        raise UserError(f'{path}: cannot resume, {"; ".join(said)}{hint}; {remedy}')
     return content
 
 

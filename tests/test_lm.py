@@ -305,7 +305,8 @@ def test_more_mistakes(fails, script, tmp_path):
     run(script, '--kd_mode', 'ce', '--steps', 1, '--note', 'x')
     fails(*QUICK, '--kd_mode', 'ce', '--steps', 1, '--note', 'x', said='already holds a run')
     words = ('--kd_mode', 'ce', '--steps', 2, '--note', 'x', '--resume', 'auto')
-    fails(*QUICK, *words, said='steps was 1, is 2')
+    why = 'steps was 1, is 2; this run is finished, and its learning rates belong to its length; --note NAME'
+    fails(*QUICK, *words, said=why)
 
 
 def test_list_and_dry_run(script, tmp_path):

@@ -208,8 +208,8 @@ def st(train, trained, tmp_path_factory):
         ('--batch_size', '24', 'batch_size'),
         ('--epochs', '5', 'epochs was 4'),
         ('--seed', '9', 'seed'),
-        ('--lambda_kd', '7', 'methods'),
-        ('--kd_args', 'T=2', 'methods'),
+        ('--lambda_kd', '7', '--lambda_kd or --kd_layers differ: was'),
+        ('--kd_args', 'T=2', '; --note NAME starts another run'),
         ('--amp', 'bf16', 'amp was'),
     ],
 )

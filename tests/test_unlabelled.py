@@ -191,7 +191,7 @@ def test_other_files_of_the_same_name_are_another_run(script, tmp_path):
     for half in ('train', 'test'):
         np.savez(tmp_path / f'{half}.npz', images=images, labels=np.arange(6) % 2, class_names=['a', 'b'])
     write_folder(tmp_path)
-    common = ('--net_name', 'resnet8', '--batch_size', 3, '--img_root', tmp_path, '--image_size', 32)
+    common = ('--net_name', 'resnet8', '--batch_size', 3, '--img_root', tmp_path)
     for data in ('arrays', 'folder'):
         words = (
             'train_base',
@@ -204,6 +204,7 @@ def test_other_files_of_the_same_name_are_another_run(script, tmp_path):
             data,
             '--resume',
             'auto',
+            *(('--image_size', 32) if data == 'folder' else ()),
         )
         assert script(*words, '--epochs', 1).code == 0
         recipe = json.loads((tmp_path / data / 'results.json').read_text())['recipe']
@@ -215,7 +216,10 @@ def test_other_files_of_the_same_name_are_another_run(script, tmp_path):
         else:
             next((tmp_path / 'train').glob('*/*.png')).unlink()
         done = script(*words, '--epochs', 1)
-        assert done.code == 2 and 'cannot resume, own_images was' in done.err
+        assert (
+            done.code == 2
+            and 'cannot resume, the images of --img_root are others; --note NAME starts' in done.err
+        )
         last = torch.load(tmp_path / data / 'last.pt', weights_only=True)
         del last['args']['own_images']  # as checkpoints were before
         last['args'].pop('own_scale', None)  # of arrays
