@@ -92,7 +92,9 @@ def _read(path: Path) -> dict:
         with np.load(path, allow_pickle=False) as file:
             content = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f'{path}: cannot be read as arrays ({type(error).__name__})') from None
+        remedy = '; arrays of Python objects are refused: np.array(names, dtype=str)'
+        remedy = remedy if 'allow_pickle' in str(error) else ''  # NumPy's word for these
+        raise ValueError(f'{path}: cannot be read as arrays ({type(error).__name__}){remedy}') from None
     missing = [name for name in ('images', 'labels') if name not in content]
     if missing:
         raise ValueError(f'{path}: has no {missing[0]}')

@@ -7,6 +7,7 @@ import torch
 
 import dataset
 from engine.errors import UserError, user_errors
+from engine.flags import refuse_given
 from engine.processes import processes, rank
 from engine.sources import some
 
@@ -24,7 +25,11 @@ def read_test(args: argparse.Namespace, device: torch.device):
 def _read(load: Callable, args: argparse.Namespace, device: torch.device):
     folder_only = {'image_size': args.image_size, 'workers': args.workers, 'convert_rgb': args.convert_rgb}
     with user_errors():
-        return load(args.data_name, args.img_root, device, **folder_only)
+        sets = load(args.data_name, args.img_root, device, **folder_only)
+    if isinstance(sets[1] if isinstance(sets, tuple) else sets, dataset.Resident):
+        why = f'{args.data_name} is read as it is, the flag is for a folder of images'
+        refuse_given(args, {'image_size': 224, 'convert_rgb': False}, why)
+    return sets
 
 
 def load_data(args: argparse.Namespace, device: torch.device, log: Callable = lambda line: None):
