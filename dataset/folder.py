@@ -18,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from .labels import NO_LABEL
 from .named import Data
 from .pictures import BadImage, read_picture, to_rgb
-from .views import count_steps, shares, view_called, view_seed
+from .views import changed_by, count_steps, shares, view_called, view_seed
 
 UNLABELLED = '_unlabelled'
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -82,7 +82,7 @@ class Folder:
         return len(self.samples)
 
     def digest(self) -> str:
-        """A short name for these files, by where they lie and their labels."""
+        """A short name for these files, by where they lie and their labels; what is in them is not read."""
         named = [f'{os.path.join(*Path(path).parts[-2:])} {label}' for path, label in self.samples]
         return hashlib.sha1('\n'.join(named).encode(errors='surrogateescape')).hexdigest()[:12]
 
@@ -172,12 +172,12 @@ class Folder:
 
 
 def decoded(data: Dataset, workers: int, **options) -> Iterator:
-    """What torch's DataLoader gives with so many processes.
+    """What torch's DataLoader gives with so many processes, or as many as there are cores.
 
     Raises:
         BadImage: an image that is one, or the end of a process that decodes; one line.
     """
-    loader = DataLoader(data, num_workers=workers, worker_init_fn=obey_parent_alone, **options)
+    loader = DataLoader(data, num_workers=min(workers, cores()), worker_init_fn=obey_parent_alone, **options)
     try:
         yield from loader
         return
@@ -190,6 +190,12 @@ def decoded(data: Dataset, workers: int, **options) -> Iterator:
             raise
         error.__traceback__ = None
     raise BadImage(message)
+
+
+def cores() -> int:
+    """That this process may use: more processes than these are no faster, and torch warns of them."""
+    own = getattr(os, 'sched_getaffinity', None)
+    return len(own(0)) if own else os.cpu_count() or 1
 
 
 def end_of_worker(error: RuntimeError) -> str:
@@ -276,8 +282,9 @@ class _Images(Dataset):
         path, target = self.samples[i]
         image = read_picture(path)
         if image.mode != 'RGB' and not self.convert_rgb:
+            lost = ', without their alpha: it is not blended' if image.mode[-1] in 'Aa' else ''
             raise BadImage(
-                f'{path}: is a {image.mode} image, expected RGB; --convert_rgb converts such images'
+                f'{path}: is a {image.mode} image, expected RGB; --convert_rgb converts such images{lost}'
             )
         return self.transform(to_rgb(image, path)), target
 
@@ -311,7 +318,8 @@ class _Views(Dataset):
             mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
             pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
             # other numbers than the crop's
-            changed = view.change(pixels, view_seed(f'{name}, changed', self.seed, self.views_epoch, i))
+            seed = view_seed(f'{name}, changed', self.seed, self.views_epoch, i)
+            changed = changed_by(view, name, pixels, seed)
             image = (changed.float() / 255 - mean) / std
         return image
 

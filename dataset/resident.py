@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .views import count_steps, shares, view_called, view_seed
+from .labels import NO_LABEL
+from .views import changed_by, count_steps, shares, view_called, view_seed
 
 PAD = 4  # pixels on each side before the random crop
 
@@ -17,13 +18,16 @@ class Resident:
 
     Args:
         images: (N, H, W, 3) uint8.
-        targets: (N,) int64.
+        targets: (N,) integers, 0 ... num_classes - 1; -100: none.
         num_classes, mean, std: of the data set; mean and std per channel for pixels in 0..1.
         device: where everything is kept, and where batches appear.
         class_names: in the order of the labels; None: they have none.
 
     Batches are (img, target, index): img (B, 3, H, W) float32, normalised, channels_last; target (B,) int64;
     index (B,) int64, the images' positions in this set. Training batches have a fourth part, {view: images}.
+
+    Raises:
+        ValueError: images or targets that are something else.
 
     `pad` says what lies around an image: 'reflect', the image itself, mirrored; 'zero', black pixels.
     """
@@ -38,8 +42,9 @@ class Resident:
         device,
         class_names: Sequence[str] | None = None,
     ) -> None:
+        _check(images, targets, num_classes)
         self.class_names = None if class_names is None else list(class_names)
-        self.images, self.targets = images.to(device).contiguous(), targets.to(device)
+        self.images, self.targets = images.to(device).contiguous(), targets.to(device).long()
         self.shard = (0, 1)  # this process, number of processes
         self._batched = {}  # view: what makes it of whole batches, made when it is first asked for
         self.pad = 'reflect'
@@ -128,7 +133,8 @@ class Resident:
             else:
                 with torch.random.fork_rng(devices=[]):
                     seeds = [view_seed(name, seed, epoch, i) for i in index.tolist()]
-                    pixels = torch.stack([view.change(*one) for one in zip(pixels.cpu(), seeds)])
+                    made = [changed_by(view, name, *one) for one in zip(pixels.cpu(), seeds)]
+                    pixels = torch.stack(made)
             return self._normalise(pixels.to(self.device).permute(0, 2, 3, 1).contiguous())
 
         return changed
@@ -217,6 +223,25 @@ def from_arrays(half: tuple[np.ndarray, np.ndarray], class_names, mean_std, devi
     """A set of (images (N, H, W, 3) uint8, labels (N,) int64)."""
     images, labels = map(torch.from_numpy, half)
     return Resident(images, labels, len(class_names), *mean_std, device, class_names=class_names)
+
+
+def _check(images: Tensor, targets: Tensor, num_classes: int) -> None:
+    """-1 is legal besides: what `pictures` gives, of which nobody asks a label."""
+    if images.dim() != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
+        raise ValueError(
+            f'images must be (N, H, W, 3) uint8, bytes from 0 to 255 with the colours last, got '
+            f'{tuple(images.shape)} {images.dtype}'
+        )
+    if targets.is_floating_point() or targets.shape[:1] != images.shape[:1]:
+        raise ValueError(
+            f'targets must be integers, one per image, got {tuple(targets.shape)} {targets.dtype} for '
+            f'{len(images)} images'
+        )
+    wrong = targets[((targets < -1) | (targets >= num_classes)) & (targets != NO_LABEL)]
+    if len(wrong):
+        raise ValueError(
+            f'targets must be 0 to {num_classes - 1}, or -100 for none, got {int(wrong.flatten()[0])}'
+        )
 
 
 def _reflected(size: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torchvision.transforms.v2 as transforms
 from torch import Tensor
 
+from .pictures import BadImage
 from .strong import GREY, Strong
 
 
@@ -60,6 +61,20 @@ VIEWS = {
     'pair': View('another image of the class', partner=True),
     'each': View('a view per network'),  # they are called 'view 1', 'view 2', ...
 }
+
+
+def changed_by(view: View, name: str, image: Tensor, seed: int) -> Tensor:
+    """What a view makes of one image.
+
+    Raises:
+        BadImage: it is no image like the first; floats from 0 to 1 would be a black one.
+    """
+    new = view.change(image, seed)
+    if not isinstance(new, Tensor) or new.shape != image.shape or new.dtype != torch.uint8:
+        tensor = isinstance(new, Tensor)
+        got = f'{tuple(new.shape)} {new.dtype}' if tensor else f'a {type(new).__name__}'
+        raise BadImage(f'view {name}: change must return {tuple(image.shape)} torch.uint8, got {got}')
+    return new
 
 
 def view_called(name: str) -> View:

@@ -133,7 +133,7 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
     flag('--convert_rgb', action='store_true',
          help='folder only: convert images that are not RGB; grey, CMYK and palette images (ImageNet '
               'has some), '
-              'instead of refusing')
+              'instead of refusing; alpha is dropped, not blended')
 
 
 def data_words(args: argparse.Namespace) -> str:
