@@ -96,10 +96,29 @@ class ABKD(nn.Module):
         return each.sum(dim=1)
 
 
+def _tensors(who: str, **given: Tensor) -> None:
+    """Refuse what is none, as the object is that a network of transformers returns."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f'{who}: {name} must be a tensor, got {type(x).__name__}: of what a network returns give '
+                'out.logits as logits, out.hidden_states[-1] as hidden states'
+            )
+
+
+def _no_mask(who: str, name: str, target: Tensor) -> None:
+    if target.dtype == torch.bool:  # its padding would count as id 0
+        raise ValueError(
+            f'{who}: {name} must be integers, got torch.bool: a mask is no target, give '
+            'input_ids.masked_fill(mask == 0, -100)'
+        )
+
+
 def _tokens(
     who: str, out_s: Tensor, out_t: Tensor, target: Tensor | None = None, of: str = ''
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both logits as (positions, K), the teacher's detached, and which positions count; None: all."""
+    _tensors(who, **{f'out_s{of}': out_s, f'out_t{of}': out_t})
     rows = out_s.flatten(0, 1) if out_s.dim() == 3 else out_s
     _expect(who, f'out_s{of}', rows, 'N', 'K')
     shape = tuple(out_s.shape)
@@ -115,6 +134,7 @@ def _tokens(
         )
     if target is None:
         return rows, out_t.detach().reshape(rows.shape), None
+    _no_mask(who, f'target{of}', target)
     flat = target.reshape(-1).long()  # -100 is 156 in eight bits
     counts = flat != -100
     if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():

@@ -151,6 +151,7 @@ class DSKDCMA(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         who = 'DSKDCMA'
         s = _side(who, '_s', out_s, hid_s, head_s, emb_s, input_s, 'target', target, self.s_dim, out_s)
+        _tensors(who, out_t=out_t, hid_t=hid_t)
         of_t = (x.detach() for x in (out_t, hid_t, head_t, emb_t))
         t = _side(who, '_t', *of_t, input_t, 'target_t', target_t, self.t_dim, out_s)
         if len(out_t) != len(out_s):
@@ -189,9 +190,10 @@ class _Side:
 def _side(who, of, out, hid, head, emb, ids, name, target, dim, like) -> _Side:
     side = _Side()
     _of_network(who, of, out, hid, head, dim)
-    _expect(who, f'emb{of}', emb, out.shape[2], dim)
+    _table(who, f'emb{of}', emb, out.shape[2], dim)
     _expect(who, f'input{of}', ids, *out.shape[:2])
     _expect(who, name, target, *out.shape[:2])
+    _no_mask(who, name, target)
     side.out, side.counts = out.flatten(0, 1), target.long() != -100
     side.index, _ = _labels(who, target.flatten(), *side.out.shape, name)
     read, _ = _labels(who, torch.where(side.counts, ids, -100).flatten(), *side.out.shape, f'input{of}')
@@ -202,13 +204,24 @@ def _side(who, of, out, hid, head, emb, ids, name, target, dim, like) -> _Side:
 
 
 def _of_network(who: str, of: str, out: Tensor, hid: Tensor, head: Tensor, dim: int) -> None:
+    _tensors(who, **{f'out{of}': out, f'hid{of}': hid})
     if out.dim() != 3:
         raise ValueError(
             f'{who}: out{of} must be (N, L, K), got {tuple(out.shape)}: unsqueeze or flatten axes'
         )
     _expect(who, f'out{of}', out.detach().flatten(0, 1), 'N', 'K')
     _expect(who, f'hid{of}', hid, *out.shape[:2], dim)
-    _expect(who, f'head{of}', head, out.shape[2], dim)
+    _table(who, f'head{of}', head, out.shape[2], dim)
+
+
+def _table(who: str, name: str, table: Tensor, K: int, dim: int) -> None:
+    """A head or embeddings: a row for each class of the logits."""
+    if table.dim() == 2 and len(table) > K:
+        raise ValueError(
+            f'{who}: {name} must be ({K}, {dim}), got {tuple(table.shape)}: cut it as the logits are, '
+            f'{name}[:{K}]'
+        )
+    _expect(who, name, table, K, dim)
 
 
 def _student_space(out_s, state, head, index, counts, T: float, T_t: float = 1.0, right: bool = False):
@@ -254,10 +267,29 @@ def _spread(x: Tensor) -> Tensor:
     return x.detach().std().clamp(min=1e-6)
 
 
+def _tensors(who: str, **given: Tensor) -> None:
+    """Refuse what is none, as the object is that a network of transformers returns."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f'{who}: {name} must be a tensor, got {type(x).__name__}: of what a network returns give '
+                'out.logits as logits, out.hidden_states[-1] as hidden states'
+            )
+
+
+def _no_mask(who: str, name: str, target: Tensor) -> None:
+    if target.dtype == torch.bool:  # its padding would count as id 0
+        raise ValueError(
+            f'{who}: {name} must be integers, got torch.bool: a mask is no target, give '
+            'input_ids.masked_fill(mask == 0, -100)'
+        )
+
+
 def _tokens(
     who: str, out_s: Tensor, out_t: Tensor, target: Tensor | None = None, of: str = ''
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both logits as (positions, K), the teacher's detached, and which positions count; None: all."""
+    _tensors(who, **{f'out_s{of}': out_s, f'out_t{of}': out_t})
     rows = out_s.flatten(0, 1) if out_s.dim() == 3 else out_s
     _expect(who, f'out_s{of}', rows, 'N', 'K')
     shape = tuple(out_s.shape)
@@ -273,6 +305,7 @@ def _tokens(
         )
     if target is None:
         return rows, out_t.detach().reshape(rows.shape), None
+    _no_mask(who, f'target{of}', target)
     flat = target.reshape(-1).long()  # -100 is 156 in eight bits
     counts = flat != -100
     if flat.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():

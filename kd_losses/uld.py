@@ -67,8 +67,9 @@ class ULD(nn.Module):
 
     def per_sample(self, out_s: Tensor, out_t: Tensor, target: Tensor, target_t: Tensor) -> Tensor:
         rows_s, counts_s = _of_texts('ULD', 'out_s', out_s, 'target', target)
-        rows_t, counts_t = _of_texts('ULD', 'out_t', out_t.detach(), 'target_t', target_t)
+        rows_t, counts_t = _of_texts('ULD', 'out_t', out_t, 'target_t', target_t)
         _expect('ULD', 'out_t', out_t.detach(), len(out_s), 'M', 'K')
+        rows_t = rows_t.detach()
         lengths = [
             (counts.sum(dim=1) - int(skip)).clamp(min=0)
             for counts, skip in ((counts_s, self.skip_eos_s), (counts_t, self.skip_eos_t))
@@ -92,8 +93,27 @@ class ULD(nn.Module):
         return torch.where(paired, each, 0.0).sum(dim=1) / length.clamp(min=1)
 
 
+def _tensors(who: str, **given: Tensor) -> None:
+    """Refuse what is none, as the object is that a network of transformers returns."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f'{who}: {name} must be a tensor, got {type(x).__name__}: of what a network returns give '
+                'out.logits as logits, out.hidden_states[-1] as hidden states'
+            )
+
+
+def _no_mask(who: str, name: str, target: Tensor) -> None:
+    if target.dtype == torch.bool:  # its padding would count as id 0
+        raise ValueError(
+            f'{who}: {name} must be integers, got torch.bool: a mask is no target, give '
+            'input_ids.masked_fill(mask == 0, -100)'
+        )
+
+
 def _of_texts(who: str, name: str, out: Tensor, labels: str, target: Tensor) -> tuple[Tensor, Tensor]:
     """(N, L, K) logits as rows, and which positions count."""
+    _tensors(who, **{name: out})
     if out.dim() != 3:
         raise ValueError(
             f'{who}: {name} must be (N, L, K), got {tuple(out.shape)}: unsqueeze or flatten axes'
@@ -105,6 +125,7 @@ def _of_texts(who: str, name: str, out: Tensor, labels: str, target: Tensor) -> 
             f'{who}: {labels} must be {tuple(out.shape[:2])} of integers, got {tuple(target.shape)} of '
             f'{target.dtype}: one per position, aligned: logits at i predict target[i]'
         )
+    _no_mask(who, labels, target)
     target = target.long()  # -100 is 156 in eight bits
     counts = target != -100
     if target.device.type == 'cpu' and not getattr(torch.compiler, 'is_compiling', bool)():

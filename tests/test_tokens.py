@@ -346,6 +346,48 @@ def test_wrong_shapes_are_named_elsewhere(name, wrong):
         ALL[name]()(*WRONG[wrong](*batch()))
 
 
+class Output:
+    """What a network of transformers returns, as far as a loss can tell."""
+
+
+@pytest.mark.parametrize('name', [name for name in ALL if 'dskd' not in name])
+def test_a_mask_is_no_target_and_an_output_no_logits(name):
+    out_s, out_t, target = batch()
+    if name not in ('minillm', 'uld'):
+        with pytest.raises(ValueError, match=r'target(_gen)? must be integers, got torch.bool: a mask is no'):
+            ALL[name]()(out_s, out_t, target != -100)
+    if name == 'uld':
+        with pytest.raises(ValueError, match=r'target_t must be integers, got torch.bool: a mask is no'):
+            ULD()(out_s, out_t, target, target != -100)
+        for logits in ((Output(), out_t), (out_s, Output())):
+            with pytest.raises(ValueError, match=r'must be a tensor, got Output: .* give out.logits'):
+                ULD()(*logits, target, target)
+    if name in PLAIN:
+        for logits in ((Output(), out_t), (out_s, Output())):
+            with pytest.raises(ValueError, match=r'must be a tensor, got Output: .* give out.logits'):
+                ALL[name]()(*logits, target)
+
+
+@pytest.mark.parametrize('kind', [DSKD, DSKDCMA])
+def test_what_is_given_of_two_networks(kind):
+    """Outputs, tuples of hidden states, and tables that are longer than logits that were cut."""
+    loss, given = other_arguments()['dskd' if kind is DSKD else 'dskd_cma']
+    assert torch.isfinite(loss(**given))
+    for side in 'st':
+        with pytest.raises(ValueError, match=f'out_{side} must be a tensor, got Output: '):
+            loss(**given | {f'out_{side}': Output()})
+        with pytest.raises(ValueError, match=f'hid_{side} must be a tensor, got tuple: .*hidden_states.-1.'):
+            loss(**given | {f'hid_{side}': (given[f'hid_{side}'],)})
+        for name in [name for name in (f'head_{side}', f'emb_{side}') if name in given]:
+            longer = torch.cat([given[name], given[name][:2]])
+            with pytest.raises(
+                ValueError, match=rf'{name} must be .* cut it as the logits are, {name}\[:{K}\]'
+            ):
+                loss(**given | {name: longer})
+    with pytest.raises(ValueError, match='target must be integers, got torch.bool'):
+        loss(**given | {'target': given['target'] != -100})
+
+
 READING = ('distillm2', 'minillm', 'lm_term', 'dskd')  # losses whose value depends on the ids
 
 
