@@ -128,7 +128,8 @@ class Pairs:
         counts = (text.train[:-1] * K + text.train[1:]).bincount(minlength=K * K)
         best = counts.argsort(descending=True, stable=True)[:PAIRS]
         self.numbers = {divmod(pair, K): K + i for i, pair in enumerate(best.tolist())}
-        self.K = K + len(self.numbers)
+        self.symbols = [*text.symbols, *map(text.show, self.numbers)]
+        self.K = len(self.symbols)
 
     def encode(self, ids: list[int]) -> list[int]:
         tokens, i = [], 0

@@ -43,17 +43,13 @@ def make_setting(args, text, device, views, root: Path, log) -> Setting:
 
     setting = Setting(text, device, amp, args.seed, args.steps, args.batch_size, root, None, None)
     if args.t_model:
-        net_t = networks.loaded(args.t_model)
-        if net_t.embed.num_embeddings != K:
-            raise UserError(
-                f'{args.t_model}: knows {net_t.embed.num_embeddings} symbols, {text.name} has {K}'
-            )
+        net_t = networks.loaded(args.t_model, text)
     elif text.oracle:
         net_t = text.oracle
     else:
         net_t = networks.kept_or_trained(
             root / f'lm_teacher_{of_text}.pt', 'teacher', log,
-            lambda: train('teacher', 7, 0, args.t_steps, setting.asked, K, 'teacher'),
+            lambda: train('teacher', 7, 0, args.t_steps, setting.asked, K, 'teacher'), text.symbols,
         )  # fmt: skip
     if 'a second vocabulary' in views:
         pairs = setting.pairs = texts.Pairs(text)
@@ -63,11 +59,12 @@ def make_setting(args, text, device, views, root: Path, log) -> Setting:
 
         setting.net_pairs = networks.kept_or_trained(
             root / f'lm_teacher_{of_text}_pairs.pt', 'teacher of the second vocabulary', log,
-            lambda: train('teacher', 8, 0, args.t_steps, encode, pairs.K, 'second teacher'),
+            lambda: train('teacher', 8, 0, args.t_steps, encode, pairs.K, 'second teacher'), pairs.symbols,
         ).to(device).eval().requires_grad_(False)  # fmt: skip
     start = networks.kept_or_trained(
         root / f'lm_start_{text.digest}_{args.init_steps}_s{args.seed}.pt', 'initial student', log,
         lambda: train('student', 9, args.seed, args.init_steps, setting.asked, K, 'initial student'),
+        text.symbols,
     )  # fmt: skip
     setting.net_t, setting.start = (net.to(device).eval().requires_grad_(False) for net in (net_t, start))
     if not all(gathered(all(bool(torch.isfinite(out_t).all()) for *_, out_t in setting.exam.parts))):
@@ -110,7 +107,9 @@ def make_run(args, setting, folder, origin, name, method, weight, options) -> pa
                'initial': fingerprint(setting.start),
                'second_teacher': second}  # fmt: skip
     state = {'net': net, 'kd': kd, 'opt': run.opt, 'memory': run.memory}
-    run.record = networks.TextRecord(folder / name, state, recipe, origin, 'val', 'loss')
+    run.record = networks.TextRecord(
+        setting.text.symbols, folder / name, state, recipe, origin, 'val', 'loss'
+    )
     run.record.resume(resume_point(args.resume, folder / name))
     if run.record.epoch:
         run.recall()

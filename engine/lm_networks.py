@@ -1,7 +1,7 @@
 """The networks of train_lm.py: how teachers and warm starts are trained and kept, students measured."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.device import exact
-from engine.errors import NonFinite, user_errors
+from engine.errors import NonFinite, UserError, user_errors
 from engine.lm_setting import PROMPT, TEACHER_LR, Setting, adamw, cross_entropy, set_rates, share_of_rate
 from engine.meter import all_finite
 from engine.processes import summed
 from engine.record import keep
 from engine.step_record import StepRecord
 from models import lm
-from models.checkpoint import read_checkpoint
+from models.checkpoint import named_weights, read_checkpoint
 
 # ---------------------------------------------------------------------------------- teachers, and warm starts
 
@@ -44,26 +44,49 @@ def trained(
     return net.eval().requires_grad_(False)
 
 
-def kept_or_trained(path: Path, what: str, log: Callable, make: Callable) -> nn.Module:
-    """The network of a file of an earlier training, or make(), which is written there."""
+def kept_or_trained(path: Path, what: str, log: Callable, make: Callable, symbols: Sequence) -> nn.Module:
+    """The network of a file of an earlier training, or make(), which is written there with its symbols."""
 
     def weights() -> dict:
         net = make()
         if not all_finite(net):
             raise NonFinite(f'{what}: a weight is not finite after its training')
-        return net.state_dict()
+        return named_weights(net, symbols)
 
     log(f'{what}: {"trained, " if keep(path, weights) else ""}{path}')
     return loaded(path)
 
 
-def loaded(path: str | Path) -> nn.Module:
+def loaded(path: str | Path, text=None) -> nn.Module:
+    """The network of a file; of another text's symbols it is refused, where the file names its own."""
     with user_errors():
         state = read_checkpoint(path)
         try:
-            return lm.from_state(state)
+            net = lm.from_state(state)
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from None
+    if text is not None:
+        refuse_other_symbols(path, net.embed.num_embeddings, getattr(state, 'class_names', None), text)
+    return net
+
+
+def refuse_other_symbols(path: str | Path, K: int, names: Sequence[str] | None, text) -> None:
+    """names: of the K symbols; None: a file from before they were kept."""
+    wanted, differ = list(text.symbols), ''
+    if K != len(wanted):
+        differ = f'knows {K} symbols, {text.name} has {len(wanted)}'
+    elif names and names != wanted:
+        strange, lacking = (
+            ', '.join([repr(x) for x in a if x not in b][:4]) for a, b in ((names, wanted), (wanted, names))
+        )
+        differ = f'has the symbols of {text.name} in another order'
+        if strange:
+            differ = f'knows other symbols than {text.name}: {strange} where that has {lacking}'
+    if differ:
+        raise UserError(
+            f'{path}: {differ}; a teacher and its students need one text: leave --t_model out, and one is '
+            'trained'
+        )
 
 
 # ---------------------------------------------------------------------------------------- figures and records
@@ -98,6 +121,13 @@ class TextRecord(StepRecord):
     """Its figure is a loss: less is better."""
 
     data, digits = 'held-out text', 3
+
+    def __init__(self, symbols: Sequence[str], *words) -> None:
+        super().__init__(*words)
+        self.symbols = symbols
+
+    def _weights(self) -> dict:
+        return named_weights(self.parts['net'], self.symbols)
 
     @property
     def best(self) -> dict:

@@ -244,6 +244,39 @@ def test_a_file_and_its_teachers(script, tmp_path):
     assert 'trained' not in out and results(tmp_path / 'b' / 'gkd')['corpus'] in out
 
 
+def test_a_teacher_of_another_alphabet(script, fails, tmp_path):
+    """As many symbols, but others: every file that is written here names them. Older ones are taken."""
+    for name, letters in (('a', 'abcd'), ('b', 'abcz')):
+        (tmp_path / f'{name}.txt').write_text(letters * 300)
+    few = ('--init_steps', 0, '--steps', 1)
+    done = script(
+        'train_lm',
+        '--kd_mode',
+        'gkd',
+        'uld',
+        '--data_name',
+        tmp_path / 'a.txt',
+        '--t_steps',
+        1,
+        *few,
+        '--note',
+        'a',
+    )
+    assert done.code == 0, done.err
+    files = [*tmp_path.glob('lm_*.pt'), tmp_path / 'a' / 'gkd' / 'student.pt']
+    assert len(files) == 4
+    for file in files:
+        state = torch.load(file, weights_only=True)
+        names = state.class_names
+        assert names[:4] == list('abcd') and len(names) == len(state['embed.weight']), file
+    small = [file for file in files if 'pairs' not in file.name]
+    words = ('--kd_mode', 'gkd', *few, '--data_name', tmp_path / 'b.txt', '--note', 'b', '--t_model')
+    for file in small:
+        fails(*words, file, said="b.txt: 'd' where that has 'z'; a teacher and its students need one text")
+    torch.save(dict(torch.load(small[0], weights_only=True)), tmp_path / 'old.pt')
+    assert script('train_lm', *words, tmp_path / 'old.pt').code == 0
+
+
 def test_what_is_not_finite_stops(script, fails, tmp_path):
     """A teacher before the training; a loss before the update, and the others go on."""
     net = lm.build('student', 8)
@@ -292,7 +325,8 @@ def test_more_mistakes(fails, script, tmp_path):
     (tmp_path / 'latin.txt').write_bytes('ü'.encode('latin-1') * 900)
     fails('--kd_mode', 'ce', '--data_name', tmp_path / 'latin.txt', said='is not UTF-8')
     torch.save(lm.build('student', 9).state_dict(), tmp_path / 'nine.pt')
-    fails(*QUICK, '--kd_mode', 'gkd', '--t_model', tmp_path / 'nine.pt', said='knows 9 symbols')
+    said = 'knows 9 symbols, markov:8 has 8; a teacher and its students need one text: leave --t_model out'
+    fails(*QUICK, '--kd_mode', 'gkd', '--t_model', tmp_path / 'nine.pt', said=said)
     torch.save({'fc.weight': torch.zeros(2)}, tmp_path / 'image.pt')
     fails(
         *QUICK,
