@@ -99,7 +99,8 @@ class Setting:
     def written(self) -> dict[str, Tensor]:
         """The same prompts continued by the teacher and by the student before training, kept in a file."""
         nets = {'teacher': self.net_t, 'start': self.start}
-        path = self.root / f'lm_written_{"_".join(map(fingerprint, nets.values()))}_s{self.seed}.pt'
+        made_of = '_'.join([self.text.digest, *map(fingerprint, nets.values())])  # the text has the prompts
+        path = self.root / f'lm_written_{made_of}_s{self.seed}.pt'
 
         def make() -> dict[str, Tensor]:
             prompts = self.text.windows(WRITTEN, draw(4, self.seed))[:, :PROMPT].to(self.device)

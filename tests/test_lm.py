@@ -277,6 +277,19 @@ def test_a_teacher_of_another_alphabet(script, fails, tmp_path):
     assert script('train_lm', *words, tmp_path / 'old.pt').code == 0
 
 
+def test_what_was_written_belongs_to_its_text(script, tmp_path):
+    """The same untrained student and teacher, another text: its prompts are others."""
+    for name, letters in (('a', 'abcd'), ('b', 'dcba')):
+        (tmp_path / f'{name}.txt').write_text(letters * 300)
+    torch.save(lm.build('student', 4).state_dict(), tmp_path / 'teacher.pt')
+    words = ('--kd_mode', 'distillm2', '--t_model', tmp_path / 'teacher.pt', '--init_steps', 0, '--steps', 1)
+    for name in 'ab':
+        done = script('train_lm', *words, '--data_name', tmp_path / f'{name}.txt', '--note', name)
+        assert done.code == 0, done.err
+    written = [torch.load(path, weights_only=True) for path in tmp_path.glob('lm_written_*.pt')]
+    assert len(written) == 2 and not torch.equal(*(made['teacher'] for made in written))
+
+
 def test_what_is_not_finite_stops(script, fails, tmp_path):
     """A teacher before the training; a loss before the update, and the others go on."""
     net = lm.build('student', 8)
