@@ -108,6 +108,8 @@ def read_methods(args) -> dict[str, tuple]:
     for name in args.kd_mode:
         if args.lmbda and LM[name].needs.views:
             raise UserError(f'--lmbda: {name} trains on {LM[name].needs.views[0]} by itself')
+    if not any(LM[name].needs.teacher for name in args.kd_mode):
+        refuse_given(args, {'lmbda': 0.0}, f'{" ".join(args.kd_mode)} has no teacher to correct its own text')
     refuse_fp16(args)
     weights, options = weights_and_options(args, args.kd_mode, LM)
     for name, weight in weights.items():

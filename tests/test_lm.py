@@ -317,6 +317,7 @@ def test_what_is_not_finite_stops(script, fails, tmp_path):
         ('--kd_mode gkd --data_name markov:1', '2 to 64 symbols'),
         ('--kd_mode gkd --lmbda 1.5', 'from 0 to 1, or adaptive'),
         ('--kd_mode minillm --lmbda 0.5', 'minillm trains on texts of teacher and student by itself'),
+        ('--kd_mode ce --lmbda 0.5', '--lmbda: ce has no teacher'),
         ('--kd_mode dskd', 'no hidden states; give --t_model'),
         ('--kd_mode gkd --kd_args beta=2', 'beta must be from 0 to 1'),
         ('--kd_mode gkd --kd_args nonsense=2', "no argument 'nonsense'"),
@@ -401,7 +402,7 @@ def test_ten_lines_for_any_causal_language_model():
 
 
 def test_no_text_is_written_for_a_weight_of_0(script):
-    run(script, '--kd_mode', 'ce', '--lmbda', 1, '--steps', 2, '--note', 'x')
+    run(script, '--kd_mode', 'ce', 'gkd', '--lmbda', 1, '--steps', 2, '--note', 'x')
     done = script('train_lm', *QUICK, '--kd_mode', 'gkd', '--lambda_kd', 0, '--note', 'y')
     assert done.code == 2 and 'nothing to learn' in done.err and done.err.count('\n') == 1, done.err
 
