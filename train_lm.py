@@ -185,7 +185,9 @@ def main():
                  'corpus': text.digest, 'entropy': text.entropy, 'seed': args.seed, 'steps': args.steps,
                  'teacher': setting.facts, 'trained_with': list(wanted), 'processes': processes(),
                  'sample': run.shown}  # fmt: skip
-        done.append((run.record, 'student.pt', facts, run.name, f'{run.name} writes: {run.shown!r}'))
+        path = folder / run.name / 'student.pt'
+        end = f'{run.name} writes: {run.shown!r}; weights: {path}; {how_to_load(text)}'
+        done.append((run.record, path.name, facts, run.name, end))
     session.finish(live, done)
 
 
@@ -210,6 +212,12 @@ def train_student(run: parts.Run, seen: StepTexts) -> None:
     set_rates(run.opt, share_of_rate(seen.step, run.setting.steps))
     run.opt.step()
     run.meter.add(None, data.target, **terms)
+
+
+def how_to_load(text) -> str:
+    """For the log: the network of a file of weights, and the symbols that it reads."""
+    symbols = f'dataset.text.load({text.name!r}).symbols'
+    return f'models.lm.from_state(torch.load(path)) is the network, {symbols} are what it reads and writes'
 
 
 def line(run: parts.Run, steps: int, row: dict) -> str:
