@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -182,6 +183,8 @@ def test_students_learn_and_forward_kl_learns_more(script, tmp_path):
         and fkl['machine']
     )
     assert len(re.findall(r'^\w+ writes: ', out, re.M)) == 2 and len(fkl['sample']) == 65
+    assert f'weights: {tmp_path / "a" / "ce" / "student.pt"}; models.lm.from_state(torch.load(path))' in out
+    assert "dataset.text.load('markov:8').symbols" in out
 
 
 def test_alone_or_beside_others_it_is_the_same(script, tmp_path):
@@ -370,8 +373,8 @@ def test_list_and_dry_run(script, tmp_path):
 
 
 def test_ten_lines_for_any_causal_language_model():
-    """The block of docs/language-models.md with stand-ins of the same call signatures."""
-    (block,) = re.findall(r'```py\n(.*?)```', (ROOT / 'docs' / 'language-models.md').read_text(), re.S)
+    """The block of docs/language-models.md with stand-ins of the same signatures, padded left or right."""
+    block, _ = re.findall(r'```py\n(.*?)```', (ROOT / 'docs' / 'language-models.md').read_text(), re.S)
     assert len(block.strip().splitlines()) <= 12 and 'transformers' not in block
 
     class Model(nn.Module):
@@ -389,16 +392,36 @@ def test_ten_lines_for_any_causal_language_model():
         def __getattr__(self, name):
             return self[name]
 
-    def tok(texts, return_tensors, padding):
-        ids = nn.utils.rnn.pad_sequence([torch.tensor([ord(c) % 20 for c in text]) for text in texts], True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(text)] for text in texts])
-        return Encoding(input_ids=ids, attention_mask=mask.long())
+    def tok(side, texts, return_tensors, padding):
+        rows = [torch.tensor([ord(c) % 20 for c in text]) for text in texts]
+        ids, mask = (
+            nn.utils.rnn.pad_sequence(x, True, padding_side=side) for x in (rows, [x * 0 + 1 for x in rows])
+        )
+        return Encoding(input_ids=ids, attention_mask=mask)
 
-    scope = {'tok': tok, 'texts': ['a text', 'another one'], 'device': 'cpu', 'torch': torch, 'GKD': gkd.GKD}
+    torch.manual_seed(0)
+    scope = {'texts': ['a text', 'another one'], 'device': 'cpu', 'torch': torch, 'GKD': gkd.GKD}
     scope |= {'student': Model(20), 'teacher': Model(24)}  # a padded table
-    exec(block, scope)
+    losses = []
+    for side in ('right', 'left'):
+        scope['tok'] = partial(tok, side)
+        exec(block, scope)
+        losses.append(scope['loss'].item())
     grad = scope['student'].table.weight.grad
     assert grad.abs().sum() > 0 and scope['teacher'].table.weight.grad is None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_student_writes(tmp_path, monkeypatch, capsys):
+    """The second block, on a network that has learnt nothing."""
+    _, block = re.findall(r'```py\n(.*?)```', (ROOT / 'docs' / 'language-models.md').read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / re.search(r"'(save/.*?)'", block)[1]
+    path.parent.mkdir(parents=True)
+    torch.save(lm.build('student', len(texts.load('pydoc').symbols)).state_dict(), path)
+    exec(block, {})
+    said = capsys.readouterr().out
+    assert said.startswith('The expression ') and len(said) == 15 + 200 + 1
 
 
 def test_no_text_is_written_for_a_weight_of_0(script):
