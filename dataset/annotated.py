@@ -165,6 +165,11 @@ class Voc:
         for thing in annotation.get('object', []):
             corner = [float(thing['bndbox'][key]) for key in ('xmin', 'ymin', 'xmax', 'ymax')]
             boxes.append([corner[0] - 1, corner[1] - 1, *corner[2:]])  # numbers from 1, both ends included
+            if thing['name'] not in VOC:
+                raise ValueError(
+                    f"{thing['name']!r} is none of VOC's 20 classes; own classes: write COCO's format, "
+                    '--data_name coco'
+                )
             labels.append(self.class_names.index(thing['name']))
             crowd.append(thing.get('difficult', '0') == '1')
         return _boxes(boxes, labels, crowd)
@@ -183,7 +188,10 @@ class Coco:
             place = {kind['id']: k for k, kind in enumerate(kinds, 1)}  # sparse ids, 1 to 90
             self.pictures = sorted(content['images'], key=lambda picture: picture['id'])
             found = {picture['id']: ([], [], []) for picture in self.pictures}
+            if not found:
+                raise ValueError('has no images')
             for thing in content['annotations']:
+                refuse_annotation(thing, found, place)
                 boxes, labels, crowd = found[thing['image_id']]
                 x, y, w, h = thing['bbox']
                 if w > 0 and h > 0:
@@ -195,7 +203,8 @@ class Coco:
                 f'{path}: cannot be read ({error.strerror}); COCO is at https://cocodataset.org'
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}: is not of the format of COCO instances ({error})') from None
+            reason = f'has no {error}' if isinstance(error, KeyError) else error
+            raise ValueError(f'{path}: is not of the format of COCO instances ({reason})') from None
         self.targets = [found[picture['id']] for picture in self.pictures]
 
     def __len__(self) -> int:
@@ -203,6 +212,20 @@ class Coco:
 
     def __getitem__(self, i: int) -> tuple:
         return _picture(self.folder / self.pictures[i]['file_name']), _boxes(*self.targets[i])
+
+
+def refuse_annotation(thing: dict, images: dict, categories: dict) -> None:
+    """One wrong entry among many is named."""
+    who = f'annotation {thing.get("id")}' if isinstance(thing, dict) else f'annotation {thing!r}'
+    for key, known, of in (
+        ('image_id', images, 'is of no image'),
+        ('category_id', categories, 'is in no category'),
+    ):
+        if thing[key] not in known:
+            raise ValueError(f'{who}: {key} {thing[key]!r} {of}')
+    box = thing['bbox']
+    if len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
+        raise ValueError(f'{who}: bbox must be [x, y, width, height], got {box!r}')
 
 
 def _picture(path: str | Path) -> Tensor:

@@ -171,6 +171,41 @@ def test_coco(tmp_path):
         assert [thing['bbox'] for thing in things] == [[5, 6, 10, 20], [0, 0, 40, 30]]
 
 
+@pytest.mark.parametrize(
+    'change,said',
+    [
+        ({'category_id': 0}, 'annotation 1: category_id 0 is in no category'),
+        ({'image_id': 12345}, 'annotation 1: image_id 12345 is of no image'),
+        ({'bbox': []}, r'annotation 1: bbox must be \[x, y, width, height\], got \[\]'),
+        ({'bbox': [1, 2, None, 3]}, 'annotation 1: bbox must be'),
+        ('bbox', "has no 'bbox'"),
+        ('images', 'has no images'),
+    ],
+)
+def test_a_wrong_entry_of_coco_is_named(tmp_path, change, said):
+    write_coco(tmp_path)
+    path = tmp_path / 'coco' / 'annotations' / 'instances_train2017.json'
+    content = json.loads(path.read_text())
+    if isinstance(change, dict):
+        content['annotations'][1] |= change
+    elif change in content:
+        content[change] = []
+    else:
+        del content['annotations'][1][change]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf'instances_train2017.json: is not of the format.*{said}'):
+        annotated.load('detection', 'coco', tmp_path, 32)
+
+
+def test_a_class_that_voc_does_not_have(tmp_path):
+    write_voc(tmp_path)
+    path = tmp_path / 'VOCdevkit' / 'VOC2012' / 'Annotations' / '2007_000001.xml'
+    path.write_text(path.read_text().replace('cat', 'wombat'))
+    data = annotated.load('detection', 'voc', tmp_path, 32)[0]
+    with pytest.raises(ValueError, match="01.xml: .*'wombat' is none of VOC's 20 classes.*--data_name coco"):
+        data[0]
+
+
 def test_pictures_of_a_step(img_root):
     data, more = rooms('segmentation', img_root, 8), rooms('segmentation', img_root, 8)
     steps = annotated.Steps(data, more, 4, seed=1)
