@@ -33,7 +33,7 @@ from dataset import annotated
 from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
-from engine.dense_build import make_run, rows_for, share_of_rate, taught
+from engine.dense_build import make_run, refuse_other_heads, rows_for, share_of_rate, taught
 from engine.dense_setting import make_setting
 from engine.dense_tasks import SHOWN, Setting
 from engine.device import refuse_fp16, setup
@@ -139,6 +139,7 @@ def read_methods(args) -> dict[str, dict]:
     other = {name: f'is for --task {row.task}' for name, row in DENSE.items() if name not in rows}
     refuse_unknown('--kd_mode', names, rows, other)
     refuse_repeated('--kd_mode', args.kd_mode)
+    refuse_other_heads(names, rows, args.s_name, args.t_name)
     refuse_many_processes(names, rows)
     refuse_fp16(args)
     if args.augment is not None and args.task == 'detection':

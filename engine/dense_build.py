@@ -16,19 +16,37 @@ from engine.processes import averaged, processes, same_weights
 from engine.recipe import resume_point
 from engine.record import fingerprint
 from engine.step_record import StepRecord
-from models.dense import Detected, build
+from models.dense import build
 
+HEAD_NAMES = {'fasterrcnn': 'Faster R-CNN', 'retinanet': 'RetinaNet', 'fcos': 'FCOS'}
 MASKS_LR = 1e-3  # of what a loss learns before the training, by Adam
 
 
 def rows_for(rows: dict, task: str, s_name: str) -> dict:
     """The rows of a task, with the weight for this kind of detector."""
-    head = s_name.partition(':')[0].partition('_')[0]
+    head = head_of(s_name)
     return {
         name: replace(row, weight=row.by_head.get(head, row.weight))
         for name, row in rows.items()
         if row.task in ('', task)
     }
+
+
+def head_of(name: str) -> str:
+    """The kind of network that a name means: retinanet of retinanet:resnet10 and retinanet_resnet50_fpn."""
+    return name.partition(':')[0].partition('_')[0]
+
+
+def refuse_other_heads(names, rows: dict, s_name: str, t_name: str) -> None:
+    """What is for one kind of detector, from the names: before a teacher is trained for it."""
+    for name in names:
+        heads = rows[name].heads
+        if heads and not all(head_of(network) in heads for network in (s_name, t_name)):
+            kinds = ' or '.join(HEAD_NAMES[head] for head in heads)
+            raise UserError(
+                f'{name}: is for {kinds}: --s_name {heads[0]}:resnet10 --t_name {heads[0]}:resnet18, or '
+                'others of it'
+            )
 
 
 def share_of_rate(args, step: int) -> float:
@@ -99,11 +117,7 @@ def taught(chosen: dict) -> bool:
 def tried(row, name: str, options: dict, net: nn.Module, seen: parts.StepPictures) -> nn.Module:
     """The module of a loss, which has been called once: what does not fit shows here, in one line."""
     part, setting = seen.part(row), seen.setting
-    if row.heads and not any(type(net).__name__.lower() == head for head in row.heads):
-        raise UserError(f'{name}: is for {", ".join(row.heads)}')
     t = seen.teacher(part)
-    if isinstance(t, Detected) and row.heads and type(t.net) is not type(net):
-        raise UserError(f'{name}: student and teacher must be {row.heads[0]}')
     state = torch.get_rng_state()
     with torch.no_grad():
         s = setting.task.look(net, seen.given(part))

@@ -623,7 +623,11 @@ def test_a_damaged_picture_is_named(script, tmp_path, workers):
         (['--kd_mode', 'st', '--t_model', 'none.pt'], 'no such checkpoint file'),
         (['--kd_mode', 'alone', '--s_init', 'none.pt'], 'no such checkpoint file'),
         (['--task', 'detection', '--kd_mode', 'pkd', '--data_name', 'coco'], 'instances_train2017.json'),
-        (['--task', 'detection', '--kd_mode', 'crosskd'], 'crosskd: is for retinanet'),
+        (
+            ['--task', 'detection', '--kd_mode', 'pkd', 'crosskd', '--dry_run'],
+            'crosskd: is for RetinaNet: --s_name retinanet:resnet10 --t_name retinanet:resnet18',
+        ),
+        (['--task', 'detection', '--kd_mode', 'dkd', '--t_name', 'fcos_resnet18_fpn'], 'is for Faster R-CNN'),
         (['--task', 'detection', '--kd_mode', 'pkd', '--s_name', 'fcos:resnet10'], 'PKD: '),
         (
             ['--task', 'detection', '--kd_mode', 'alone', '--s_name', 'maskrcnn_resnet50_fpn'],
