@@ -1,5 +1,6 @@
 """From the flags of train_dense.py to its pictures, its teacher, and the weights that students start from."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -122,7 +123,7 @@ def the_teacher(args, setting, net, steps, root: Path, log) -> nn.Module:
             return models.named_weights(net, setting.class_names)
 
         keep(path, weights)
-    with user_errors():
+    with user_errors(), own_remedy():
         models.load_weights(net, path, class_names=setting.class_names)
     net.to(setting.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.task == 'detection':
@@ -139,6 +140,18 @@ def the_teacher(args, setting, net, steps, root: Path, log) -> nn.Module:
     setting.facts = {'name': args.t_name, **figures}
     log(f'teacher {args.t_name}: {path.name}, ' + ', '.join(f'{k} {v:.2f}' for k, v in figures.items()))
     return net
+
+
+@contextlib.contextmanager
+def own_remedy():
+    """What load_weights advises where classes differ are flags of other scripts."""
+    try:
+        yield
+    except ValueError as error:
+        said, hint, _ = str(error).partition('; only the classifier differs')
+        if hint or 'other classes' in said:
+            said += f'{hint}: train one for these data: --kd_mode alone --s_name NAME --s_init FILE'
+        raise ValueError(said) from None
 
 
 def try_step(name: str, net: nn.Module, seen) -> None:

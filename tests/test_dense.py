@@ -21,6 +21,7 @@ from engine import dense_build, dense_setting
 from engine.dense_tasks import TASKS, Setting
 from engine.device import autocast
 from methods.dense import DENSE
+from models.checkpoint import named_weights
 from models.dense import Detected, build, enlarged, normalised, segment
 from tests.conftest import ROOT
 
@@ -571,6 +572,17 @@ def test_a_teacher_of_ones_own_in_bf16(run, tmp_path):
     made = results(tmp_path / 'small' / 'pkd')
     assert made['teacher']['ap'] == results(tmp_path / 'big' / 'alone')['last']['ap']
     assert float(columns(tmp_path / 'small' / 'dkd')['dkd']) >= 0
+
+
+def test_a_teacher_of_other_classes(script, tmp_path):
+    """The remedy has flags of this script."""
+    for K, names, said in ((9, None, 'only the classifier differs'), (6, [*'abcdef'], 'other classes')):
+        net = build('segmentation', 'lraspp:resnet18', K, 32)
+        torch.save(named_weights(net, names), tmp_path / f'{K}.pt')
+        done = script('train_dense', *QUICK[:-2], '--kd_mode', 'st', '--t_model', tmp_path / f'{K}.pt')
+        assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err
+        assert done.err.endswith(': train one for these data: --kd_mode alone --s_name NAME --s_init FILE\n')
+        assert '--init' not in done.err and '--new_head' not in done.err
 
 
 def test_voc_and_coco_train(script, tmp_path):
