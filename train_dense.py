@@ -18,14 +18,12 @@ and for each student a folder with last.pt, best.pt, student.pt (plain weights a
 metrics.csv, results.json.
 """
 
-import io
 import time
 from functools import partial
 from pathlib import Path
 
 import engine.threads  # noqa: F401  before torch
 
-import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -34,8 +32,8 @@ from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
 from engine.dense_build import make_run, refuse_other_heads, rows_for, share_of_rate, taught
+from engine.dense_panels import keep_panels
 from engine.dense_setting import make_setting
-from engine.dense_tasks import SHOWN, Setting
 from engine.device import refuse_fp16, setup
 from engine.errors import UserError
 from engine.flags import (
@@ -54,7 +52,7 @@ from engine.method_flags import refuse_many_processes, refuse_repeated, refuse_u
 from engine.optimise import set_learning_rate
 from engine.parser import Parser
 from engine.processes import averaged, processes, rank
-from engine.record import output_folder, provenance, write_atomic
+from engine.record import output_folder, provenance
 from engine.session import Log
 from methods.dense import DENSE
 
@@ -259,20 +257,6 @@ def how_to_build(args, setting) -> str:
     """For the log: the network that a file of weights is of."""
     words = f'{args.task!r}, {args.s_name!r}, {setting.num_classes}, {args.size}, frozen={bool(args.s_init)}'
     return f'models.dense.build({words}) is the network, models.load_weights(net, path) fills it'
-
-
-def keep_panels(setting: Setting, runs: list, path: Path) -> None:
-    """What teacher and students find in some test pictures, for `python -m report dense`."""
-    chosen = [i % len(setting.test) for i in SHOWN]
-    pictures = [setting.test[i] for i in chosen]
-    arrays = {'image': np.stack([(image.numpy() * 255).round().astype(np.uint8) for image, _ in pictures]),
-              'truth': np.stack([setting.task.truth(target) for _, target in pictures])}  # fmt: skip
-    nets = {'teacher': setting.net_t} if setting.net_t else {}
-    for name, net in (nets | {run.name: run.net for run in runs}).items():
-        arrays[f'of {name}'] = np.stack([setting.task.example(net.eval(), i) for i in chosen])
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    write_atomic(path, file.getvalue())
 
 
 def line(run: parts.Run, steps: int, row: dict) -> str:

@@ -114,13 +114,23 @@ def mean(results: list[dict], key: str) -> float:
 
 
 def collect(folder: Path) -> tuple[str, dict]:
-    """The task of a run, and what its picture shows: the student alone and the best of the others."""
+    """The task of a run, and what its picture shows: the student alone and the best of the others.
+
+    The best of those that were trained as the student alone was, if there are any.
+    """
     task = read_json(folder / 'args.json')['args']['task']
-    results = [r for r in mine(read_results([str(folder)])) if r['method'] != 'alone']
+    results = mine(read_results([str(folder)]))
     key = next(iter(FIGURES[task]))
     with np.load(folder / 'panels.npz') as file:
         arrays = {name: file[name] for name in file.files}
-    best = max(results, key=lambda r: r['last'][key])['method'] if results else 'alone'
+    shown = [r for r in results if f'of {r["method"]}' in arrays and r['task'] == task]
+    if without := [r['method'] for r in results if r not in shown]:
+        print(f'{folder / "panels.npz"}: has no picture of {", ".join(without)}; their command with '
+              '--resume auto adds it')  # fmt: skip
+    alone = next((r for r in shown if r['method'] == 'alone'), None)
+    others = [r for r in shown if r is not alone]
+    alike = [r for r in others if alone and all(r[name] == alone[name] for name in SETTING)]
+    best = max(alike or others, key=lambda r: r['last'][key])['method'] if others else 'alone'
     wanted = ['image', 'truth', *(f'of {name}' for name in ('alone', best, 'teacher'))]
     return task, {name: arrays[name] for name in wanted if name in arrays} | {'best': np.array(best)}
 

@@ -23,6 +23,7 @@ from engine.device import autocast
 from methods.dense import DENSE
 from models.checkpoint import named_weights
 from models.dense import Detected, build, enlarged, normalised, segment
+from report import dense as report_dense
 from tests.conftest import ROOT
 
 SEG = [name for name, row in DENSE.items() if row.task == 'segmentation']
@@ -500,6 +501,25 @@ def test_every_row_trains(run, script, tmp_path):
     text = reported(script, tmp_path / 'a', tmp_path / 'r')
     assert 'Segmentation, lraspp:resnet18 teaches lraspp:mobilenet_v3_small@0.5: 6 labelled' in text
     assert text.count('\n| `') == len(SEG) + 2 and '| teacher |' in text
+
+
+def test_pictures_of_two_runs_in_one_folder(run, script, tmp_path):
+    """The second keeps what the first has drawn; a student without a picture is named, not chosen."""
+    words = ('--steps', 1, '--note', 'a')
+    run('--kd_mode', 'alone', 'st', *words)
+    run('--kd_mode', 'cwd', *words, '--unlabelled', 0)
+    with np.load(tmp_path / 'a' / 'panels.npz') as file:
+        arrays = {name: file[name] for name in file.files}
+    assert {'of alone', 'of st', 'of cwd', 'of teacher'} < set(arrays)
+    made = results(tmp_path / 'a' / 'cwd')
+    made['last']['miou'] = 100.0  # the best, but trained on other pictures than the student alone
+    (tmp_path / 'a' / 'cwd' / 'results.json').write_text(json.dumps(made))
+    assert str(report_dense.collect(tmp_path / 'a')[1]['best']) == 'st'
+    del arrays['of st']
+    np.savez(tmp_path / 'a' / 'panels.npz', **arrays)
+    done = script('report.dense', tmp_path / 'a', '--out', tmp_path / 'r')
+    assert done.code == 0 and 'has no picture of st; ' in done.out, done.err
+    assert str(report_dense.collect(tmp_path / 'a')[1]['best']) == 'cwd'
 
 
 def test_every_row_of_detection_trains(run, script, tmp_path):
