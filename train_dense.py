@@ -92,7 +92,8 @@ def parse_args(words=None):
     flag('--img_root', default='./data',
          help='where VOCdevkit/ or coco/ lies, and where rooms are kept; default ./data')
     flag('--size', type=positive_int, default=64,
-         help='side of the rooms; voc: of the crops; default 64')
+         help='side of the rooms; segmentation of voc: of the crops; small detectors (HEAD:BACKBONE): every '
+              'picture is scaled to it; default 64')
     flag('--labelled', type=positive_int, metavar='N',
          help='pictures whose labels students see; default: 50 or, for detection, 100 of scenes, else all')
     flag('--unlabelled', type=whole_number, metavar='N',

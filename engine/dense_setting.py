@@ -64,6 +64,8 @@ def make_setting(args, device, root: Path, log, needs_teacher: bool) -> tuple[Se
         whole.class_names, {'augment': numbers} if numbers else {},
     )  # fmt: skip
     setting.task = TASKS[args.task](setting, start)
+    if args.task == 'detection' and not rooms and ':' in args.s_name:
+        log(f'{args.s_name}: every picture is scaled to {args.size} pixels on its longer side, see --size')
     if needs_teacher:
         everything = annotated.Steps(whole, None, args.batch_size, 0)
         setting.net_t = the_teacher(args, setting, net_t, everything if rooms else None, root, log)

@@ -53,7 +53,8 @@ def build(task: str, name: str, num_classes: int, size: int = 64, frozen: bool =
         task: 'segmentation' or 'detection'.
         name: see above; 'HEAD:BACKBONE' is small, BACKBONE@WIDTH a narrower mobilenet.
         num_classes: of detection with the background.
-        size: side of the pictures, for the small detectors, which do not resize, and their anchors.
+        size: of the small detectors, which scale every picture until its longer side is this, and of their
+            anchors.
         frozen: batch norms of FPN detectors on a ResNet or MobileNetV2 keep the statistics they are loaded
             with.
 

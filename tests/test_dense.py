@@ -616,6 +616,9 @@ def test_voc_and_coco_train(script, tmp_path):
     det = ('--task', 'detection', '--data_name', 'coco', '--s_name', DETECTORS[0])
     done = script('train_dense', *det, *common, '--note', 'c')
     assert done.code == 0 and 'ap50' in results(tmp_path / 'c' / 'alone')['last'], done.err
+    assert 'every picture is scaled to 32 pixels' in done.out
+    net = build('detection', DETECTORS[0], 4, 32)
+    assert net.transform([torch.rand(3, 60, 128)])[0].image_sizes == [(15, 32)]
     done = script('train_dense', *seg, *common[:-1], 'cwd', '--note', 'n')
     assert done.code == 2 and '--t_model: needed with voc' in done.err and '--kd_mode alone' in done.err
 
