@@ -12,7 +12,8 @@ minus the error rate) and whole strings right.
 
 With --labels N only the first N training strings have a text. A step then takes a batch of those, for
 cross-entropy, and one of all strings, for distillation: where there is no text the decoder is given what the
-teacher writes. alone takes the first batch only, the same as the others.
+teacher writes. For libs and c2kd strings of the second batch that have a text count in cross-entropy, too.
+alone takes the first batch only, the same as the others.
 
 Writes to SAVE_ROOT/NOTE: log.txt, args.json, and for each network a folder with last.pt (continued by
 --resume auto), best.pt, net.pt, metrics.csv, results.json.
