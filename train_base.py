@@ -182,7 +182,7 @@ def main():
     facts = {'script': 'train_base', 'method': 'baseline', 'student': args.net_name, 'teacher': None,
              'data': args.data_name, 'classes': classes, 'seed': args.seed,
              'epochs': args.epochs}  # fmt: skip
-    data = None if classes else data_words(args)  # tools/eval.py measures all classes
+    data = data_words(args, classes)
     how = models.how_to_load(folder / 'net.pt', args.net_name, data, train.num_classes, train)
     session.finish(live, [(record, 'net.pt', facts, args.net_name, f'weights: {how}')])
 

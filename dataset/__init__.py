@@ -15,7 +15,7 @@ from .dense import Dense
 from .folder import FOLDER, BadImage, Folder
 from .labels import NO_LABEL, forget_labels, only_labelled
 from .nyu import read_nyu
-from .parts import ClassParts, few_per_class, read_classes, split_classes, take_classes
+from .parts import ClassParts, few_per_class, read_classes, spelled, split_classes, take_classes
 from .patterns import PATTERNS
 from .resident import Resident
 from .scenes import load_scenes
@@ -41,6 +41,7 @@ __all__ = [
     'owned',
     'pictures',
     'read_classes',
+    'spelled',
     'split_classes',
     'take_classes',
 ]

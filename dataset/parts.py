@@ -52,6 +52,17 @@ def read_classes(text: str, num_classes: int) -> list[int]:
     return classes
 
 
+def spelled(classes: list[int]) -> str:
+    """[0, 1, 2, 7] -> '0-2,7', which read_classes reads."""
+    runs = []
+    for c in classes:
+        if runs and c == runs[-1][-1] + 1:
+            runs[-1].append(c)
+        else:
+            runs.append([c])
+    return ','.join(f'{run[0]}-{run[-1]}' if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def take_classes(data, classes: list[int]):
     """The images of these classes; label = position in the list. Those without a label are left out.
 

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 
+from dataset import spelled
 from engine.errors import UserError
 from engine.method_flags import key_values
 from engine.parser import Parser
@@ -136,12 +137,16 @@ def add_data_flags(parser: Parser, more: str = '') -> None:
               'instead of refusing; alpha is dropped, not blended')
 
 
-def data_words(args: argparse.Namespace) -> str:
-    """What stands after --data_name in a command for the same images, with the flags of add_data_flags."""
+def data_words(args: argparse.Namespace, classes: list[int] | None = None) -> str:
+    """What stands after --data_name in a command for the same images, with the flags of add_data_flags.
+
+    classes: those that the network tells apart, in its order, for --classes of tools/eval.py; None: all.
+    """
     words = [args.data_name]
     words += ['--img_root', args.img_root] if args.img_root != './data' else []
     words += ['--image_size', str(args.image_size)] if args.image_size != 224 else []
     words += ['--convert_rgb'] if args.convert_rgb else []
+    words += ['--classes', spelled(classes)] if classes else []
     return shlex.join(words)
 
 

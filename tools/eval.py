@@ -2,7 +2,8 @@
 
 Reads every file that --t_model reads: ours (also of methods that add layers to the student), RepDistiller's,
 mdistiller's, Knowledge-Distillation-Zoo's, chenyaofo's, timm's. A file that does not fit, or that was trained
-for other classes, is reported in its line; the exit code then is 2.
+for other classes, is reported in its line; the exit code then is 2. Networks that know a part of the data's
+classes (train_base.py --num_parts or --classes, students of train_ka.py) are measured on these: --classes.
 """
 
 import sys
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine.threads  # noqa: E402, F401  before torch
 
+import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.data import read_data  # noqa: E402
@@ -26,6 +28,9 @@ def parse_args():
     parser = Parser(__doc__)
     parser.add_argument('files', nargs='+', metavar='FILE', help='checkpoints of one architecture')
     parser.add_argument('--net_name', required=True, metavar='NAME', help=models.NAMES)
+    parser.add_argument('--classes', metavar='LIST',
+        help='the classes of the data that the files know, in the order of their logits, e.g. 5-9 or 0,2,4; '
+             'default all')  # fmt: skip
     add_data_flags(parser)
     add_machine_flags(parser)
     return parser.parse_args()
@@ -38,8 +43,11 @@ def main():
     with user_errors():
         models.build(args.net_name)  # an unknown name is no file's fault
     _, test = read_data(args, device)
-    width, failed = max(map(len, args.files)), False
-    print(f'{"file":{width}}   top-1   top-5   on {len(test)} test images of {args.data_name}')
+    if args.classes:
+        with user_errors():
+            test = dataset.take_classes(test, dataset.read_classes(args.classes, test.num_classes))
+    width, failed, some = max(map(len, args.files)), False, args.classes and f', classes {args.classes}'
+    print(f'{"file":{width}}   top-1   top-5   on {len(test)} test images of {args.data_name}{some or ""}')
     for path in args.files:
         try:
             with user_errors():
@@ -51,7 +59,8 @@ def main():
             continue
         print(f'{path:{width}}  {row["top1"]:6.2f}  {row["top5"]:6.2f}   {row["said"]}')
     if failed:
-        raise UserError('some files could not be measured')
+        hint = '' if args.classes else '; those that know a part of the classes need --classes LIST'
+        raise UserError(f'some files could not be measured{hint}')
 
 
 if __name__ == '__main__':
