@@ -28,7 +28,6 @@ import engine.threads  # noqa: F401  before torch
 
 import torch
 
-import models
 from engine import drawing, errors, listing, session, side_by_side
 from engine.data import refuse_too_few
 from engine.device import compile_networks, setup
@@ -50,7 +49,6 @@ from engine.parser import Parser
 from engine.processes import processes, rank
 from engine.record import (
     class_names_of,
-    logits_of,
     output_folder,
     provenance,
     save_checkpoint,
@@ -195,7 +193,8 @@ def main():
         if len(ends) > 1:
             facts['after_first_phase'] = tested(run.record.history[ends[0] - 1])
         save_checkpoint(folder / run.name / 'ka.pt', run.ka.state_dict())
-        done.append((run.record, 'student.pt', facts, run.name, how_to_load(run, setting, folder)))
+        how = setting.how_to_load(run.net, folder / run.name / 'student.pt')
+        done.append((run.record, 'student.pt', facts, run.name, f'weights: {how}'))
     session.finish(live, done)
 
 
@@ -262,15 +261,6 @@ def epoch_line(run: Run, setting, total: int, row: dict) -> str:
         f'epoch {row["epoch"]}/{total}  {run.name:12s} loss {row["loss"]:.4f}  {shown}  '
         f'{row["seconds"]:.0f} s'
     )
-
-
-def how_to_load(run: Run, setting, folder: Path) -> str:
-    """For the log: what becomes of the student's weights."""
-    path, many = folder / run.name / 'student.pt', logits_of(run.net)
-    if many:
-        return f'weights: {models.how_to_load(path, setting.student_name, None, many, setting.train)}'
-    kind = type(run.net)
-    return f'weights: {path}, of {kind.__module__}.{kind.__name__}, built from the networks of its teachers'
 
 
 def write_ensemble(folder: Path, setting, args, origin: dict) -> None:

@@ -6,6 +6,7 @@ its name in SETTINGS.
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -109,6 +110,9 @@ class Setting(Protocol):
 
     def details(self, net: nn.Module) -> dict:
         """What results.json says of a trained student beside its figures."""
+
+    def how_to_load(self, net: nn.Module, path: Path) -> str:
+        """For the end of the log: what to do with the file of a student's weights."""
 
     def ensembles(self) -> dict[str, dict]:
         """What the teachers reach side by side, without a student."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +196,13 @@ class Attributes:
         if isinstance(net, StreamNet):
             return {'parameters': net.parameters_in_use(), 'branch_points': net.points.tolist()}
         return {'parameters': size_of(net)}
+
+    def how_to_load(self, net: nn.Module, path: Path) -> str:
+        if not isinstance(net, StreamNet):
+            return models.how_to_load(path, self.student_name, None, self.train.num_classes, self.train)
+        nets = (f"models.build('{t['name']}', {2 * len(t['attributes'])})" for t in self.facts['teachers'])
+        made = f'StreamNet([{", ".join(nets)}], {net.columns})'
+        return models.how_to_fill(path, made, 'from models.streams import StreamNet')
 
     def ensembles(self) -> dict[str, dict]:
         """Sources of the same attributes: each by itself, and for every answer the surest of them with the

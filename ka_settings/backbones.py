@@ -8,6 +8,7 @@ is a linear classifier on the embedding of a frozen network, fitted with labels 
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -182,6 +183,9 @@ class Backbones:
 
     def details(self, net: nn.Module) -> dict:
         return {'parameters': size_of(net)}
+
+    def how_to_load(self, net: nn.Module, path: Path) -> str:
+        return models.how_to_load(path, self.student_name, None, self.train.num_classes, self.train)
 
     def ensembles(self) -> dict[str, dict]:
         """Probes of every teacher's embedding for all tasks, and of the student's before its training."""

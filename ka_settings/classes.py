@@ -1,6 +1,7 @@
 """Teachers that know some classes each; the student gets the classes of all."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from engine.batch import as_float
 from engine.data import load_data
 from engine.device import autocast
 from engine.errors import UserError, user_errors
-from engine.flags import positive_int
+from engine.flags import data_words, positive_int
 from engine.teachers import load_teacher
 
 
@@ -86,6 +87,8 @@ class Classes:
         self.recipe = {'parts': parts, 'classes': self.split.classes}
         if without := int((train.targets < 0).sum()):
             log(f'{without} training images have no label, so nobody knows whose they are: they are left out')
+        every = self.split.classes == list(range(train.num_classes))
+        self.data_words = data_words(args, None if every else self.split.classes)
         with user_errors():
             self.train, self.val, self.test = (
                 data and dataset.take_classes(data, self.split.classes) for data in (train, val, test)
@@ -162,6 +165,9 @@ class Classes:
     def details(self, net: nn.Module) -> dict:
         """Which part the student sends the images of each part to."""
         return {'routing': self.split.routing(*self._logits([net], self.test))}
+
+    def how_to_load(self, net: nn.Module, path: Path) -> str:
+        return models.how_to_load(path, self.student_name, self.data_words, len(self.split.classes), self.train)
 
     def shows(self, net: nn.Module) -> dict[str, np.ndarray]:
         return {'routing': np.array([self.details(net)['routing']])}

@@ -1,6 +1,7 @@
 """Teachers of one dense task each (segmentation, depth, normals); the student gets all tasks."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -148,6 +149,16 @@ class Dense:
         sizes = {'parameters': net.parameters_in_use() if joint else count(net),
                  'parameters_of_teachers': sum(map(count, self.nets))}  # fmt: skip
         return sizes | ({'branch_points': net.points.tolist()} if joint else {})
+
+    def how_to_load(self, net: nn.Module, path: Path) -> str:
+        joint = isinstance(net, JointNet)
+        channels = [channels_of(task, self.train.num_classes) for task in self.tasks]
+        shape = 'widths={}, convolutions={}'.format(*(net.trunk if joint else net).shape())
+        made, imports = f'SegNet({channels[0]}, {shape})', 'from models.segmentation import SegNet'
+        if joint:
+            made = f'JointNet([SegNet(k, {shape}) for k in {channels}])'
+            imports += '; from models.branching import JointNet'
+        return models.how_to_fill(path, made, imports)
 
     def ensembles(self) -> dict:
         return {}

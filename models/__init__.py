@@ -34,6 +34,7 @@ __all__ = [
     'build',
     'build_for',
     'folded',
+    'how_to_fill',
     'how_to_load',
     'load_student',
     'load_weights',
@@ -125,6 +126,12 @@ def how_to_load(path: str | Path, name: str, data: str | None, num_classes: int,
     if images is not None:
         loaded += f', for images normalised with {normalised((images.mean, images.std))}'
     return f'{path}; {measured if data else ""}{loaded}'
+
+
+def how_to_fill(path: str | Path, made: str, imports: str) -> str:
+    """The same for a network that has no name: what `made`, in Python after `imports`, builds."""
+    filled = f'net = {made}; models.load_weights(net, {str(path)!r}); net.eval()'
+    return f'{path}; in Python: import models; {imports}; {filled}'
 
 
 def load_student(path: str | Path, name: str, num_classes: int = 100) -> nn.Module:

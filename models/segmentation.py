@@ -42,6 +42,11 @@ class SegNet(nn.Module):
             setattr(self, f'up{i}', _Level(zip(channels, channels[1:]), last=i == 1))
         self.levels = len(widths)
 
+    def shape(self) -> tuple[tuple, tuple]:
+        """(widths, convolutions), as the constructor takes them."""
+        levels = [getattr(self, f'down{i}').layers for i in range(1, self.levels + 1)]
+        return tuple(layers[-1][0].out_channels for layers in levels), tuple(map(len, levels))
+
     def forward(self, x: Tensor, feats: bool = False):
         places, maps = [], []
         for i in range(1, self.levels + 1):

@@ -248,6 +248,11 @@ def test_two_rounds_of_attributes(script, sources, tmp_path, monkeypatch):
     assert done.code == 0 and 'phase 2, branch points' in done.out
     assert {'stream0', 'stream1', 'loss'} <= rows(tmp_path / 'c' / 'afk')[0].keys()
     assert len(result(tmp_path / 'c' / 'afk')['branch_points']) == 2
+    (line,) = [line for line in done.out.splitlines() if 'in Python: ' in line]
+    known = {}
+    exec(line.split('; in Python: ')[1], known)  # as a reader of the log would
+    assert known['net'].columns == [[0, 1], [0, 1]]
+    assert same(known['net'].state_dict(), torch.load(tmp_path / 'c/afk/student.pt', weights_only=True))
 
     real = dataset.Attributes.train_batches
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ import dataset
 import engine.record
 import train_ka
 from dataset.dense import DenseMetrics, supervised
-from dataset.parts import ClassParts, read_classes, split_classes, take_classes
+from dataset.parts import ClassParts, read_classes, spelled, split_classes, take_classes
 from dataset.scenes import objects, scene
 from ka_losses.recombination import combine_bns, combine_convs, combine_models
 from ka_settings import SETTINGS, Setting, setting_for
@@ -46,6 +47,9 @@ def test_splits():
     assert one == two != split_classes(100, 4, 'random', 4)
     assert sorted(sum(one, [])) == list(range(100)) and {len(part) for part in one} == {25}
     assert read_classes('0-2,7', 10) == [0, 1, 2, 7]
+    for classes in ([0, 1, 2, 7], [5, 6], [8, 0, 2, 4], [3]):
+        assert read_classes(spelled(classes), 10) == classes
+    assert spelled([0, 1, 2, 7]) == '0-2,7'
     for bad in ('', '3-', 'a', '1,1', '5-4', '9-10'):
         with pytest.raises(ValueError, match='classes'):
             read_classes(bad, 10)
@@ -636,6 +640,53 @@ def test_bad_teachers_are_one_line(script, halves, tmp_path):
     assert done.code == 2 and 'one teacher per task' in done.err
     done = script('train_ka', '--ka_mode', 'sbm', *ROOMS[:2], '--size', '40', '--epochs', 1)
     assert done.code == 2 and 'multiples of 16' in done.err
+
+
+def measured_again(script, line: str, img_root) -> str:
+    """What tools/eval.py prints, called as the last line of a log says."""
+    words = shlex.split(line.split('python tools/eval.py ')[1].split(' measures')[0])
+    done = script('tools.eval', *words, '--threads', 1)
+    assert done.code == 0 and str(img_root) in words, done.err
+    return done.out
+
+
+def test_parts_are_measured_afterwards(script, halves, img_root, tmp_path):
+    """The end of the log has a command of tools/eval.py that gives the accuracy of the last epoch."""
+    log = (halves[1].parent / 'log.txt').read_text()
+    said = measured_again(script, log.splitlines()[-1], img_root)
+    top1 = json.loads((halves[1].parent / 'results.json').read_text())['last']['top1']
+    assert f'  {top1:6.2f}  ' in said and 'classes 5-9' in said
+    torch.manual_seed(0)
+    for part in range(2):
+        torch.save(build('resnet8', 5).state_dict(), tmp_path / f'{part}.pt')
+    words = ('--t_name', 'resnet8', '--t_model', tmp_path / '0.pt', tmp_path / '1.pt', *DATA, '--epochs', 1)
+    done = script('train_ka', '--ka_mode', 'concat', *words, '--split', 'interleaved', '--note', 'odd')
+    said = measured_again(script, done.out.splitlines()[-1], img_root)
+    top1 = json.loads((tmp_path / 'odd' / 'concat' / 'results.json').read_text())['last']['top1']
+    assert f'  {top1:6.2f}  ' in said and 'classes 0,2,4,6,8,1,3,5,7,9' in said
+    done = script('tools.eval', '--net_name', 'resnet8', *DATA[:2], '--img_root', img_root, halves[1])
+    assert done.code == 2 and '--classes LIST' in done.err
+    done = script('tools.eval', '--net_name', 'resnet8', *DATA[:2], '--classes', '5-11', halves[1])
+    assert done.code == 2 and 'must be distinct and lie in 0..9' in done.err, done.err
+
+
+def built(line: str) -> nn.Module:
+    """The network that the last line of a log builds and fills."""
+    known = {}
+    exec(line.split('; in Python: ')[1], known)
+    return known['net']
+
+
+def test_networks_of_rooms_are_loaded_as_the_log_says(script, tmp_path):
+    for words in (('seg',), ('seg', 'depth', 'normal')):
+        name = str(len(words))
+        done = script('train_ka', '--ka_mode', 'scratch', *ROOMS, '--tasks', *words, '--epochs', 1,
+                      '--epochs_ft', 0, '--note', name)  # fmt: skip
+        net = built(done.out.splitlines()[-1])
+        assert isinstance(net, JointNet if len(words) == 3 else SegNet) and not net.training
+        stored = torch.load(tmp_path / name / 'scratch' / 'student.pt', weights_only=True)
+        assert same(net.state_dict(), stored)
+    assert SegNet(6).shape() == ((64, 128, 256, 512, 512), (2, 2, 3, 3, 3))
 
 
 def test_nothing_trained_with_ensemble_alone(ka, tmp_path):
