@@ -38,6 +38,7 @@ from engine.flags import (
     check_head,
     data_words,
     fraction,
+    head_of,
     positive_int,
     whole_number,
     with_rate,
@@ -115,7 +116,8 @@ def main():
     with user_errors():
         net = models.narrowed(models.build(args.net_name, train.num_classes), args.init)
         if args.init:
-            said = models.load_weights(net, args.init, new_head=args.new_head, scale=(train.mean, train.std))
+            said = models.load_weights(net, args.init, new_head=args.new_head, scale=(train.mean, train.std),
+                                       head=head_of('--init'))  # fmt: skip
             log(f'initial weights: {said}')
     initial = copy.deepcopy(models.named_weights(net, train.class_names))
     recipe = math_args(

@@ -41,6 +41,7 @@ from engine.flags import (
     check_head,
     data_words,
     fraction,
+    head_of,
     positive_float,
     positive_int,
     seed_number,
@@ -134,7 +135,8 @@ def main():
     with user_errors():
         net_s = models.build(args.s_name, test.num_classes)
         if args.s_init:
-            log(f'initial student: {models.load_weights(net_s, args.s_init, new_head=args.new_head)}')
+            said = models.load_weights(net_s, args.s_init, new_head=args.new_head, head=head_of('--s_init'))
+            log(f'initial student: {said}')
     origin, setting = provenance(device) | class_names_of(test), setting_of(args, test, device, amp)
     runs = [
         build_run(args, name, want, folder, origin, net_s, net_t, setting) for name, want in wanted.items()

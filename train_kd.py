@@ -40,6 +40,7 @@ from engine.flags import (
     add_thread_flag,
     check_head,
     data_words,
+    head_of,
     positive_int,
     share_of_ce,
     whole_number,
@@ -133,8 +134,8 @@ def main():
         net_s = models.build(args.s_name, train.num_classes)
         net_s = models.narrowed(net_s, args.s_init)
         if args.s_init:
-            scale = train.mean, train.std
-            said = models.load_weights(net_s, args.s_init, new_head=args.new_head, scale=scale)
+            said = models.load_weights(net_s, args.s_init, new_head=args.new_head, scale=(train.mean, train.std),
+                                       head=head_of('--s_init'))  # fmt: skip
             log(f'initial student: {said}')
 
     origin = provenance(device) | class_names_of(train)

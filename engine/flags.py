@@ -212,6 +212,11 @@ def add_head_flag(flag, of: str) -> None:
          help=f'of {of} take all but the classifier; for weights with other classes, or none')  # fmt: skip
 
 
+def head_of(flag: str) -> str:
+    """What load_weights says of weights of this flag, beside which --new_head is offered."""
+    return f'{flag} FILE --new_head keeps the rest'
+
+
 def check_head(args: argparse.Namespace, of: str) -> None:
     if args.new_head and not getattr(args, of.removeprefix('--')):
         raise UserError(f'--new_head: goes with {of} FILE')

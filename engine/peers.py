@@ -10,6 +10,7 @@ import models
 from engine.batch import Batch, Probe, as_float
 from engine.errors import UserError, user_errors
 from engine.evaluate import refuse_misfit
+from engine.flags import head_of
 from engine.method_flags import built_from, refuse_many_processes, refuse_unknown, weights_and_options
 from engine.record import fingerprint
 from methods import KD, PEERS
@@ -79,7 +80,8 @@ def build_networks(args, num_classes: int, device, log) -> list[nn.Module]:
         with user_errors():
             net = models.build(name, num_classes)
             if args.net_inits:
-                said = models.load_weights(net, args.net_inits[k], new_head=args.new_head)
+                head = head_of('--net_inits')
+                said = models.load_weights(net, args.net_inits[k], new_head=args.new_head, head=head)
                 log(f'initial net{k + 1}: {said}')
         nets.append(net.to(device, memory_format=torch.channels_last))
     prints = [fingerprint(net) for net in nets]

@@ -83,16 +83,25 @@ class Teachers:
             return [InFloat32(net(img, True), reads) for net, reads in zip(self.fast, self.reads)]
 
 
+OWN_HEAD = 'a teacher needs a classifier for its data'
+
+
 def load_teacher(
-    net: nn.Module, path: str, data, amp: Callable[[], torch.autocast], scale: tuple | None = None
+    net: nn.Module,
+    path: str,
+    data,
+    amp: Callable[[], torch.autocast],
+    scale: tuple | None = None,
+    head: str = OWN_HEAD,
 ) -> dict[str, float]:
     """Fill, freeze and measure a teacher; one that gives non-finite logits is refused.
 
     scale: (mean, std) to which the network brings its images; None: they stay as the data's.
+    head: as of load_weights.
     """
     with user_errors():
         names, scale = getattr(data, 'class_names', None), scale or scale_of(data)
-        said = load_weights(net, path, class_names=names, scale=scale)
+        said = load_weights(net, path, class_names=names, scale=scale, head=head)
     net.requires_grad_(False).to(data.device, memory_format=torch.channels_last)
     refuse_misfit(path, net, data)
     measured = evaluate(net, data, amp)

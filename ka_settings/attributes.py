@@ -15,8 +15,9 @@ from dataset.attributes import attribute_figures, majority
 from engine.batch import as_float
 from engine.device import autocast, exact
 from engine.errors import UserError, user_errors
-from engine.flags import refuse_given
+from engine.flags import head_of, refuse_given
 from engine.processes import gathered, same_buffers
+from engine.teachers import OWN_HEAD
 from ka_losses.customize import select_teacher
 from models.streams import StreamNet
 
@@ -131,7 +132,7 @@ class Attributes:
         """A frozen teacher that is good for its attributes, and how good."""
         try:
             net = models.build_for(path, name, test.num_classes)
-            said = models.load_weights(net, path, class_names=test.class_names)
+            said = models.load_weights(net, path, class_names=test.class_names, head=OWN_HEAD)
         except ValueError as error:
             raise UserError(f'teacher {i} ({name} for {", ".join(test.names)}): {error}') from None
         net.requires_grad_(False).eval().to(test.device, memory_format=torch.channels_last)
@@ -160,7 +161,8 @@ class Attributes:
         with user_errors():
             net = models.build(self.student_name, self.train.num_classes)
             if args.s_init:
-                log(f'initial student: {models.load_weights(net, args.s_init, new_head=args.new_head)}')
+                said = models.load_weights(net, args.s_init, new_head=args.new_head, head=head_of('--s_init'))
+                log(f'initial student: {said}')
         return net
 
     def forward(self, net: nn.Module, batch):

@@ -21,8 +21,9 @@ from dataset.labels import labelled_cross_entropy
 from engine.batch import as_float
 from engine.device import autocast, exact
 from engine.errors import UserError, user_errors
-from engine.flags import refuse_given
+from engine.flags import head_of, refuse_given
 from engine.processes import gathered, same_buffers
+from engine.teachers import OWN_HEAD
 
 from .classes import limited, size_of
 
@@ -129,7 +130,7 @@ class Backbones:
         """A frozen teacher, and its accuracy in its own task."""
         try:
             net = models.build_for(path, name, task.heads * task.choices)
-            said = models.load_weights(net, path, class_names=task.class_names)
+            said = models.load_weights(net, path, class_names=task.class_names, head=OWN_HEAD)
         except ValueError as error:
             raise UserError(f'teacher {i} ({name} for {task.name}): {error}') from None
         net.requires_grad_(False).eval().to(self.test.device, memory_format=torch.channels_last)
@@ -152,7 +153,8 @@ class Backbones:
         with user_errors():
             net = models.build(self.student_name, self.train.num_classes)
             if args.s_init:
-                log(f'initial student: {models.load_weights(net, args.s_init, new_head=args.new_head)}')
+                said = models.load_weights(net, args.s_init, new_head=args.new_head, head=head_of('--s_init'))
+                log(f'initial student: {said}')
         return net
 
     def forward(self, net: nn.Module, batch):

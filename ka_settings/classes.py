@@ -16,7 +16,7 @@ from engine.batch import as_float
 from engine.data import load_data
 from engine.device import autocast
 from engine.errors import UserError, user_errors
-from engine.flags import data_words, positive_int
+from engine.flags import data_words, head_of, positive_int
 from engine.teachers import load_teacher
 
 
@@ -119,7 +119,8 @@ class Classes:
             with user_errors():
                 net = models.build_for(path, name, len(part))
                 mine = dataset.take_classes(test, part)
-            read = load_teacher(net, path, mine, self.amp)
+            head = f'train it with train_base.py --classes {dataset.spelled(part)}, or say its own classes, '
+            read = load_teacher(net, path, mine, self.amp, head=f'{head}--t_classes')
         except UserError as error:
             raise UserError(f'teacher {i} ({name} for the classes {part}): {error}') from None
         log(f'teacher {i}, {name}: {read["said"]}; classes {part}, top-1 there {read["top1"]:.2f}')
@@ -137,7 +138,8 @@ class Classes:
         with user_errors():
             net = models.build(self.student_name, len(self.split.classes))
             if args.s_init:
-                log(f'initial student: {models.load_weights(net, args.s_init, new_head=args.new_head)}')
+                said = models.load_weights(net, args.s_init, new_head=args.new_head, head=head_of('--s_init'))
+                log(f'initial student: {said}')
         return net
 
     def forward(self, net: nn.Module, batch):

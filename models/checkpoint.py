@@ -30,6 +30,7 @@ def load_weights(
     new_head: bool = False,
     class_names: Sequence[str] | None = None,
     scale: Sequence | None = None,
+    head: str = '',
 ) -> str:
     """Fill `net` from a checkpoint file, strictly.
 
@@ -45,6 +46,7 @@ def load_weights(
         class_names: what the network's logits stand for: a file that knows its classes and has others, or
             another order, is refused. None: not compared.
         scale: (mean, std) of the images that it will get. None: not compared.
+        head: what helps where only the classifier differs, for the message.
 
     Returns:
         A line for the log: which part was taken, what was left out, the accuracy stored in the file, and
@@ -71,7 +73,8 @@ def load_weights(
         state, left = _with_head_of(net, state)
     if problem := _misfit(net, state):
         headless = not new_head and head_names(net) and not _misfit(net, _with_head_of(net, state)[0])
-        hint = _HEAD_HINT + _head_beside(net, whole, beside, prefix) if headless else ''
+        hint = f'; only the classifier differs{head and ": "}{head}' if headless else ''
+        hint += _head_beside(net, whole, beside, prefix) if headless else ''
         guess = _guess(state)
         raise ValueError(
             f'{path}: does not fit the network; {problem}{f"; it looks like {guess}" if guess else ""}{hint}'
@@ -113,7 +116,6 @@ def num_classes_in(net: nn.Module, path: str | Path) -> int | None:
 
 
 _NONE = 'nothing, the file has none'
-_HEAD_HINT = '; only the classifier differs: --init FILE --new_head (--s_init, --net_inits) keeps the rest'
 
 
 def named_weights(

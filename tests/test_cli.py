@@ -558,14 +558,16 @@ def test_a_new_head(fails, script, teacher, tmp_path):
     assert done.code == 0 and 'a new classifier, left out: fc.weight, fc.bias' in done.out
     body, mine = (torch.load(path, weights_only=True) for path in (base[-1], tmp_path / 'b' / 'initial.pt'))
     assert torch.equal(body['layer2.0.conv1.weight'], mine['layer2.0.conv1.weight'])
-    fails('train_kd', *kd(base[-1]), '--kd_mode', 'st', said=['hundred.pt', 'only the classifier differs'])
+    fails('train_kd', *kd(base[-1]), '--kd_mode', 'st', said=['hundred.pt', 'differs: a teacher needs a'])
     words = ('--kd_mode', 'st', '--s_init', base[-1], '--new_head', '--epochs', '1')
     done = script('train_kd', *kd(teacher), *words, '--note', 'k')
     assert done.code == 0 and 'a new classifier' in done.out
     peers = ('--kd_mode', 'dml', '--net_names', 'resnet8', 'resnet8', *TINY, '--epochs', '1')
     fails('train_dml', *peers, '--new_head', said='goes with --net_inits')
     peers += ('--net_inits', base[-1], base[-1])
-    fails('train_dml', *peers, said=['hundred.pt', 'only the classifier differs'])
+    fails(
+        'train_dml', *peers, said=['hundred.pt', 'only the classifier differs: --net_inits FILE --new_head']
+    )
     done = script('train_dml', *peers, '--new_head', '--note', 'p')  # one body, and a classifier each
     assert done.code == 0 and done.out.count('a new classifier, left out: fc.weight, fc.bias') == 2
 

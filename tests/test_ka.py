@@ -572,6 +572,7 @@ def test_rooms_without_labels(script, room_teachers, tmp_path, monkeypatch):
 MISTAKES = [
     (['concat', '--t_classes', '0-4', '4-9'], ['share the classes [4]']),
     (['concat', '--t_classes', '0-3', '4-9'], ['teacher 1', '[0, 1, 2, 3]', 'does not fit']),
+    (['concat', '--t_classes', '0-3', '4-9'], ['differs: train it with train_base.py --classes 0-3, or say']),
     (['concat', '--num_parts', '3'], ['3 parts of the classes for 2 teachers']),
     (['concat', '--wanted', '0-3,77'], ['classes must be distinct']),
     (['customize'], ['wants teachers that share the classes']),
@@ -615,7 +616,9 @@ def test_a_new_head(ka, tmp_path):
     body = build('resnet8', 7)
     torch.save(body.state_dict(), tmp_path / 'seven.pt')
     done = ka('concat', '--s_init', tmp_path / 'seven.pt', epochs=1)
-    assert done.code == 2 and 'only the classifier differs: --init FILE --new_head' in done.err
+    assert (
+        done.code == 2 and 'only the classifier differs: --s_init FILE --new_head keeps the rest' in done.err
+    )
     done = ka('concat', 'cfl', '--s_init', tmp_path / 'seven.pt', '--new_head', '--note', 'n',
               '--lr', '1e-9', '--weight_decay', '0', epochs=1)  # fmt: skip
     assert done.code == 0 and done.out.count('a new classifier, left out: fc.weight, fc.bias') == 1

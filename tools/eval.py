@@ -52,7 +52,7 @@ def main():
         try:
             with user_errors():
                 net = models.build_for(path, args.net_name, test.num_classes)
-            row = load_teacher(net, path, test, autocast(device, args.amp))
+            row = load_teacher(net, path, test, autocast(device, args.amp), head='')
         except UserError as error:
             print(f'{path:{width}}   {error}')
             failed = True
