@@ -34,10 +34,12 @@ def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
     names = [name for name in args.ka_mode if name != ENSEMBLE]
     refuse_unknown('--ka_mode', names, KA)
     setting = chosen_setting(args)
-    for name in names:
-        if not fits(KA[name], setting):
-            fitting = ', '.join(key for key, m in KA.items() if fits(m, setting))
-            raise UserError(f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}')
+    for name in [name for name in names if not fits(KA[name], setting)]:
+        if alone(KA[name], args.data_name):  # two settings have this data, and a run has one of them
+            others = ', '.join(n for n in names if fits(KA[n], setting) and KA[n].needs.setting)
+            raise UserError(f'--ka_mode {name}: not in one run with {others}; run it by itself')
+        fitting = ', '.join(key for key, m in KA.items() if alone(m, args.data_name))
+        raise UserError(f'--ka_mode {name}: not for --data_name {args.data_name}; there are {fitting}')
     refuse_many_processes(names, KA)
     refuse_repeated('--ka_mode', args.ka_mode)
     weights, options = weights_and_options(args, names, KA, 'ka')
@@ -71,6 +73,11 @@ def chosen_setting(args):
 
 def fits(method: Method, setting) -> bool:
     return not method.needs.setting or setting.name in method.needs.setting.split()
+
+
+def alone(method: Method, data_name: str) -> bool:
+    """Whether it could learn from this data in a run of its own."""
+    return fits(method, setting_for(data_name, method.needs.setting.split()))
 
 
 def soft_targets(method: Method, args) -> float:

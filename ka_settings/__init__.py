@@ -55,7 +55,11 @@ def refuse_flags_of_others(args: argparse.Namespace, mine: type['Setting']) -> N
             and a.dest not in getattr(mine, 'also_reads', ())
         ]
         if given:
-            raise UserError(f'{given[0].option_strings[0]}: not for --data_name {args.data_name}')
+            kind, flag = args.data_name.partition(':')[0], given[0].dest
+            readers = [s for s in SETTINGS if s is other or flag in getattr(s, 'also_reads', ())]
+            elsewhere = any(kind in setting.data for setting in readers)  # for this data, with other methods
+            where = f'--ka_mode {" ".join(args.ka_mode)} on ' if elsewhere else ''
+            raise UserError(f'{given[0].option_strings[0]}: not for {where}--data_name {args.data_name}')
 
 
 class Setting(Protocol):
@@ -63,7 +67,9 @@ class Setting(Protocol):
 
     One whose rows have own.begin_phase or own.before also offers sample(), batches (img,) of a few training
     images as they are, on which such a row chooses or measures something. One that reads flags which another
-    setting adds names them in also_reads.
+    setting adds names them in also_reads. One whose ensembles() have names that do not explain themselves has
+    forms, {name: words}, what the log calls them. One that inherits from another must replace add_flags (by
+    none, or its own): all settings add theirs to one parser, which refuses a flag that is added twice.
     """
 
     name: str  # what needs.setting of a row (methods/ka.py) says
@@ -72,7 +78,7 @@ class Setting(Protocol):
     networks: str  # and of the names of networks
 
     train: Any  # data sets with train_batches, test_batches and steps, see dataset/__init__.py
-    val: Any  # None without one
+    val: Any  # None without one, False where --val_split is refused
     test: Any
     nets: list[nn.Module]  # the frozen teachers; may be empty where every student reads labels
     student_name: str

@@ -333,4 +333,9 @@ def test_backbones_learn_from_unlike_teachers(script, tmp_path):
     assert script('report.ka', tmp_path / 'all', '--out', tmp_path / 'table').code == 0
     assert 'linear probes of' in (tmp_path / 'table' / 'table.md').read_text()
     done = script('train_ka', '--ka_mode', 'radio', 'cfl', *words)
-    assert done.code == 2 and 'not for --data_name' in done.err
+    assert done.code == 2 and '--ka_mode radio: not in one run with cfl; run it by itself' in done.err
+    done = script('train_ka', '--ka_mode', 'sbm', *words)
+    assert done.code == 2 and 'not for --data_name shapes:60; there are concat, ' in done.err
+    assert 'radio' in done.err and 'sbm,' not in done.err
+    done = script('train_ka', '--ka_mode', 'radio', '--wanted', '0-3', *words)
+    assert done.code == 2 and '--wanted: not for --ka_mode radio on --data_name shapes:60' in done.err
