@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.batch import as_float
+from engine.errors import UserError
 from engine.meter import Meter
 from engine.record import Record
 from ka_losses import ConcatKD
@@ -89,7 +90,13 @@ class Student(nn.Module):
         with self.setting.amp():
             s = forward(self.net, batch)
         s = as_float(s)
-        loss, terms = method.feed(self.ka, s, all_t, batch)
+        said = method.feed(self.ka, s, all_t, batch)
+        if not isinstance(said, tuple) or len(said) != 2:
+            raise UserError(
+                f'{self.term.name}: a feed of an amalgamation returns (loss, its terms), terms a dict of '
+                f'what to log, {{}} for nothing; got {type(said).__name__}'
+            )
+        loss, terms = said
         loss = self.term.weight * loss
         if self.term.soft and batch.update not in method.when.no_soft_targets_in:
             kd = self.soft(s.out, [t.out for t in all_t])
