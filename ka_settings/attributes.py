@@ -63,7 +63,7 @@ class Attributes:
         train.pad = args.pad
         if args.val_split:
             train, self.val = train.split(args.val_split, args.seed)
-        theirs = [text.split(',') for text in args.t_attributes]
+        theirs = [names_in(text) for text in args.t_attributes]
         names = args.t_name * len(theirs) if len(args.t_name) == 1 else args.t_name
         alike = len(names) == len(theirs) == len(args.t_model) and bool(args.t_name) == bool(theirs)
         if not alike or not (theirs or references):
@@ -252,6 +252,11 @@ class Attributes:
             targets.append(target.cpu())
         shares = gathered((torch.cat(outs), torch.cat(targets)))
         return tuple(torch.cat(part).to(data.device) for part in zip(*shares))
+
+
+def names_in(text: str) -> list[str]:
+    """'Bangs, Smiling' -> ['Bangs', 'Smiling']."""
+    return [name.strip() for name in text.split(',')]
 
 
 def _pairs(numbers, device) -> Tensor:

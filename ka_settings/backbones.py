@@ -25,6 +25,7 @@ from engine.flags import head_of, refuse_given
 from engine.processes import gathered, same_buffers
 from engine.teachers import OWN_HEAD
 
+from .attributes import names_in
 from .classes import limited, size_of
 
 PROBE = 5000
@@ -84,7 +85,10 @@ class Backbones:
         self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
         self.few = limited(self.train, PROBE)  # drawn: a folder's images come class by class
         if len(self.of) != len(names):
-            raise UserError(f'{len(self.of)} tasks for {len(names)} teachers')
+            flags = '--t_attributes' if faces else '--num_parts or --t_classes'
+            raise UserError(
+                f'{len(self.of)} tasks for {len(names)} teachers: say {flags}, one list per teacher'
+            )
         self.nets, figures = [], []
         for i, (name, path, task) in enumerate(zip(names, args.t_model, self.of), 1):
             net, right = self._teacher(i, name, path, task, log)
@@ -121,7 +125,7 @@ class Backbones:
             self.train.pad = args.pad
             if args.val_split:
                 self.train, self.val = self.train.split(args.val_split, args.seed)
-            parts = [self.test.take(text.split(',')) for text in args.t_attributes]
+            parts = [self.test.take(names_in(text)) for text in args.t_attributes]
         engine.data.share(self.train, self.val, self.test)
         where = self.test.names.index
         self.of = [Task(', '.join(p.names), [where(n) for n in p.names], True, p.class_names) for p in parts]

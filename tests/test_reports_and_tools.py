@@ -254,6 +254,8 @@ DENSE = 'train_dense --data_name scenes:24 --size 32 --labelled 6 --steps 1 --kd
     (KA + '--ka_mode unic --data_name shapes --t_attributes Bangs', '--t_attributes: not for'),
     (KA + '--ka_mode customize --data_name faces --epochs_ft 9', '--epochs_ft: customize would not read it'),
     ('train_ka --ka_mode scratch --data_name faces:48 --size 16 --t_name resnet8', 'needs as many of each'),
+    (KA + '--ka_mode unic --data_name faces:48 --size 16 --batch_size 8', '0 tasks for 1 teachers: say --t'),
+    (KA + '--ka_mode unic --data_name patterns:40 --batch_size 8 --num_parts 2', 'say --num_parts or'),
     (DFKD + 'kd_pool --pool_init x --g_steps 5', '--g_steps: kd_pool would not read it'),
     (DFKD + 'deepinv --lr_z 0.1', '--lr_z: deepinv would not read it'),
     (DFKD + 'dafl --milestones 0.5 --sched cosine', '--milestones: dafl would not read it'),
@@ -303,6 +305,14 @@ def test_limits_of_faces_for_backbones(script, tmp_path):
     done = script('train_ka', '--ka_mode', 'unic', *words, '--t_model', teacher, '--t_attributes', 'Smiling',
                   '--limit_train', 20, '--limit_test', 7)  # fmt: skip
     assert done.code == 0 and 'faces:48: 20 + 7 images' in done.out, done.err
+
+
+def test_blanks_between_names_of_attributes(script, tmp_path):
+    words = ('--data_name', 'faces:48', '--size', 16, '--batch_size', 10, '--t_name', 'resnet8', '--t_model',
+             saved(tmp_path / 't.pt', classes=4), '--t_attributes', 'Bangs, Smiling')  # fmt: skip
+    for mode in ('each_attribute', 'unic'):  # a setting each
+        done = script('train_ka', '--ka_mode', mode, '--resume', tmp_path / 'no.pt', *words)
+        assert 'no attribute is called' not in done.err and 'teacher 1, resnet8' in done.out, done.err
 
 
 def test_attributes_that_all_test_images_share(script, img_root):
