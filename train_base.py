@@ -111,6 +111,8 @@ def main():
         log(f'classes {", ".join(map(str, classes))} of {train.num_classes}')
         with user_errors():
             train, val, test = (data and dataset.take_classes(data, classes) for data in (train, val, test))
+    if line := dataset.unseen(test, classes):
+        log(line)
     refuse_too_few(train, args.batch_size)
     torch.manual_seed(args.seed)
     with user_errors():

@@ -15,7 +15,7 @@ from .dense import Dense
 from .folder import FOLDER, BadImage, Folder
 from .labels import NO_LABEL, forget_labels, only_labelled
 from .nyu import read_nyu
-from .parts import ClassParts, few_per_class, read_classes, spelled, split_classes, take_classes
+from .parts import ClassParts, few_per_class, read_classes, spelled, split_classes, take_classes, unseen
 from .patterns import PATTERNS
 from .resident import Resident
 from .scenes import load_scenes
@@ -44,6 +44,7 @@ __all__ = [
     'spelled',
     'split_classes',
     'take_classes',
+    'unseen',
 ]
 
 DATA = {'shapes': SHAPES, 'patterns': PATTERNS, **CIFAR, 'folder': FOLDER, 'arrays': ARRAYS}  # see named.py

@@ -80,6 +80,24 @@ def take_classes(data, classes: list[int]):
     return data.subset(index, label, len(classes), names)
 
 
+def unseen(data, classes: list[int] | None) -> str:
+    """A line for the log on classes without an image in a test set; '' if every class has some.
+
+    data: cut to these classes, None for all.
+    """
+    counts = torch.bincount(data.targets[data.targets >= 0], minlength=data.num_classes)
+    absent = (counts == 0).nonzero()[:, 0].tolist()
+    if not absent:
+        return ''
+    names = [classes[k] if classes else k for k in absent]
+    names = [f'{c} ({data.class_names[k]})' if data.class_names else str(c) for c, k in zip(names, absent)]
+    more = f' and {len(names) - 8} more' if len(names) > 8 else ''
+    return (
+        f'no test images of the classes [{", ".join(names[:8])}{more}]: accuracies are those of the others, '
+        f'nan where there are none'
+    )
+
+
 class ClassParts:
     """Who knows which classes: the teachers' parts, and the student's classes in order.
 

@@ -89,7 +89,8 @@ def matrix(x: np.ndarray) -> np.ndarray:
     from PIL import Image, ImageDraw
 
     cell = max(56, SMALLEST // len(x))
-    picture = Image.fromarray(heat(x / 100).astype(np.uint8).repeat(cell, 0).repeat(cell, 1))
+    colours = np.where(np.isfinite(x)[..., None], heat(np.nan_to_num(x) / 100), 0).astype(np.uint8)
+    picture = Image.fromarray(colours.repeat(cell, 0).repeat(cell, 1))
     pen = ImageDraw.Draw(picture)
     for i, j in np.ndindex(*x.shape):
         ink = 'black' if x[i, j] > 50 else 'white'

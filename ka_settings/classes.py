@@ -25,6 +25,7 @@ class Classes:
 
     name, data, data_help, networks = 'classes', tuple(dataset.DATA), '', models.NAMES
     key, tasks = 'top1', ()
+    forms = {'A': 'A, raw logits', 'B': 'B, softmax each', 'C': 'C, logits - mean'}
 
     @staticmethod
     def add_flags(parser) -> None:
@@ -99,6 +100,8 @@ class Classes:
                 if dataset.owned(args.unlabeled):
                     self.recipe['own_unlabelled'] = other.digest()
         self.train, self.test = limited(self.train, args.limit_train), limited(self.test, args.limit_test)
+        if line := dataset.unseen(self.test, self.split.classes):
+            log(line)
         self.student_name = args.s_name or names[0]
         self.initial = self._initial(args, log)
         self.shown = ('top1', *(f'part{i + 1}' for i in range(len(self.split.distinct()))))
@@ -122,7 +125,11 @@ class Classes:
             head = f'train it with train_base.py --classes {dataset.spelled(part)}, or say its own classes, '
             read = load_teacher(net, path, mine, self.amp, head=f'{head}--t_classes')
         except UserError as error:
-            raise UserError(f'teacher {i} ({name} for the classes {part}): {error}') from None
+            drawn = self.args.split == 'random' and not self.args.t_classes and 'other classes' in str(error)
+            hint = " (--split random draws the parts by --seed: say the teachers' seed, or --t_classes)"
+            raise UserError(
+                f'teacher {i} ({name} for the classes {part}): {error}{hint if drawn else ""}'
+            ) from None
         log(f'teacher {i}, {name}: {read["said"]}; classes {part}, top-1 there {read["top1"]:.2f}')
         return net, read['top1']
 
