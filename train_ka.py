@@ -135,7 +135,7 @@ def main():
     origin |= class_names_of(setting.train)
     runs = [build_run(args, term, setting, folder, origin) for term in terms.values()]
     if setting.nets:
-        write_ensemble(folder, setting, args, origin)
+        write_ensemble(folder, setting, args, origin, log)
     compile_networks(args, *setting.nets, *(run.net for run in runs))
     if not runs:
         write_json(folder / 'args.json', {'args': vars(args), **origin})
@@ -263,12 +263,16 @@ def epoch_line(run: Run, setting, total: int, row: dict) -> str:
     )
 
 
-def write_ensemble(folder: Path, setting, args, origin: dict) -> None:
-    """What the teachers reach by themselves, a row of the table."""
+def write_ensemble(folder: Path, setting, args, origin: dict, log) -> None:
+    """What the teachers reach by themselves: a row of the table, and a line of the log each."""
+    ensembles, means = setting.ensembles(), getattr(setting, 'forms', {})
+    for name, row in ensembles.items():
+        figures = '  '.join(f'{key} {row[key]:.2f}' for key in setting.shown if key in row)
+        log(f'{ENSEMBLE}, {means.get(name, name)}: {figures}')
     (folder / ENSEMBLE).mkdir(exist_ok=True)
     facts = {'script': 'train_ka', 'method': ENSEMBLE, 'student': None, **setting.facts,
              'data': args.data_name, 'seed': args.seed}  # fmt: skip
-    write_json(folder / ENSEMBLE / 'results.json', facts | {'ensembles': setting.ensembles(), **origin})
+    write_json(folder / ENSEMBLE / 'results.json', facts | {'ensembles': ensembles, **origin})
 
 
 if __name__ == '__main__':
