@@ -48,8 +48,9 @@ def start(
     steps: int,
     total: int | None = None,
 ) -> Session:
-    """Before the first epoch. done: epochs done, of epochs in all; steps: of an epoch; val: its split.
+    """Before the first epoch. done: epochs done, of epochs in all; steps: of an epoch.
 
+    val: its split, None without one, False where there can be none.
     records: of all that is trained.
     total: of steps, where a training is cut by evaluations every so many steps, the last part being shorter.
     """
@@ -64,7 +65,8 @@ def start(
     write_json(folder / 'args.json', {'args': vars(args), **origin})
     log(f'{what} done, output in {folder}')
     if not val:
-        hint = ' (--val_split holds out training images for that)' if hasattr(args, 'val_split') else ''
+        able = val is None and hasattr(args, 'val_split')
+        hint = ' (--val_split holds out training images for that)' if able else ''
         log(f'best.pt is selected on test data{hint}')
     return Session(args, log, progress_bar(total or steps * epochs, before, log), board, stop, epochs, unit)
 

@@ -15,6 +15,7 @@ from engine import pictures
 from engine.device import autocast
 from engine.errors import UserError, user_errors
 from engine.flags import add_augment_flag, positive_int, read_augment, whole_number
+from engine.method_flags import refuse_repeated
 from engine.processes import gathered, same_buffers
 from models.branching import JointNet
 from models.segmentation import SegNet
@@ -34,7 +35,7 @@ class Dense:
 
     name, data, networks = 'dense', ('scenes', 'nyuv2'), 'dense tasks: segnet (small, default), segnet_vgg'
     data_help = 'dense tasks: scenes (embedded; scenes:N for N training images) or nyuv2'
-    key, blocks, val = 'score', (), None
+    key, blocks, val = 'score', (), False  # --val_split is refused
 
     @staticmethod
     def add_flags(parser) -> None:
@@ -58,6 +59,7 @@ class Dense:
         for flag, why in NOT_HERE.items():
             if getattr(args, flag) not in (None, 0, 'reflect'):
                 raise UserError(f'--{flag}: not for scenes and nyuv2{why}')
+        refuse_repeated('--tasks', args.tasks)
         with user_errors():
             self.train, self.test = dataset.load_dense(
                 args.data_name, args.img_root, device, args.size, labelled
@@ -79,8 +81,11 @@ class Dense:
         self.nets, figures = [], []
         for task, name, path in zip(self.tasks, names, args.t_model):
             net = self.network(name, task)
-            with user_errors():
+            try:
                 said = models.load_weights(net, path)
+            except ValueError as error:
+                order = f'--t_model follows --tasks {" ".join(self.tasks)}'
+                raise UserError(f'teacher of {task} ({name}): {error}; {order}') from None
             net.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
             read = self._metrics(lambda img, net=net: [net(img)], (task,))
             if not all(math.isfinite(value) for value in read.values()):

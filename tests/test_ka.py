@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 import shlex
+import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +14,17 @@ import torch
 from torch import nn
 
 import dataset
+import engine.ka_build
 import engine.record
 import train_ka
 from dataset.dense import DenseMetrics, supervised
 from dataset.parts import ClassParts, read_classes, spelled, split_classes, take_classes
 from dataset.scenes import objects, scene
+from engine import pictures
 from ka_losses.recombination import combine_bns, combine_convs, combine_models
 from ka_settings import SETTINGS, Setting, setting_for
 from methods.ka import KA as METHODS
-from models import build
+from models import build, named_weights
 from models.branching import JointNet
 from models.segmentation import SegNet
 from tests.conftest import ROOT
@@ -596,6 +600,10 @@ MISTAKES = [
     (['concat', '--momentum', '0.5'], ['--momentum: --optim adam does not read it']),
     (['scratch', '--T', '2'], ['--T: scratch would not read it']),
     (['concat', '--tasks', 'seg'], ['--tasks: not for --data_name shapes:96']),
+    (
+        ['scratch', '--data_name', 'scenes:10', '--tasks', 'depth', 'depth'],
+        ['--tasks depth depth: something'],
+    ),
     (['cfl', '--lambda_ka', '0', '--lambda_kd', '0'], ['cfl: has nothing to learn']),
     (['concat', '--new_head'], ['--new_head: goes with --s_init FILE']),
     (['ensemble', '--lambda_ka', '3'], ['--lambda_ka: --ka_mode ensemble trains nothing']),
@@ -685,6 +693,7 @@ def test_networks_of_rooms_are_loaded_as_the_log_says(script, tmp_path):
         name = str(len(words))
         done = script('train_ka', '--ka_mode', 'scratch', *ROOMS, '--tasks', *words, '--epochs', 1,
                       '--epochs_ft', 0, '--note', name)  # fmt: skip
+        assert 'best.pt is selected on test data' in done.out and '--val_split' not in done.out
         net = built(done.out.splitlines()[-1])
         assert isinstance(net, JointNet if len(words) == 3 else SegNet) and not net.training
         stored = torch.load(tmp_path / name / 'scratch' / 'student.pt', weights_only=True)
@@ -694,13 +703,79 @@ def test_networks_of_rooms_are_loaded_as_the_log_says(script, tmp_path):
 
 def test_nothing_trained_with_ensemble_alone(ka, tmp_path):
     done = ka('ensemble', '--note', 'only')
-    assert done.code == 0 and (tmp_path / 'only' / 'ensemble' / 'results.json').exists()
+    assert done.code == 0
+    for name, row in json.loads((tmp_path / 'only/ensemble/results.json').read_text())['ensembles'].items():
+        (line,) = [line for line in done.out.splitlines() if f'ensemble, {name}, ' in line]
+        assert line.split()[-6:] == [
+            word for key in ('top1', 'part1', 'part2') for word in (key, f'{row[key]:.2f}')
+        ]
     assert [p.name for p in (tmp_path / 'only').iterdir() if p.is_dir()] == ['ensemble']
 
 
 def test_a_loss_that_explodes_is_named(ka, monkeypatch):
     done = ka('concat', 'mse', '--lambda_ka', 'concat=1', 'mse=1e40', '--note', 'boom')
     assert done.code == 1 and 'mse: the loss' in done.err and 'not finite' in done.err
+
+
+def test_a_feed_that_returns_the_loss_alone(ka, monkeypatch):
+    row = replace(METHODS['mse'], feed=lambda *words: METHODS['mse'].feed(*words)[0])
+    monkeypatch.setitem(engine.ka_build.KA, 'mine', row)
+    done = ka('mine', epochs=1)
+    assert done.code == 2 and done.err.count('\n') == 1, done.err
+    assert (
+        'mine: a feed of an amalgamation returns (loss, its terms)' in done.err and 'got Tensor' in done.err
+    )
+
+
+def test_teachers_of_rooms_in_another_order(script, tmp_path):
+    torch.save(SegNet(1, (16, 32, 48, 64), (2, 2, 2, 2)).state_dict(), tmp_path / 'depth.pt')
+    done = script('train_ka', '--ka_mode', 'sbm', *ROOMS, '--t_model', *3 * [tmp_path / 'depth.pt'])
+    assert done.code == 2 and done.err.count('\n') == 1, done.err
+    assert (
+        'teacher of seg (segnet): ' in done.err and '--t_model follows --tasks seg depth normal' in done.err
+    )
+
+
+def test_random_parts_of_another_seed(script, tmp_path):
+    _, test = dataset.load('shapes:10', tmp_path)
+    for i, part in enumerate(split_classes(10, 2, 'random', 3)):
+        names = [test.class_names[c] for c in part]
+        torch.save(named_weights(build('resnet8', 5), names), tmp_path / f'{i}.pt')
+    words = ('--ka_mode', 'ensemble', '--t_name', 'resnet8', *DATA, '--split', 'random')
+    words += ('--t_model', tmp_path / '0.pt', tmp_path / '1.pt')
+    done = script('train_ka', *words, '--seed', 4)
+    assert done.code == 2 and 'draws the parts by --seed: say the teachers' in done.err, done.err
+    assert script('train_ka', *words, '--seed', 3).code == 0
+
+
+def test_classes_without_test_images_are_named(script, tmp_path):
+    rng = np.random.default_rng(0)
+    for half, classes in (('train', 10), ('test', 9)):
+        labels = np.arange(40) % classes
+        images = rng.integers(0, 255, (40, 16, 16, 3), np.uint8)
+        np.savez(
+            tmp_path / f'{half}.npz', images=images, labels=labels, class_names=[f'c{k}' for k in range(10)]
+        )
+    data = ('--data_name', 'arrays', '--img_root', tmp_path, '--batch_size', 4, '--epochs', 1)
+    done = script('train_base', '--net_name', 'resnet8', '--classes', '9,8', *data, '--note', 'base')
+    assert done.code == 0 and 'no test images of the classes [9 (c9)]: ' in done.out, done.err
+    for i in range(2):
+        torch.save(build('resnet8', 5).state_dict(), tmp_path / f'{i}.pt')
+    words = (
+        '--t_name',
+        'resnet8',
+        '--t_model',
+        tmp_path / '0.pt',
+        tmp_path / '1.pt',
+        '--wanted',
+        '0,9',
+        *data,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', RuntimeWarning)
+        done = script('train_ka', '--ka_mode', 'concat', *words, '--draw', '--note', 'ka')
+    assert done.code == 0 and 'no test images of the classes [9 (c9)]: ' in done.out, done.err
+    assert not pictures.matrix(np.array([[np.nan, 3], [0, 0]]))[2, 2].any()  # black
 
 
 def test_help_names_every_mode(script):
