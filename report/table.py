@@ -438,7 +438,8 @@ def main() -> int:
     args = parser.parse_args()
     results = [r for r in read_results(args.folders) if r.get('script', 'train_kd') in SCRIPTS]
     if not results:
-        raise UserError(f'no result of {", ".join(SCRIPTS)} below {", ".join(args.folders)}')
+        others = 'report ka reads train_ka.py, report dfkd train_dfkd.py'
+        raise UserError(f'no result of {", ".join(SCRIPTS)} below {", ".join(args.folders)}; {others}')
     out = output_folder(Path(args.out))
     text = table(results)
     (out / 'table.md').write_text(text)

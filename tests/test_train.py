@@ -547,7 +547,7 @@ def test_table_and_figure(train_kd, script, tmp_path, monkeypatch, capsys):
     assert [text.get_text() for text in fig.axes[0].texts] == ['10.0']
     (tmp_path / 'empty').mkdir()
     monkeypatch.setattr(sys, 'argv', ['table.py', str(tmp_path / 'empty'), '--out', str(tmp_path / 'o')])
-    with pytest.raises(engine.errors.UserError, match='no result of train_base'):
+    with pytest.raises(engine.errors.UserError, match='no result of train_base.*; report ka reads train_ka'):
         report.table.main()
 
 
