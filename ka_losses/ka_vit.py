@@ -141,10 +141,18 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 # ------------------------------------------ how the training scripts use it; a copied file may drop this
 
 
+def sizes(levels) -> tuple[int, int, int]:
+    """Blocks, tokens, numbers of each; zeros if it is no transformer."""
+    return (len(levels) - 1, *levels[0].shape[1:]) if len(levels) else (0, 0, 0)
+
+
 def feed(ka, s, all_t, batch):
-    if not all(len(f.levels) for f in (s, *all_t)):
+    depth, length, width = zip(*(sizes(f.levels) for f in (s, *all_t)))
+    if not depth[0] or len({*depth}) > 1 or len({*width}) > 1 or length[0] != sum(length[1:]):
         raise ValueError(
             'ka_vit: compares tokens, so teachers must be vision transformers, e.g. vit_64_3, and the '
-            f'student one of {len(all_t)} times as many tokens, e.g. vit_64_3x{len(all_t)}; got others'
+            f'student one of {len(all_t)} times as many tokens, e.g. vit_64_3x{len(all_t)}, as deep and as '
+            f'wide as the teachers; got {depth[0]} blocks, {length[0]} tokens of {width[0]} numbers, of the '
+            f'teachers {list(depth[1:])}, {list(length[1:])} of {list(width[1:])}'
         )
     return ka(s.levels, [t.levels for t in all_t], return_terms=True)

@@ -362,8 +362,13 @@ def test_tokens_are_amalgamated(script, tmp_path):
     )
     for student, said in (
         ('resnet8', 'vit_64_3x2'),
-        ('vit_64_3', 'TokenExpand'),
-        ('vit_64_3x3', 'toks_s[0]'),
+        ('vit_64_3', 'one of 2 times as many tokens, e.g. vit_64_3x2, as deep'),
+        (
+            'vit_64_3x3',
+            'got 3 blocks, 192 tokens of 64 numbers, of the teachers [3, 3], [64, 64] of [64, 64]',
+        ),
+        ('vit_64_4x2', 'as deep and as wide as the teachers; got 4 blocks'),
+        ('vit_128_3x2', 'as deep and as wide as the teachers; got 3 blocks'),
     ):
         done = script('train_ka', '--ka_mode', 'ka_vit', *words, '--s_name', student, '--note', 'b')
         assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err
