@@ -134,7 +134,8 @@ def main():
         net_s = models.build(args.s_name, train.num_classes)
         net_s = models.narrowed(net_s, args.s_init)
         if args.s_init:
-            said = models.load_weights(net_s, args.s_init, new_head=args.new_head, scale=(train.mean, train.std),
+            scale = train.mean, train.std
+            said = models.load_weights(net_s, args.s_init, new_head=args.new_head, scale=scale,
                                        head=head_of('--s_init'))  # fmt: skip
             log(f'initial student: {said}')
 

@@ -176,7 +176,8 @@ class Classes:
         return {'routing': self.split.routing(*self._logits([net], self.test))}
 
     def how_to_load(self, net: nn.Module, path: Path) -> str:
-        return models.how_to_load(path, self.student_name, self.data_words, len(self.split.classes), self.train)
+        count = len(self.split.classes)
+        return models.how_to_load(path, self.student_name, self.data_words, count, self.train)
 
     def shows(self, net: nn.Module) -> dict[str, np.ndarray]:
         return {'routing': np.array([self.details(net)['routing']])}

@@ -377,8 +377,8 @@ def tap_torchvision(name: str, num_classes: int = 1000) -> Tap:
         if name.startswith(beginning):
             return Tap(net, **layers(net))
     raise ValueError(
-        f"the layers of torchvision's {name} are not known here: wrap it with models.hooks.Tap and give that a "
-        'name in MODELS of models/__init__.py (docs/extending.md, Your own network)'
+        f"the layers of torchvision's {name} are not known here: wrap it with models.hooks.Tap and give that "
+        'a name in MODELS of models/__init__.py (docs/extending.md, Your own network)'
     )
 
 
