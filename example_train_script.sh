@@ -602,6 +602,22 @@ refuse() {
     exit 2
 }
 
+# The script's own value of such a flag would come later in the command and win, or its report read another folder.
+own_flag() {
+    local place
+    case $1 in
+    --epochs) place=EPOCHS=3 ;;
+    --seed) place=SEED=3 ;;
+    --data_name) place=DATA=cifar100 ;;
+    --img_root) place='IMG_ROOT=FOLDER' ;;
+    --save_root) place='SAVE_ROOT=FOLDER' ;;
+    --kd_mode) refuse "$1: the script sets it; name the methods after kd" ;;
+    --resume | --note) refuse "$1: the script sets it; --dry-run kd ... prints the commands, where you can change it" ;;
+    *) return 0 ;;
+    esac
+    refuse "$1: the script sets it; say $place in front of bash"
+}
+
 # ----------------------------------------------------------------------------------------------------- main
 
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
@@ -617,9 +633,14 @@ case " quick cifar10 cifar100 base kd table dfkd ka ka_claims rooms faces ka_too
 esac
 shift
 case $command in
-kd) case ${1:--} in -*) refuse 'say kd METHOD..., one method or several, then flags of train_kd.py' ;; esac ;;
+kd)
+    case ${1:--} in -*) refuse 'say kd METHOD..., one method or several, then flags of train_kd.py' ;; esac
+    for word in "$@"; do own_flag "${word%%=*}"; done ;;
 table) [ $# = 1 ] || refuse 'say table NAME, a name of results/grid.json' ;;
-dml) ;;
+dml)
+    for method in "$@"; do    # all names before the first training
+        case " $PEERS " in *" $method "*) ;; *) refuse "dml $method: say one of $PEERS" ;; esac
+    done ;;
 *) [ $# = 0 ] || refuse "$command: no words after it, got $*; for several methods: kd METHOD...; --dry-run comes first" ;;
 esac
 if [ -z "${DRY_RUN:-}" ]; then choose_python; fi
@@ -638,12 +659,7 @@ kd)
     chosen "$@"
     table ;;
 dml)
-    for method in ${@:-dml}; do
-        case " $PEERS " in
-        *" $method "*) "$method" ;;
-        *) refuse "dml $method: say one of $PEERS" ;;
-        esac
-    done ;;
+    for method in ${@:-dml}; do "$method"; done ;;
 table) rerun "$1" ;;
 cd) cd_ ;;    # cd is the shell's own word
 ka)

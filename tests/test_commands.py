@@ -23,7 +23,11 @@ def example(*words, **variables):
         (['quick', '--dry-run'], '--dry-run comes first'),
         (['kd'], 'say kd METHOD...'),
         (['kd', '--phases', 'inside'], 'say kd METHOD...'),
+        (['kd', 'st', '--epochs', '3'], '--epochs: the script sets it; say EPOCHS=3 in front of bash'),
+        (['kd', 'st', '--lr', '0.1', '--save_root=x'], 'say SAVE_ROOT=FOLDER in front of bash'),
+        (['kd', 'st', '--note', 'mine'], '--note: the script sets it'),
         (['dml', 'st'], 'dml st'),
+        (['dml', 'dml', 'kdlc'], 'dml kdlc: say one of'),
         (['table', 'a', 'b'], 'say table NAME'),
     ],
 )
