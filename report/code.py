@@ -22,9 +22,12 @@ def package(folder: Path) -> str:
         node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == '__all__'
     )
     used = {node.module: [alias.name for alias in node.names] for node in imports}
-    names, lines = [], []
+    names, lines, found = [], [], {}
     for file in sorted(folder.glob('[!_]*.py')):
         classes, others = public(file)
+        for name in classes:
+            if (other := found.setdefault(name, file)) != file:
+                raise ValueError(f'{file}: has a class {name}, as {other} has: one would hide the other')
         names += classes
         kept = [name for name in used.get(file.stem, []) if name in others]
         if classes or kept:

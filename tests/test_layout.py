@@ -11,6 +11,7 @@ import pytest
 from methods import KA, LM, METHODS
 from methods.dense import DENSE
 from methods.dfkd import DFKD
+from report import code
 from tests import methods
 from tests.conftest import ROOT
 
@@ -154,3 +155,14 @@ def test_every_update_is_guarded():
                     assert guarded or name in allowed, f'{name} updates without a guard'
                     seen.add(name)
     assert allowed.keys() <= seen, 'an exception for nothing'
+
+
+def test_a_class_that_two_files_have_is_refused(tmp_path):
+    """One of them would be what `from losses import Same` gives."""
+    (tmp_path / '__init__.py').write_text("from .a import Same\n\n__all__ = ['Same']\n")
+    for name in 'ab':
+        (tmp_path / f'{name}.py').write_text('class Same:\n    pass\n')
+    with pytest.raises(ValueError, match=r'b\.py: has a class Same, as \S*a\.py has'):
+        code.package(tmp_path)
+    (tmp_path / 'b.py').unlink()
+    assert 'from .a import Same' in code.package(tmp_path)
