@@ -2,7 +2,8 @@
 
 Made for `example_train_script.sh quick`: a teacher, a student alone, students with a teacher, students of
 several teachers who know some classes each, a student without data. It writes overview.md and overview.png
-into the folder.
+into the folder. It reads results of train_base.py, train_kd.py, train_dfkd.py, and of train_ka.py those with
+an accuracy over all classes; `python -m report table`, `ka`, `dense` and `tasks` show others.
 """
 
 from pathlib import Path
@@ -56,11 +57,11 @@ def rows(results: list[dict]) -> list[tuple[str, str, float, str]]:
     """(network, what it learns from, accuracy, how that compares)."""
     base, kd, ka = by_kind(results)
     several = len({r['data'] for r in (*base, *kd, *ka)}) > 1  # a student without data names it anyway
-    baselines = {experiment(r): r for r in reversed(base) if not r['classes']}  # of several the first
+    baselines = {experiment(r): r for r in reversed(base) if not r.get('classes')}  # of several the first
     alone = [baselines[experiment(r)] for r in kd if experiment(r) in baselines]
     students, table = {r['student'] for r in kd}, []
     for r in sorted(base, key=lambda r: r in alone):
-        if not r['classes']:
+        if not r.get('classes'):
             who = f'{r["student"]} alone' if r['student'] in students else f'teacher, {r["student"]}'
             who += f', {r["epochs"]} epochs' if r['student'] in students and r not in alone else ''
             table.append((who + on(r, several), 'labels', accuracy(r), ''))
@@ -70,7 +71,7 @@ def rows(results: list[dict]) -> list[tuple[str, str, float, str]]:
         learns = f'labels, {WHAT.get(r["method"], "the teacher")}'
         table.append((f'{r["student"]} with {r["method"]}{on(r, several)}', learns, accuracy(r), gain))
     for r in base:
-        if r['classes']:
+        if r.get('classes'):
             learns = f'labels of {", ".join(r.get("class_names") or map(str, r["classes"]))}'
             who = f'teacher of {len(r["classes"])} classes, {r["student"]}{on(r, several)}'
             table.append((who, learns, accuracy(r), 'on these'))
@@ -151,7 +152,7 @@ def draw_made(path: Path, axis, plt) -> None:
 def draw_curves(base: list[dict], kd: list[dict], axis) -> None:
     students = {r['student'] for r in kd}
     for r in base:
-        if r['classes']:
+        if r.get('classes'):
             continue
         if r['student'] in students:
             curve(axis, r, f'{r["student"]} alone', color='black', linewidth=2.4)
@@ -201,7 +202,13 @@ def main() -> int:
     )
     if not results:
         raise UserError(f'no result files below {args.folder}')
-    text = text_of(rows(results))
+    if not (shown := rows(results)):
+        raise UserError(
+            f'{args.folder}: nothing that an overview shows: it reads results of train_base.py, train_kd.py, '
+            f'train_dfkd.py, and of train_ka.py those with an accuracy over all classes; python -m report '
+            f'table, ka, dense and tasks show others'
+        )
+    text = text_of(shown)
     (args.folder / 'overview.md').write_text(text)
     print(text)
     plt = pyplot_or_error()

@@ -58,6 +58,8 @@ def test_an_overview_compares_within_a_data_set():
     assert {said['net with concat, a'], said['net with concat, b']} == {'50 % of the one with labels'}
     one = [r for r in results if r['data'] == 'b']
     assert [row[0] for row in overview.rows(one)][:2] == ['net alone', 'net with st']
+    old = [{k: v for k, v in r.items() if k != 'classes'} for r in one if r['script'] != 'train_ka']
+    assert overview.rows(old) == overview.rows([r for r in one if r['script'] != 'train_ka'])
 
 
 def test_two_teachers_are_two_rows():
