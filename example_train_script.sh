@@ -118,6 +118,26 @@ base() {
     run train_base.py --net_name "$S_NAME" --note "$S_RUN"
 }
 
+# Into OWN: these flags without what they say of methods that are trained elsewhere or not again, which train_kd.py
+# would refuse. METHODS FLAG...; ASKED is every method of the command.
+own_flags() {
+    local mine=" ${1//+/ } " of_methods='' word name
+    OWN=()
+    shift
+    for word in "$@"; do
+        case $word in
+        --lambda_kd | --kd_args | --kd_layers) of_methods=$word; continue ;;
+        --*) of_methods='' ;;
+        esac
+        name=${word%%[.=]*}
+        if [ -n "$of_methods" ]; then
+            case $mine in *" $name "*) ;; *) case " ${ASKED//+/ } " in *" $name "*) continue ;; esac ;; esac
+            if [ "$of_methods" != said ]; then OWN+=("$of_methods"); of_methods=said; fi
+        fi
+        OWN+=("$word")
+    done
+}
+
 # Students in one process: same batches, one teacher forward, same initial weights as the baseline. What lies in
 # results/ with the same recipe is not trained again, unless RETRAIN=1.
 kd() {
@@ -127,12 +147,17 @@ kd() {
         --t_model "$SAVE_ROOT/$T_RUN/net.pt" ${second[@]+"$SAVE_ROOT/$A_RUN/net.pt"} --s_name "$S_NAME"
         --s_init "$SAVE_ROOT/$S_RUN/initial.pt" --note "$KD_RUN" "$@")
     local asked="${methods[*]}"
+    local ASKED=${ASKED-$asked}
+    own_flags "$asked" "${flags[@]}"
     # shellcheck disable=SC2207  # method names hold no spaces
-    methods=($(missing train_kd.py "$asked" "${flags[@]}"))
+    methods=($(missing train_kd.py "$asked" "${OWN[@]}"))
     if [ "$asked" != "${methods[*]-}" ]; then
         echo "results/ holds some of: $asked (RETRAIN=1 trains them again); to train: ${methods[*]:-none}" >&2
     fi
-    if [ ${#methods[@]} -gt 0 ]; then attempt train_kd.py --kd_mode "${methods[@]}" "${flags[@]}"; fi
+    if [ ${#methods[@]} -gt 0 ]; then
+        own_flags "${methods[*]}" "${flags[@]}"
+        attempt train_kd.py --kd_mode "${methods[@]}" "${OWN[@]}"
+    fi
 }
 
 # Methods that take several teachers: the teacher and a second network.
@@ -145,6 +170,7 @@ team() {
 chosen() {
     local alone=() several=() methods=() method part where
     while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do methods+=("$1"); shift; done    # then flags
+    local ASKED="${methods[*]}"
     for method in "${methods[@]}"; do
         # its teacher is the student's twin
         if [ "$method" = tfkd_self ]; then T_NAME=$S_NAME T_RUN=$S_RUN kd tfkd_self "$@"; continue; fi

@@ -58,6 +58,16 @@ def test_a_mistake_in_the_flags_stops_the_script(tmp_path, command):
     assert example(*command, PATH=f'{tmp_path}:{os.environ["PATH"]}').returncode == 2
 
 
+def test_what_is_said_of_a_method_goes_to_its_training():
+    """Not to those of other teachers, which would refuse it; what names nothing is left for these."""
+    words = '--lambda_kd st=0.5 aekd=2 rdk=1 --kd_args tfkd_self.T=2 --lr 0.1 --kd_layers at=2'.split()
+    done = example('--dry-run', 'kd', 'tfkd_self', 'st+at', 'aekd', *words)
+    twin, pair, _, several, _ = done.stdout.splitlines()
+    assert '--lambda_kd rdk=1 --kd_args tfkd_self.T=2 --lr 0.1 --data_name' in twin
+    assert '--lambda_kd st=0.5 rdk=1 --lr 0.1 --kd_layers at=2 --data_name' in pair
+    assert '--lambda_kd aekd=2 rdk=1 --lr 0.1 --data_name' in several
+
+
 def test_the_commands_of_a_page_make_the_files_that_they_read():
     """Pasted from top to bottom; a folder is one thing only."""
     page = (ROOT / 'docs' / 'amalgamation.md').read_text()

@@ -9,6 +9,7 @@ example_train_script.sh asks before it trains.
 """
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from report.table import read_json  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ('train_base.py', 'train_kd.py', 'train_dml.py')
+OF_METHODS = ('--lambda_kd', '--kd_args', '--kd_layers')  # their words may begin with a method's name
 
 
 def wanted(script: str, token: str | None, words: list[str]) -> dict:
@@ -44,6 +46,24 @@ def wanted(script: str, token: str | None, words: list[str]) -> dict:
     return recipe
 
 
+def words_for(token: str, tokens: list[str], words: list[str]) -> list[str]:
+    """The words without what they say of the other students' losses: NAME=.. and NAME.key=.. of each."""
+    others = {name for other in tokens for name in other.split('+')} - {*token.split('+')}
+    groups = []
+    for word in words:
+        if word.startswith('--') or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    kept = []
+    for flag, *values in groups:
+        own = [value for value in values if re.split('[.=]', value)[0] not in others]
+        if flag not in OF_METHODS:
+            kept += [flag, *values]
+        elif own or not values:  # or nothing would stand after the flag
+            kept += [flag, *own]
+    return kept
+
+
 def done(recipe: dict, results: list[dict]) -> bool:
     """Older results do not know newer flags: those that are named only where they are set were not."""
     wanted = NEWER | recipe
@@ -60,7 +80,8 @@ def main():
         raise UserError(f'after -- comes a command of {", ".join(SCRIPTS)}, got {script!r}')
     results = [read_json(path) for path in sorted((ROOT / 'results').rglob('*.json'))]
     recipes = [r['recipe'] for r in results if isinstance(r, dict) and 'recipe' in r]
-    print(' '.join(token for token in tokens if not done(wanted(script, token, words), recipes)))
+    lacking = [t for t in tokens if not done(wanted(script, t, words_for(t, tokens, words)), recipes)]
+    print(' '.join(lacking))
 
 
 if __name__ == '__main__':
