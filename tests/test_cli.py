@@ -952,6 +952,11 @@ def test_what_is_in_results_is_not_trained_again(script):
     assert missing('at', 'rkd', 'crd', 'st') == ['crd']
     assert missing('at', words=words + ' --lambda_kd 5') == ['at']
     assert missing('st', 'rkd', words=words + ' --lambda_kd rkd=0.2 --kd_args rkd.w_dist=2.0') == ['rkd']
+    labels = (
+        '--s_name resnet8 --data_name cifar10:8000 --epochs 2 --batch_size 32 --amp bf16 --schedule onecycle '
+        '--soft_labels nowhere'
+    )
+    assert missing('fkd_labels', words=labels) == ['fkd_labels'], 'of which teacher, nothing says'
     for changed in (('12', '13'), ('bf16', 'off'), ('resnet8', 'resnet14'), ('seed 2', 'seed 3')):
         assert missing('at', words=words.replace(*changed)) == ['at']
     assert missing('at', words=words.replace('--amp bf16', '--amp bf16 --lr 0.05')) == ['at']

@@ -10,6 +10,7 @@ from dataset.soft_labels import SAME, SoftLabelStore, write_epoch
 from kd_losses.fkd_labels import SoftCE, quantise, recover
 from tests.conftest import TINY
 from tests.test_train import rows
+from tools import missing
 
 
 @pytest.fixture
@@ -43,6 +44,9 @@ def test_students_learn_what_the_teacher_would_say(pseudo, script, train_kd, tea
             assert float(read[token]) == pytest.approx(float(live[token]), rel=2e-2)
     result = json.loads((tmp_path / 'read' / 'st' / 'results.json').read_text())
     assert result['teacher'] == 'resnet8 (logits labels)' and result['teacher_top1'] > 0
+    recipes = [result['recipe'], result['recipe'] | {'teacher_weights': 'of another teacher, hard'}]
+    asked = missing.wanted('train_kd.py', 'st', [*map(str, words[:-5]), '--soft_labels', str(folder)])
+    assert [missing.done(asked, [recipe]) for recipe in recipes] == [True, False]
 
 
 def test_a_black_box_teaches_with_its_answers_alone(pseudo, script, teacher, tmp_path):

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine.threads  # noqa: E402, F401  before torch
 
+from dataset.soft_labels import SoftLabelStore  # noqa: E402
 from engine import errors  # noqa: E402
 from engine.build import recipe_of  # noqa: E402
 from engine.errors import UserError  # noqa: E402
@@ -35,6 +36,8 @@ def wanted(script: str, token: str | None, words: list[str]) -> dict:
     sys.argv = [script, *(['--kd_mode', token] if token else []), *words]
     args = module.parse_args()
     recipe = math_args(args, script=module.__name__)
+    if getattr(args, 'soft_labels', None):
+        recipe |= labels_of(args)
     if token is None:
         recipe |= {'net': args.net_name}
     elif hasattr(args, 's_name'):
@@ -44,6 +47,16 @@ def wanted(script: str, token: str | None, words: list[str]) -> dict:
         _, weight, options = module.read_method(args)
         recipe |= {'nets': args.net_names, 'method': [token, weight, options]}
     return recipe
+
+
+def labels_of(args) -> dict:
+    """What a recipe says of stored labels; of a folder that holds none (yet) what no recipe says."""
+    try:
+        stored = SoftLabelStore(args.soft_labels)
+    except ValueError:
+        return {'teacher_weights': None}
+    teacher = f'{stored.meta["teacher_weights"]} {stored.meta["kind"]}'
+    return {'teacher_weights': teacher, 'soft_labels': stored.named(args.epochs)}
 
 
 def words_for(token: str, tokens: list[str], words: list[str]) -> list[str]:
