@@ -547,13 +547,15 @@ every_method() {
 }
 
 table() {
-    local peers=()
-    for method in $PEERS; do
-        if [ -d "$SAVE_ROOT/$method-$DML_RUN" ]; then peers+=("$SAVE_ROOT/$method-$DML_RUN"); fi
+    local wanted=("$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN") more=() there=() folder method
+    for method in $PEERS; do more+=("$SAVE_ROOT/$method-$DML_RUN"); done
+    if [ "$A_RUN" != "$T_RUN" ]; then more+=("$SAVE_ROOT/$A_RUN"); fi
+    for folder in "${wanted[@]}"; do    # all of whose methods results/ has is not there
+        if [ -d "$folder" ] || [ -n "${DRY_RUN:-}" ]; then there+=("$folder"); fi
     done
-    if [ -d "$SAVE_ROOT/$A_RUN" ] && [ "$A_RUN" != "$T_RUN" ]; then peers+=("$SAVE_ROOT/$A_RUN"); fi
-    py -m report table "$SAVE_ROOT/$T_RUN" "$SAVE_ROOT/$S_RUN" "$SAVE_ROOT/$KD_RUN" ${peers[@]+"${peers[@]}"} \
-        --out "$SAVE_ROOT/$KD_RUN"
+    for folder in "${more[@]}"; do if [ -d "$folder" ]; then there+=("$folder"); fi; done
+    if [ ${#there[@]} = 0 ]; then there=("${wanted[@]}"); fi    # the report says so
+    py -m report table "${there[@]}" --out "$SAVE_ROOT/$KD_RUN"
 }
 
 # A published table: recipe, weights and arguments of every row are in results/grid.json. NAME also means all

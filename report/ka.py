@@ -21,7 +21,7 @@ from engine.parser import Parser
 from engine.record import output_folder
 from report import ka_claims, ka_rows
 from report.ka_rows import is_of_a_tool
-from report.table import by_recipe, insert, read_json, spread
+from report.table import by_recipe, existing, insert, read_json, spread
 
 NOTE = 'Last epoch, test set, percent unless said otherwise.'
 JOINT = 'Joint: argmax over all classes. Part: argmax among the classes of the part, which is known.'
@@ -39,7 +39,7 @@ def read_results(folders: list[str]) -> list[dict]:
     Folders that differ in the seed at the end, halves-s1 and halves-s2, are one experiment.
     """
     results, seen = [], set()
-    for folder in map(Path, folders):
+    for folder in existing(folders):
         for path in sorted(folder.rglob('*.json')):
             if path.resolve() in seen:  # folders may lie in one another
                 continue

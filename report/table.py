@@ -37,7 +37,7 @@ PUBLISHED = Path(__file__).parent.parent / 'results' / 'published.json'
 def read_results(folders: list[str]) -> list[dict]:
     """Every result below the folders, with the name of its file; once, if folders lie in one another."""
     results, seen = [], set()
-    for folder in map(Path, folders):
+    for folder in existing(folders):
         for path in sorted([folder] if folder.is_file() else folder.rglob('*.json')):
             if path.resolve() in seen:
                 continue
@@ -46,6 +46,13 @@ def read_results(folders: list[str]) -> list[dict]:
             if isinstance(content, dict) and {'method', 'last', 'best', 'curve'} <= content.keys():
                 results.append(content | {'file': path.stem})
     return results
+
+
+def existing(folders: list[str]) -> list[Path]:
+    """Or a name that is mistyped would be a table without its rows."""
+    if lost := [folder for folder in folders if not Path(folder).exists()]:
+        raise UserError(f'{", ".join(lost)}: no such folder; name those that hold results')
+    return list(map(Path, folders))
 
 
 def read_json(path: Path):

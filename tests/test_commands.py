@@ -68,6 +68,18 @@ def test_what_is_said_of_a_method_goes_to_its_training():
     assert '--lambda_kd aekd=2 rdk=1 --lr 0.1 --data_name' in several
 
 
+def test_a_table_is_of_the_folders_that_are_there(tmp_path):
+    """Where results/ has every method, none was trained: its folder would be refused."""
+    fake = tmp_path / 'python3'
+    fake.write_text('#!/bin/sh\n[ "$1" = -m ] && echo "$@"\nexit 0\n')  # tools/missing.py names none
+    fake.chmod(0o755)
+    there = [tmp_path / name for name in ('base-cifar10-resnet20-s2', 'dml-cifar10-resnet20-s2')]
+    for folder in there:
+        folder.mkdir()
+    done = example('kd', 'st', SAVE_ROOT=str(tmp_path), PATH=f'{tmp_path}:{os.environ["PATH"]}')
+    assert done.stdout.startswith(f'-m report table {there[0]} {there[1]} --out '), done.stdout
+
+
 def test_the_commands_of_a_page_make_the_files_that_they_read():
     """Pasted from top to bottom; a folder is one thing only."""
     page = (ROOT / 'docs' / 'amalgamation.md').read_text()
