@@ -227,6 +227,13 @@ def seeds(runs: list[dict]) -> set:
     return {r['seed'] for r in runs}
 
 
+def gain_of(runs: list[dict], alone: list[dict]) -> float:
+    """Mean over the seeds that both have of what runs are better than alone; of means if they share none."""
+    mine, theirs = ({r['seed']: r['last']['top1'] for r in several} for several in (runs, alone))
+    gains = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    return statistics.mean(gains) if gains else mean(runs, 'last') - mean(alone, 'last')
+
+
 def students_of(groups: dict) -> set[str]:
     """The networks that a method trained; any other network trained alone is a teacher."""
     trained = [key[2] for key in groups if not is_baseline(key[3])] or [key[2] for key in groups]
@@ -275,12 +282,13 @@ def table(results: list[dict]) -> str:
         '| ' + ' | '.join(COLUMNS) + ' |',
         '|---' * len(COLUMNS) + '|',
     ]
-    groups = group(results)
+    groups, partly = group(results), False
     several = len({key[0] for key in groups}) > 1
     for key, runs in groups.items():
         data, teacher, student, method, _ = key
         alone = baseline_of(groups, key)
-        gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
+        gain = f'{gain_of(runs, alone):+.2f}' if alone else ''
+        partly |= bool(alone) and seeds(runs) != seeds(alone) and bool(seeds(runs) & seeds(alone))
         pair = f'{teacher} -> {student}' if teacher else student
         pair += f', {data}' if several else ''
         if is_baseline(method):
@@ -295,6 +303,7 @@ def table(results: list[dict]) -> str:
     note = f'*selected on {" or ".join(selected)}. Published: by others, with their schedules'
     zoo = any('Knowledge-Distillation-Zoo' in line for line in lines)  # whose figures are best test epochs
     note += "; Knowledge-Distillation-Zoo's are best test epochs, as the column * is." if zoo else '.'
+    note += ' Against the baseline: over the seeds that both have.' if partly else ''
     lines += ['', f'Top-1 on the test set, percent. {note}']
     return '\n'.join(lines) + '\n'
 
@@ -315,7 +324,7 @@ def summary(results: list[dict]) -> str:
     lines = ['| | top-1, last epoch | against the student alone |', '|---|---|---|']
     for key, runs in groups.items():
         alone = baseline_of(groups, key)
-        gain = f'{mean(runs, "last") - mean(alone, "last"):+.2f}' if alone else ''
+        gain = f'{gain_of(runs, alone):+.2f}' if alone else ''
         kind = 'student alone' if key[2] in students_of(groups) else 'teacher'
         name = f'{kind}, {key[2]}' if is_baseline(key[3]) else f'`{key[3]}`'
         lines.append(f'| {name} | {spread([r["last"]["top1"] for r in runs])} | {gain} |')

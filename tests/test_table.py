@@ -131,6 +131,34 @@ def test_images_of_ones_own_are_compared_with_themselves():
     assert len(scaled) == 2 and all('own_scale' in key[3] for key in scaled)
 
 
+def test_a_gain_is_over_the_seeds_that_both_have():
+    """In the table, its summary and the page of the method."""
+    from report.page import method, outcomes
+    from report.table import summary, table
+
+    def run(method, seed, top1, epochs=2, student='resnet8'):
+        recipe = {'lr': 0.1, 'batch_size': 128, 'amp': 'off', 'seed': seed, 'initial': f'a{seed}', 'ce': 1.0}
+        if method == 'st':
+            recipe |= {'methods': [['st', METHODS['st'].weight, {}]], 'teacher': 't'}
+        return {'method': method, 'seed': seed, 'data': 'x', 'teacher': 't' if method == 'st' else None,
+                'student': student, 'epochs': epochs, 'recipe': recipe, 'machine': {'device': 'cpu'},
+                'curve': [top1], 'last': {'top1': top1},
+                'best': {'top1': top1, 'selected_on': 'x'}}  # fmt: skip
+
+    runs = [
+        *(run('baseline', seed, top1) for seed, top1 in ((1, 40.0), (2, 50.0), (3, 60.0))),
+        run('st', 1, 41.0),
+    ]
+    said = table(runs)
+    assert '| st | t -> resnet8 | 41.00 | 1 | +1.00 |' in said and 'over the seeds that both have' in said
+    assert '| `st` | 41.00 | +1.00 |' in summary(runs)
+    page = method.run('st', outcomes.distilled('x', runs)[0])
+    assert '<b class="up">+1.00</b> against the student alone, 40.00, over the seeds that both have' in page
+    for seeds, gain in (((4,), '-9.00'), ((1, 2, 3), '-9.00')):
+        said = table([*runs[:3], *(run('st', seed, 41.0) for seed in seeds)])
+        assert f'| {gain} |' in said and 'that both have' not in said, seeds
+
+
 def test_the_page_compares_within_a_setting():
     """Detectors and lengths of one folder are not mixed: a gain is over this student's own training."""
     from report.page import outcomes
