@@ -74,12 +74,14 @@ def of_setting(task: str, results: list[dict], label: str) -> str:
     above = [f'`{name}`' for name in ordered if name != 'alone' and alone and len(rows[name]) > 1
              and all(r['last'][main] > alone.get(r['seed'], np.inf) for r in rows[name])]  # fmt: skip
     many = results[0].get('processes', 1)
+    partly = alone and any({r['seed'] for r in runs} != alone.keys() for runs in rows.values())
     text = (
         f'{task.capitalize()}, {" or ".join(names) or "nobody"} teaches {said["student"]}: '
         f'{said["labelled"]} labelled pictures, {said["unlabelled"]} without labels, {said["steps"]} steps'
         f'{label}{f", {many} processes" if many > 1 else ""}; '
         f'seeds {said["seed"]}: mean (smallest to largest). '
-        f'Above the student alone with every seed: {", ".join(above) or "none"}.\n\n'
+        f'Above the student alone with every seed: {", ".join(above) or "none"}.'
+        f'{" Differences are over the seeds that both have." if partly else ""}\n\n'
     )
     lines = [(f'teacher {number}' if len(teachers) > 1 else 'teacher',
               *(f'{teacher[key]:.1f}' for key in figures), '', '')

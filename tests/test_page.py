@@ -183,6 +183,18 @@ def test_numbers_are_those_of_the_results(made, entries):
     assert n == 3 and mean == pytest.approx(sum(gains) / 3) and deviation > 0
 
 
+def test_a_gain_and_its_reference_are_over_the_same_seeds(entries):
+    for entry in entries.values():
+        for e in entry.runs:
+            said = re.search(
+                r'<p>([\d.]+) \(.*>([−+])([\d.]+).*</b>[^,]*, (\d+\.\d+)', method.run(entry.name, e)
+            )
+            if said and len(e.both(entry.name)) == len(e.values[entry.name]):
+                value, gain, alone = float(said[1]), float(said[3]), float(said[4])
+                gain *= e.better * (1 if said[2] == '+' else -1)
+                assert value - alone == pytest.approx(gain, abs=0.011), (entry.name, e.key)
+
+
 def test_costs_are_shown_where_they_were_measured(monkeypatch):
     row = {
         'row': 'at',

@@ -147,7 +147,10 @@ def run(name: str, e: Experiment) -> str:
         kind = 'up' if gain[0] >= 0 else 'down'
         said += f'; <b class="{kind}">{signed(gain[0], digits)}{spread}</b> '
         said += 'better ' if e.better < 0 else ''
-        said += f'against {e.reference}, {number(statistics.mean(alone), digits)}'
+        both = [e.alone[name][seed] for seed in e.both(name)]
+        said += f'against {e.reference}, {number(statistics.mean(both or alone), digits)}'
+        partly = 0 < len(both) < max(len(values), len(alone))
+        said += ', over the seeds that both have' if partly else ''
     if teachers:
         said += f'; teacher {number(statistics.mean(teachers), digits)}'
     said += '. Less is better.' if e.better < 0 else '.'

@@ -35,14 +35,17 @@ class Experiment:
     def gain(self, method: str) -> tuple[float, float | None, int] | None:
         """Mean over seeds of what it is better than its reference, the deviation, the number of seeds."""
         values, alone = self.values[method], self.alone.get(method) or {}
-        both = sorted(values.keys() & alone.keys())
-        if both:
+        if both := self.both(method):
             gains = [self.better * (values[seed] - alone[seed]) for seed in both]
         elif alone:
             gains = [self.better * (statistics.mean(values.values()) - statistics.mean(alone.values()))]
         else:
             return None
         return statistics.mean(gains), statistics.stdev(gains) if len(gains) > 1 else None, len(gains)
+
+    def both(self, method: str) -> list[int]:
+        """The seeds that it and its reference have."""
+        return sorted(self.values[method].keys() & (self.alone.get(method) or {}).keys())
 
 
 def experiments() -> list[Experiment]:
