@@ -384,14 +384,22 @@ def last_epochs(groups: dict, plt):
             said = '  '.join(f'{value:.1f}' for value in lost)
             axes.annotate(said, (aside, height), (7, 0), textcoords='offset points', va='center', fontsize=7)
     length = ' or '.join(f'{epochs} epochs' for epochs in sorted({key[4] for key in rows}))
-    names = [f'{key[2]} alone' if is_baseline(key[3]) else key[3] for key in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_yticks(range(len(rows)), names_of(rows), fontsize=7)
     axes.set(
         xlabel='test top-1 of the last epoch (%)', ylim=(-0.7, len(rows) - 0.3),
         title=f'{title(groups)}, {length}\na dot is a run; orange: trained without a teacher',
     )  # fmt: skip
     axes.grid(alpha=0.3)
     return fig
+
+
+def names_of(rows: Iterable[tuple]) -> list[str]:
+    """What a figure calls them: with networks and length where two would be called the same."""
+    names = [f'{key[2]} alone' if is_baseline(key[3]) else key[3] for key in rows]
+    if len(set(names)) == len(names):
+        return names
+    return [f'{name}, {f"{teacher} -> {student}, " if teacher else ""}{epochs} epochs'
+            for name, (_, teacher, student, _, epochs) in zip(names, rows)]  # fmt: skip
 
 
 def title(groups: dict) -> str:
@@ -403,11 +411,11 @@ def curves(groups: dict, plt):
     students = students_of(groups)
     fig, axes = plt.subplots(figsize=(8, 5), layout='constrained')
     colours, number = plt.get_cmap('tab20').colors, 0
-    for key, runs in groups.items():
-        _, teacher, student, method, epochs = key
+    for name, (key, runs) in zip(names_of(groups), groups.items()):
+        _, _, student, method, epochs = key
         curve = [statistics.mean(values) for values in zip(*(r['curve'] for r in runs))]
         alone = is_baseline(method)
-        label = f'{student + " alone" if alone else method}  {mean(runs, "last"):.1f}'
+        label = f'{name}  {mean(runs, "last"):.1f}'
         if alone and student not in students:
             axes.axhline(
                 curve[-1],

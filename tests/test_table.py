@@ -132,9 +132,9 @@ def test_images_of_ones_own_are_compared_with_themselves():
 
 
 def test_a_gain_is_over_the_seeds_that_both_have():
-    """In the table, its summary and the page of the method."""
+    """In the table, its summary and the page of the method; and rows of a figure have names of their own."""
     from report.page import method, outcomes
-    from report.table import summary, table
+    from report.table import group, names_of, summary, table
 
     def run(method, seed, top1, epochs=2, student='resnet8'):
         recipe = {'lr': 0.1, 'batch_size': 128, 'amp': 'off', 'seed': seed, 'initial': f'a{seed}', 'ce': 1.0}
@@ -157,6 +157,12 @@ def test_a_gain_is_over_the_seeds_that_both_have():
     for seeds, gain in (((4,), '-9.00'), ((1, 2, 3), '-9.00')):
         said = table([*runs[:3], *(run('st', seed, 41.0) for seed in seeds)])
         assert f'| {gain} |' in said and 'that both have' not in said, seeds
+
+    pairs = [
+        run('st', 1, 41.0, epochs=epochs, student=name) for epochs, name in ((2, 'a'), (2, 'b'), (4, 'a'))
+    ]
+    assert names_of(group(pairs[:1])) == ['st']
+    assert sorted(names_of(group(pairs))) == [f'st, t -> {pair} epochs' for pair in ('a, 2', 'a, 4', 'b, 2')]
 
 
 def test_the_page_compares_within_a_setting():
