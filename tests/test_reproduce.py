@@ -110,6 +110,7 @@ def test_a_teacher_that_diverges_does_not_stop_the_grid(reproduce, tmp_path):
 def test_exit_codes_of_trainings(tmp_path, monkeypatch, codes, code):
     """1 diverged or failed: the grid goes on; a signal or a refusal ends it."""
     import tools.reproduce
+    from tools.reproduce import NEEDED
 
     ran = []
     made = [Namespace(do=lambda end, c=c: ran.append(c) or c, needed=False) for c in codes]
@@ -118,7 +119,7 @@ def test_exit_codes_of_trainings(tmp_path, monkeypatch, codes, code):
     )
     monkeypatch.setattr(tools.reproduce, 'jobs', lambda *_: [made.pop(0)] if made else [])
     (tmp_path / 'grid.json').write_text(
-        json.dumps([{'name': 'x', 'data': 'x', 'methods': [], 'seeds': list(range(len(codes)))}])
+        json.dumps([{**dict.fromkeys(NEEDED, 'x'), 'nets': [], 'epochs': 1, 'seeds': [*range(len(codes))]}])
     )
     assert tools.reproduce.main() == code
     assert ran == codes[: next((k + 1 for k, c in enumerate(codes) if c not in (0, 1)), len(codes))]
@@ -187,11 +188,20 @@ def wait_for(look, seconds: float = 60):
 
 
 def test_mistakes(reproduce, tmp_path):
+    (table,) = json.loads((tmp_path / 'grid.json').read_text())
     assert 'no table is called huge' in reproduce('--only', 'huge').stderr
     assert 'no table is called tin' in reproduce('--only', 'tin').stderr
     (tmp_path / 'grid.json').write_text('[')
     done = reproduce()
     assert done.returncode == 2 and 'grid.json' in done.stderr and done.stderr.count('\n') == 1
+    less = {key: value for key, value in table.items() if key != 'epochs'}
+    for wrong, said in (
+        (table | {'weight': {'st': 0.5}}, 'table tiny has the unknown weight; keys are args, data, '),
+        (less | {'epoch': 2}, 'table tiny has no epochs and has the unknown epoch; keys are'),
+    ):
+        (tmp_path / 'grid.json').write_text(json.dumps([wrong]))
+        done = reproduce('--dry_run')
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count('\n') == 1, done.stderr
 
 
 def test_weights_arguments_and_flags_of_a_method(reproduce, tmp_path):
@@ -280,17 +290,15 @@ def test_plain_momentum(tmp_path):
 
 
 GRID = json.loads((ROOT / 'results' / 'grid.json').read_text())
-KNOWN = {'name', 'note', 'recipe', 'data', 'teacher', 'teacher_file', 'student', 'nets', 'epochs', 'seeds',
-         'methods', 'weights', 'args', 'layers', 'method_flags', 'flags', 'kd_flags', 'group',
-         'teacher_epochs', 'teacher_seed', 'teacher_flags', 'task', 'steps', 'student_file'}  # fmt: skip
 
 
 def test_the_grid_of_the_project_parses():
     from methods import METHODS
     from methods.dense import DENSE
+    from tools.reproduce import refuse_misspelt
 
     for table in GRID:
-        assert table.keys() <= KNOWN, table['name']
+        refuse_misspelt('grid.json', table)
         known = DENSE if 'task' in table else METHODS
         parts = {part for name in table['methods'] for part in name.split('+')}
         every = table['methods'] == 'all'

@@ -54,7 +54,15 @@ from engine.record import write_atomic  # noqa: E402
 from methods import KD  # noqa: E402
 from tools import missing  # noqa: E402
 
-NEEDED = ('name', 'data', 'seeds', 'methods')  # of every table of the grid
+# what every table of the grid has, what those of its kind have besides, and what any may have
+NEEDED = ('name', 'data', 'seeds', 'methods')
+OF_KIND = {
+    'task': ('task', 'teacher', 'teacher_file', 'student', 'student_file', 'steps'),
+    'nets': ('nets', 'epochs'),
+    'teacher': ('teacher', 'student', 'epochs'),
+}
+KNOWN = {'note', 'recipe', 'weights', 'args', 'layers', 'flags', 'kd_flags', 'method_flags', 'group',
+         'teacher_epochs', 'teacher_seed', 'teacher_flags', *NEEDED, *sum(OF_KIND.values(), ())}  # fmt: skip
 
 
 def parse_args():
@@ -84,6 +92,8 @@ def main() -> int:
         raise UserError(
             f'{args.grid}: wanted a list of tables, each with {", ".join(NEEDED)}, see results/grid.json'
         )
+    for table in tables:
+        refuse_misspelt(args.grid, table)
     names = list(dict.fromkeys(table['name'] for table in tables))
     for word in args.only or []:
         if not any(means(word, name) for name in names):
@@ -117,6 +127,19 @@ def main() -> int:
         elif any(place.glob('*.json')):
             failed = run.do(end) or failed
     return failed
+
+
+def refuse_misspelt(grid: Path, table: dict) -> None:
+    """A key that nothing reads would be a table of another recipe than its writer meant."""
+    kind = next((kind for kind in OF_KIND if kind in table), 'teacher')
+    said = {
+        'has no': [key for key in OF_KIND[kind] if key not in table],
+        'has the unknown': sorted(table.keys() - KNOWN),
+    }
+    if said := [f'{words} {", ".join(keys)}' for words, keys in said.items() if keys]:
+        raise UserError(
+            f'{grid}: table {table["name"]} {" and ".join(said)}; keys are {", ".join(sorted(KNOWN))}'
+        )
 
 
 def start(words: list[str]) -> subprocess.Popen:
