@@ -62,6 +62,31 @@ def test_what_is_missing_is_trained_once(reproduce, tmp_path):
     assert len(again) == 3 and '--kd_mode at --t_name' in again[-1] and '--seed 3' in again[-1]
 
 
+def test_a_published_network_stays(tmp_path, capsys):
+    """Trained again for lacking methods; students that are kept were compared with it, or taught by it."""
+    from tools.reproduce import Job
+
+    def written(path, top1, initial='a', **recipe):
+        recipe = {'lr': 0.1, 'initial': initial} | recipe
+        path.write_text(json.dumps({'last': {'top1': top1}, 'curve': [top1], 'recipe': recipe}))
+        return path
+
+    def said(kept, new, needed=False):
+        source, place = written(tmp_path / 'new.json', *new), written(tmp_path / 'kept.json', *kept)
+        stays = Job([], {}, needed, base=True).stays(source, place)
+        return stays, capsys.readouterr().out.replace(str(place), 'PLACE').splitlines()
+
+    assert said((50.0, 'a'), (50.0, 'a')) == (True, [])
+    there = "PLACE is kept; this machine's run gave 51.00 instead of 50.00"
+    other = 'warning: students trained now {} another network than those kept beside PLACE'
+    assert said((50.0, 'a'), (51.0, 'a')) == (True, [there]), 'the students began the same'
+    assert said((50.0, 'a'), (51.0, 'b')) == (True, [there, other.format('begin as')])
+    assert said((50.0, 'a'), (51.0, 'a'), needed=True) == (True, [there, other.format('are taught by')])
+    written(tmp_path / 'kept.json', 50.0, lr=0.2)
+    assert not Job([], {}, base=True).stays(tmp_path / 'new.json', tmp_path / 'kept.json'), 'another recipe'
+    assert not Job([], {}, base=True).stays(tmp_path / 'new.json', tmp_path / 'nothing.json')
+
+
 def test_budget_stops_at_a_checkpoint_and_continues(reproduce, tmp_path):
     (table,) = json.loads((tmp_path / 'grid.json').read_text())
     table |= {'seeds': [3], 'methods': ['rkd'], 'epochs': 12}

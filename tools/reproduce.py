@@ -23,8 +23,9 @@ instead of epochs. Tables of the same name are parts of one. Where it is needed,
 
 Per seed the teachers and the student alone are trained first (their weights stay in SAVE_ROOT), then the
 missing methods in groups that share the teacher's forward. A finished run's results.json is copied to
-results/NAME. Kill it at any moment and start it again: every training continues from its last epoch. What
-results/NAME holds with the same recipe, as tools/missing.py compares them, is not trained again.
+results/NAME, but a teacher or student alone of the same recipe that is there stays. Kill it at any moment
+and start it again: every training continues from its last epoch. What results/NAME holds with the same
+recipe, as tools/missing.py compares them, is not trained again.
 
 The exit code is 0 when nothing is missing, 1 when nothing is left but what has diverged or failed: look at
 what it printed, as calling it again may not change that. After a change of the grid a training of the old
@@ -155,8 +156,8 @@ def means(word: str, name: str) -> bool:
 class Job:
     """One training command, which of its results are kept where, and whether those after it need it."""
 
-    def __init__(self, words: list[str], kept: dict[Path, Path], needed: bool = False) -> None:
-        self.words, self.kept, self.needed = words, kept, needed
+    def __init__(self, words: list[str], kept: dict[Path, Path], needed: bool = False, base=False) -> None:
+        self.words, self.kept, self.needed, self.base = words, kept, needed, base
 
     def do(self, end: float) -> int:
         """0, or the exit code to leave with; at the end of the budget the script stops at a checkpoint."""
@@ -179,10 +180,26 @@ class Job:
             process.wait()
             raise
         for source, place in self.kept.items() if code != 2 else ():  # refused: an old result
-            if source.exists():
+            if source.exists() and not (self.base and self.stays(source, place)):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(place, source.read_bytes())
         return code
+
+    def stays(self, source: Path, place: Path) -> bool:
+        """Whether a network of this recipe is there: kept students were compared with it or taught by it."""
+        if not place.exists():
+            return False
+        new, old = (missing.read_json(path) for path in (source, place))
+        start = new['recipe'].pop('initial', None)
+        if not missing.done(new['recipe'], [old.get('recipe', {})]):
+            return False  # the grid has changed
+        if new['curve'] != old['curve']:
+            top1 = f'{new["last"]["top1"]:.2f} instead of {old["last"]["top1"]:.2f}'
+            print(f"{place} is kept; this machine's run gave {top1}")
+        if start != old['recipe'].get('initial', start) or self.needed and new['curve'] != old['curve']:
+            role = 'are taught by' if self.needed else 'begin as'
+            print(f'warning: students trained now {role} another network than those kept beside {place}')
+        return True
 
 
 def jobs(table: dict, seed: int, args) -> list[Job]:
@@ -207,7 +224,7 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
         name = run_name(net, epochs, seed)
         words = ['train_base.py', '--net_name', net, '--note', name, *common(epochs, seed, flags)]
         kept = place / f'{kind}-{net.replace(":", "")}-s{seed}.json'
-        return Job(words, {root / name / 'results.json': kept}, kind == 'teacher')
+        return Job(words, {root / name / 'results.json': kept}, kind == 'teacher', base=True)
 
     def trained(script: str, part: list[str], words: list[str]) -> Job:
         words = [*words, *losses(table, part)]
