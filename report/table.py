@@ -370,7 +370,9 @@ def last_epochs(groups: dict, plt):
     edge = usual - max(5 * (every[-1] - usual), 20)
     least = min(value for value in every if value >= edge)
     aside = least - 0.1 * (every[-1] - least)  # of the lowest that is shown where it is
-    fig, axes = plt.subplots(figsize=(7, max(3.2, 1.2 + 0.19 * len(rows))), layout='constrained')
+    names = names_of(rows)
+    wide = 7 + 0.06 * max(0, max(map(len, names)) - 25)
+    fig, axes = plt.subplots(figsize=(wide, max(3.2, 1.2 + 0.19 * len(rows))), layout='constrained')
     for height, key in enumerate(rows):
         alone = is_baseline(key[3])
         values = [r['last']['top1'] for r in groups[key]]
@@ -384,7 +386,7 @@ def last_epochs(groups: dict, plt):
             said = '  '.join(f'{value:.1f}' for value in lost)
             axes.annotate(said, (aside, height), (7, 0), textcoords='offset points', va='center', fontsize=7)
     length = ' or '.join(f'{epochs} epochs' for epochs in sorted({key[4] for key in rows}))
-    axes.set_yticks(range(len(rows)), names_of(rows), fontsize=7)
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
     axes.set(
         xlabel='test top-1 of the last epoch (%)', ylim=(-0.7, len(rows) - 0.3),
         title=f'{title(groups)}, {length}\na dot is a run; orange: trained without a teacher',
@@ -395,11 +397,13 @@ def last_epochs(groups: dict, plt):
 
 def names_of(rows: Iterable[tuple]) -> list[str]:
     """What a figure calls them: with networks and length where two would be called the same."""
-    names = [f'{key[2]} alone' if is_baseline(key[3]) else key[3] for key in rows]
+    rows, names = list(rows), []
+    for _, _, student, method, _ in rows:
+        names.append(f'{student} alone{method.removeprefix("baseline")}' if is_baseline(method) else method)
     if len(set(names)) == len(names):
         return names
-    return [f'{name}, {f"{teacher} -> {student}, " if teacher else ""}{epochs} epochs'
-            for name, (_, teacher, student, _, epochs) in zip(names, rows)]  # fmt: skip
+    networks = [f', {" -> ".join(filter(None, key[1:3]))}' * (not is_baseline(key[3])) for key in rows]
+    return [f'{name}{more}, {key[4]} epochs' for name, more, key in zip(names, networks, rows)]
 
 
 def title(groups: dict) -> str:

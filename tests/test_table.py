@@ -163,6 +163,9 @@ def test_a_gain_is_over_the_seeds_that_both_have():
     ]
     assert names_of(group(pairs[:1])) == ['st']
     assert sorted(names_of(group(pairs))) == [f'st, t -> {pair} epochs' for pair in ('a, 2', 'a, 4', 'b, 2')]
+    alone = [run('baseline', 1, 41.0), run('baseline', 2, 41.0)]
+    alone[1]['recipe'] |= {'lr': 0.2}
+    assert names_of(group(alone)) == ['resnet8 alone (lr 0.1)', 'resnet8 alone (lr 0.2)']
 
 
 def test_the_page_compares_within_a_setting():
