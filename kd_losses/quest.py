@@ -228,4 +228,6 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def build(loss, probe, num_words=4096, **options):
-    return loss(probe.s.fms[-1].shape[1], probe.t.fms[-1].shape[1], num_words, **options)
+    kd = loss(probe.s.fms[-1].shape[1], probe.t.fms[-1].shape[1], num_words, **options)
+    kd.known = True  # a step is tried before the script makes the vocabulary
+    return kd
