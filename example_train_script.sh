@@ -121,14 +121,17 @@ base() {
 # Into OWN: these flags without what they say of methods that are trained elsewhere or not again, which train_kd.py
 # would refuse. METHODS FLAG...; ASKED is every method of the command.
 own_flags() {
-    local mine=" ${1//+/ } " of_methods='' word name
+    local mine=" ${1//+/ } " of_methods='' empty='' word name
     OWN=()
     shift
     for word in "$@"; do
         case $word in
-        --lambda_kd | --kd_args | --kd_layers) of_methods=$word; continue ;;
-        --*) of_methods='' ;;
+        --*)
+            if [ -n "$empty" ]; then OWN+=("$empty"); fi    # train_kd.py says that its value is missing
+            of_methods='' empty='' ;;
         esac
+        case $word in --lambda[-_]kd | --kd[-_]args | --kd[-_]layers) of_methods=$word empty=$word; continue ;; esac
+        empty=''
         name=${word%%[.=]*}
         if [ -n "$of_methods" ]; then
             case $mine in *" $name "*) ;; *) case " ${ASKED//+/ } " in *" $name "*) continue ;; esac ;; esac
@@ -136,6 +139,7 @@ own_flags() {
         fi
         OWN+=("$word")
     done
+    if [ -n "$empty" ]; then OWN+=("$empty"); fi
 }
 
 # Students in one process: same batches, one teacher forward, same initial weights as the baseline. What lies in
@@ -663,7 +667,20 @@ shift
 case $command in
 kd)
     case ${1:--} in -*) refuse 'say kd METHOD..., one method or several, then flags of train_kd.py' ;; esac
-    for word in "$@"; do own_flag "${word%%=*}"; done ;;
+    flags=
+    for word in "$@"; do
+        case $word in --*) flags=1 ;; esac
+        word=${word%%=*}
+        if [ -n "$flags" ]; then
+            case $word in --*-*) word=--$(printf %s "${word#--}" | tr - _) ;; esac    # --save-root is --save_root
+            own_flag "$word"
+            continue
+        fi
+        for part in ${word//+/ }; do    # all names before the first training
+            case " $PEERS " in *" $part "*) refuse "kd $part: networks that learn from each other are trained by: dml $part" ;; esac
+            case " $METHODS " in *" $part "*) ;; *) refuse "kd $word: no method is called $part" ;; esac
+        done
+    done ;;
 table) [ $# = 1 ] || refuse 'say table NAME, a name of results/grid.json' ;;
 dml)
     for method in "$@"; do    # all names before the first training

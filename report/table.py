@@ -321,12 +321,14 @@ def summary(results: list[dict]) -> str:
     Of more than twelve methods the best six and the last three, and how many lie between.
     """
     groups = group(results)
+    several = len({key[0] for key in groups}) > 1
     lines = ['| | top-1, last epoch | against the student alone |', '|---|---|---|']
     for key, runs in groups.items():
         alone = baseline_of(groups, key)
         gain = f'{gain_of(runs, alone):+.2f}' if alone else ''
         kind = 'student alone' if key[2] in students_of(groups) else 'teacher'
         name = f'{kind}, {key[2]}' if is_baseline(key[3]) else f'`{key[3]}`'
+        name += f', {key[0]}' * several
         lines.append(f'| {name} | {spread([r["last"]["top1"] for r in runs])} | {gain} |')
     first = next((k for k, line in enumerate(lines) if line.startswith('| `')), len(lines))
     if (between := len(lines) - first - 9) > 3:
@@ -403,7 +405,11 @@ def names_of(rows: Iterable[tuple]) -> list[str]:
     if len(set(names)) == len(names):
         return names
     networks = [f', {" -> ".join(filter(None, key[1:3]))}' * (not is_baseline(key[3])) for key in rows]
-    return [f'{name}{more}, {key[4]} epochs' for name, more, key in zip(names, networks, rows)]
+    several = len({key[0] for key in rows}) > 1
+    return [
+        f'{name}{more}{f", {key[0]}" * several}, {key[4]} epochs'
+        for name, more, key in zip(names, networks, rows)
+    ]
 
 
 def title(groups: dict) -> str:

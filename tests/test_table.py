@@ -105,7 +105,7 @@ def test_the_baseline_is_the_students_own():
 
 def test_images_of_ones_own_are_compared_with_themselves():
     """Two folders of one name: rows, baselines and means of one are not those of the other."""
-    from report.table import group, table
+    from report.table import group, names_of, summary, table
 
     def run(method, images, top1, seed=1, scale=0.5):
         recipe = {'lr': 0.1, 'batch_size': 128, 'amp': 'off', 'seed': seed, 'initial': f'a{seed}'}
@@ -123,6 +123,8 @@ def test_images_of_ones_own_are_compared_with_themselves():
     assert [row for row in rows if '| st | t -> resnet8, arrays cccccc |' in row and '+2.00' in row], rows
     assert [row for row in rows if '| st | t -> resnet8, arrays aaaaaa |' in row and '+1.00' in row], rows
     assert not any('own_scale' in row for row in rows)
+    four = [*both, run('baseline', three, 18.0, scale=0.4), run('st', one, 91.0)]
+    assert len(set(names_of(list(group(four))))) == 4 and summary(four).count('| `st`, arrays ') == 2
     assert [len(runs) for runs in group([run('st', one, 90.0), run('st', three, 20.0, seed=2)]).values()] == [
         1, 1
     ], 'no repetitions'  # fmt: skip

@@ -70,7 +70,7 @@ def words_for(token: str, tokens: list[str], words: list[str]) -> list[str]:
     kept = []
     for flag, *values in groups:
         own = [value for value in values if re.split('[.=]', value)[0] not in others]
-        if flag not in OF_METHODS:
+        if '--' + flag[2:].replace('-', '_') not in OF_METHODS:
             kept += [flag, *values]
         elif own or not values:  # or nothing would stand after the flag
             kept += [flag, *own]

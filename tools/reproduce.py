@@ -191,8 +191,8 @@ class Job:
             return False
         new, old = (missing.read_json(path) for path in (source, place))
         start = new['recipe'].pop('initial', None)
-        if not missing.done(new['recipe'], [old.get('recipe', {})]):
-            return False  # the grid has changed
+        if not (old.get('recipe') and missing.done(new['recipe'], [old['recipe']])):
+            return False  # the grid has changed, or the file is too old to say
         if new['curve'] != old['curve']:
             top1 = f'{new["last"]["top1"]:.2f} instead of {old["last"]["top1"]:.2f}'
             print(f"{place} is kept; this machine's run gave {top1}")
@@ -224,7 +224,8 @@ def jobs(table: dict, seed: int, args) -> list[Job]:
         name = run_name(net, epochs, seed)
         words = ['train_base.py', '--net_name', net, '--note', name, *common(epochs, seed, flags)]
         kept = place / f'{kind}-{net.replace(":", "")}-s{seed}.json'
-        return Job(words, {root / name / 'results.json': kept}, kind == 'teacher', base=True)
+        taught = kind == 'teacher' or student in teachers  # or the student alone teaches its twins
+        return Job(words, {root / name / 'results.json': kept}, taught, base=True)
 
     def trained(script: str, part: list[str], words: list[str]) -> Job:
         words = [*words, *losses(table, part)]
