@@ -237,6 +237,7 @@ def _check(images: Tensor, targets: Tensor, num_classes: int) -> None:
             f'targets must be integers, one per image, got {tuple(targets.shape)} {targets.dtype} for '
             f'{len(images)} images'
         )
+    targets = targets.long()  # -1 would be 255 in eight bits
     wrong = targets[((targets < -1) | (targets >= num_classes)) & (targets != NO_LABEL)]
     if len(wrong):
         raise ValueError(

@@ -44,7 +44,9 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     img, target, index, more = next(train.train_batches(args.batch_size, args.seed, 0, teachers.views))
     img, target, index, more = img[:n], target[:n], index[:n], {k: v[:n] for k, v in more.items()}
     teachers.prepare = {method.own.once_per_batch for method in every} - {None}
-    seen = teachers(img, target, index, more)
+    once = [term.name for terms in wanted.values() for term in terms if term.method.own.once_per_batch]
+    with built_from('', '+'.join(dict.fromkeys(once))) if once else user_errors():
+        seen = teachers(img, target, index, more)
     with torch.no_grad():
         s = net_s.eval()(img, True)
 

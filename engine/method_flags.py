@@ -99,7 +99,7 @@ def check_option(name: str, method, key: str, value, flag: str) -> None:
     legal = True
     with contextlib.suppress(TypeError):  # a list of something: the constructor says more
         legal = isinstance(value, int | kind if isinstance(0.0, kind) else kind)  # 100 is a float, too
-    if not legal or (isinstance(value, bool) and kind is not bool):
+    if not legal or (isinstance(value, bool) and kind not in (bool, object)):
         raise UserError(f'{flag}: {key}={value!r} of {name} has the wrong type; {shown}')
 
 

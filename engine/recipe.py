@@ -26,9 +26,9 @@ WORDS = {
     'own_scale': 'mean and std of the images of --img_root are others',
     'own_unlabelled': 'the images without labels are others',
     'own_ood': 'the images of another domain are others',
-    'teacher_weights': '--t_model holds other weights',
+    'teacher_weights': 'the teacher (--t_model, or the labels of --soft_labels) is another',
     'initial': 'the initial weights are others',
-    'methods': '--kd_args, --lambda_kd or --kd_layers differ: was {1!r}, is {2!r}',
+    'methods': 'weights, arguments or stages of methods differ: was {1!r}, is {2!r}',
     'ce': '--lambda_ce, the weight of cross-entropy, was {1!r}, is {2!r}',
     'before': '--pretrain_epochs or --init_epochs differ: was {1!r}, is {2!r}',
 }
@@ -62,6 +62,10 @@ def load_checkpoint(path: Path, math_args: dict, class_names: list[str] | None =
     old = content['args']
     new = math_args | {k: default for k, default in NEWER.items() if k in old and k not in math_args}
     new = {k: v for k, v in new.items() if k in old or k not in LATER}
+    if str(new.get('data_name', 'folder')).partition(':')[0] != 'folder':
+        new = {
+            k: v for k, v in new.items() if k not in ('image_size', 'convert_rgb')
+        }  # once noted, never read
     differ = [k for k, v in new.items() if old.get(k) != v]
     if differ:
         said = [WORDS.get(k, '{} was {!r}, is {!r}').format(k, old.get(k, NEWER.get(k)), new[k])

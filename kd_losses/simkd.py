@@ -60,14 +60,20 @@ class SimKD(nn.Module):
             *(nn.Conv2d(mid, t_channels, 1, bias=False), nn.BatchNorm2d(t_channels), nn.ReLU()),
         )
         self.register_buffer('size', torch.zeros(2, dtype=torch.int64))  # of the teacher's map; 0 0: unknown
+        self.sized = False  # has a step of a training, or a loaded state, said it?
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         _expect('SimKD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
         _expect('SimKD', 'fm_t', fm_t, len(fm_s), self.t_channels, 'H', 'W')
-        if self.training:  # images of another size in validation leave what predict pools to
+        if self.training or not self.sized:  # another size in validation leaves what predict pools to
+            self.sized = self.sized or self.training
             for i, side in enumerate(fm_t.shape[2:]):
                 self.size[i].fill_(side)  # a tensor copied from the host would wait on a GPU
         return self.distance(self.project(fm_s, tuple(fm_t.shape[2:])), fm_t)
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self.sized = True
 
     def project(self, fm_s: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, s_channels, H_s, W_s) -> (N, t_channels, H, W); size: of the teacher's map."""

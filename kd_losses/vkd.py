@@ -54,6 +54,8 @@ class VkD(nn.Module):
         # torch's choice for unlike widths keeps signs in the parameter, which weight decay would round to 0
         way = None if s_dim == t_dim else 'cayley'
         self.projection = orthogonal(nn.Linear(s_dim, t_dim, bias=False), orthogonal_map=way)
+        if way:  # another key: a state of the other form would load as another projection, without a word
+            self.register_buffer('cayley', torch.ones(1))
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         feat_s, feat_t = (x.flatten(1) if x.dim() > 2 else x for x in (feat_s, feat_t))

@@ -60,6 +60,7 @@ def test_a_schedule_that_is_over_stays_at_its_end():
 def test_soft_cross_entropy_refuses_logits():
     p = draw(4, 5, seed=1).softmax(dim=1)
     assert SoftCE()(draw(4, 5), p - 1e-3).isfinite()
+    assert torch.func.vmap(SoftCE())(draw(2, 4, 5), p.expand(2, 4, 5)).isfinite().all()
     with pytest.raises(ValueError, match='must be probabilities'):
         SoftCE()(draw(4, 5), draw(4, 5, seed=1))
 
@@ -123,3 +124,9 @@ def test_validation_leaves_what_simkd_pools_to():
     loss(fm_s, draw(2, 5, 4, 4))
     loss.eval()(fm_s, draw(2, 5, 2, 2))
     assert loss.size.tolist() == [4, 4]
+    other = SimKD(3, 5).eval()
+    other(fm_s, draw(2, 5, 2, 2))
+    assert other.size.tolist() == [2, 2], 'without a training the last one counts'
+    other.load_state_dict(loss.state_dict())
+    other(fm_s, draw(2, 5, 2, 2))
+    assert other.size.tolist() == [4, 4]

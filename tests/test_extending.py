@@ -78,6 +78,7 @@ def test_an_argument_without_annotation_takes_a_value():
 
     row = Method(Mine, 1.0, logits)
     check_option('mine', row, 'margin', 0.3, '--kd_args')
+    check_option('mine', row, 'margin', True, '--kd_args')
     with pytest.raises(UserError, match="no argument 'edge'"):
         check_option('mine', row, 'edge', 0.3, '--kd_args')
 

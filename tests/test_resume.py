@@ -208,7 +208,7 @@ def st(train, trained, tmp_path_factory):
         ('--batch_size', '24', 'batch_size'),
         ('--epochs', '5', 'epochs was 4'),
         ('--seed', '9', 'seed'),
-        ('--lambda_kd', '7', '--lambda_kd or --kd_layers differ: was'),
+        ('--lambda_kd', '7', 'weights, arguments or stages of methods differ: was'),
         ('--kd_args', 'T=2', '; --note NAME starts another run'),
         ('--amp', 'bf16', 'amp was'),
     ],
