@@ -186,7 +186,7 @@ def check_terms(terms: dict) -> None:
         if not isinstance(x, torch.Tensor) or x.dim() or not x.requires_grad:
             got = f'a tensor of shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else type(x).__name__
             got += ', detached' if isinstance(x, torch.Tensor) and not x.requires_grad else ''
-            raise UserError(f'{name}: feed and loss must give one number with a gradient, got {got}')
+            raise UserError(f'{name}: the loss must be one number with a gradient, got {got}')
 
 
 def build_term(term: Term, net: nn.Module, probe: Probe, device) -> nn.Module:

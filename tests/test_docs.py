@@ -206,7 +206,8 @@ def test_the_followed_step_exists():
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 def test_things_are_called_by_their_names(page):
     """Not the numbers of goals, not nicknames."""
-    assert not re.search(r'seed zoo' if page.stem == 'gpu' else r'seed zoo|\b[TL]\d{1,2}\b', TEXT[page])
+    text = re.sub(r'`[^`\n]*`', '', TEXT[page])  # an argument may be called T2
+    assert not re.search(r'seed zoo' if page.stem == 'gpu' else r'seed zoo|\b[TL]\d{1,2}\b', text)
 
 
 LISTS = [

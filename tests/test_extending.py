@@ -25,7 +25,7 @@ def test_a_loss_that_teaches_nothing_is_refused_before_training(given):
     x = torch.ones(3, requires_grad=True)
     terms = {'float': 2.0, 'detached': x.sum().detach(), 'vector': x * 2, 'tuple': (x.sum(), {}), None: None}
     check_terms({'ce': x.sum()})
-    with pytest.raises(UserError, match='mine: feed and loss must give one number with a gradient'):
+    with pytest.raises(UserError, match='mine: the loss must be one number with a gradient'):
         check_terms({'ce': x.sum(), 'mine': terms[given]})
 
 

@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_ends_attackers_and_copies(img_root):
         attack(net, 'resnet8', train, test, args, amp, True)
     with pytest.raises(NonFinite, match='on the probe set'):
         adapted(net, train, args, 0)
-    source = SimpleNamespace(name='mine', net='resnet8', file=None, seen_by=lambda img, _: img)
+    source = SimpleNamespace(name='mine', net='resnet8', file=None, seen_by=lambda img, *_: img)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NonFinite, match='mine, epoch'):
         patch.setattr('models.load_weights', lambda *_, **__: None)
         train_all(source, train, test, args, 1e38, torch.enable_grad)

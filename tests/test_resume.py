@@ -237,7 +237,7 @@ def test_another_teacher_is_refused(train_kd, teacher):
     state = torch.load(teacher, weights_only=True)
     torch.save({k: v * 1.01 if v.is_floating_point() else v for k, v in state.items()}, teacher)
     done = train_kd('st', '--note', 'm', *FOUR, '--resume', 'auto')
-    assert done.code == 2 and 'teacher_weights' in done.err
+    assert done.code == 2 and 'the teacher (--t_model, or' in done.err
 
 
 def test_nothing_is_overwritten_unasked(train_kd, tmp_path):

@@ -400,7 +400,7 @@ def test_stages_are_chosen(train_kd, tmp_path):
     for again, code in ((flags, 0), (flags[6:], 2)):  # a resume with others is refused
         done = train_kd('ofd', 'nst', 'ft', 'fsp', 'sp', '--note', 'k', '--resume', 'auto', *again)
         assert done.code == code
-    assert "methods was [['ofd', 0.5, {}, '1:0.25,2:0.5,3']]" in done.err
+    assert "stages of methods differ: was [['ofd', 0.5, {}, '1:0.25,2:0.5,3']]" in done.err
 
 
 def test_the_ramp_follows_the_epochs():

@@ -8,6 +8,7 @@ from tests.methods.shared import Case
 exceptions = {
     'masked_class': 'a class of probability 0 counts nothing',
 }
+alone = 'loss, inputs = m.SoftCE(), dict(out_s=S(n, K), out_t=T(n, K).softmax(dim=1))'
 rows = {
     'fkd_labels_strong': {
         'coarse': 'another view',

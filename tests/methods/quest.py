@@ -6,6 +6,7 @@ from kd_losses.quest import QuEST
 from tests.methods.shared import case, fill
 
 options = {'num_words': 5}
+alone = 'loss, inputs = m.QuEST(3, 4, centroids=C(5, 4)), dict(fm_s=S(n, 3, 4, 4), fm_t=T(n, 4, 4, 4))'
 
 
 def before(kd, t, dtype):
