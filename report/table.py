@@ -228,10 +228,15 @@ def seeds(runs: list[dict]) -> set:
 
 
 def gain_of(runs: list[dict], alone: list[dict]) -> float:
-    """Mean over the seeds that both have of what runs are better than alone; of means if they share none."""
-    mine, theirs = ({r['seed']: r['last']['top1'] for r in several} for several in (runs, alone))
-    gains = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-    return statistics.mean(gains) if gains else mean(runs, 'last') - mean(alone, 'last')
+    """What runs are better than alone, the mean over seeds."""
+    return statistics.mean(gains(*({r['seed']: r['last']['top1'] for r in both} for both in (runs, alone))))
+
+
+def gains(values: dict, alone: dict) -> list[float]:
+    """Of {seed: number}: differences over the seeds that both have; that of the means if they share none."""
+    if both := sorted(values.keys() & alone.keys()):
+        return [values[seed] - alone[seed] for seed in both]
+    return [statistics.mean(values.values()) - statistics.mean(alone.values())]
 
 
 def students_of(groups: dict) -> set[str]:

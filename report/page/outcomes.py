@@ -34,13 +34,9 @@ class Experiment:
 
     def gain(self, method: str) -> tuple[float, float | None, int] | None:
         """Mean over seeds of what it is better than its reference, the deviation, the number of seeds."""
-        values, alone = self.values[method], self.alone.get(method) or {}
-        if both := self.both(method):
-            gains = [self.better * (values[seed] - alone[seed]) for seed in both]
-        elif alone:
-            gains = [self.better * (statistics.mean(values.values()) - statistics.mean(alone.values()))]
-        else:
+        if not (alone := self.alone.get(method)):
             return None
+        gains = [self.better * gain for gain in table.gains(self.values[method], alone)]
         return statistics.mean(gains), statistics.stdev(gains) if len(gains) > 1 else None, len(gains)
 
     def both(self, method: str) -> list[int]:
