@@ -1,6 +1,5 @@
 """From the flags of train_dense.py to its pictures, its teacher, and the weights that students start from."""
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -102,6 +101,9 @@ def started(net: nn.Module, path: str) -> str:
     return f'{len(fits)} of {len(own)} tensors from {path}'
 
 
+OWN_TEACHER = 'train one for these data: --kd_mode alone --s_name NAME --s_init FILE'
+
+
 def the_teacher(args, setting, net, steps, root: Path, log) -> nn.Module:
     """From --t_model, or trained here once, on all rooms, and kept."""
     if args.t_model:
@@ -125,8 +127,13 @@ def the_teacher(args, setting, net, steps, root: Path, log) -> nn.Module:
             return models.named_weights(net, setting.class_names)
 
         keep(path, weights)
-    with user_errors(), own_remedy():
-        models.load_weights(net, path, class_names=setting.class_names)
+    with user_errors():
+        try:
+            models.load_weights(net, path, class_names=setting.class_names, head=OWN_TEACHER)
+        except ValueError as error:
+            raise ValueError(
+                f'{error}{f": {OWN_TEACHER}" if "other classes" in str(error) else ""}'
+            ) from None
     net.to(setting.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.task == 'detection':
         same = ('image_mean', 'image_std', 'min_size', 'max_size', 'size_divisible')
@@ -142,18 +149,6 @@ def the_teacher(args, setting, net, steps, root: Path, log) -> nn.Module:
     setting.facts = {'name': args.t_name, **figures}
     log(f'teacher {args.t_name}: {path.name}, ' + ', '.join(f'{k} {v:.2f}' for k, v in figures.items()))
     return net
-
-
-@contextlib.contextmanager
-def own_remedy():
-    """What load_weights advises where classes differ are flags of other scripts."""
-    try:
-        yield
-    except ValueError as error:
-        said, hint, _ = str(error).partition('; only the classifier differs')
-        if hint or 'other classes' in said:
-            said += f'{hint}: train one for these data: --kd_mode alone --s_name NAME --s_init FILE'
-        raise ValueError(said) from None
 
 
 def try_step(name: str, net: nn.Module, seen) -> None:
