@@ -62,10 +62,9 @@ def load_checkpoint(path: Path, math_args: dict, class_names: list[str] | None =
     old = content['args']
     new = math_args | {k: default for k, default in NEWER.items() if k in old and k not in math_args}
     new = {k: v for k, v in new.items() if k in old or k not in LATER}
-    if str(new.get('data_name', 'folder')).partition(':')[0] != 'folder':
-        new = {
-            k: v for k, v in new.items() if k not in ('image_size', 'convert_rgb')
-        }  # once noted, never read
+    folder = str(new.get('data_name', 'folder')).partition(':')[0] == 'folder'
+    unread = () if folder else ('image_size', 'convert_rgb')  # older recipes note what nothing read
+    new = {k: v for k, v in new.items() if k not in unread}
     differ = [k for k, v in new.items() if old.get(k) != v]
     if differ:
         said = [WORDS.get(k, '{} was {!r}, is {!r}').format(k, old.get(k, NEWER.get(k)), new[k])
