@@ -22,11 +22,16 @@ from engine.optimise import adam, sgd
 from engine.processes import distributed
 from engine.recipe import math_args, resume_point
 from engine.record import Record, fingerprint
-from ka_losses import ConcatKD
+from ka_losses import ConcatKD, concat_kd
 from ka_settings import setting_for
 from methods.ka import KA, Method
 
 ENSEMBLE = 'ensemble'  # a word of --ka_mode that trains nothing
+
+
+def reads_T(method: Method) -> bool:
+    """Whether the loss is soft targets itself: ConcatKD, but for its squares."""
+    return method.loss is ConcatKD and method.build is not concat_kd.build_mse
 
 
 def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
@@ -45,13 +50,13 @@ def read_methods(args) -> tuple[dict[str, Method], dict[str, Term]]:
     weights, options = weights_and_options(args, names, KA, 'ka')
     rows = {name: KA[name] for name in names}
     for name, method in rows.items():
-        if method.loss is ConcatKD and args.T != 1 and 'T' not in options[name]:
+        if reads_T(method) and args.T != 1 and 'T' not in options[name]:
             options[name]['T'] = args.T  # its loss is soft targets itself
     terms = {
         name: Term(name, method, weights[name], soft_targets(method, args), options[name])
         for name, method in rows.items()
     }
-    soft = [name for name, term in terms.items() if term.soft or term.method.loss is ConcatKD]
+    soft = [name for name, term in terms.items() if term.soft or reads_T(term.method)]
     for flag, given, reads in (
         ('--lambda_kd', args.lambda_kd is not None, any(method.when.soft for method in rows.values())),
         ('--ka_layers', args.ka_layers, any(method.needs.layers for method in rows.values())),

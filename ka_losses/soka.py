@@ -16,7 +16,8 @@ at 1 / n in the first tenth of the run.
 Differences: the authors published no code. KamalEngine's reproduction, which its readme says may differ from
 the paper, freezes layers after the forward pass, so that its encoder and A never train after the first phase.
 We keep three optimisers apart instead. Its A has a weight per position, shape (C, H, W); (C, 1, 1) is ours
-and fits any image size. Any number of tasks. w is kept at 1e-3 or above.
+and fits any image size. Any number of tasks. w is kept at 1e-3 or above, then divided
+by its sum.
 
 Source: zju-vipa/KamalEngine, kamal/amalgamation/taskonomy_amalgamation.py (a reproduction, not the authors');
 the balance: formula only.

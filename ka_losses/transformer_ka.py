@@ -98,7 +98,8 @@ class TaskAmalgamation(nn.Module):
     @torch.no_grad()
     def targets(self, outs_t: list[dict], like: Tensor | None = None) -> list[dict]:
         """Per image, surest first: boxes (M, 4), labels (M,) student columns, logits (M, 1 + K), keep (M,),
-        teacher * Q + query. like: the student's logits, for the precision."""
+        the query's number when those of all teachers are counted one after the other. like: the student's
+        logits, for the precision."""
         if len(outs_t) != len(self.columns):
             raise ValueError(
                 f'TaskAmalgamation: outs_t must hold {len(self.columns)}, got {len(outs_t)}: one per teacher'

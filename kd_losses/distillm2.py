@@ -69,6 +69,12 @@ class DistiLLM2(nn.Module):
             raise ValueError(f'DistiLLM2: alpha must be between 0 and 1, got {alpha}')
         self.alpha, self.anchor_t, self.anchor_s = alpha, anchor_t, anchor_s
 
+    def get_extra_state(self) -> tuple[float | None, float | None]:
+        return self.anchor_t, self.anchor_s
+
+    def set_extra_state(self, state: tuple[float | None, float | None]) -> None:
+        self.anchor_t, self.anchor_s = state
+
     def forward(
         self,
         out_s: Tensor,

@@ -174,6 +174,7 @@ class PHIS(nn.Module):
         self.register_buffer('count', torch.zeros((), dtype=torch.float64))
         self.register_buffer('mean', torch.zeros(dim, dtype=torch.float64))
         self.register_buffer('scatter', torch.zeros(dim, dim, dtype=torch.float64))
+        self.register_buffer('centre', torch.zeros(dim))
         self.register_buffer('whiten', torch.eye(dim))
         self.register_buffer('alpha', torch.ones(()))
 
@@ -211,6 +212,7 @@ class PHIS(nn.Module):
         self.alpha.fill_(1 / math.sqrt(size))
         one = torch.eye(self.dim, dtype=torch.float64, device=values.device)
         turn = self.hadamard(self.dim).to(one) @ vectors.T if self.rotate else one
+        self.centre.copy_(self.mean)
         self.whiten.copy_(turn / math.sqrt(size))
         self.fitted = True
 
@@ -219,14 +221,14 @@ class PHIS(nn.Module):
         if not self.fitted:
             raise ValueError('PHIS: fm must be seen before, got none: update with some batches, then fit')
         x = _full(x)
-        gap = _exact(x - _full(self.mean.to(self.whiten.dtype).to(x.device), x)[:, None, None])
+        gap = _exact(x - _full(self.centre, x)[:, None, None])
         return torch.einsum('dc,nchw->ndhw', _full(self.whiten, x).to(gap), gap).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
         z = _exact(_full(x))
         W = _full(self.whiten, x).to(z)
         back = torch.einsum('dc,ndhw->nchw', W, z) / self.alpha.to(z) ** 2
-        return (back + self.mean.to(z.dtype).to(z.device)[:, None, None]).to(_full(x).dtype)
+        return (back + self.centre.to(z)[:, None, None]).to(_full(x).dtype)
 
     def _apply(self, fn, *args, **kwargs):
         """What was seen stays in float64, on the CPU where the device has none (Apple's)."""

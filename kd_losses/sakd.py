@@ -16,10 +16,10 @@ c > s: c becomes gamma * c; c < s then: c / gamma; policy = c + relu(N / 2 - sum
 
 Tap: maps of the stages, embeddings (detached), logits, and networks that run from any stage to the end.
 
-Differences: one optimiser for both; the policy's part is halved, which is the authors' half learning rate
-(their weight decay of 1e-3 is not here). The routed pass starts from the stem of the usual one. Adapters
-between maps of unlike size resize and then apply the 1x1 convolution. The authors' initial bias fails on
-today's PyTorch. The value of the row is the student's loss and half of the policy's.
+Differences: one optimiser for both; the policy's part is halved, which for SGD is the authors' half learning
+rate and for Adam nothing (their weight decay of 1e-3 is not here). The routed pass starts from the stem of
+the usual one. Adapters between maps of unlike size resize and then apply the 1x1 convolution. The authors'
+initial bias fails on today's PyTorch. The value of the row is the student's loss and half of the policy's.
 
 Source: zju-vipa/spot-adaptive-pytorch, train.py, models/gs.py and models/classifier.py.
 

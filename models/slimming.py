@@ -149,7 +149,7 @@ def select(values: list[Tensor], costs: list[int], ratio: float, how: str) -> li
     """Boolean masks of the channels that stay, at least one per group.
 
     ratio: what goes, of the channels ('uniform': of each group, 'global': of all), or of the cost ('greedy',
-    'knapsack').
+    'knapsack'), which counts a channel with all of its inputs: in the cut network more than that is gone.
     """
     if how not in HOWS or not 0 <= ratio < 1:
         raise ValueError(

@@ -245,6 +245,7 @@ def test_images_without_neighbours():
         (lambda: tka.detr_ce(draw(4, 5), torch.zeros(5).long()), 'logits'),
         (lambda: customize.select_teacher([draw(3, 4), draw(5, 4)]), r'outs_t\[1\]'),
         (lambda: fedka.transferability(draw(1, 8), draw(2, 4, 8)), r'\(clients, 1, 8\)'),
+        (lambda: fedka.fed_average([{}, {}], [1.0]), 'weights must hold 2'),
         (lambda: EEL(64), 'together'),
         (lambda: EEL(64, 64)(draw(4, 32), draw(4, 32), torch.arange(4)), r'\(N, 64\)'),
     ],

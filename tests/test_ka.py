@@ -599,6 +599,7 @@ MISTAKES = [
     (['concat', '--ka_layers', 'rb2'], ['--ka_layers: concat would not read it']),
     (['concat', '--momentum', '0.5'], ['--momentum: --optim adam does not read it']),
     (['scratch', '--T', '2'], ['--T: scratch would not read it']),
+    (['mse', '--T', '4'], ['--T: mse would not read it']),
     (['concat', '--tasks', 'seg'], ['--tasks: not for --data_name shapes:96']),
     (
         ['scratch', '--data_name', 'scenes:10', '--tasks', 'depth', 'depth'],

@@ -79,6 +79,7 @@ def test_unlearning_and_its_attack(tool, monkeypatch, tmp_path):
     assert {'kept', 'recovered, new classifier', 'recovered, whole network', 'divergence of the head'} == set(
         table['student, lambda 1']
     )
+    assert 'divergence of the head' not in table['student, lambda 0'], 'its head has learnt nothing'
     one, other = (weights(tmp_path / 'whole' / f'lambda-{lam}') for lam in (0, 1))
     assert one['net']['fc.weight'].shape[0] == 4 and one['head']['weight'].shape[0] == 6
     assert one['origin']['class_names'] == list(CLASSES[:4]), 'of the classes that it keeps'
@@ -188,14 +189,16 @@ def test_who_is_drawn_in_a_federation(tool, halves, monkeypatch, tmp_path):
     fedka = importlib.import_module('tools.fedka')
     saliency_of = fedka.saliency_of
     words = ('fedka', '--t_name', 'resnet8', '--t_model', *halves, '--s_name', 'resnet8', *DATA, '--epochs',
-             2, '--local_epochs', 1, '--select_every', 1, '--adapt_every', 1, '--adapt_epochs', 1,
-             '--topk', 3)  # fmt: skip
-    for how in ('all', 'uniform'):
-        done = tool(*words, '--select', how, '--note', how)
+             2, '--local_epochs', 1, '--adapt_every', 1, '--adapt_epochs', 1)  # fmt: skip
+    draws = ('--select_every', 1, '--topk', 3)
+    for how, more in (('all', ()), ('uniform', draws)):
+        done = tool(*words, '--select', how, *more, '--note', how)
         assert done.code == 0, done.err
+    done = tool(*words, '--select', 'all', '--topk', 3, '--note', 'none')
+    assert done.code == 2 and '--topk: --select all draws no clients' in done.err, done.err
     looked = []
     monkeypatch.setattr(fedka, 'saliency_of', lambda net, img: looked.append(net) or saliency_of(net, img))
-    done = tool(*words, '--select', 'saliency', '--note', 'saliency')
+    done = tool(*words, *draws, '--select', 'saliency', '--note', 'saliency')
     assert done.code == 0, done.err
     torch.manual_seed(2)
     untrained = build('resnet8', 10).fc.weight

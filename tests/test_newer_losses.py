@@ -166,6 +166,13 @@ def test_keep_patches():
     assert torch.equal(back, torch.where(mask[:, :, None], -1.0, x))
 
 
+def test_anchors_of_a_curriculum_are_in_its_state():
+    """So that a resumed run goes on with the gaps that its first steps measured."""
+    loss, other = DistiLLM2(anchor_t=0.2, anchor_s=0.3), DistiLLM2()
+    other.load_state_dict(loss.state_dict())
+    assert (other.anchor_t, other.anchor_s) == (0.2, 0.3)
+
+
 @pytest.mark.parametrize('make', [lambda: DiffKD(8, 8), TAID, lambda: PHIS(4)])
 def test_state_in_float64(make):
     """half() leaves it alone, and a move that fails, to a device that is not there, takes nothing away."""

@@ -321,6 +321,12 @@ def test_phis_makes_every_channel_alike_and_keeps_distances():
     other = copy.deepcopy(PHIS(4).double())
     other.load_state_dict(phis.state_dict())
     near(other(fm), phis(fm))
+    fitted = phis(fm)
+    phis.update(fm + 3)
+    near(phis(fm), fitted)  # what was fitted stays until the next fit
+    phis.forget()
+    near(phis(fm), fitted)
+    near(phis.inverse(fitted), fm)
     with pytest.raises(ValueError, match='two positions'):
         PHIS(4).fit()
 

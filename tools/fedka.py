@@ -82,6 +82,8 @@ def main():
     refuse_processes()
     refuse_given(args, NOT_HERE | {'weight_decay': 1e-4, 'save_every': 1}, UNREAD)
     refuse_fp16(args)
+    if args.select == 'all':
+        refuse_given(args, {'topk': 2, 'select_every': 10}, '--select all draws no clients')
     device = setup(args)
     amp = autocast(device, args.amp)
     name = f'fedka-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}'
