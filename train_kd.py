@@ -48,7 +48,7 @@ from engine.flags import (
 )
 from engine.kd_flags import check_labels, read_methods, refuse_unread
 from engine.parser import Parser
-from engine.processes import processes, rank
+from engine.processes import processes, rank, same_buffers
 from engine.record import class_names_of, output_folder, provenance
 from engine.session import Log
 from engine.student import Run, Student, Term  # noqa: F401  what tests and benchmarks build with
@@ -66,7 +66,7 @@ def parse_args(words=None):
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
          help="weight of the loss, or METHOD=W with several; default: the method's, see --kd_mode list")
     flag('--lambda_ce', type=share_of_ce, metavar='W',
-         help="weight of cross-entropy; default: 1, or the method's")
+         help="weight of cross-entropy, of all students of the command; default: 1, or the method's")
     flag('--kd_stop', type=whole_number, metavar='E',
          help='distil in the first E epochs only; then cross-entropy alone trains, at weight 1, and the '
               'teacher is not asked (early-stopped distillation); default: to the end')
@@ -252,9 +252,10 @@ def begin_epoch(run: Run, epoch: int, args) -> None:
     run.now, run.phase = run.own(epoch), run.phase_of(epoch)
     pretrain, init = run.before
     begins = run.now in (-pretrain - init, -init, 0)
+    whole = getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
     if begins:
         run.opt.state.clear()  # every phase starts with a fresh optimiser
-    whole = getattr(run.step, 'module', run.step)  # inside DistributedDataParallel
+        same_buffers(whole)  # the statistics that a loss has made in its own phase, and uses from here on
     taught = set(run.weights)
     run.weights = whole.weights(run.phase, run.now, run.epochs)
     run.inner = whole.inner(run.now, run.epochs)

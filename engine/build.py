@@ -14,11 +14,11 @@ from engine import side_by_side
 from engine.batch import Batch, Probe
 from engine.device import PRECISIONS, random_state
 from engine.errors import UserError, user_errors
-from engine.evaluate import refuse_misfit
+from engine.evaluate import features_of, refuse_misfit
 from engine.meter import Meter
 from engine.method_flags import built_from, named
 from engine.optimise import optimiser, phase_epochs
-from engine.processes import distributed, gather_batches, processes, rank, same_buffers
+from engine.processes import distributed, gather_batches, processes, same_buffers
 from engine.recipe import math_args, resume_point
 from engine.record import Record, fingerprint
 from engine.student import Run, Student, Term
@@ -43,12 +43,12 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
     n = args.batch_size if whole else 2  # a few images tell the losses all shapes
     img, target, index, more = next(train.train_batches(args.batch_size, args.seed, 0, teachers.views))
     img, target, index, more = img[:n], target[:n], index[:n], {k: v[:n] for k, v in more.items()}
+    with torch.no_grad():
+        s = features_of(args.s_name, net_s.eval(), img)
     teachers.prepare = {method.own.once_per_batch for method in every} - {None}
     once = [term.name for terms in wanted.values() for term in terms if term.method.own.once_per_batch]
     with built_from('', '+'.join(dict.fromkeys(once))) if once else user_errors():
         seen = teachers(img, target, index, more)
-    with torch.no_grad():
-        s = net_s.eval()(img, True)
 
     def another_net(_):
         return models.build(args.s_name, train.num_classes).to(device, memory_format=torch.channels_last)
@@ -115,12 +115,12 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
         )  # fmt: skip
         try_once(run, step, seen)
         record.resume(resume_point(args.resume, folder / token))
-        if not record.epoch and rank() == 0:  # the other processes are sent the result
+        if not record.epoch:  # every process looks itself: waiting for another has a time limit
             for term in terms:
                 if term.method.own.before:
                     with user_errors():
                         term.method.own.before(term.loss, teachers.teacher, probe)
-        same_buffers(step)  # what `before` found; DistributedDataParallel sends parameters only
+        same_buffers(step)  # what the first has found; DistributedDataParallel sends parameters only
         run.step = distributed(step, device)
         runs.append(run)
     return runs

@@ -43,6 +43,7 @@ def setup(args: argparse.Namespace) -> torch.device:
     device = join_processes(device)
     torch.backends.cudnn.benchmark = not args.deterministic  # it chooses by timing, differently every time
     torch.backends.cudnn.allow_tf32 = False  # convolutions of losses are in float32, as their products are
+    torch.backends.cuda.matmul.allow_tf32 = False  # torch's default, which containers override
     if args.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)  # names what has none

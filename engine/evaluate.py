@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset import Resident
 from engine.errors import UserError
 from engine.processes import gathered, processes, same_buffers, summed
+
+YOUR_OWN = '; docs/extending.md, Your own network, says what a network gives, and how to wrap another'
 
 
 @torch.no_grad()
@@ -20,13 +23,31 @@ def refuse_misfit(name: str, net: nn.Module, data) -> None:
         return
     img = first[0]
     try:
-        copy.deepcopy(net).eval()(img)
+        out = copy.deepcopy(net).eval()(img)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, AssertionError) as error:
         h, w = img.shape[2:]
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f'{name}: does not take images of {h} x {w}: {said}') from error
+    if not isinstance(out, Tensor):
+        raise UserError(f'{name}: net(img) must give logits, got a {type(out).__name__}{YOUR_OWN}')
+
+
+def features_of(name: str, net: nn.Module, img: Tensor):
+    """net(img, True), tried before anything trains."""
+    try:
+        seen = net(img, True)
+    except TypeError as error:
+        raise UserError(f'{name}: {error}{YOUR_OWN}') from error
+    if not all(hasattr(seen, part) for part in ('out', 'feat', 'fms', 'pres')):
+        raise UserError(f'{name}: net(img, True) must give Feats, got a {type(seen).__name__}{YOUR_OWN}')
+    return seen
+
+
+def at_once(data) -> int:
+    """Images of a batch in an evaluation: many of those that live on the GPU; a folder's may be large."""
+    return 1000 if data.device.type != 'cpu' and isinstance(data, Resident) else 128
 
 
 def evaluate(net: nn.Module, data, amp: Callable[[], torch.autocast]) -> dict[str, float]:
@@ -47,7 +68,7 @@ def counted(net: nn.Module, data, amp: Callable[[], torch.autocast], said: Tenso
         dtype=torch.float64,
         device='cpu' if data.device.type == 'mps' else data.device,
     )
-    for img, target, index in data.test_batches(128 if data.device.type == 'cpu' else 1000):
+    for img, target, index in data.test_batches(at_once(data)):
         with amp():
             out = net(img)
         out = out.float()
@@ -69,7 +90,7 @@ def figures(counts: Tensor) -> dict[str, float]:
 def classes(net: nn.Module, data, amp: Callable[[], torch.autocast]) -> Tensor:
     """(N,) what a network says of every image, in order."""
     net.eval()
-    batches = data.test_batches(128 if data.device.type == 'cpu' else 1000)
+    batches = data.test_batches(at_once(data))
     said = []
     for img, _, _ in batches:
         with amp():
@@ -82,7 +103,7 @@ def outputs(net: nn.Module, data) -> tuple[Tensor, Tensor]:
     """What a network that stacks several logits (M, N, K) says of every image, and the labels."""
     net.eval()
     same_buffers(net)
-    batches = data.test_batches(128 if data.device.type == 'cpu' else 1000)
+    batches = data.test_batches(at_once(data))
     parts = [(net(img), target) for img, target, _ in batches]
     if processes() > 1:  # shares of unequal size, or none in some process
         shares = gathered([(out.cpu(), target.cpu()) for out, target in parts])

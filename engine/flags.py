@@ -187,11 +187,11 @@ def positive_float(text: str) -> float:
 
 
 def share_of_ce(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < LARGEST, 'a number >= 0')
+    return _number(float, text, lambda x: 0 <= x < LARGEST, 'a number >= 0, one for all students')
 
 
 def fraction(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < 1, 'a share from 0 to below 1')
+    return _number(float, text, lambda x: 0 <= x < 1, 'a share from 0 to below 1 (150 of 240 is 0.625)')
 
 
 def share(text: str) -> float:

@@ -9,7 +9,7 @@ from torch import nn
 import models
 from engine.batch import Batch, Probe, as_float
 from engine.errors import UserError, user_errors
-from engine.evaluate import refuse_misfit
+from engine.evaluate import features_of, refuse_misfit
 from engine.flags import head_of
 from engine.method_flags import built_from, refuse_many_processes, refuse_unknown, weights_and_options
 from engine.record import fingerprint
@@ -100,7 +100,7 @@ def build_step(args, method, options: dict, nets, train, amp, device) -> Step:
     for name, net in zip(args.net_names, nets):
         refuse_misfit(name, net, train)
     with torch.no_grad():
-        seen = [net.eval()(img, True) for net in nets]
+        seen = [features_of(name, net.eval(), img) for name, net in zip(args.net_names, nets)]
 
     def another_net(net):
         with user_errors():

@@ -1,6 +1,7 @@
 """Several processes under torchrun, and batches gathered from all of them."""
 
 import copy
+import inspect
 import os
 from collections.abc import Iterable
 
@@ -59,7 +60,9 @@ def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     if processes() == 1:
         return module
     ids = [device] if device.type == 'cuda' else None
-    return DistributedDataParallel(module, ids, broadcast_buffers=False, find_unused_parameters=True)
+    newer = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+    sync = {'forward_sync_buffers' if newer else 'broadcast_buffers': False}
+    return DistributedDataParallel(module, ids, find_unused_parameters=True, **sync)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def output_folder(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """All or nothing: a reader sees the old file or the new one, also after a crash or on a full disk.
 
     Under torchrun only the first process writes.
@@ -57,7 +57,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         return
     buffer = io.BytesIO()
     torch.save(on_cpu(content), buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getbuffer())
 
 
 def keep(path: Path, make: Callable[[], dict]) -> bool:

@@ -56,7 +56,8 @@ def cuda_capture(stream, generators: Iterable[torch.Generator], counters: Iterab
             graph.register_generator_state(generator)
         before = [counter.clone() for counter in counters]
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            # thread_local: the thread that pins a folder's next images may go on meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
                 returned = work()
             moved = [counter - start for counter, start in zip(counters, before)]
         finally:  # recording has run nothing on the device, so nothing has been counted either

@@ -59,7 +59,13 @@ def start(
         ('evaluation', f'{before} of {total} steps') if total else ('epoch', f'{done} of {epochs} epochs')
     )
     board, stop = tensorboard(folder, args.tensorboard), StopAfterEpoch(f'this {unit}')
-    gathered(None)  # every process has looked where its runs go on
+    records = list(records)
+    found = gathered([record.epoch for record in records])  # every process has looked where its runs go on
+    if others := [epochs for epochs in found if epochs != found[0]]:
+        raise UserError(
+            f'--resume: the first process goes on after {found[0]} epochs, another after {others[0]}: '
+            f'--save_root must be one folder that all machines see'
+        )
     for record in records:
         record.begin(args.resume)
     write_json(folder / 'args.json', {'args': vars(args), **origin})

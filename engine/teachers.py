@@ -10,7 +10,7 @@ from dataset.soft_labels import SoftLabelStore
 from engine.batch import Batch, InFloat32
 from engine.device import precision
 from engine.errors import UserError, user_errors
-from engine.evaluate import evaluate, refuse_misfit
+from engine.evaluate import evaluate, features_of, refuse_misfit
 from models import Feats, load_weights
 from models.checkpoint import compare_classes
 
@@ -42,6 +42,8 @@ class Teachers:
     def __init__(self, nets: list[nn.Module], amp, views: list[str], img: Tensor, stored=None) -> None:
         self.nets, self.amp, self.views, self.stored = nets, amp, views, stored
         self.net_t = nets[0] if nets else None
+        for k, net in enumerate(nets, 1):
+            features_of(f'teacher {k}', net, img)
         cast = precision(amp, img.device)
         self.fast = [models.folded(net, img, cast) for net in nets]
         self.in_float32 = self.net_t if cast else next(iter(self.fast), None)

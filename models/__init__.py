@@ -59,6 +59,7 @@ MODELS |= {'MobileNetV1': MobileNetV1, 'MobileNetV2Tiny': MobileNetV2Tiny}  # Im
 MODELS |= {f'vit_{dim}_6': partial(ViT, dim, 6) for dim in (128, 192)}
 MODELS |= {'deit_128_6': partial(ViT, 128, 6, distilled=True)}
 
+OF_IMAGENET = [f'resnet{depth}' for depth in (18, 34, 50, 101, 152)]
 NAMES = (
     f'{", ".join(MODELS)}, any resnetN or resnetNx4 (N = 6n + 2), wrn_N_K (N = 6n + 4), vit_D_L, '
     f'vit_D_LxT, vit_D_LxT_S and deit_D_L (D = 64n), torchvision:NAME'
@@ -71,12 +72,16 @@ def build(name: str, num_classes: int = 100) -> nn.Module:
 
     Raises:
         ValueError: no network has this name, or its depth is not legal (resnet 6n + 2, wrn 6n + 4), or
-            its width (vit and deit, multiples of 64).
+            its width (vit and deit, multiples of 64); resnet18, 34, 50, 101, 152, ImageNet's.
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes)
     if name.startswith('torchvision:'):
         return tap_torchvision(name.removeprefix('torchvision:'), num_classes)
+    if name in OF_IMAGENET:  # of these 50 and 152 are 6n + 2, and would be narrow networks of three stages
+        small = name.replace('resn', 'ResN')
+        said = f', or {small}, its four stages for small images' if small in MODELS else ''
+        raise ValueError(f'{name} is a network for ImageNet: torchvision:{name}{said}')
     if m := re.fullmatch(r'resnet(\d+)(x4)?', name):
         return resnet(int(m[1]), wide=bool(m[2]), num_classes=num_classes)
     if m := re.fullmatch(r'wrn_(\d+)_(\d+)', name):

@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(
             f'{path}: refused, it contains pickled code ({name}) and nothing of it was run{hint}; '
             + _save_alone(f'torch.load({str(path)!r}, weights_only=False)')
-            + ", of a dict ['state_dict'] in place of .state_dict()"
+            + ", of a dict ['model'], ['state_dict'] or whatever holds its weights in place of .state_dict()"
         ) from None
     except (
         RuntimeError,
@@ -452,14 +453,15 @@ def _few(names: Sequence[str]) -> str:
 
 def _guess(state: dict[str, Tensor]) -> str | None:
     """Name and class count of the known network these weights belong to."""
-    from . import MODELS
+    from . import MODELS, OF_IMAGENET, build
 
     keys = {k: _shape(v) for k, v in state.items() if not k.endswith('num_batches_tracked')}
     heads = [shape[0] for k, shape in keys.items() if shape and len(shape) == 1]
     if not heads:
         return None
     num_classes = heads[-1]  # the classifier's bias is the last vector of them all
-    for name, make in MODELS.items():
+    of_imagenet = {f'torchvision:{name}': partial(build, f'torchvision:{name}') for name in OF_IMAGENET}
+    for name, make in (MODELS | of_imagenet).items():
         with torch.device('meta'):
             known = make(num_classes=num_classes).state_dict()
         if keys == {k: tuple(v.shape) for k, v in known.items() if not k.endswith('num_batches_tracked')}:

@@ -34,10 +34,11 @@ The weight is the default of `--lambda_kd` (`--lambda_ka`): loss = cross-entropy
 row gives cross-entropy another weight, which stands in brackets; 0 where the loss contains it. "With" names
 arguments that the weight was made for where they are not the defaults of the loss's class. Weights are
 those of Knowledge-Distillation-Zoo on CIFAR-10 where it has the method, else the authors'
-([words](words.md)). "Maps" are the feature maps at the end of a network's stages, "embedding" is the vector
-before the classifier. Stages are averaged. The last column links to what each file is verified against and
-where it differs from the paper ([differences](differences.md)), and, where we found something in published
-code of the method, to [errata](errata.md) (search for its file there).
+([words](words.md)), unless [differences](differences.md) or the page of a setting says otherwise. "Maps" are
+the feature maps at the end of a network's stages, "embedding" is the vector before the classifier. Stages
+are averaged. The last column links to what each file is verified against and where it differs from the paper
+([differences](differences.md)), and, where we found something in published code of the method, to
+[errata](errata.md) (search for its file there).
 
 In the column *needs*: "image numbers" are each image's index in the training set; "parts of the networks
 themselves", classifiers or the way from a stage to the end; "further forward passes", of other views or

@@ -69,7 +69,8 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
         # a student that teaches itself may have been trained beside others, in a process with a teacher, and
         # one of a single teacher in a process with several, of which it reads the first
         rows = [METHODS[part] for part in r['method'].split('+') if part in METHODS]
-        teacher = r['teacher'] if any(row.needs.teacher for row in rows) else ''
+        # of a method that is not here (its row has another name by now) nothing says that it needs none
+        teacher = (r.get('teacher') or '') if not rows or any(row.needs.teacher for row in rows) else ''
         teacher = teacher if any(row.needs.all_teachers for row in rows) else teacher.partition('+')[0]
         method = r['method'] + (f' until epoch {r["kd_stop"]}' if 'kd_stop' in r else '')
         key = (name, teacher, r['student'], method, r['epochs'])

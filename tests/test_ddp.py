@@ -309,3 +309,42 @@ def test_what_is_found_before_a_training_reaches_every_process(two, teacher, roo
     assert done.code == 0, done.err
     first, second = (torch.load(tmp_path / f'cost{k}.pt', weights_only=True) for k in (0, 1))
     assert torch.equal(first, second) and first.fill_diagonal_(1).min() > 0
+
+
+def test_statistics_that_a_loss_has_made_are_those_of_every_process(two, teacher, root, tmp_path):
+    """ft's paraphraser learns before the training, in every process on its share, and then stays as it is."""
+    program = tmp_path / 'statistics.py'
+    program.write_text(
+        'import sys\n'
+        f'sys.path.insert(0, {str(ROOT)!r})\n'
+        'import torch, train_kd, engine.errors, engine.processes\n'
+        'real = train_kd.begin_epoch\n'
+        'def begin(run, epoch, args):\n'
+        '    real(run, epoch, args)\n'
+        f'    place = {str(tmp_path)!r} + "/" + str(engine.processes.rank()) + ".pt"\n'
+        '    torch.save(dict(run.terms[0].loss.named_buffers()), place)\n'
+        'train_kd.begin_epoch = begin\n'
+        'engine.errors.run(train_kd.main)\n'
+    )
+    words = ('--kd_mode', 'ft', *PAIR, '--t_model', teacher, *TINY, '--pretrain_epochs', 1, '--epochs', 1)
+    done = two(program, *words, *root)
+    assert done.code == 0, done.err
+    first, second = (torch.load(tmp_path / f'{k}.pt', weights_only=True) for k in (0, 1))
+    assert any('running_mean' in name for name in first) and same(first, second)
+
+
+def test_processes_that_find_unlike_checkpoints_do_not_train(two, root, tmp_path):
+    """As on two machines with disks of their own."""
+    words = ('--net_name', 'resnet8', *TINY, '--epochs', 1, *root, '--note', 'net', '--resume', 'auto')
+    assert two('train_base.py', *words).code == 0
+    program = tmp_path / 'elsewhere.py'
+    program.write_text(
+        'import os, sys\n'
+        f'sys.path.insert(0, {str(ROOT)!r})\n'
+        'import train_base, engine.errors\n'
+        'if os.environ["RANK"] == "1":\n'
+        f'    sys.argv += ["--save_root", {str(tmp_path / "other")!r}]\n'
+        'engine.errors.run(train_base.main)\n'
+    )
+    done = two(program, *words)
+    assert done.code == 2 and 'goes on after [1] epochs, another after [0]: --save_root must be' in done.err

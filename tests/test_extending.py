@@ -10,6 +10,7 @@ from torch import nn
 from engine import listing
 from engine.build import check_terms
 from engine.errors import UserError
+from engine.evaluate import features_of, refuse_misfit
 from engine.method_flags import built_from, check_option
 from engine.student import Student, Term
 from kd_losses.st import SoftTarget
@@ -69,6 +70,30 @@ def test_a_network_that_lacks_a_part_is_a_line_and_a_slip_of_the_build_a_traceba
             [][9]
     with pytest.raises(AttributeError), built_from('', 'mine'):
         getattr(types.SimpleNamespace(), 'fms')  # noqa: B009  as a build would read it
+
+
+class Outputs(nn.Module):
+    """A network whose forward passes give what a test says."""
+
+    def __init__(self, plain, more=None):
+        super().__init__()
+        self.plain, self.more = plain, more
+
+    def forward(self, img, *is_feat):
+        if is_feat and self.more is None:
+            raise TypeError('forward() takes 2 positional arguments but 3 were given')
+        return self.more if is_feat else self.plain
+
+
+def test_networks_with_the_conventions_of_other_projects_are_lines_that_say_the_way():
+    img, logits = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)
+    data = types.SimpleNamespace(test_batches=lambda n: iter([(img, None, None)]))
+    with pytest.raises(UserError, match=r'^mine: net\(img\) must give logits, got a tuple; docs/extending.md'):
+        refuse_misfit('mine', Outputs((logits, {})), data)
+    with pytest.raises(UserError, match='^mine: .* but 3 were given; docs/extending.md'):
+        features_of('mine', Outputs(logits), img)
+    with pytest.raises(UserError, match=r'^mine: net\(img, True\) must give Feats, got a tuple; docs'):
+        features_of('mine', Outputs(logits, ([], logits)), img)
 
 
 def test_an_argument_without_annotation_takes_a_value():

@@ -230,6 +230,18 @@ def test_unknown_names(name):
         models.build(name)
 
 
+@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
+def test_names_of_imagenet_are_no_narrow_networks(depth, tmp_path):
+    """50 and 152 are 6n + 2; and a file of torchvision's is recognised."""
+    name = f'resnet{depth}'
+    with pytest.raises(ValueError, match=f'^{name} is a network for ImageNet: torchvision:{name}'):
+        models.build(name)
+    if depth == 18:
+        torch.save(models.build(f'torchvision:{name}', 7).state_dict(), tmp_path / 'net.pt')
+        with pytest.raises(ValueError, match=f'it looks like torchvision:{name} with 7 classes'):
+            models.load_weights(models.build('ResNet18', 7), tmp_path / 'net.pt')
+
+
 # ------------------------------------------------------------------------------------------------- the loader
 
 

@@ -46,7 +46,7 @@ def parse_args():
          help='which channels stay: a share of every group, one threshold, the best value for the '
               'multiply-adds, step by step or exactly; default knapsack')
     flag('--ratio', type=fraction, default=0.5,
-         help='share that goes, of channels (uniform, global) or of multiply-adds, each layer with all of its '
+         help='share that goes, of channels (uniform, global) or of multiply-adds, each layer with all its '
               'inputs: since they go as well, more does, as slim.json says; default 0.5')
     flag('--batches', type=positive_int, default=10, help='of 128 training images, for taylor; default 10')
     flag('--seed', type=seed_number, default=2, help='of the batches and of chance, default 2')
