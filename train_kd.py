@@ -149,6 +149,9 @@ def main():
     first = min(run.first for run in runs)
     start = min(max(run.epoch, first) for run in runs)
     log(f'{len(runs)} x {args.s_name} on {args.data_name}: {len(train)} + {len(test)} images, {device}')
+    for run in runs:
+        for name in run.resting():
+            log(f'{run.name}: the weight of {name} is 0 in each epoch, its schedule is for longer trainings')
     if processes() > 1:
         scope = 'the batches of all processes' if args.global_relations else "each process's own batch"
         log(f'{processes()} processes x {args.batch_size} images; relations between samples: {scope}')

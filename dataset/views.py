@@ -44,7 +44,7 @@ class View:
     """A further image for every image of a batch, cropped and flipped by random numbers of its own.
 
     says: what a reader is told, see `--kd_mode list`.
-    partner: of another image of the same class.
+    partner: of an image of the same class, drawn at random: it may be the same one.
     change: (image (3, H, W) uint8, seed) -> as much, done to the crop; None: nothing.
     batched: makes the same of whole batches, on their device, see strong.Strong; None: one by one.
     """
@@ -58,7 +58,7 @@ class View:
 VIEWS = {
     'second': View('a second crop'),
     'strong': View('a strongly augmented view', change=distort, batched=Strong),
-    'pair': View('another image of the class', partner=True),
+    'pair': View('an image of the class, drawn', partner=True),
     'each': View('a view per network'),  # they are called 'view 1', 'view 2', ...
 }
 

@@ -12,7 +12,10 @@ READ_BY_SOME = {
     'ramp_epochs': (lambda row: isinstance(row.when.ramp, schedules.linear), 'the weight has no ramp'),
     'init_epochs': (lambda row: row.when.alone, 'the training does not begin with a loss alone'),
     'pretrain_epochs': (lambda row: row.when.pretrain, 'no loss has modules that learn before the training'),
-    'global_relations': (lambda row: row.needs.relations, 'no loss relates the samples of a batch'),
+    'global_relations': (
+        lambda row: row.needs.relations,
+        'no loss here can relate the samples of all processes',
+    ),
 }
 
 

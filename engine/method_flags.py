@@ -96,6 +96,8 @@ def check_option(name: str, method, key: str, value, flag: str) -> None:
         raise UserError(f'{flag}: {name} has no argument {key!r}; {shown}')
     kind = signature.parameters[key].annotation
     kind = object if kind is inspect.Parameter.empty else kind
+    if kind == nn.Module | None:
+        raise UserError(f'{flag}: {key} of {name} is a module, which is given in Python only')
     legal = True
     with contextlib.suppress(TypeError):  # a list of something: the constructor says more
         legal = isinstance(value, int | kind if isinstance(0.0, kind) else kind)  # 100 is a float, too

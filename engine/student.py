@@ -203,6 +203,14 @@ class Run:
         falls = sum(done >= share for share in (0.6, 0.8))  # Knowledge-Distillation-Zoo's
         return args.lr / 10 * args.lr_decay**falls
 
+    def resting(self) -> list[str]:
+        """What has no weight in any epoch of this training, because its schedule is for longer ones."""
+        whole = getattr(self.step, 'module', self.step)
+        every = [whole.weights('train', epoch, self.epochs) for epoch in range(self.epochs)]
+        wanted = [term.name for term in self.terms if term.weight and not term.method.when.alone]
+        wanted += ['ce'] if any(callable(term.method.when.ce) for term in self.terms) else []
+        return [name for name in wanted if not any(weights.get(name) for weights in every)]
+
     def decided(self) -> tuple:
         """What Python decides of a step: as long as it stays, a recording of the step holds."""
         rate = self.opt.param_groups[0]['lr']

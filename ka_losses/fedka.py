@@ -108,7 +108,7 @@ def fed_average(state_dicts: list[dict], weights: list | Tensor) -> dict:
     """Sum of weights[i] * state_dicts[i]; whole numbers (batch norm's counters) are taken from the first."""
     if len(weights) != len(state_dicts):
         raise ValueError(
-            f'fed_average: weights must hold {len(state_dicts)}, one per client, got {len(weights)}'
+            f'fed_average: weights must hold {len(state_dicts)}, got {len(weights)}: one per client'
         )
     return {
         key: sum(float(a) * state[key] for a, state in zip(weights, state_dicts))

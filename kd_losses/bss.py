@@ -277,3 +277,10 @@ def feed(kd, s, t, batch):
     with torch.no_grad():
         goal = batch.teacher(attacked).out
     return kd(batch.student(attacked).out, goal, valid)
+
+
+def build(loss, probe, **options):
+    """The authors' clip, wider where the pixels of the data go beyond it."""
+    scale = list(zip(probe.train_set.mean, probe.train_set.std))
+    least, most = min(-m / s for m, s in scale), max((1 - m) / s for m, s in scale)
+    return loss(**{'clip': (min(-2.5, float(least)), max(2.5, float(most))), **options})

@@ -16,7 +16,8 @@ gets right, m_n = 1 for these, else 0:
 and 0 if it gets none right. EDT, `edt_weight`, is the authors' schedule: CD alone for 60 epochs of 200, then
 cross-entropy (weight 1) and GKD (0.1) as well, and the weight of CD times 0.9 at epochs 60 and 160.
 
-Differences: the authors sum four stages with weight 6; we average three with weight 18. Their teacher runs
+Differences: the authors sum four stages with weight 6; we average, so that 18 is 6 for networks of three
+stages (of four: 24). Their teacher runs
 with batch statistics by accident, ours does not; their GKD adds spurious terms where a teacher probability
 underflows and divides by zero when no sample is right.
 
@@ -42,6 +43,7 @@ class CD(nn.Module):
 
     Args:
         s_channels, t_channels: channels of the two maps; the connector is there also when they agree.
+        relu: whether the connector ends in one, True; False for maps of a teacher that have negative values.
 
     Shape:
         fm_s: (N, s_channels, H_s, W_s), fm_t: (N, t_channels, H_t, W_t). Returns a scalar.
@@ -52,13 +54,13 @@ class CD(nn.Module):
         ValueError: a map is not 4-D or has other channels than announced; the batch sizes differ.
     """
 
-    def __init__(self, s_channels: int, t_channels: int) -> None:
+    def __init__(self, s_channels: int, t_channels: int, relu: bool = True) -> None:
         super().__init__()
         self.s_channels, self.t_channels = s_channels, t_channels
         self.connector = nn.Sequential(
             nn.Conv2d(s_channels, t_channels, kernel_size=1, bias=False),
             nn.BatchNorm2d(t_channels),
-            nn.ReLU(),
+            *([nn.ReLU()] if relu else []),
         )
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
@@ -206,3 +208,14 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def build(loss, probe, **options):
+    """One per stage; without the ReLU where the teacher's map has negative values, as in wide networks."""
+    stages = zip(probe.s.fms[1:], probe.t.fms[1:])
+    return nn.ModuleList(
+        loss(x.shape[1], y.shape[1], **{'relu': not bool((y < 0).any()), **options}) for x, y in stages
+    )

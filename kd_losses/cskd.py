@@ -3,7 +3,7 @@
 S. Yun, J. Park, K. Lee, J. Shin, "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR
 2020, arXiv:2003.13964.
 
-    out = logits of an image, out_pair = logits of another image of its class, same network
+    out = logits of an image, out_pair = logits of an image of its class, drawn at random, same network
     loss = T^2 * mean over n of KL(softmax(out_pair / T) || softmax(out / T))        no gradient to out_pair
 
 Tap: logits of the batch, and of a second batch with one random image of the same class for each, forwarded on

@@ -45,7 +45,7 @@ class CTKD(nn.Module):
         Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: t_start or t_range is not legal; the shapes differ or are not (N, K).
+        ValueError: t_start or t_range is not legal; lam < 0; the shapes differ or are not (N, K).
     """
 
     def __init__(self, t_start: float = 1.0, t_range: float = 20.0) -> None:
@@ -63,6 +63,10 @@ class CTKD(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor, lam: float) -> Tensor:
         _expect('CTKD', 'out_s', out_s, 'N', 'K')
         _expect('CTKD', 'out_t', out_t, *out_s.shape)
+        if lam < 0:
+            raise ValueError(
+                f"CTKD: lam must be >= 0, got {lam}: it is negated inside, the authors' -1 is 1 here"
+            )
         with _no_autocast(out_s):
             out_s, out_t = _full(out_s), _full(out_t.detach(), out_s)
             theta = _Reversal.apply(self.theta, float(lam)).to(out_s.dtype)

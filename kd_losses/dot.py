@@ -68,13 +68,17 @@ class DOT(torch.optim.Optimizer):
     ) -> None:
         if lr < 0 or weight_decay < 0:
             raise ValueError(f'DOT: lr and weight_decay must be >= 0, got {lr} and {weight_decay}')
+        defaults = {'lr': lr, 'momentum': momentum, 'delta': delta, 'weight_decay': weight_decay}
+        super().__init__(params, defaults | {'dampening': dampening})
+        self._kd = {}  # parameter -> its distillation gradient, between step_kd and step
+
+    def add_param_group(self, param_group: dict) -> None:
+        momentum, delta = ((self.defaults | param_group)[key] for key in ('momentum', 'delta'))
         if not (0 <= delta <= momentum and delta < 1 - momentum):
             raise ValueError(
                 f'DOT: 0 <= delta <= momentum and delta < 1 - momentum are needed, got {delta} and {momentum}'
             )
-        defaults = {'lr': lr, 'momentum': momentum, 'delta': delta, 'weight_decay': weight_decay}
-        super().__init__(params, defaults | {'dampening': dampening})
-        self._kd = {}  # parameter -> its distillation gradient, between step_kd and step
+        super().add_param_group(param_group)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -138,6 +142,11 @@ def build(loss, probe, delta: float = 0.075, **options):
 
 
 def optimiser(kd, parameters, args):
+    if not 0 <= kd.delta <= args.momentum < 1 - kd.delta:
+        raise ValueError(
+            f'DOT: --momentum {args.momentum} and delta {kd.delta} do not fit: --kd_args delta=X (of several '
+            f'methods dot.delta=X), 0 <= X <= momentum and momentum + X < 1'
+        )
     return DOT(parameters, args.lr, args.momentum, kd.delta, args.weight_decay)
 
 

@@ -130,3 +130,13 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def build(loss, probe, **options):
+    """No ReLU in front of a map with negative values, as wide networks and MobileNetV2 hand on."""
+    fm_t = probe.t.fms[-1]
+    relu = {'relu': not bool((fm_t < 0).any())}
+    return loss(probe.s.fms[-1].shape[1], fm_t.shape[1], **{**relu, **options})

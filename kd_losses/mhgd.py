@@ -53,13 +53,15 @@ class MHGD(nn.Module):
         Computed in float32, also under TF32, or in float64 as the student.
 
     Raises:
-        ValueError: fewer than two stages; lists, channels or batches do not fit.
+        ValueError: fewer than two stages; no head; drop out of [0, 1); lists, channels or batches do not fit.
     """
 
     def __init__(self, dims: list, num_heads: int = 8, drop: float = 0.5) -> None:
         super().__init__()
         if len(dims) < 2:
             raise ValueError(f'MHGD: dims must name at least two stages, got {dims}')
+        if num_heads < 1 or not 0 <= drop < 1:
+            raise ValueError(f'MHGD: num_heads must be >= 1 and drop in [0, 1), got {num_heads} and {drop}')
         self.dims, self.num_heads, self.drop = list(dims), num_heads, drop
         self.query, self.key, self.value, self.estimate = (nn.ModuleList() for _ in range(4))
         for back, front in zip(dims, dims[1:]):

@@ -56,12 +56,19 @@ class OFD(nn.Module):
     """
 
     def __init__(
-        self, s_channels: int, t_channels: int, margin: Tensor | None = None, reduction: str = 'batchmean'
+        self,
+        s_channels: int,
+        t_channels: int,
+        margin: Tensor | float | None = None,
+        reduction: str = 'batchmean',
     ) -> None:
         super().__init__()
         if reduction not in ('batchmean', 'mean'):
             raise ValueError(f"OFD: reduction must be 'batchmean' or 'mean', got {reduction!r}")
         if margin is not None:
+            margin = torch.as_tensor(
+                margin, dtype=None if isinstance(margin, Tensor) else torch.get_default_dtype()
+            )
             margin = margin.detach().expand(t_channels) if margin.dim() == 0 else margin.detach()
             _expect('OFD', 'margin', margin, t_channels)
         self.s_channels, self.t_channels, self.reduction = s_channels, t_channels, reduction

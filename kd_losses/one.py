@@ -103,24 +103,29 @@ class Branches(nn.Module):
 
     Args:
         nets: fresh networks of one architecture; the first gives the trunk and a branch, the others a branch.
-            `net(x, True)` gives (out, feat, fms, pres, extra), `net.after(k, fm)` goes on from its k-th map,
-            `net.feat_modules()` lists its parts in order.
+            `net(x, True)` gives (out, feat, fms, pres, extra), `net.after(k, fm)` goes on from its k-th map.
+        f: what `nets[0](x, True)` gives for a few images, to tell the branch from the trunk.
 
     Shape:
         x: (N, 3, H, W). Returns a list of the networks' tuples, one per branch.
     """
 
-    def __init__(self, nets: list) -> None:
+    def __init__(self, nets: list, f) -> None:
         super().__init__()
         self.nets = nn.ModuleList(nets)
+        ran = _modules_after(nets[0], f)
+        self.of_branch = {key for key in nets[0].state_dict() if key.rpartition('.')[0] in ran}
         for net in nets[1:]:  # what comes before the last stage is never used
-            for name, part in list(net.named_children()):
-                if any(part is m for m in net.feat_modules()[:-1]):
+            for name, _ in list(net.named_children()):
+                if not any(inside == name or inside.startswith(f'{name}.') for inside in ran):
                     setattr(net, name, nn.Identity())
+            for name, p in net.named_parameters():
+                p.requires_grad_(name in self.of_branch)
 
     def weights(self, k: int) -> dict:
         """State dict of the k-th branch with the trunk, as one network."""
-        return {**self.nets[0].state_dict(), **self.nets[k].state_dict()}
+        branch = self.nets[k].state_dict()
+        return {**self.nets[0].state_dict(), **{key: branch[key] for key in self.of_branch}}
 
     def forward(self, x: Tensor) -> list:
         first, *others = self.nets
@@ -128,6 +133,18 @@ class Branches(nn.Module):
         k = len(f.fms) - 2
         ends = [net.after(k, f.fms[k]) for net in others]
         return [f, *(e._replace(fms=f.fms[:-1] + e.fms, pres=f.pres[:-1] + e.pres) for e in ends)]
+
+
+@torch.no_grad()
+def _modules_after(net, f) -> set[str]:
+    """Names of the modules that run from the last map but one to the logits."""
+    ran, was, k = set(), net.training, len(f.fms) - 2
+    hooks = [m.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, m in net.named_modules()]
+    net.eval().after(k, f.fms[k])
+    net.train(was)
+    for hook in hooks:
+        hook.remove()
+    return ran
 
 
 def _expect(who: str, name: str, x: Tensor, *wanted: int | str) -> None:
@@ -253,7 +270,7 @@ def peers(nets, probe):
     """Branches of one trunk."""
     if len({str(net) for net in nets}) > 1:
         raise ValueError('ONE: branches of one trunk need networks of one architecture')
-    return Branches(nets)
+    return Branches(nets, probe.s[0])
 
 
 def ensemble(kd, s):

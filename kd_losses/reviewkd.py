@@ -46,8 +46,8 @@ class ReviewKD(nn.Module):
         Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: the numbers of levels differ; a map is not 4-D or has other channels than announced; the
-            batch sizes differ.
+        ValueError: the numbers of levels differ; mid_channels < 1; a map is not 4-D or has other channels
+            than announced; the batch sizes differ.
     """
 
     def __init__(self, s_channels: list, t_channels: list, mid_channels: int | None = None) -> None:
@@ -58,6 +58,8 @@ class ReviewKD(nn.Module):
                 'tap as many stages of both'
             )
         mid = min(512, s_channels[-1]) if mid_channels is None else mid_channels
+        if mid < 1:
+            raise ValueError(f'ReviewKD: mid_channels must be 1 or more, got {mid_channels}')
         self.s_channels, self.t_channels = list(s_channels), list(t_channels)
         self.hcl = HCL()
         last = len(s_channels) - 1

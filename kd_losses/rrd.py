@@ -182,3 +182,13 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
     x = x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
     compiling = getattr(torch.compiler, 'is_compiling', bool)()  # torch 2.2 cannot tell: False
     return x.clone() if not compiling and x.is_inference() else x
+
+
+# ------------------------------------------ how the training scripts use it; a copied file may drop this
+
+
+def build(loss, probe, **options):
+    kd = loss(probe.s.feat.shape[1], probe.t.feat.shape[1], **options)
+    if len(kd.queue) < probe.batch_size:
+        raise ValueError(f'RRD: queue must hold a batch of {probe.batch_size}, got {len(kd.queue)}')
+    return kd

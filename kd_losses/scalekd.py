@@ -58,7 +58,8 @@ class ScaleKD(nn.Module):
         Computed in float32, or in float64 as the student.
 
     Raises:
-        ValueError: num_heads does not divide t_channels; a map or query has another shape; there is no query.
+        ValueError: num_heads does not divide t_channels; alpha or scale is no pair; a map or query has
+            another shape; there is no query.
     """
 
     def __init__(
@@ -73,6 +74,11 @@ class ScaleKD(nn.Module):
         self_query: bool = True,
     ) -> None:
         super().__init__()
+        for name, pair in (('alpha', alpha), ('scale', scale)):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(
+                    f'ScaleKD: {name} must be two numbers, (spatial, frequency), got {pair}: 5,5 for example'
+                )
         if t_channels % num_heads:
             raise ValueError(
                 f'ScaleKD: num_heads must divide t_channels = {t_channels}, got {num_heads}: give another one'

@@ -228,3 +228,22 @@ def feed(kd, s, t, batch):
     sides = ((s, batch.net_s), (t, batch.net_t))
     local = (local_logits(f.pres[-1].relu(), net.classifier_layer()) for f, net in sides)
     return kd(*local, batch.target)
+
+
+def build(loss, probe, **options):
+    for who, f, net in (('student', probe.s, probe.net_s), ('teacher', probe.t, probe.net_t)):
+        feat = f.pres[-1].relu().mean(dim=(2, 3))  # stored answers say here that they have no maps
+        layer = net.classifier_layer()
+        fits = layer.weight.shape[1:] == feat.shape[1:]
+        if not fits or not _close(F.linear(feat, layer.weight, layer.bias), f.out):
+            raise ValueError(
+                f'SDD: the {who} must end in ReLU, average over positions and classifier, or logits of '
+                f'regions are no parts of its logits: take a resnet, wrn or vgg'
+            )
+    return loss(**options)
+
+
+def _close(out: Tensor, wanted: Tensor) -> bool:
+    """As far as bfloat16 goes; logits of a head that is all zero say nothing."""
+    most = 0.05 * float(wanted.detach().abs().max())
+    return most > 0 and torch.allclose(out.float(), wanted.float(), rtol=0, atol=most)

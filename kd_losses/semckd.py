@@ -119,10 +119,8 @@ def _regressor(c_s: int, c_t: int) -> nn.Sequential:
 
 def _error(fm_s: Tensor, fm_t: Tensor, regressor: nn.Module) -> Tensor:
     """(N,) mean squared differences at the smaller of the two sizes."""
-    if fm_s.shape[2] > fm_t.shape[2]:
-        fm_s = F.adaptive_avg_pool2d(fm_s, fm_t.shape[2:])
-    elif fm_s.shape[2:] != fm_t.shape[2:]:
-        fm_t = F.adaptive_avg_pool2d(fm_t, fm_s.shape[2:])
+    size = tuple(map(min, fm_s.shape[2:], fm_t.shape[2:]))
+    fm_s, fm_t = (fm if fm.shape[2:] == size else F.adaptive_avg_pool2d(fm, size) for fm in (fm_s, fm_t))
     return (_run(regressor, fm_s) - fm_t).square().mean(dim=(1, 2, 3))
 
 

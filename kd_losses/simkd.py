@@ -80,7 +80,8 @@ class SimKD(nn.Module):
         _expect('SimKD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')
         with _no_autocast(fm_s):
             fm_s = _full(fm_s)
-            if size is not None and fm_s.shape[2] > size[0]:
+            size = fm_s.shape[2:] if size is None else tuple(map(min, fm_s.shape[2:], size))
+            if fm_s.shape[2:] != size:
                 fm_s = F.adaptive_avg_pool2d(fm_s, size)
             return _run(self.projector, fm_s)
 
@@ -216,4 +217,18 @@ def feed(kd, s, t, batch):
 
 def student(net, kd, probe):
     """The student's body, the projector, and the teacher's classifier."""
-    return SimKDStudent(net, kd, probe.net_t.classifier_layer(), probe.t.fms[-1].shape[2:])
+    t, layer = probe.t, probe.net_t.classifier_layer()
+    fm_t = t.pres[-1].relu()
+    fits = layer.weight.shape[1:] == fm_t.shape[1:2]
+    if fits and not _close(F.linear(fm_t.mean(dim=(2, 3)), layer.weight, layer.bias), t.out):
+        raise ValueError(
+            'SimKD: the teacher must end in ReLU, average over positions and classifier, or its classifier '
+            'does not read its last map: take a resnet, wrn or vgg'
+        )
+    return SimKDStudent(net, kd, layer, fm_t.shape[2:])
+
+
+def _close(out: Tensor, wanted: Tensor) -> bool:
+    """As far as bfloat16 goes; logits of a head that is all zero say nothing."""
+    most = 0.05 * float(wanted.detach().abs().max())
+    return most > 0 and torch.allclose(out.float(), wanted.float(), rtol=0, atol=most)

@@ -192,4 +192,8 @@ def feed(kd, s, t, batch):
 
 
 def student(net, kd, probe):
+    if kd.num_transforms != 4:
+        raise ValueError(
+            f'SLA: num_transforms must be 4, of a student that turns images, got {kd.num_transforms}'
+        )
     return SLAStudent(net, probe.s.feat.shape[1], probe.num_classes)

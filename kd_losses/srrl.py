@@ -152,3 +152,21 @@ def _full(x: Tensor, like: Tensor | None = None) -> Tensor:
 def feed(kd, s, t, batch):
     """The student's map through the teacher's classifier."""
     return kd(s.pres[-1].relu(), t.pres[-1].relu(), t.out, batch.net_t.classifier_layer())
+
+
+def build(loss, probe, **options):
+    t, layer = probe.t, probe.net_t.classifier_layer()
+    fm_t = t.pres[-1].relu()
+    fits = layer.weight.shape[1:] == fm_t.shape[1:2]
+    if not fits or not _close(F.linear(fm_t.mean(dim=(2, 3)), layer.weight, layer.bias), t.out):
+        raise ValueError(
+            'SRRL: the teacher must end in ReLU, average over positions and classifier, or its classifier '
+            'does not read its last map: take a resnet, wrn or vgg'
+        )
+    return loss(probe.s.fms[-1].shape[1], fm_t.shape[1], **options)
+
+
+def _close(out: Tensor, wanted: Tensor) -> bool:
+    """As far as bfloat16 goes; logits of a head that is all zero say nothing."""
+    most = 0.05 * float(wanted.detach().abs().max())
+    return most > 0 and torch.allclose(out.float(), wanted.float(), rtol=0, atol=most)

@@ -66,9 +66,10 @@ class TfKDReg(nn.Module):
         variant: str = 'code',
     ) -> None:
         super().__init__()
-        if not T > 0 or not 0 < correct_prob < 1:
+        if not T > 0 or not 0 <= alpha <= 1 or not 0 < correct_prob < 1:
             raise ValueError(
-                f'TfKDReg: T > 0 and 0 < correct_prob < 1 are needed, got {T} and {correct_prob}'
+                f'TfKDReg: T > 0, alpha in [0, 1] and 0 < correct_prob < 1 are needed, got {T}, {alpha} and '
+                f'{correct_prob}'
             )
         if variant not in ('code', 'paper'):
             raise ValueError(f'TfKDReg: variant must be "code" or "paper", got {variant!r}')
@@ -95,8 +96,8 @@ class TfKDSelf(nn.Module):
 
     def __init__(self, T: float = 6.0, alpha: float = 0.95, multiplier: float = 50.0) -> None:
         super().__init__()
-        if not T > 0:
-            raise ValueError(f'TfKDSelf: T must be > 0, got {T}')
+        if not T > 0 or not 0 <= alpha <= 1:
+            raise ValueError(f'TfKDSelf: T > 0 and alpha in [0, 1] are needed, got {T} and {alpha}')
         self.T, self.alpha, self.multiplier = T, alpha, multiplier
 
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ geometry, so it cannot do the learning in the student's place.
 
 Differences: the authors' classification code; their detection variant standardises over the batch. The
 projection is torch's orthogonal parametrisation, so the module can be copied and its state saved, but not
-pickled whole.
+pickled whole; between unlike widths with the Cayley map, where torch's default, the authors', is
+Householder's: it keeps signs in its parameter, which weight decay rounds to 0.
 
 Source: roymiles/vkd, train.py (projector) and engine.py (train_one_epoch).
 

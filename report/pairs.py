@@ -117,7 +117,9 @@ def one_step(name: str, kind: str) -> tuple[str, str]:
         return 'broken', f'{type(error).__name__}: {" ".join(str(error).split())}'
     if not torch.isfinite(loss_kd):
         return 'broken', f'loss {loss_kd}'
-    learns = any(p.requires_grad for p in term.loss.parameters()) or method.own.student is not None
+    # a single number that a loss learns, ctkd's temperature, adapts no network
+    layers = any(p.requires_grad and p.dim() > 1 for p in term.loss.parameters())
+    learns = layers or method.own.student is not None
     return ('adapter' if learns else 'works'), ''
 
 

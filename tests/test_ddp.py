@@ -303,7 +303,10 @@ def test_what_is_found_before_a_training_reaches_every_process(two, teacher, roo
         '    torch.save(run.terms[0].loss.cost, place)\n'
         '    return real(run, epoch, args)\n'
         'train_kd.begin_epoch = begin\n'
-        'engine.errors.run(train_kd.main)\n'
+        'try:\n'
+        '    engine.errors.run(train_kd.main)\n'
+        'finally:\n'
+        '    train_kd.begin_epoch = real  # the module stays\n'
     )
     done = two(program, '--kd_mode', 'wkd', *PAIR, '--t_model', teacher, *TINY, '--epochs', 1, *root)
     assert done.code == 0, done.err
@@ -324,7 +327,10 @@ def test_statistics_that_a_loss_has_made_are_those_of_every_process(two, teacher
         f'    place = {str(tmp_path)!r} + "/" + str(engine.processes.rank()) + ".pt"\n'
         '    torch.save(dict(run.terms[0].loss.named_buffers()), place)\n'
         'train_kd.begin_epoch = begin\n'
-        'engine.errors.run(train_kd.main)\n'
+        'try:\n'
+        '    engine.errors.run(train_kd.main)\n'
+        'finally:\n'
+        '    train_kd.begin_epoch = real  # the module stays\n'
     )
     words = ('--kd_mode', 'ft', *PAIR, '--t_model', teacher, *TINY, '--pretrain_epochs', 1, '--epochs', 1)
     done = two(program, *words, *root)

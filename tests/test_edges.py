@@ -1,5 +1,7 @@
 """Inputs at the edge of what losses are defined for: opposite, equal, masked, alone, of unlike sizes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,32 +9,41 @@ from torch import nn
 from dfkd_losses import cmi, deepinversion, dfq, fastdfkd, mosaickd, zskt
 from ka_losses import cfl, customize, fedka, ood_ka
 from ka_losses import transformer_ka as tka
-from kd_losses import crosskd, fgd, ld
+from kd_losses import crosskd, dot, fgd, ld, rrd, sla
 from kd_losses.at import AT
 from kd_losses.c2kd import smoothed_ce
 from kd_losses.cc import CC
+from kd_losses.ctkd import CTKD
 from kd_losses.dcm import DCM
 from kd_losses.dkd import DKD
+from kd_losses.dot import DOT
 from kd_losses.eel import EEL
 from kd_losses.fcfd import FCFD
 from kd_losses.irg import IRG
 from kd_losses.kdcl import KDCL, general_weights
 from kd_losses.ld import LD
 from kd_losses.lsp import LSP
+from kd_losses.mhgd import MHGD
 from kd_losses.mlkd import MLKD
 from kd_losses.nkd import NKD
 from kd_losses.norm import NORM
 from kd_losses.nst import NST
 from kd_losses.pkt import PKT
 from kd_losses.reviewkd import ReviewKD
+from kd_losses.rrd import RRD
 from kd_losses.sakd import SAKD, attention_distance, select_and_scale
 from kd_losses.scalekd import ScaleKD
 from kd_losses.sdd import SDD, local_logits
+from kd_losses.semckd import _error
 from kd_losses.simkd import SimKD
+from kd_losses.sla import SLA
 from kd_losses.srrl import SRRL
+from kd_losses.tfkd import TfKDReg, TfKDSelf
 from kd_losses.wkd import WKDLogit
 
 INF, NAN = float('inf'), float('nan')
+WIDE = SimpleNamespace(feat=torch.zeros(2, 4))
+PROBE = SimpleNamespace(s=WIDE, t=WIDE, batch_size=8, delta=0.075)  # of a build
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -46,6 +57,19 @@ def finite(loss, *inputs):
     value.backward()
     assert value.isfinite() and x.grad.isfinite().all(), value
     return value.detach()
+
+
+@pytest.mark.parametrize('student', [(4, 8), (8, 2)])
+def test_maps_that_are_not_square_are_averaged_never_repeated(student):
+    """Each side of the two maps at the smaller of its two lengths."""
+    fm_s, fm_t = draw(2, 3, *student), draw(2, 5, 4, 4)
+    size = (4, min(student[1], 4))
+    kd = SimKD(3, 5).train()
+    assert kd.project(fm_s, (4, 4)).shape[2:] == size
+    seen, regressor = [], nn.Conv2d(3, 5, 1)
+    regressor.register_forward_hook(lambda *x: seen.append(x[2].shape[2:]))
+    _error(fm_s, fm_t, regressor)
+    assert seen == [size]
 
 
 def test_pkt_of_opposite_embeddings():
@@ -246,6 +270,17 @@ def test_images_without_neighbours():
         (lambda: customize.select_teacher([draw(3, 4), draw(5, 4)]), r'outs_t\[1\]'),
         (lambda: fedka.transferability(draw(1, 8), draw(2, 4, 8)), r'\(clients, 1, 8\)'),
         (lambda: fedka.fed_average([{}, {}], [1.0]), 'weights must hold 2'),
+        (lambda: CTKD()(draw(2, 3), draw(2, 3), -1.0), "the authors' -1 is 1 here"),
+        (lambda: MHGD([8, 8], drop=1.0), r'drop in \[0, 1\)'),
+        (lambda: MHGD([8, 8], num_heads=0), 'num_heads must be >= 1'),
+        (lambda: ReviewKD([4], [4], mid_channels=0), 'mid_channels must be 1 or more'),
+        (lambda: ScaleKD(4, 8, (3, 2), scale=5), r'scale must be two numbers, \(spatial, frequency\), got 5'),
+        (lambda: TfKDReg(alpha=2.0), r'alpha in \[0, 1\]'),
+        (lambda: TfKDSelf(alpha=-1.0), r'alpha in \[0, 1\]'),
+        (lambda: DOT([{'params': [draw(2)], 'momentum': 0.99}], lr=0.1), r'delta < 1 - momentum'),
+        (lambda: rrd.build(RRD, PROBE, queue=4), 'queue must hold a batch of 8, got 4'),
+        (lambda: sla.student(None, SLA(num_transforms=6), None), 'num_transforms must be 4'),
+        (lambda: dot.optimiser(PROBE, [], SimpleNamespace(momentum=0.95)), 'momentum 0.95 and delta 0.075'),
         (lambda: EEL(64), 'together'),
         (lambda: EEL(64, 64)(draw(4, 32), draw(4, 32), torch.arange(4)), r'\(N, 64\)'),
     ],

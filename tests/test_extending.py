@@ -88,7 +88,9 @@ class Outputs(nn.Module):
 def test_networks_with_the_conventions_of_other_projects_are_lines_that_say_the_way():
     img, logits = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)
     data = types.SimpleNamespace(test_batches=lambda n: iter([(img, None, None)]))
-    with pytest.raises(UserError, match=r'^mine: net\(img\) must give logits, got a tuple; docs/extending.md'):
+    with pytest.raises(
+        UserError, match=r'^mine: net\(img\) must give logits, got a tuple; docs/extending.md'
+    ):
         refuse_misfit('mine', Outputs((logits, {})), data)
     with pytest.raises(UserError, match='^mine: .* but 3 were given; docs/extending.md'):
         features_of('mine', Outputs(logits), img)

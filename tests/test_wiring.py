@@ -24,7 +24,23 @@ from engine.errors import UserError
 from engine.peers import build_step
 from engine.teachers import Teachers
 from ka_losses.concat_kd import ConcatKD
-from kd_losses import adain, bss, camkd, catkd, deep_geometric_graphs, fcfd, norm, quest, sdb
+from kd_losses import (
+    adain,
+    bss,
+    camkd,
+    catkd,
+    cd,
+    deep_geometric_graphs,
+    fcfd,
+    fitnet,
+    norm,
+    quest,
+    sdb,
+    sdd,
+    simkd,
+    srrl,
+)
+from kd_losses.one import Branches
 from methods import KD, PEERS, shared
 from methods.dense import DENSE
 from models.dense import build as dense_net
@@ -96,6 +112,22 @@ def test_evidence_of_others_is_refused(name):
             build(loss, probe)
     with pytest.raises(ValueError, match='the student must end in ReLU'):
         catkd.build(catkd.CATKD, probe_of(name, 'resnet8'))
+    with pytest.raises(ValueError, match='SDD: the student must end in ReLU'):
+        sdd.build(sdd.SDD, probe_of(name, 'resnet8'))
+
+
+@pytest.mark.parametrize('name', ['deit_64_3', 'vit_64_3'])
+def test_a_classifier_that_does_not_read_the_last_map_is_not_used_on_it(name):
+    """A transformer's reads its token."""
+    probe = probe_of('resnet8', name)
+    kd = shared.last_channels(simkd.SimKD, probe)
+    for ask in (
+        lambda: simkd.student(probe.net_s, kd, probe),
+        lambda: srrl.build(srrl.SRRL, probe),
+        lambda: sdd.build(sdd.SDD, probe),
+    ):
+        with pytest.raises(ValueError, match='the teacher must end in ReLU, average over positions'):
+            ask()
 
 
 def test_maps_of_wide_networks_are_fed_after_the_relu():
@@ -151,6 +183,40 @@ def test_bridges_of_fcfd_to_sums_make_negative_values(s, t, ends):
     kd = fcfd.build(fcfd.FCFD, probe_of(s, t))
     for bridges, wanted in zip((kd.bridges_s, kd.bridges_t), ends):
         assert {int(isinstance(bridge[-1], nn.LeakyReLU)) for bridge in bridges} == {wanted}
+
+
+@pytest.mark.parametrize('teacher,ends', [('resnet20', 1), ('wrn_10_2', 0), ('MobileNetV2', 0)])
+def test_regressors_to_maps_before_a_relu_make_negative_values(teacher, ends):
+    probe = probe_of('vgg8', teacher)
+    regressors = [fitnet.build(fitnet.FitNet, probe).regressor]
+    regressors += [kd.connector for kd in cd.build(cd.CD, probe)][-1:]
+    assert [isinstance(regressor[-1], nn.ReLU) for regressor in regressors] == [ends, ends]
+    assert isinstance(fitnet.build(fitnet.FitNet, probe, relu=True).regressor[-1], nn.ReLU)
+
+
+def test_an_attack_stays_in_the_range_of_the_data():
+    """Normalised pixels of CIFAR lie within the authors' clip, those of dark drawings do not."""
+    cifar, dark = (SimpleNamespace(mean=(m,) * 3, std=(s,) * 3) for m, s in ((0.48, 0.25), (0.1, 0.2)))
+    for data, wanted in ((cifar, (-2.5, 2.5)), (dark, (-2.5, 4.5))):
+        assert bss.build(bss.BSS, SimpleNamespace(train_set=data)).attacker.clip == wanted
+
+
+@pytest.mark.parametrize('name', ['resnet8', 'MobileNetV1', 'MobileNetV2', 'MobileNetV2Tiny', 'vgg8'])
+def test_a_branch_of_one_is_the_network_that_is_saved(name):
+    nets = [models.build(name, 5).eval() for _ in range(2)]
+    for net in nets:
+        for bn in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+            nn.init.normal_(bn.running_mean)
+    img = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        branches = Branches(nets, nets[0](img, True)).eval()
+        outs = branches(img)
+        for k, branch in enumerate(outs):
+            saved = models.build(name, 5).eval()
+            saved.load_state_dict(branches.weights(k))
+            assert torch.equal(saved(img), branch.out)
+    assert not torch.equal(outs[0].out, outs[1].out)
+    assert sum(p.requires_grad for p in nets[1].parameters()) < sum(1 for _ in nets[0].parameters())
 
 
 def test_heads_of_dcm_start_as_none_of_the_networks():
