@@ -41,7 +41,7 @@ from engine.flags import (
     add_board_flag,
     add_machine_flags,
     add_place_flags,
-    fraction,
+    milestone,
     positive_float,
     positive_int,
     refuse_given,
@@ -112,7 +112,7 @@ def parse_args(words=None):
     flag('--schedule', choices=('onecycle', 'poly', 'steps'), default='onecycle',
          help='onecycle: up over a fifth, then down to 0; poly: (1 - share of the run)^0.9; steps: a tenth '
               'at each of --milestones; default onecycle')
-    flag('--milestones', type=fraction, nargs='*', default=[0.667, 0.889], metavar='F',
+    flag('--milestones', type=milestone, nargs='*', default=[0.667, 0.889], metavar='F',
          help='steps: shares of the run; default 0.667 0.889')
     flag('--warmup', type=whole_number, default=0, metavar='N',
          help='first steps, in which the rate rises linearly; default 0')

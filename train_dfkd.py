@@ -42,6 +42,7 @@ from engine.flags import (
     data_words,
     fraction,
     head_of,
+    milestone,
     positive_float,
     positive_int,
     seed_number,
@@ -88,7 +89,7 @@ def parse_args(words=None):
     flag('--momentum', type=fraction, help='SGD, plain')
     flag('--weight_decay', type=fraction, help='on all parameters of the student')
     flag('--sched', choices=('cosine', 'steps'), help="of the student's learning rate")
-    flag('--milestones', type=fraction, nargs='*', metavar='F',
+    flag('--milestones', type=milestone, nargs='*', metavar='F',
          help="steps: shares of the student's epochs after which the rate is a tenth")
     flag('--eta_min', type=fraction, help='cosine: the last learning rate')
     flag('--lr_g', type=positive_float, help="the image source's learning rate")

@@ -41,8 +41,8 @@ from engine.flags import (
     check_head,
     data_words,
     head_of,
+    one_weight,
     positive_int,
-    share_of_ce,
     whole_number,
     with_rate,
 )
@@ -65,7 +65,7 @@ def parse_args(words=None):
               'weights and arguments')
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
          help="weight of the loss, or METHOD=W with several; default: the method's, see --kd_mode list")
-    flag('--lambda_ce', type=share_of_ce, metavar='W',
+    flag('--lambda_ce', type=one_weight, metavar='W',
          help="weight of cross-entropy, of all students of the command; default: 1, or the method's")
     flag('--kd_stop', type=whole_number, metavar='E',
          help='distil in the first E epochs only; then cross-entropy alone trains, at weight 1, and the '

@@ -33,11 +33,11 @@ from engine.flags import (
     add_board_flag,
     add_machine_flags,
     add_place_flags,
+    one_weight,
     positive_float,
     positive_int,
     refuse_given,
     seed_number,
-    share_of_ce,
     whole_number,
 )
 from engine.lm_build import make_run, make_setting, share, short
@@ -68,7 +68,7 @@ def parse_args(words=None):
     flag('--lambda_kd', nargs='+', default=[], metavar='W',
          help="weight of the loss: a number, or METHOD=number with several methods; default: the method's, "
               'see --kd_mode list')
-    flag('--lambda_ce', type=share_of_ce, metavar='W',
+    flag('--lambda_ce', type=one_weight, metavar='W',
          help='weight of cross-entropy; default: 0, or what the method says')
     flag('--kd_args', nargs='+', default=[], metavar='KEY=VALUE',
          help='arguments of the loss, e.g. beta=0.1, or METHOD.KEY=VALUE with several methods')

@@ -120,7 +120,7 @@ def build_runs(args, wanted, folder, origin, net_s, teachers, train, selected_on
                 if term.method.own.before:
                     with user_errors():
                         term.method.own.before(term.loss, teachers.teacher, probe)
-        same_buffers(step)  # what the first has found; DistributedDataParallel sends parameters only
+        same_buffers(step)  # as the first has found it
         run.step = distributed(step, device)
         runs.append(run)
     return runs

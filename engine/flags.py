@@ -31,7 +31,7 @@ def add_common_flags(
     flag('--schedule', choices=('steps', 'onecycle'), default='steps',
          help='steps: the learning rate drops at the milestones; onecycle: it moves at every step, linearly '
               'up to --lr over the first fifth of the run, then linearly to 0; default steps')
-    flag('--milestones', type=fraction, nargs='*', default=[0.5, 0.75], metavar='F',
+    flag('--milestones', type=milestone, nargs='*', default=[0.5, 0.75], metavar='F',
          help='SGD: shares of the run where the rate drops; default 0.5 0.75')
     flag('--lr_decay', type=positive_float, default=0.1, help='SGD: factor at a milestone, default 0.1')
     flag('--momentum', type=fraction, default=0.9, help='SGD: Nesterov momentum, default 0.9')
@@ -187,11 +187,19 @@ def positive_float(text: str) -> float:
 
 
 def share_of_ce(text: str) -> float:
+    return _number(float, text, lambda x: 0 <= x < LARGEST, 'a number >= 0')
+
+
+def one_weight(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < LARGEST, 'a number >= 0, one for all students')
 
 
 def fraction(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < 1, 'a share from 0 to below 1 (150 of 240 is 0.625)')
+    return _number(float, text, lambda x: 0 <= x < 1, 'a share from 0 to below 1')
+
+
+def milestone(text: str) -> float:
+    return _number(float, text, lambda x: 0 <= x < 1, 'a share of the training (150 of 240 epochs: 0.625)')
 
 
 def share(text: str) -> float:

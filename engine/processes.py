@@ -54,8 +54,8 @@ def leave_processes() -> None:
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     """DistributedDataParallel around a training step; the module itself without torchrun.
 
-    All processes get rank 0's weights here, but not its buffers, neither now (same_buffers does) nor at every
-    step: batch norm statistics belong to their process (evaluation uses rank 0's).
+    All processes get rank 0's weights here, but no buffers, of which same_buffers takes care, at any step:
+    batch norm statistics belong to their process (evaluation uses rank 0's).
     """
     if processes() == 1:
         return module

@@ -141,7 +141,13 @@ class Record:
             return
         content = load_checkpoint(path, self.math_args, self.origin.get('class_names'))
         for name, part in self.parts.items():
-            part.load_state_dict(content[name])
+            try:
+                part.load_state_dict(content[name])
+            except RuntimeError as error:  # keys that a later version has given, or taken away
+                raise UserError(
+                    f'{path}: cannot resume, its {name} is of another version of this code, '
+                    f'{" ".join(str(error).split())}; --note NAME starts another run'
+                ) from error
         self.history = content['history']
         self.saved = self.epoch
         best = path.with_name('best.pt')

@@ -63,7 +63,7 @@ def start(
     found = gathered([record.epoch for record in records])  # every process has looked where its runs go on
     if others := [epochs for epochs in found if epochs != found[0]]:
         raise UserError(
-            f'--resume: the first process goes on after {found[0]} epochs, another after {others[0]}: '
+            f'--resume: the first process has {unit}s done: {found[0]}, another: {others[0]}; '
             f'--save_root must be one folder that all machines see'
         )
     for record in records:

@@ -205,11 +205,11 @@ class Run:
 
     def resting(self) -> list[str]:
         """What has no weight in any epoch of this training, because its schedule is for longer ones."""
-        whole = getattr(self.step, 'module', self.step)
-        every = [whole.weights('train', epoch, self.epochs) for epoch in range(self.epochs)]
-        wanted = [term.name for term in self.terms if term.weight and not term.method.when.alone]
-        wanted += ['ce'] if any(callable(term.method.when.ce) for term in self.terms) else []
-        return [name for name in wanted if not any(weights.get(name) for weights in every)]
+        plans = [(term.name, term.ramp) for term in self.terms if term.weight and term.ramp]
+        if getattr(self.step, 'module', self.step).ce is None:
+            plans += [('ce', term.method.when.ce) for term in self.terms if callable(term.method.when.ce)]
+        every = range(self.epochs)
+        return [name for name, plan in plans if not any(plan(epoch, self.epochs) for epoch in every)]
 
     def decided(self) -> tuple:
         """What Python decides of a step: as long as it stays, a recording of the step holds."""

@@ -62,6 +62,8 @@ class CD(nn.Module):
             nn.BatchNorm2d(t_channels),
             *([nn.ReLU()] if relu else []),
         )
+        if not relu:  # another key: a state of the other form would load without a word
+            self.register_buffer('no_relu', torch.ones(1))
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         _expect('CD', 'fm_s', fm_s, 'N', self.s_channels, 'H', 'W')

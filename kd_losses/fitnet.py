@@ -60,6 +60,8 @@ class FitNet(nn.Module):
         if s_channels != t_channels:
             layers = [nn.Conv2d(s_channels, t_channels, kernel_size=1), nn.BatchNorm2d(t_channels)]
             self.regressor = nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
+            if not relu:  # another key: a state of the other form would load without a word
+                self.register_buffer('no_relu', torch.ones(1))
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         wanted, t_channels = ('N', *'D' * (fm_s.dim() - 1 or 1)), fm_s.shape[1:2]

@@ -114,13 +114,15 @@ class Branches(nn.Module):
         super().__init__()
         self.nets = nn.ModuleList(nets)
         ran = _modules_after(nets[0], f)
-        self.of_branch = {key for key in nets[0].state_dict() if key.rpartition('.')[0] in ran}
+        inside = tuple(f'{name}.' for name in ran)  # parts that a module uses without calling them, too
+        self.of_branch = {key for key in nets[0].state_dict() if key.startswith(inside)}
         for net in nets[1:]:  # what comes before the last stage is never used
             for name, _ in list(net.named_children()):
-                if not any(inside == name or inside.startswith(f'{name}.') for inside in ran):
+                if not any(part == name or part.startswith(f'{name}.') for part in ran):
                     setattr(net, name, nn.Identity())
             for name, p in net.named_parameters():
-                p.requires_grad_(name in self.of_branch)
+                if name not in self.of_branch:
+                    p.requires_grad_(False)
 
     def weights(self, k: int) -> dict:
         """State dict of the k-th branch with the trunk, as one network."""

@@ -291,13 +291,17 @@ def test_language_models_on_two_processes(two, script, tmp_path, monkeypatch):
 
 
 def test_what_is_found_before_a_training_reaches_every_process(two, teacher, root, tmp_path):
-    """wkd's costs are a buffer that the first process fills; DistributedDataParallel sends no buffers."""
+    """wkd's costs are a buffer that every process fills; where they differ, the first one's count."""
     program = tmp_path / 'costs.py'
     program.write_text(
         'import sys\n'
         f'sys.path.insert(0, {str(ROOT)!r})\n'
-        'import torch, train_kd, engine.errors, engine.processes\n'
-        'real = train_kd.begin_epoch\n'
+        'import torch, train_kd, engine.build, engine.errors, engine.processes\n'
+        'real, same = train_kd.begin_epoch, engine.build.same_buffers\n'
+        'def other(step):\n'
+        '    step.losses[0].cost.add_(engine.processes.rank())\n'
+        '    same(step)\n'
+        'engine.build.same_buffers = other\n'
         'def begin(run, epoch, args):\n'
         f'    place = {str(tmp_path)!r} + "/cost" + str(engine.processes.rank()) + ".pt"\n'
         '    torch.save(run.terms[0].loss.cost, place)\n'
@@ -306,7 +310,7 @@ def test_what_is_found_before_a_training_reaches_every_process(two, teacher, roo
         'try:\n'
         '    engine.errors.run(train_kd.main)\n'
         'finally:\n'
-        '    train_kd.begin_epoch = real  # the module stays\n'
+        '    train_kd.begin_epoch, engine.build.same_buffers = real, same  # the modules stay\n'
     )
     done = two(program, '--kd_mode', 'wkd', *PAIR, '--t_model', teacher, *TINY, '--epochs', 1, *root)
     assert done.code == 0, done.err
@@ -353,4 +357,4 @@ def test_processes_that_find_unlike_checkpoints_do_not_train(two, root, tmp_path
         'engine.errors.run(train_base.main)\n'
     )
     done = two(program, *words)
-    assert done.code == 2 and 'goes on after [1] epochs, another after [0]: --save_root must be' in done.err
+    assert done.code == 2 and 'has epochs done: [1], another: [0]; --save_root must be' in done.err

@@ -12,7 +12,7 @@ from engine.build import check_terms
 from engine.errors import UserError
 from engine.evaluate import features_of, refuse_misfit
 from engine.method_flags import built_from, check_option
-from engine.student import Student, Term
+from engine.student import Run, Student, Term
 from kd_losses.st import SoftTarget
 from methods.columns import Method, Own, When
 from methods.kd import KD
@@ -43,6 +43,19 @@ def test_a_ramp_begins_with_the_training_and_not_in_the_phase_before():
     plain = Term('mine', replace(row, when=replace(row.when, alone=0)), 2.0, {})
     plain.loss, plain.ramp = SoftTarget(), row.when.ramp
     assert Student(nn.Linear(2, 2), [plain], None).weights('train', 0, 240)['mine'] == pytest.approx(0.1)
+
+
+def test_a_schedule_that_never_begins_is_told_apart_from_a_flag():
+    """Of one epoch bss sees none, and cd_edt no label; what the user switches off is no news."""
+
+    def resting(names, epochs, ce=None):
+        terms = [Term(name, KD[name], 1.0, {}, ramp=KD[name].when.ramp) for name in names]
+        return Run.resting(
+            types.SimpleNamespace(terms=terms, epochs=epochs, step=types.SimpleNamespace(ce=ce))
+        )
+
+    assert resting(['bss', 'st'], 1) == ['bss'] and resting(['cd_edt'], 1) == ['ce']
+    assert resting(['bss', 'sad', 'cd_edt'], 200) == [] == resting(['cd_edt'], 1, ce=0.0)
 
 
 def test_half_a_pretraining_is_refused():

@@ -13,7 +13,9 @@ import engine.optimise
 import engine.record
 import engine.session
 import models
+from engine.errors import UserError
 from engine.recipe import forget, resume_point
+from engine.record import Record
 from tests import fresh
 from tests.conftest import TINY, Killed
 from tests.test_train import rows, same, weights
@@ -238,6 +240,15 @@ def test_another_teacher_is_refused(train_kd, teacher):
     torch.save({k: v * 1.01 if v.is_floating_point() else v for k, v in state.items()}, teacher)
     done = train_kd('st', '--note', 'm', *FOUR, '--resume', 'auto')
     assert done.code == 2 and 'the teacher (--t_model, or' in done.err
+
+
+def test_a_state_of_another_version_is_a_line(tmp_path):
+    old, new = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    record = Record(tmp_path, {'net': old}, {'epochs': 2}, {'commit': 'a'}, 'test')
+    record.epoch_done({'epoch': 1, 'test_top1': 50.0})
+    new.register_buffer('later', torch.zeros(1))
+    with pytest.raises(UserError, match='its net is of another version of this code, .*later.*--note NAME'):
+        Record(tmp_path, {'net': new}, {'epochs': 2}, {'commit': 'a'}, 'test').resume(tmp_path / 'last.pt')
 
 
 def test_nothing_is_overwritten_unasked(train_kd, tmp_path):
