@@ -36,8 +36,18 @@ def halves(tmp_path):
 
 
 def table_of(folder) -> dict:
-    rows = json.loads((folder / 'results.json').read_text())['table']
+    rows = result_of(folder)['table']
     return {row.pop('row'): row for row in rows}
+
+
+def result_of(folder) -> dict:
+    return json.loads((folder / 'results.json').read_text())
+
+
+def told_apart(result: dict, **other) -> list[str]:
+    """How the report calls this run, and one of another seed whose flags differ in these."""
+    another = result | {'seed': 99, 'recipe': result['recipe'] | other}
+    return [title.removeprefix(ka_rows.title_of(result)) for title, _ in ka_rows.tables([result, another])]
 
 
 def killed_at(monkeypatch, count: int):
@@ -86,6 +96,12 @@ def test_unlearning_and_its_attack(tool, monkeypatch, tmp_path):
     torch.manual_seed(2)  # with lambda 0 the head's loss is 0: only weight decay moves it, as the student's
     assert not same(one['net'], other['net']) and not same(one['head'], other['head'])
     resumed_equals_undisturbed(tool, monkeypatch, tmp_path, words, 3, ['lambda-0', 'lambda-1'])
+    attack = {'attack_share': 0.5, 'attack_epochs': 1, 'attack_lr': 0.02}
+    made = result_of(tmp_path / 'whole')
+    for key, value in attack.items():
+        assert told_apart(made, **{key: 9}) == [f', {key} {value}', f', {key} 9'], 'other attacks are no seeds'
+    student = result_of(tmp_path / 'whole' / 'lambda-0')
+    assert not attack.keys() & student['recipe'].keys(), 'a student goes on, whoever attacks it'
     done = tool(*words, '--s_init', tmp_path / 't.pt', '--lambda_adv', 0, '--lr', '1e-9', '--weight_decay', 0,
                 '--note', 'begun')  # fmt: skip
     assert done.code == 0, done.err
@@ -180,6 +196,7 @@ def test_amalgamation_without_data(tool, halves, monkeypatch, tmp_path):
         (('--ood', 'svhn'), "no data set is called 'svhn'"),
         (('--ood', 'shapes:40'), 'its images have 32 pixels a side, wanted 16'),
         (('--batch_size', 80), '--batch_size 80: half of it must be from 2 to 25'),
+        (('--images', 'made', 'made'), '--images made made: something is named twice'),
     ):
         done = tool(*words, *more)
         assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err
@@ -223,6 +240,9 @@ def test_detectors_are_amalgamated_by_the_tool(tool, monkeypatch, tmp_path):
     table = table_of(tmp_path / 'whole')
     assert list(table)[0] == 'the teachers, each its kinds' and len(table) == 5
     assert all({f'AP50 {kind}' for kind in KINDS} <= row.keys() for row in table.values())
+    made = result_of(tmp_path / 'whole')
+    for key, value in {'norm': 'channel', 'threshold': 0.1, 'T': 4.0}.items():
+        assert told_apart(made, **{key: 'x'}) == [f', {key} {value}', f', {key} x']
     sa, ta = (weights(tmp_path / 'whole' / name) for name in ('sa_ta', 'ta'))
     assert len(sa['more']) == 6 and not ta['more']  # scale and shift of three levels
     for less in (('sa_ta',), ('agg_ta', 'labels')):  # the others are done
@@ -238,6 +258,7 @@ def test_detectors_are_amalgamated_by_the_tool(tool, monkeypatch, tmp_path):
         (('--size', 40), 'multiples of 16'),
         (('--device', 'cuda'), 'run on the CPU'),
         (('--data_name', 'shapes'), 'there are scenes'),
+        (('--students', 'ta', 'ta'), '--students ta ta: something is named twice'),
     ):
         done = tool(*words, *more)
         assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err

@@ -46,6 +46,7 @@ from engine.ka_tools import (  # noqa: E402
     train,
     write_table,
 )
+from engine.method_flags import refuse_repeated  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import class_names_of, fingerprint, provenance, write_json  # noqa: E402
@@ -87,6 +88,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    refuse_repeated('--images', args.images)
     device = setup(args)
     amp = autocast(device, args.amp)
     folder, log = begin(args, f'ood_ka-{args.data_name.replace(":", "")}-{args.s_name}-s{args.seed}')

@@ -30,6 +30,7 @@ from engine.device import setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.flags import add_common_flags, positive_float, positive_int  # noqa: E402
 from engine.ka_tools import begin, check_places, record_of, sound, train, write_table  # noqa: E402
+from engine.method_flags import refuse_repeated  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.recipe import math_args  # noqa: E402
 from engine.record import fingerprint, provenance, write_json  # noqa: E402
@@ -70,6 +71,7 @@ def main():
         raise UserError(f'--device {args.device}: these detectors are small and run on the CPU')
     args.device = 'cpu'
     device = setup(args)
+    refuse_repeated('--students', args.students)
     tasks, n = read_kinds(args.kinds), rooms_of(args)
     names = [KINDS[k] for k in sorted(sum(tasks, []))]  # classes of the student
     blocks = [[names.index(KINDS[k]) for k in task] for task in tasks]
@@ -148,6 +150,8 @@ def main():
             read = learn(name, net, amalgam.levels, plain, amalgam.told_by(teachers), (test.of(every), names),
                          teachers=marks, norm=args.norm, threshold=args.threshold, T=args.T)  # fmt: skip
         rows.append({'row': f'{name} ({"reads labels" if name == "labels" else "no labels"})', **read})
+    # of the students without labels alone: the other networks' own recipes, which --resume compares, lack them
+    recipe |= {key: getattr(args, key) for key in ('norm', 'threshold', 'T')}
     facts |= {'title': f'toy detectors of {" and of ".join(args.kinds)} into one', 'recipe': recipe}
     write_table(folder, facts, rows, origin, log)
 
