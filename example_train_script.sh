@@ -494,13 +494,15 @@ dfkd() {
 }
 
 small() {    # settings for the patterns: seconds instead of hours
-    local all='--width 16 --nz 64 --lr 0.05 --log_images 5'
+    local rest='--lr 0.05 --log_images 5' all='--width 16 --nz 64 --lr 0.05 --log_images 5'
     case $1 in
     dafl) echo "$all --batch_size 64 --epochs 10 --ep_steps 25 --lr_g 3e-3" ;;
     dfad) echo "$all --batch_size 32 --epochs 6 --ep_steps 80 --milestones 0.5 0.8" ;;
     fastdfkd)
         echo "$all --batch_size 64 --epochs 20 --warmup 8 --ep_steps 20 --kd_steps 20 --g_steps 20 --lr_g 5e-3" \
             "--bn 0.3 --oh 1 --adv 0 --T 4" ;;
+    deepinv) echo "$rest --batch_size 32" ;;    # no generator
+    kegnet) echo "--nz 64 $rest --batch_size 32" ;;    # its generators have no width
     *) echo "$all --batch_size 32" ;;    # the rest of the preset stays
     esac
 }

@@ -74,7 +74,8 @@ def parse_args(words=None):
     flag('--pool_init', metavar='FILE', help='images to begin with, of --pool_save')
     flag('--pool_save', metavar='FILE', help='write the images that one method has made to this file')
     flag('--dry_run', action='store_true',
-         help='three rounds of everything, small; without --t_model of a random teacher')
+         help='three rounds of everything, small, into a folder whose name ends with -dry; without --t_model '
+              'of a random teacher')
     flag = parser.add_argument_group("recipe (defaults are the method's preset)").add_argument
     flag('--epochs', type=positive_int, help='with those of --warmup')
     flag('--ep_steps', type=positive_int, metavar='N', help="the student's updates in an epoch")
@@ -89,8 +90,11 @@ def parse_args(words=None):
     flag('--momentum', type=fraction, help='SGD, plain')
     flag('--weight_decay', type=fraction, help='on all parameters of the student')
     flag('--sched', choices=('cosine', 'steps'), help="of the student's learning rate")
+    own = ', '.join(f'{method} {" ".join(map(str, row.recipe.milestones))}'
+                    for method, row in DFKD.items() if row.recipe.milestones)  # fmt: skip
     flag('--milestones', type=milestone, nargs='*', metavar='F',
-         help="steps: shares of the student's epochs after which the rate is a tenth")
+         help="steps: shares of the student's epochs after which the rate is a tenth; default: of "
+              f'{own}, of others none')
     flag('--eta_min', type=fraction, help='cosine: the last learning rate')
     flag('--lr_g', type=positive_float, help="the image source's learning rate")
     flag('--sched_g', choices=('constant', 'student'), help='whether it moves, and then as the student\'s')
@@ -125,7 +129,8 @@ def main():
     device = setup(args)
     amp = autocast(device, args.amp)
     name = f'dfkd-{args.data_name.replace(":", "")}-{"-".join(args.t_name)}-{args.s_name}-s{args.seed}'
-    folder = output_folder(Path(args.save_root) / (args.note or name))
+    # a dry run beside the real one, which would take its checkpoints for its own
+    folder = output_folder(Path(args.save_root) / ((args.note or name) + '-dry' * args.dry_run))
     log = Log(folder)
 
     test = read_test(args, device)

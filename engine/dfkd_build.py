@@ -152,7 +152,7 @@ def build_run(args, name: str, wanted: Wanted, folder, origin, net_s, net_t, set
         if not row.needs.statistics:  # hooks should see the images alone
             try_student(row, kd, net, own_t, noise, recipe)
     if row.needs.pool or (args.pool_init and hasattr(source, 'fill')):
-        source.fill(read_pool(args.pool_init, setting))
+        source.fill(read_pool(args.pool_init, setting)[-recipe.pool_max :])  # 0: all
     opt = optimiser(net, recipe)
     pool = args.pool_init and hasattr(source, 'fill') and fingerprint_of({'images': source.pool.images})
     math = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 from engine.errors import UserError
 from engine.method_flags import key_values, refuse_many_processes, refuse_repeated, refuse_unknown
-from methods.dfkd import DFKD, Method, Recipe
+from methods.dfkd import DFKD, Method, Recipe, soft_targets
 
 WEIGHTS = sorted({name for row in DFKD.values() for name in row.weights})
 
@@ -38,9 +38,17 @@ def read_methods(args) -> dict[str, Wanted]:
     given, made = {'ood': args.ood_name, 'pool': args.pool_init}, {}
     recipes = {name: recipe_of(args, name) for name in names}
     pooling = [name for name in names if DFKD[name].images.kind == 'pool']
+    making = [name for name in names if recipes[name].g_steps]
+    generating = [name for name in making if DFKD[name].images.generator]
+    # generators of the kind fixed have no width, and are done when the student's rate begins to fall
+    fixed = [name for name in names if DFKD[name].images.kind == 'fixed']
     reads = {'pool_init': pooling, 'pool_max': pooling,
              'ood_name': [name for name in names if DFKD[name].needs.ood],
              'g_steps': [name for name in names if DFKD[name].feed],
+             'T': [name for name in names if DFKD[name].student is soft_targets],
+             'lr_g': making, 'synth_batch_size': making, 'nz': generating,
+             'width': [name for name in generating if name not in fixed],
+             'sched_g': [name for name in making if name not in fixed],
              'lr_z': [name for name in pooling if DFKD[name].images.generator],
              'milestones': [name for name in names if recipes[name].sched == 'steps'],
              'eta_min': [name for name in names if recipes[name].sched == 'cosine'],
@@ -84,8 +92,17 @@ def recipe_of(args, name: str) -> Recipe:
         recipe = replace(recipe, synth_batch_size=recipe.batch_size)
     if recipe.warmup >= recipe.epochs:
         raise UserError(f'--epochs {recipe.epochs}: {name} has {recipe.warmup} of warm-up, --warmup, before')
-    if recipe.ep_steps and recipe.ep_steps < recipe.kd_steps:
-        raise UserError(f'--ep_steps {recipe.ep_steps}: {name} has {recipe.kd_steps} --kd_steps a round')
+    if recipe.ep_steps % recipe.kd_steps:
+        raise UserError(
+            f'--ep_steps {recipe.ep_steps}: {name} has {recipe.kd_steps} --kd_steps a round: take a multiple'
+        )
+    if args.sched == 'steps' != DFKD[name].recipe.sched and args.milestones is None:
+        raise UserError(f'--sched steps: {name} has no milestones of its own, say where with --milestones')
+    if DFKD[name].images.sample != 'fresh' and recipe.batch_size != recipe.synth_batch_size:
+        raise UserError(
+            f'--synth_batch_size {recipe.synth_batch_size}: the student of {name} learns from the batch that '
+            f'the generator makes, --batch_size is {recipe.batch_size}: take the same number'
+        )
     return recipe
 
 

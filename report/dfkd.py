@@ -49,7 +49,7 @@ def table(results: list[dict]) -> str:
             recipe = runs[0]['recipe']
             rounds = recipe['ep_steps'] // recipe['kd_steps']
             making = recipe['warmup' if DFKD[name].images.kind == 'fixed' else 'epochs'] * rounds
-            updates = (recipe['epochs'] - recipe['warmup']) * recipe['ep_steps']
+            updates = (recipe['epochs'] - recipe['warmup']) * rounds * recipe['kd_steps']
             cells = [
                 f'`{name}`{in_brackets(label)}',
                 extremes([r['last']['agreement'] for r in runs]),

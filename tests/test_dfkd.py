@@ -34,6 +34,7 @@ from models.generators import (
     crop_and_flip,
     resized_crop_and_flip,
 )
+from report.dfkd import table
 from tests import methods
 from tests.test_resume import Killed, killed_after
 from tests.test_train import rows, same, weights
@@ -420,14 +421,15 @@ def test_every_method_runs_without_a_training_image(script, tmp_path, monkeypatc
                   '--note', 'x', *CHEAP)  # fmt: skip
     assert done.code == 0, done.err
     for name in MAKING:
-        folder = tmp_path / 'x' / name
+        folder = tmp_path / 'x-dry' / name
         result = json.loads((folder / 'results.json').read_text())
         assert 0 <= result['last']['agreement'] <= 100 and result['method'] == name, name
         assert (folder / 'images' / 'epoch0001.png').stat().st_size > 1000
         row = rows(folder)[-1]
         assert float(row['kd']) >= 0 and float(row['confidence']) >= 0.1
         assert sum(map(int, row['classes'].split('/'))) > 0
-    state = weights(tmp_path / 'x' / 'dafl')['source']
+    assert not (tmp_path / 'x').exists(), 'that of the real run stays free'
+    state = weights(tmp_path / 'x-dry' / 'dafl')['source']
     fresh = UpsamplingGenerator(1000, 16, (8, 8, 4), bn_eps=0.8).state_dict()
     assert {k: v.shape for k, v in state['generator'].items()} == {k: v.shape for k, v in fresh.items()}
 
@@ -478,6 +480,11 @@ def test_a_pool_is_kept_and_used(dfkd, tmp_path):
     done = dfkd('kd_pool', *words, '--pool_init', pool, '--note', 'p')
     assert done.code == 0, done.err
     assert rows(tmp_path / 'p' / 'kd_pool')[-1]['pool'] == '8'
+    done = dfkd('kd_pool', *words, '--pool_init', pool, '--pool_max', 3, '--note', 'q')
+    assert done.code == 0, done.err
+    assert rows(tmp_path / 'q' / 'kd_pool')[-1]['pool'] == '3', 'of a given pool, too'
+    last = torch.load(tmp_path / 'q' / 'kd_pool' / 'last.pt', weights_only=True)
+    assert torch.equal(last['source']['pool'], images[-3:]), 'the newest'
     assert dfkd('kd_pool', *words, '--pool_init', tmp_path / 'teacher.pt').code == 2
 
 
@@ -491,14 +498,12 @@ def test_a_teacher_without_batch_norm(script, monkeypatch):
         '--s_name',
         'resnet8',
         '--dry_run',
-        '--width',
-        4,
     )
     for name, row in DFKD.items():
         if row.needs.statistics:
             done = script('train_dfkd', '--kd_mode', name, *words, '--note', name)
             assert done.code == 2 and 'running statistics' in done.err and done.err.count('\n') == 1, name
-    done = script('train_dfkd', '--kd_mode', 'dfad', *words, '--note', 'dfad')
+    done = script('train_dfkd', '--kd_mode', 'dfad', *words, '--width', 4, '--note', 'dfad')
     assert done.code == 0, done.err
 
 
@@ -520,6 +525,10 @@ def test_a_teacher_without_batch_norm(script, monkeypatch):
         (['cmi', '--kd_args', 'dafl.bn_eps=1'], "'dafl' is not among"),
         (['fastdfkd', '--epochs', '20'], '20 of warm-up'),
         (['dfad', '--ep_steps', '3'], '5 --kd_steps a round'),
+        (['dfad', '--ep_steps', '12'], '--ep_steps 12: dfad has 5 --kd_steps a round: take a multiple'),
+        (['cmi', '--sched', 'steps'], '--sched steps: cmi has no milestones of its own'),
+        (['dafl', '--synth_batch_size', '8'], 'student of dafl learns from the batch that the generator'),
+        (['zskt', '--synth_batch_size', '8', '--batch_size', '9'], '--batch_size is 9: take the same number'),
         (['dafl', '--amp', 'fp16'], 'use bf16'),
         (['dafl', '--new_head'], '--new_head: goes with --s_init'),
         (['dafl', 'dfad', '--pool_save', 'x'], 'a file is for one method'),
@@ -559,3 +568,31 @@ def test_networks_that_zskt_cannot_compare(script, random_teacher):
 def test_a_source_without_any_weight(dfkd):
     done = dfkd('dfad', '--adv', 0, '--dry_run')
     assert done.code == 2 and 'nothing is left' in done.err and done.err.count('\n') == 1, done.err
+
+
+@pytest.mark.parametrize(
+    'words,unread',
+    [
+        ('dfad zskt', '--T 2'),
+        ('deepinv', '--nz 8'),
+        ('deepinv kegnet', '--width 8'),
+        ('kegnet', '--sched_g student'),
+        *(
+            ('kd_pool --pool_init x', flag)
+            for flag in ('--lr_g 1', '--synth_batch_size 8', '--sched_g student')
+        ),
+    ],
+)
+def test_flags_that_nothing_reads(dfkd, words, unread):
+    done = dfkd(*words.split(), *unread.split())
+    said = f'{unread.split()[0]}: {words.split(" --")[0]} would not read it'
+    assert done.code == 2 and said in done.err and done.err.count('\n') == 1, done.err
+
+
+def test_updates_of_a_run_are_those_of_whole_rounds():
+    """Of runs before unlike numbers were refused: 12 steps in rounds of 5 were 10 updates an epoch."""
+    recipe = {'epochs': 4, 'warmup': 1, 'ep_steps': 12, 'kd_steps': 5, 'g_steps': 2}
+    run = {'script': 'train_dfkd', 'data': 'd', 'teacher': 't', 'student': 's', 'method': 'cmi', 'seed': 1}
+    run |= {'teacher_top1': 90.0, 'last': {'agreement': 1.0, 'top1': 1.0}, 'best': {'top1': 1.0}}
+    text = table([run | {'recipe': recipe, 'seconds': 3600, 'hours_synth': 0.5}])
+    assert '| `cmi` | 1.0 | 1.0 | 1.0 | 30 | 16 | 50 % | 1 |' in text
