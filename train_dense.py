@@ -146,7 +146,9 @@ def read_methods(args) -> dict[str, dict]:
     if args.size % 32:
         raise UserError(f'--size {args.size}: must be a multiple of 32')
     if not any(rows[name].needs.teacher for name in names):
-        refuse_given(args, {'t_model': None}, f'{" ".join(names)} has no teacher')
+        refuse_given(args, {'t_model': None, 't_steps': 350}, f'{" ".join(names)} has no teacher')
+    if args.t_model:
+        refuse_given(args, {'t_steps': 350}, 'no teacher is trained here')
     weights, options = weights_and_options(args, names, rows)
     return {word: {name: (rows[name], weights[name], options[name]) for name in word.split('+')}
             for word in args.kd_mode}  # fmt: skip

@@ -216,7 +216,8 @@ def test_dense_training_on_two_processes(two, script, img_root, tmp_path, monkey
     find_some(monkeypatch.setattr)
     taught = ('st+cwd', 'skds_pair+maskd_seg')
     for batch in (2, 4):  # the teacher is made by the first, with batches of 2 as on two processes
-        made = [word for path in one.glob('**/dense_teacher_segmentation_*') for word in ('--t_model', path)]
+        made = [word for path in one.glob('**/dense_teacher_segmentation_*')
+                for word in ('--t_model', path, '--t_steps', 350)]  # fmt: skip
         done = script('train_dense', *flags, *student, *length, '--kd_mode', *taught, '--batch_size', batch,
                       '--save_root', one, '--note', batch, *made)  # fmt: skip
         assert done.code == 0, done.err
@@ -233,7 +234,7 @@ def test_dense_training_on_two_processes(two, script, img_root, tmp_path, monkey
         whole, half = (weights(both / note / name) for note in ('whole', 'half'))
         assert same(whole['net'], half['net']) and same(whole['kd'], half['kd']), name
     done = script('train_dense', *flags, *student, *length, '--kd_mode', 'alone', '--batch_size', 2,
-                  '--save_root', both, '--note', 'half', '--resume', 'auto')  # fmt: skip
+                  '--save_root', both, '--note', 'half', '--resume', 'auto', '--t_steps', 350)  # fmt: skip
     assert done.code == 2 and 'cannot resume, processes was 2, is 1' in done.err, done.err
     for task, name, net in (('segmentation', 'half/alone', 'lraspp:resnet10'),
                             ('detection', 'boxes/maskd', 'fasterrcnn:resnet10')):  # fmt: skip

@@ -29,6 +29,7 @@ from tests.conftest import ROOT
 SEG = [name for name, row in DENSE.items() if row.task == 'segmentation']
 DET = [name for name, row in DENSE.items() if row.task == 'detection']
 QUICK = ('--data_name', 'scenes:24', '--size', 32, '--labelled', 6, '--batch_size', 4, '--t_steps', 2)
+USUAL = ('--t_steps', 350)  # behind QUICK, where no teacher is trained
 
 
 @pytest.fixture
@@ -583,11 +584,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, tmp_path, monkeypa
 def test_a_teacher_of_ones_own_in_bf16(run, tmp_path):
     """--kd_mode alone makes teachers; a student may start from weights; autocast."""
     big = ('--task', 'detection', '--s_name', 'fasterrcnn:resnet10')
-    run('--kd_mode', 'alone', *big, '--steps', 1, '--note', 'big')
+    run('--kd_mode', 'alone', *big, '--steps', 1, '--note', 'big', *USUAL)
     file = tmp_path / 'big' / 'alone' / 'student.pt'
     out = run('--kd_mode', 'pkd', 'dkd', *big, '--t_name', big[-1], '--t_model', file, '--s_init', file,
               '--steps', 1, '--amp', 'bf16', '--optim', 'sgd', '--schedule', 'poly', '--warmup', 2,
-              '--unlabelled', 0, '--note', 'small')  # fmt: skip
+              '--unlabelled', 0, '--note', 'small', *USUAL)  # fmt: skip
     assert 'teacher fasterrcnn:resnet10: student.pt' in out and '6 labelled and 0 other' in out
     made = results(tmp_path / 'small' / 'pkd')
     assert made['teacher']['ap'] == results(tmp_path / 'big' / 'alone')['last']['ap']
@@ -655,8 +656,10 @@ def test_a_damaged_picture_is_named(script, tmp_path, workers):
         (['--kd_mode', 'st', '--data_name', 'cityscapes'], 'there are scenes, scenes:N, voc, coco'),
         (['--kd_mode', 'st', '--data_name', 'coco'], 'its masks are not read here'),
         (['--kd_mode', 'st', '--data_name', 'voc'], 'VOCdevkit/VOC2012 is not there'),
-        (['--kd_mode', 'st', '--t_model', 'none.pt'], 'no such checkpoint file'),
-        (['--kd_mode', 'alone', '--s_init', 'none.pt'], 'no such checkpoint file'),
+        (['--kd_mode', 'st', '--t_model', 'none.pt', *USUAL], 'no such checkpoint file'),
+        (['--kd_mode', 'st', '--t_model', 'none.pt'], '--t_steps: no teacher is trained here'),
+        (['--kd_mode', 'alone', '--s_init', 'none.pt', *USUAL], 'no such checkpoint file'),
+        (['--kd_mode', 'alone'], '--t_steps: alone has no teacher'),
         (['--task', 'detection', '--kd_mode', 'pkd', '--data_name', 'coco'], 'instances_train2017.json'),
         (
             ['--task', 'detection', '--kd_mode', 'pkd', 'crosskd', '--dry_run'],
@@ -665,7 +668,7 @@ def test_a_damaged_picture_is_named(script, tmp_path, workers):
         (['--task', 'detection', '--kd_mode', 'dkd', '--t_name', 'fcos_resnet18_fpn'], 'is for Faster R-CNN'),
         (['--task', 'detection', '--kd_mode', 'pkd', '--s_name', 'fcos:resnet10'], 'PKD: '),
         (
-            ['--task', 'detection', '--kd_mode', 'alone', '--s_name', 'maskrcnn_resnet50_fpn'],
+            ['--task', 'detection', '--kd_mode', 'alone', '--s_name', 'maskrcnn_resnet50_fpn', *USUAL],
             'no network for detection',
         ),
     ],
@@ -683,7 +686,7 @@ def test_queues_of_one_process(script, monkeypatch):
     assert 'cirkd runs in one process only: its queues' in done.err
     monkeypatch.delenv('WORLD_SIZE')
     monkeypatch.setattr(dense_setting, 'processes', lambda: 7)
-    done = script('train_dense', *QUICK, '--kd_mode', 'alone')
+    done = script('train_dense', *QUICK, '--kd_mode', 'alone', *USUAL)
     assert done.code == 2 and '6 and 24 pictures for 7 processes' in done.err
 
 
