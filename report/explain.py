@@ -1,7 +1,8 @@
 """Accuracy against images per class: `python -m report explain results.json... --out few-shot.png`.
 
-The files are those of tools/graft.py, which may be of other seeds or other numbers of images. The tables of
-docs/few-shot.md and docs/explaining.md are made here, too, from results/cifar10-seeds-rest/.
+The files are those of tools/graft.py, which may be of other seeds or other numbers of images, but of one
+recipe otherwise. The tables of docs/few-shot.md and docs/explaining.md are made here, too, from
+results/cifar10-seeds-rest/.
 """
 
 import json
@@ -12,6 +13,7 @@ from engine.errors import UserError
 from engine.parser import Parser
 from report.plot import pyplot
 from report.speed import table
+from report.table import by_recipe
 
 FOLDER = Path(__file__).parent.parent / 'results' / 'cifar10-seeds-rest'
 WAYS = {'grafted': 'grafted', 'at once': 'all parts at once', 'alone': 'alone, from labels'}
@@ -150,4 +152,11 @@ def main() -> None:
     same = {(r['teacher'], r['student'], r['data'], r['first']) for r in results}
     if len(same) > 1:
         raise UserError(f'{args.files[0]} and the others: results of other networks or data')
+    if len(recipes := by_recipe(results, ('shots', 'seeds'))) > 1:
+        said = ' and '.join(', '.join(label) for label in recipes)
+        raise UserError(f'results with {said}: no seeds of one run, name those of one recipe')
+    runs = [run for r in results for run in {(row['seed'], row['shots']) for row in r['rows']}]
+    if again := [run for run in runs if runs.count(run) > 1]:
+        seed, shots = again[0]
+        raise UserError(f'seed {seed} with {shots} per class is there twice: name one of its files')
     few_shot_figure(results, args.out)

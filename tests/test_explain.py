@@ -136,9 +136,26 @@ def test_graft_killed_between_phases_ends_alike(tool, script, teacher, tmp_path,
     net.load_state_dict(a)
     files = [tmp_path / note / 'results.json' for note in ('whole', 'cut')]
     done = script('report.explain', *files, '--out', tmp_path / 'both.png')
+    assert done.code == 2 and 'seed 2 with 1 per class is there twice' in done.err, done.err
+    for row in cut['rows']:
+        row['seed'] = 3
+    cut['recipe'] |= {'seeds': [3], 'net_epochs': 9}
+    files[1].write_text(json.dumps(cut))
+    done = script('report.explain', *files, '--out', tmp_path / 'both.png')
+    said = 'results with net_epochs 2 and net_epochs 9: no seeds of one run'
+    assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err
+    cut['recipe'] |= {'net_epochs': 2}
+    files[1].write_text(json.dumps(cut))
+    done = script('report.explain', *files, '--out', tmp_path / 'both.png')
     assert done.code == 0 and (tmp_path / 'both.png').stat().st_size > 10_000, done.err
     done = script('report.explain', tmp_path / 'cut' / 'last.pt', '--out', tmp_path / 'none.png')
     assert done.code == 2 and done.err.count('\n') == 1 and 'cannot be read as JSON' in done.err
+
+
+def test_committed_grafts_are_of_one_recipe(script, tmp_path):
+    files = sorted((ROOT / 'results' / 'cifar10-seeds-rest').glob('graft*.json'))
+    done = script('report.explain', *files, '--out', tmp_path / 'x.png')
+    assert done.code == 0 and len(files) == 3, done.err
 
 
 @pytest.mark.parametrize(
