@@ -232,6 +232,8 @@ def test_other_files_of_the_same_name_are_another_run(script, tmp_path):
     [
         ('--real 500', '--real 500: there are 96 training images'),
         ('--real 9 --s_name resnet8', '--s_name and --s_model: give both'),
+        ('--real 9 --select 5', '--select: no mixes are chosen without --s_model'),
+        ('--real 9 --pairs 5', '--pairs: no mixes are chosen without --s_model'),
         ('--real 9 --data_name arrays', 'train.npz: cannot be read as arrays'),
     ],
 )
@@ -313,6 +315,23 @@ def test_pools_of_other_images_do_not_mix(script, tmp_path, img_root):
     assert done.code == 2 and 'its real was 9, is 8 here' in done.err and done.err.count('\n') == 1, done.err
     done = script('tools.select_mixup', *words, tmp_path / 'b', '--real', 9, *pool)
     assert done.code == 0, done.err
+
+
+def test_a_mix_of_several_pools_is_there_once(script, teacher, tmp_path, img_root):
+    """A later pool holds the mixes of an earlier one, too, and a student may choose one again."""
+    words = ('--data_name', 'shapes:96', '--img_root', img_root, '--real', 9, '--threads', 1, '--out')
+    student = ('--s_name', 'resnet8', '--s_model', teacher, '--select', 3)
+    places = {name: tmp_path / name for name in 'abc'}
+    for name, more in (
+        ('a', student),
+        ('b', ('--earlier', places['a'], *student)),
+        ('c', ('--earlier', places['b'], places['a'])),
+    ):
+        done = script('tools.select_mixup', *words, places[name], *more)
+        assert done.code == 0 and '9 real images and 3 mixes' in done.out, done.err + done.out
+        assert json.loads((places[name] / 'pool.json').read_text())['mixes'] == 3
+    a, c = (np.load(places[name] / 'train.npz')['images'] for name in 'ac')
+    assert np.array_equal(a, c), 'in their order'
 
 
 def test_the_mean_of_a_data_set_needs_little_memory():

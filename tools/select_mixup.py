@@ -36,7 +36,13 @@ from engine import errors  # noqa: E402
 from engine.data import read_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
-from engine.flags import add_data_flags, add_machine_flags, positive_int, seed_number  # noqa: E402
+from engine.flags import (  # noqa: E402
+    add_data_flags,
+    add_machine_flags,
+    positive_int,
+    refuse_given,
+    seed_number,
+)
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
@@ -55,7 +61,8 @@ def parse_args(words=None):
     flag('--pairs', type=positive_int, metavar='N',
          help='pairs to look at, drawn by --seed; default: every image with its (R - 1) // 2 next ones, '
               'eleven looks each')
-    flag('--earlier', nargs='*', default=[], metavar='FOLDER', help='pools whose mixes are kept beside')
+    flag('--earlier', nargs='*', default=[], metavar='FOLDER',
+         help='pools whose mixes are kept beside, each mix once')
     flag('--seed', type=seed_number, default=2, help='of the real images and of --pairs, default 2')
     # fmt: on
     add_data_flags(parser)
@@ -67,6 +74,8 @@ def main():
     args = parse_args()
     if bool(args.s_name) != bool(args.s_model):
         raise UserError('--s_name and --s_model: give both, or none for a pool without mixes')
+    if not args.s_model:
+        refuse_given(args, {'select': 10000, 'pairs': None}, 'no mixes are chosen without --s_model')
     for read in (args.img_root, *args.earlier):
         if Path(read).resolve() == Path(args.out).resolve():
             raise UserError(f'--out {args.out}: is read, too, and would be overwritten: give another folder')
@@ -109,7 +118,7 @@ def main():
         print(
             f'student {args.s_name}: top-1 {measured["top1"]:.2f}; of the chosen mixes it is {sure:.2f} sure'
         )
-    images = torch.cat(pool).cpu().numpy()
+    images = np.concatenate([real.cpu().numpy(), once(torch.cat(pool).cpu().numpy()[args.real :])])
     folder = output_folder(Path(args.out))
     names = np.array(train.class_names or [str(c) for c in range(train.num_classes)])
     save_arrays(folder / 'train.npz', images=images, labels=np.full(len(images), -100), class_names=names,
@@ -118,6 +127,14 @@ def main():
     facts['mixes'] = len(images) - args.real
     write_atomic(folder / 'pool.json', json.dumps(facts | provenance(device), indent=1).encode())
     print(f'{folder}: {args.real} real images and {facts["mixes"]} mixes, without labels')
+
+
+def once(images: np.ndarray) -> np.ndarray:
+    """Each where it stands first: an earlier pool may hold those of pools before it, too."""
+    if not len(images):
+        return images
+    _, first = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)
+    return images[np.sort(first)]
 
 
 def save_arrays(path: Path, **arrays) -> None:
