@@ -49,6 +49,10 @@ from engine.record import output_folder, provenance
 from engine.session import Log
 from methods import LM
 
+# views of a row that texts of the student's own, --lmbda, do not go with
+NO_OWN_TEXTS = {'texts of teacher and student': 'has texts of its own',
+                'a second vocabulary': 'reads texts of the data alone, in two vocabularies'}  # fmt: skip
+
 
 def lmbda(text: str) -> float | str:
     try:
@@ -76,7 +80,8 @@ def parse_args(words=None):
          help='share of the steps whose text the student writes itself, after prompts of the data, the '
               "teacher correcting it; adaptive: as DistiLLM's schedule says; default 0")
     flag('--t_model', metavar='FILE',
-         help='weights of the teacher, a decoder of models/lm.py; default: see above')
+         help='weights of the teacher, a decoder of models/lm.py; default: see above; uld and dskd_cma are '
+              'compared with it, and learn from another one, of a second vocabulary, which is trained first')
     flag = parser.add_argument_group('text').add_argument
     flag('--data_name', default='pydoc', metavar='NAME',
          help="pydoc (the language reference that Python carries), markov or markov:K (a chain over 8 or K "
@@ -106,8 +111,9 @@ def read_methods(args) -> dict[str, tuple]:
     refuse_unknown('--kd_mode', args.kd_mode, LM)
     refuse_repeated('--kd_mode', args.kd_mode)
     for name in args.kd_mode:
-        if args.lmbda and LM[name].needs.views:
-            raise UserError(f'--lmbda: {name} trains on {LM[name].needs.views[0]} by itself')
+        for view in LM[name].needs.views if args.lmbda else ():
+            if view in NO_OWN_TEXTS:
+                raise UserError(f'--lmbda: {name} {NO_OWN_TEXTS[view]}: leave --lmbda out')
     if not any(LM[name].needs.teacher for name in args.kd_mode):
         refuse_given(args, {'lmbda': 0.0}, f'{" ".join(args.kd_mode)} has no teacher to correct its own text')
     refuse_fp16(args)

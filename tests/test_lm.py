@@ -319,7 +319,11 @@ def test_what_is_not_finite_stops(script, fails, tmp_path):
         ('--kd_mode gkd --data_name nowhere.txt', 'nowhere.txt: No such file'),
         ('--kd_mode gkd --data_name markov:1', '2 to 64 symbols'),
         ('--kd_mode gkd --lmbda 1.5', 'from 0 to 1, or adaptive'),
-        ('--kd_mode minillm --lmbda 0.5', 'minillm trains on texts of teacher and student by itself'),
+        ('--kd_mode gkd minillm --lmbda 0.5', '--lmbda: minillm has texts of its own: leave --lmbda out'),
+        (
+            '--kd_mode uld --lmbda 0.5',
+            '--lmbda: uld reads texts of the data alone, in two vocabularies: leave --lmbda out',
+        ),
         ('--kd_mode ce --lmbda 0.5', '--lmbda: ce has no teacher'),
         ('--kd_mode dskd', 'no hidden states; give --t_model'),
         ('--kd_mode gkd --kd_args beta=2', 'beta must be from 0 to 1'),
@@ -358,6 +362,15 @@ def test_more_mistakes(fails, script, tmp_path):
     words = ('--kd_mode', 'ce', '--steps', 2, '--note', 'x', '--resume', 'auto')
     why = 'steps was 1, is 2; this run is finished, and its learning rates belong to its length; --note NAME'
     fails(*QUICK, *words, said=why)
+
+
+def test_dskd_learns_from_what_its_student_writes(script, tmp_path):
+    (tmp_path / 'a.txt').write_text('abcd' * 300)
+    words = ('--kd_mode', 'dskd', '--data_name', tmp_path / 'a.txt', '--t_steps', 1, '--init_steps', 0)
+    for share in (0, 1):
+        done = script('train_lm', *words, '--steps', 2, '--lmbda', share, '--note', share)
+        assert done.code == 0, done.err
+    assert not same(*(weights(tmp_path / note / 'dskd') for note in ('0', '1'))), 'it had other texts'
 
 
 def test_list_and_dry_run(script, tmp_path):
