@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from engine import pictures
 from report import ka
 from tests.conftest import ROOT
-from tools.figures import agreement, attention, cam, class_means, difference, grad_cam, looks, stretched
+from tools.figures import (
+    agreement,
+    attention,
+    cam,
+    chosen,
+    class_means,
+    difference,
+    grad_cam,
+    looks,
+    stretched,
+)
 
 
 @pytest.fixture(scope='module')
@@ -69,6 +79,12 @@ def test_unknown_is_black():
     sheet = pictures.grid([{'a': np.full((2, 2, 3), 7, np.uint8)}] * 2, ['one', 'two'])
     assert sheet.shape == (pictures.TITLE + 2 * (144 + pictures.GAP), 144 + pictures.GAP, 3)
     assert (sheet[pictures.TITLE + 143, :144] == 7).all()
+
+
+@pytest.mark.parametrize('K,n,last', [(30, 20, 28), (100, 20, 95), (10, 20, 9)])
+def test_classes_of_a_map_are_spread_over_all(K, n, last):
+    of = chosen(torch.arange(K).repeat(2), n, 1)
+    assert len(of) == min(n, K) and of[0] == 0 and of[-1] == last
 
 
 def test_figures_of_two_networks(script, teacher, tmp_path, monkeypatch):

@@ -163,7 +163,8 @@ def attends(net: nn.Module, img: Tensor, target: Tensor) -> tuple[Tensor, str]:
 def chosen(target: Tensor, classes: int, images: int) -> Tensor:
     """Positions of the first images of evenly spaced classes."""
     K = int(target.max()) + 1
-    spaced = range(0, K, max(K // classes, 1))[:classes]
+    n = min(classes, K)
+    spaced = [i * K // n for i in range(n)]
     return torch.cat([(target == c).nonzero()[:images, 0] for c in spaced])
 
 
