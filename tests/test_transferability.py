@@ -603,7 +603,12 @@ def test_mistakes_of_the_tools(script, networks, img_root, tmp_path):
         (('nothing/*.pt',), 'no file has such a name'),
         ((tmp_path / 'list.json',), 'wanted a list of'),
         ((f'resnet8={networks}/alone.pt@cifar', '--out', tmp_path), "no data set is called 'cifar'"),
-        ((networks / 'a/net.pt', '--images', 3), '--images 3: '),
+        ((networks / 'a/net.pt', '--images', 3), 'classes are among them, take more --images'),
+        ((networks / 'a/net.pt', '--classes', 5), '--classes 5: a task has two classes or more'),
+        ((networks / 'a/net.pt', '--tune', 'all'), '--tune: nothing is trained or tested without --train'),
+        ((networks / 'a/net.pt', '--tune_lr', 1), '--tune_lr: nothing is trained'),
+        ((networks / 'a/net.pt', '--test_images', 9), '--test_images: nothing is trained'),
+        ((networks / 'a/net.pt', '--probes', 9), '--probes: no maps are compared without --target'),
     ):
         done = script('tools.transferability', *words, *where)
         assert done.code == 2 and done.err.count('\n') == 1 and said in done.err, done.err

@@ -32,7 +32,14 @@ from engine.data import labelled_part, read_data  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import add_data_flags, add_machine_flags, positive_float, positive_int, seed_number  # noqa: E402
+from engine.flags import (  # noqa: E402
+    add_data_flags,
+    add_machine_flags,
+    positive_float,
+    positive_int,
+    refuse_given,
+    seed_number,
+)
 from engine.ka_tools import refuse_non_finite  # noqa: E402
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, write_atomic, write_json  # noqa: E402
@@ -197,6 +204,11 @@ def agreement_table(found: dict[str, dict]) -> str:
 
 def main():
     args = parse_args()
+    if not args.train:
+        unread = {'tune': 'head', 'tune_lr': None, 'test_images': None}
+        refuse_given(args, unread, 'nothing is trained or tested without --train')
+    if not args.target:
+        refuse_given(args, {'probes': 200}, 'no maps are compared without --target')
     if args.train and args.tune == 'all':
         refuse_fp16(args)
     device = setup(args)
@@ -213,9 +225,12 @@ def main():
             classes = dataset.read_classes(args.classes, train.num_classes)
             train, test = (dataset.take_classes(data, classes) for data in (train, test))
     train, test = some(train, args.images, args.seed), some(test, args.test_images, args.seed)
-    here = train.targets.unique()
-    if len(here) < train.num_classes or len(here) < 2:
-        raise UserError(f'--images {args.images}: {len(here)} of {train.num_classes} classes are among them')
+    here, K = len(train.targets.unique()), train.num_classes
+    if K < 2:
+        which = f'--classes {args.classes}' if args.classes else f'--data_name {args.data_name}'
+        raise UserError(f'{which}: a task has two classes or more')
+    if here < K:
+        raise UserError(f'--images {args.images}: {here} of {K} classes are among them, take more --images')
 
     wanted, metrics = None, dict(METRICS)
     if goal:
