@@ -142,6 +142,8 @@ def test_slim_then_distil(script, teacher, tmp_path, monkeypatch, img_root):
     monkeypatch.setitem(sys.modules, 'slim', tools.slim)
     words = ('--net_name', 'resnet8', '--model', teacher, '--data_name', 'shapes:96', '--img_root', img_root)
     words += ('--threads', 1, '--ratio', '0.5', '--out', tmp_path / 'slim')
+    done = script('slim', *words, '--kind', 'l1', '--batches', 3)
+    assert done.code == 2 and '--batches: --kind l1 does not read it' in done.err, done.err
     for kind, how in (('taylor', 'knapsack'), ('bn', 'uniform')):
         done = script('slim', *words, '--kind', kind, '--how', how)
         assert done.code == 0, done.err

@@ -25,7 +25,14 @@ from engine.data import labelled_part, read_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.flags import add_data_flags, add_machine_flags, fraction, positive_int, seed_number  # noqa: E402
+from engine.flags import (  # noqa: E402
+    add_data_flags,
+    add_machine_flags,
+    fraction,
+    positive_int,
+    refuse_given,
+    seed_number,
+)
 from engine.parser import Parser  # noqa: E402
 from engine.record import output_folder, provenance, save_checkpoint, write_atomic  # noqa: E402
 from engine.teachers import load_teacher  # noqa: E402
@@ -58,6 +65,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if not args.kind.startswith('taylor'):
+        refuse_given(args, {'batches': 10}, f'--kind {args.kind} does not read it')
     device = setup(args)
     folder = output_folder(Path(args.out))
     amp = autocast(device, args.amp)
