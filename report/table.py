@@ -478,7 +478,8 @@ def main() -> int:
     args = parser.parse_args()
     results = [r for r in read_results(args.folders) if r.get('script', 'train_kd') in SCRIPTS]
     if not results:
-        others = 'report ka reads train_ka.py, report dfkd train_dfkd.py'
+        others = 'report ka reads train_ka.py and the tools of its losses, dfkd train_dfkd.py, dense '
+        others += 'train_dense.py, tasks tools/sequences.py and graphs.py, explain tools/graft.py'
         raise UserError(f'no result of {", ".join(SCRIPTS)} below {", ".join(args.folders)}; {others}')
     out = output_folder(Path(args.out))
     text = table(results)

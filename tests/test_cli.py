@@ -675,6 +675,11 @@ def test_every_tool_explains_itself_and_refuses_in_one_line(script, monkeypatch,
     [
         ('missing at', 'after -- comes a command of train_base.py'),
         ('missing at -- nonsense.py', "got 'nonsense.py'"),
+        ('missing -- train_kd.py --s_name resnet8', 'name methods before --, those of train_kd.py or'),
+        ('missing -- train_base.py --net_name resnet8', 'name methods before --, those of train_kd.py or'),
+        *((f'graphs --kd_mode teacher alone --{flag}', 'teacher alone would not read it, lsp does')
+          for flag in ('kernel rbf', 'sigma 9', 'gamma 9', 'lambda_kd 9')),
+        (f'report.table {ROOT}/results/lm-markov --out x', 'dense train_dense.py, tasks tools/sequences.py'),
         ('missing nonsense -- train_kd.py --s_name resnet8', "'nonsense'"),
         ('missing st -- train_kd.py --epochs many', '--epochs'),
         ('eval --net_name resnet9 x.pt', '6n + 2'),

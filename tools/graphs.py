@@ -36,6 +36,7 @@ from engine.flags import (  # noqa: E402
     add_output_flags,
     positive_float,
     positive_int,
+    refuse_given,
     seed_number,
     share_of_ce,
 )
@@ -92,6 +93,9 @@ def main():
     refuse_repeated('--kd_mode', args.kd_mode)
     if 'lsp' in args.kd_mode and not args.t_model:
         raise UserError('lsp: a teacher is needed, --t_model FILE of --kd_mode teacher')
+    if 'lsp' not in args.kd_mode:
+        of_lsp = {'lambda_kd': 100.0, 'kernel': 'l1exp', 'gamma': 0.01, 'sigma': 100.0}
+        refuse_given(args, of_lsp, f'{" ".join(args.kd_mode)} would not read it, lsp does')
     if args.labels > 1:
         raise UserError(f'--labels {args.labels:g}: a share of the nodes is wanted, at most 1')
     refuse_amp(args)

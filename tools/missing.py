@@ -91,6 +91,8 @@ def main():
     tokens, (script, *words) = parser.parse_args(sys.argv[1:cut]).methods, sys.argv[cut + 1 :] or ['']
     if script not in SCRIPTS:
         raise UserError(f'after -- comes a command of {", ".join(SCRIPTS)}, got {script!r}')
+    if not tokens or script == 'train_base.py':
+        raise UserError(f'name methods before --, those of {" or ".join(SCRIPTS[1:])}')
     results = [read_json(path) for path in sorted((ROOT / 'results').rglob('*.json'))]
     recipes = [r['recipe'] for r in results if isinstance(r, dict) and 'recipe' in r]
     lacking = [t for t in tokens if not done(wanted(script, t, words_for(t, tokens, words)), recipes)]
