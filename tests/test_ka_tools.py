@@ -99,7 +99,7 @@ def test_unlearning_and_its_attack(tool, monkeypatch, tmp_path):
     attack = {'attack_share': 0.5, 'attack_epochs': 1, 'attack_lr': 0.02}
     made = result_of(tmp_path / 'whole')
     for key, value in attack.items():
-        assert told_apart(made, **{key: 9}) == [f', {key} {value}', f', {key} 9'], 'other attacks are no seeds'
+        assert told_apart(made, **{key: 9}) == [f', {key} {value}', f', {key} 9'], 'these are no seeds'
     student = result_of(tmp_path / 'whole' / 'lambda-0')
     assert not attack.keys() & student['recipe'].keys(), 'a student goes on, whoever attacks it'
     done = tool(*words, '--s_init', tmp_path / 't.pt', '--lambda_adv', 0, '--lr', '1e-9', '--weight_decay', 0,

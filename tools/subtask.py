@@ -176,7 +176,7 @@ def main():
     rows = [{key: row[key] for key in columns if key in row} for row in rows]
     start = ', which begins with weights that knew all' if args.s_init else ''
     title = f'{args.t_name} to {args.s_name}{start}, classes {args.sub} kept'
-    # the attack changes the table, but no student: the students' own recipes, which --resume compares, lack it
+    # an attack changes the table, but no student: students' own recipes, which --resume compares, lack it
     recipe |= {key: getattr(args, key) for key in ('attack_share', 'attack_epochs', 'attack_lr')}
     write_table(folder, facts | {'title': title, 'attack': len(stolen), 'recipe': recipe}, rows, origin, log)
 

@@ -150,7 +150,7 @@ def main():
             read = learn(name, net, amalgam.levels, plain, amalgam.told_by(teachers), (test.of(every), names),
                          teachers=marks, norm=args.norm, threshold=args.threshold, T=args.T)  # fmt: skip
         rows.append({'row': f'{name} ({"reads labels" if name == "labels" else "no labels"})', **read})
-    # of the students without labels alone: the other networks' own recipes, which --resume compares, lack them
+    # of students without labels alone: the other networks' own recipes, which --resume compares, lack them
     recipe |= {key: getattr(args, key) for key in ('norm', 'threshold', 'T')}
     facts |= {'title': f'toy detectors of {" and of ".join(args.kinds)} into one', 'recipe': recipe}
     write_table(folder, facts, rows, origin, log)
