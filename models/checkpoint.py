@@ -408,12 +408,6 @@ def head_names(net: nn.Module) -> set[str]:
         return set()
     modules = dict(net.named_modules())
     paths = [path for path, module in modules.items() if module is head]
-    if not paths:  # MobileNetV2Tiny's is a 1x1 convolution, and what it calls its classifier a copy
-        paths = [
-            path
-            for path, m in modules.items()
-            if _shape(getattr(m, 'weight', None)) == (*head.weight.shape, 1, 1)
-        ]
     further = net.further_heads() if hasattr(net, 'further_heads') else []
     paths = (paths[-1], *(path for path, module in modules.items() if any(module is m for m in further)))
     return {name for name in net.state_dict() if name.startswith(tuple(f'{path}.' for path in paths))}

@@ -42,7 +42,7 @@ class MobileNetV2Tiny(nn.Module):
             setattr(self, name, blocks[0] if units == 1 else nn.Sequential(*blocks))
             c_in = c
         self.conv1 = nn.Sequential(nn.Conv2d(c_in, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU6())
-        self.conv2 = nn.Conv2d(1280, num_classes, 1)
+        self.conv2 = _Classifier(1280, num_classes)
 
     def forward(self, x: Tensor, feats: bool = False) -> Tensor | Feats:
         pre = self.pre[1](self.pre[0](x))
@@ -64,7 +64,7 @@ class MobileNetV2Tiny(nn.Module):
             fms.append(fm)
             pres.append(pre)
         feat = fm.mean(dim=(2, 3))
-        return Feats(self.conv2(feat[:, :, None, None]).flatten(1), feat, fms, pres)
+        return Feats(self.conv2(feat), feat, fms, pres)
 
     def bn_before_relu(self) -> list[nn.BatchNorm2d]:
         raise ValueError('MobileNetV2Tiny has no batch norm right before the ReLU that ends a stage')
@@ -73,10 +73,24 @@ class MobileNetV2Tiny(nn.Module):
         return [self.pre, *(getattr(self, stage[0]) for stage in _STAGES), self.conv1]
 
     def classifier_layer(self) -> nn.Linear:
-        """A linear layer with the classifier's present weights."""
-        layer = nn.Linear(self.conv2.in_channels, self.conv2.out_channels)
-        layer.load_state_dict({'weight': self.conv2.weight.flatten(1), 'bias': self.conv2.bias})
-        return layer.to(self.conv2.weight)
+        return self.conv2
+
+
+class _Classifier(nn.Linear):
+    """A linear layer that is a 1x1 convolution in state dicts, as mdistiller's is: (K, C, 1, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.flatten(1)  # four-dimensional where functional_call is given a state dict
+        return F.linear(x, weight, self.bias)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f'{prefix}weight'] = destination[f'{prefix}weight'][..., None, None]
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
+        name = f'{prefix}weight'
+        flat = {name: state[name].flatten(1)} if name in state else {}
+        super()._load_from_state_dict({**state, **flat}, prefix, *args)  # the given dict stays as it is
 
 
 class _Inverted(nn.Module):

@@ -445,6 +445,37 @@ def test_every_network_tells_its_head(name):
     assert shapes == {(7, net.classifier_layer().in_features), (7,)}
 
 
+@pytest.mark.parametrize('name', ['resnet8', 'MobileNetV1', 'MobileNetV2Tiny', 'vit_128_6'])
+def test_the_classifier_is_a_part_of_its_network(name):
+    """What is done to classifier_layer() is done to the network: no copy is handed out."""
+    net = models.build(name, 5)
+    layer = net.classifier_layer()
+    assert any(layer is module for module in net.modules()) and layer is net.classifier_layer()
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert layer.weight.shape == (5, layer.in_features) and layer.weight.grad is not None
+
+
+def test_a_classifier_that_is_a_convolution_in_files():
+    """Of mdistiller's shape in files, a linear layer in use; a dict that is loaded stays as it is."""
+    net, x = models.build('MobileNetV2Tiny', 5).eval(), torch.randn(2, 3, 32, 32)
+    whole = torch.nn.ModuleList([net])
+    state = whole.state_dict()
+    assert state['0.conv2.weight'].shape == (5, 1280, 1, 1)
+    other = torch.nn.ModuleList([models.build('MobileNetV2Tiny', 5).eval()])
+    for given in (state, {**state, **dict(whole.named_parameters())}):
+        before = {key: value.shape for key, value in given.items()}
+        other.load_state_dict(given, strict=True)
+        assert before == {key: value.shape for key, value in given.items()}
+        assert torch.equal(other[0](x), net(x))
+    with pytest.raises(RuntimeError, match='size mismatch for conv2.weight'):
+        models.build('MobileNetV2Tiny', 6).load_state_dict(net.state_dict())
+    with pytest.raises(RuntimeError, match='Missing.*conv2.weight'):
+        net.load_state_dict({key: x for key, x in net.state_dict().items() if key != 'conv2.weight'})
+    assert torch.equal(torch.func.functional_call(net, net.state_dict(), (x,)), net(x))
+    with torch.no_grad():
+        torch.testing.assert_close(models.folded(net, x)(x), net(x))
+
+
 def test_loader_reads_safetensors(tmp_path):
     safetensors = pytest.importorskip('safetensors.torch')
     state = containers()[0]
