@@ -28,7 +28,7 @@ class VGG(nn.Module):
 
     Shape:
         x: (N, 3, H, W). `net(x)` returns (N, classes); `net(x, True)` returns Feats with five maps, each
-        before its pooling. Images 64 pixels high are pooled after the fourth block too.
+        before its pooling. Images 64 to 71 pixels high are pooled after the fourth block too.
     """
 
     def __init__(self, depth: int, num_classes: int = 100) -> None:
@@ -54,7 +54,9 @@ class VGG(nn.Module):
     def after(self, k: int, fm: Tensor) -> Feats:
         """The rest of the network from fms[k]: its later maps, embedding and logits."""
         fms, pres = [], []
-        pooled_after = 4 if fm.shape[2] << k == 64 else 3  # images of 64 pixels are pooled once more
+        # RepDistiller pools images of 64 pixels once more, before block 4: so are all whose map there, which
+        # every earlier map tells, is 8 high too
+        pooled_after = 4 if fm.shape[2] >> max(3 - k, 0) == 8 else 3
         for i, block in enumerate(self.feat_modules()[k + 1 :], k):
             pre = block(F.max_pool2d(fm, 2) if i < pooled_after else fm)
             fm = F.relu(pre)

@@ -605,6 +605,18 @@ def test_the_rest_of_a_network_goes_on_from_any_map(name, size):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize('size', [32, 40, 63, 64, 65, 71, 72, 80])
+def test_the_rest_of_a_vgg_at_any_height(size):
+    """Of 64 to 71 pixels the map of block 3 is 8 high, and is pooled once more; forward and rest agree."""
+    torch.manual_seed(0)
+    net = models.build('vgg8', 5).eval()
+    with torch.no_grad():
+        f = net(torch.randn(1, 3, size, 32), True)
+        assert f.fms[4].shape[2] == (size // 8 // 2 if 64 <= size < 72 else size // 8)
+        for k, fm in enumerate(f.fms):
+            assert torch.equal(net.after(k, fm).out, f.out)
+
+
 @pytest.mark.parametrize('name, params', [('vit_64_3', 157_895), ('deit_64_3', 158_478)])
 def test_a_vision_transformer(name, params):
     """Written out by hand, with the positions of another grid; every block's tokens, and both heads."""
