@@ -19,7 +19,11 @@ from torch import Tensor, nn
 _CONTAINERS = ('model', 'net', 'snet', 'state_dict', 'student', 'net1', 'model_state_dict', 'weights')
 _CONTAINERS += ('state_dict_ema', 'model_ema', 'teacher')
 _OTHER_SIDE = ('tnet', 'net2')
-_NOT_ITSELF = re.compile(r'teacher|ema\b|momentum|(?:^|[._])(?:net_t|t_net|tnet|model_t|encoder_k)\b')
+# keys and prefixes of a teacher's weights, or of an average's
+_NOT_ITSELF = re.compile(
+    r'teacher|momentum|(?:^|[._])(?:ema|swa|avg|averaged|frozen|ref|target|'
+    r't|net_t|t_net|tnet|model_t|t_model|encoder_k)(?:$|[._])'
+)
 _WRAPPERS = re.compile(r'(?<![^.])(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
 _ACCURACIES = ('accuracy', 'best_acc', 'prec@1', 'top1')
 
@@ -302,10 +306,13 @@ def _find_state(content: dict, path: Path, part: str | None) -> tuple[dict, str 
         if not _is_state(state):
             raise ValueError(f'{path}: has no weights under {part!r}; its keys are {list(content)[:8]}')
         return state, part, [key for key in found if key != part]
-    if not found and not _is_state(content):  # under a name that nobody knows: the largest
-        others = [key for key, value in content.items() if isinstance(key, str) and _is_state(value)]
-        others.sort(key=lambda key: -len(content[key]))
-        found = {key: content[key] for key in others}
+    if not _is_state(content) and all(_NOT_ITSELF.search(key) for key in found):
+        # no name is known, or a teacher's or an average's alone: the largest under other names goes before
+        # these, and what has a twentieth of its entries is a loss's, not a network's
+        others = [key for key, x in content.items() if isinstance(key, str) and _is_state(x)]
+        found |= {key: content[key] for key in sorted(others, key=lambda key: -len(content[key]))}
+        few = max(map(len, found.values()), default=0) / 20
+        found = dict(sorted(found.items(), key=lambda x: (len(x[1]) < few, bool(_NOT_ITSELF.search(x[0])))))
     ours = [key for key in found if key not in _OTHER_SIDE]
     if ours:
         return found[ours[0]], ours[0], [key for key in found if key != ours[0]]

@@ -381,6 +381,44 @@ def test_loader_takes_the_student_of_two_alike(other, tmp_path):
     assert equal_states(loads('resnet8', both, tmp_path / 'c.pt')[0].state_dict(), state)
 
 
+TWO_KEYS = (
+    'teacher student_state_dict', 'teacher student_model', 'state_dict_ema net_state', 'model_ema generator',
+    'model_t model_s', 't s', 'teacher_state student_state', 'ema params', 'params_ema params',
+    'ema_state_dict model_weights', 'model_ema model', 'swa_model what_i_call_it', 'tnet mine',
+)  # fmt: skip
+TWO_PREFIXES = (
+    't_model. s_model.', 'ema_model. model.', 'ema_net. net.', 'swa_model. model.', 'averaged_model. model.',
+    'target_network. online_network.', 'frozen. net.', 'ref_model. model.', 't. s.',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('keys', TWO_KEYS)
+def test_loader_takes_no_teacher_and_no_average_for_the_student(keys, tmp_path):
+    """In either order, beside a loss of few entries; alone in a file each of them is read."""
+    other, mine = keys.split()
+    states = {other: models.build('resnet8', 10).state_dict(), mine: containers()[0]}
+    for order in ((other, mine), (mine, other)):
+        content = {'epoch': 3, 'kd': {'centre': torch.ones(2)}, **{key: states[key] for key in order}}
+        net, said = loads('resnet8', content, tmp_path / 'c.pt')
+        assert equal_states(net.state_dict(), states[mine])
+        assert f"['{mine}'], also in the file: " in said and other in said
+    if other != 'tnet':  # which must be asked for
+        net, said = loads('resnet8', {'kd': {'x': torch.ones(2)}, other: states[other]}, tmp_path / 'c.pt')
+        assert equal_states(net.state_dict(), states[other]) and f"['{other}']" in said
+
+
+@pytest.mark.parametrize('prefixes', TWO_PREFIXES)
+def test_loader_takes_the_student_of_two_prefixes(prefixes, tmp_path):
+    other, mine = prefixes.split()
+    state = containers()[0]
+    theirs = {other + key: torch.zeros_like(value) for key, value in state.items()}
+    ours = {mine + key: value for key, value in state.items()}
+    for both in (theirs | ours, ours | theirs):
+        net, said = loads('resnet8', both, tmp_path / 'c.pt')
+        assert equal_states(net.state_dict(), state) and f'left out: {other}' in said
+    assert f'without the prefix {other}' in loads('resnet8', theirs, tmp_path / 'c.pt')[1]
+
+
 def test_loader_leaves_out_what_is_no_tensor(tmp_path):
     state = containers()[0]
     net, said = loads('resnet8', {**state, 'epoch': 3, 'arch': 'resnet8'}, tmp_path / 'c.pt')
