@@ -3,8 +3,8 @@
 A data set is indexed: data[i] gives (image, target).
 image: (3, H, W) float32 in 0..1.
 target: for segmentation (H, W) int64, -1 where there is no label; for detection {'boxes': (M, 4) float32 as
-x1, y1, x2, y2 in pixels, 'labels': (M,) int64 from 1 on (0 is the background), 'crowd': (M,) bool, not to be
-learnt and not to be counted}.
+x1, y1, x2, y2 in pixels, 'labels': (M,) int64 from 1 on (0 is the background), 'crowd': (M,) bool, many
+objects in one box, 'difficult': (M,) bool, of VOC; neither is learnt nor counted}.
 """
 
 import json
@@ -161,7 +161,7 @@ class Voc:
         return torch.where(seg == 255, -1, seg)
 
     def _target(self, annotation: dict) -> dict:
-        boxes, labels, crowd = [], [], []
+        boxes, labels, difficult = [], [], []
         for thing in annotation.get('object', []):
             corner = [float(thing['bndbox'][key]) for key in ('xmin', 'ymin', 'xmax', 'ymax')]
             boxes.append([corner[0] - 1, corner[1] - 1, *corner[2:]])  # numbers from 1, both ends included
@@ -171,8 +171,8 @@ class Voc:
                     '--data_name coco'
                 )
             labels.append(self.class_names.index(thing['name']))
-            crowd.append(thing.get('difficult', '0') == '1')
-        return _boxes(boxes, labels, crowd)
+            difficult.append(thing.get('difficult', '0') == '1')
+        return _boxes(boxes, labels, difficult=difficult)
 
 
 class Coco:
@@ -233,11 +233,14 @@ def _picture(path: str | Path) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def _boxes(boxes, labels, crowd=None) -> dict[str, Tensor]:
+def _boxes(boxes, labels, crowd=None, difficult=None) -> dict[str, Tensor]:
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.as_tensor(labels, dtype=torch.int64)
-    crowd = torch.as_tensor([False] * len(boxes) if crowd is None else crowd, dtype=torch.bool)
-    return {'boxes': boxes, 'labels': labels, 'crowd': crowd}
+    crowd, difficult = (
+        torch.as_tensor([False] * len(boxes) if flags is None else flags, dtype=torch.bool)
+        for flags in (crowd, difficult)
+    )
+    return {'boxes': boxes, 'labels': labels, 'crowd': crowd, 'difficult': difficult}
 
 
 # ---------------------------------------------------------------------------------- the batches of a training
@@ -282,10 +285,11 @@ def in_order(steps: Steps, numbers: range, workers: int) -> Iterator[dict]:
 
 
 def augmented(image: Tensor, target, g: torch.Generator, crop: int | None, view=None) -> tuple:
-    """Mirrored by chance, and for segmentation cut out at a random size; boxes of crowds are left out."""
+    """Mirrored by chance, for segmentation cut out at a random size; without crowds and difficult objects."""
     mirror = torch.rand((), generator=g) < 0.5
     if isinstance(target, dict):
-        boxes, labels = (target[key][~target['crowd']] for key in ('boxes', 'labels'))
+        left = ~(target['crowd'] | target['difficult'])
+        boxes, labels = (target[key][left] for key in ('boxes', 'labels'))
         if mirror:
             width = image.shape[2]
             image = image.flip(2)

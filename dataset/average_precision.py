@@ -8,7 +8,9 @@ of pictures; a test compares the two.
     right, at the recalls 0, 0.01, .., 1; the mean over them, over classes that have a box, over thresholds
     0.50, 0.55, .., 0.95
 
-Boxes of crowds count neither as found nor as missed: a detection that covers one is left out.
+Crowds and VOC's difficult objects count neither as found nor as missed, and a detection of one is left out:
+of a crowd any that lies on it, the overlap being divided by the detection's own area; of a difficult object
+the one that takes it by the usual overlap, when no other box is left for it.
 """
 
 import contextlib
@@ -37,7 +39,8 @@ def library() -> str:
 def average_precision(truth: list[dict[str, Tensor]], found: list[dict[str, Tensor]]) -> dict[str, float]:
     """{'ap', 'ap50', 'ap75'} in percent; 0 if the test set has no box.
 
-    truth: per picture boxes, labels and, where there are any, crowd; found: boxes, scores, labels.
+    truth: per picture boxes, labels and, where there are any, crowd and difficult; found: boxes, scores,
+    labels.
     """
     truth = [{key: value.cpu().numpy() for key, value in one.items()} for one in truth]
     found = [{key: value.cpu().float().numpy() for key, value in one.items()} for one in found]
@@ -53,10 +56,12 @@ def by_pycocotools(truth: list[dict], found: list[dict]) -> np.ndarray:
 
     boxes, detections = [], []
     for i, (one, seen) in enumerate(zip(truth, found)):
-        for box, label, crowd in zip(_sizes(one['boxes']), one['labels'], _crowd(one)):
+        for box, label, crowd, difficult in zip(
+            _sizes(one['boxes']), one['labels'], _flags(one, 'crowd'), _flags(one, 'difficult')
+        ):
+            area = 2e10 if difficult else float(box[2] * box[3])  # beyond all areas it is ignored
             boxes.append({'id': len(boxes) + 1, 'image_id': i, 'category_id': int(label),
-                          'bbox': box.tolist(), 'area': float(box[2] * box[3]),
-                          'iscrowd': int(crowd)})  # fmt: skip
+                          'bbox': box.tolist(), 'area': area, 'iscrowd': int(crowd)})  # fmt: skip
         for box, label, score in zip(_sizes(seen['boxes']), seen['labels'], seen['scores']):
             detections.append({'image_id': i, 'category_id': int(label), 'bbox': box.tolist(),
                                'score': float(score)})  # fmt: skip
@@ -73,14 +78,12 @@ def by_pycocotools(truth: list[dict], found: list[dict]) -> np.ndarray:
         judged.evaluate()
         judged.accumulate()
     precision = judged.eval['precision'][:, :, :, 0, -1].mean(axis=1)  # all areas, 100 detections
-    return precision[:, precision[0] > -1]  # a class may have nothing but crowds
+    return precision[:, precision[0] > -1]  # a class may have nothing that counts
 
 
 def by_numpy(truth: list[dict], found: list[dict]) -> np.ndarray:
     """(thresholds, classes that have a box)"""
-    kinds = sorted(
-        {int(label) for one in truth for label, crowd in zip(one['labels'], _crowd(one)) if not crowd}
-    )
+    kinds = sorted({int(label) for one in truth for label in one['labels'][~_ignored(one)]})
     curves = [_precision(k, truth, found) for k in kinds]
     return np.stack(curves, axis=1) if curves else np.zeros((len(THRESHOLDS), 0))
 
@@ -90,15 +93,15 @@ def _precision(kind: int, truth: list[dict], found: list[dict]) -> np.ndarray:
     scores, hits, counted, boxes = [], [], [], 0
     for one, seen in zip(truth, found):
         mine, its = one['labels'] == kind, seen['labels'] == kind
-        crowd = _crowd(one)[mine]
-        order = np.argsort(crowd, kind='stable')  # crowds last
-        box, crowd = _sizes(one['boxes'])[mine][order], crowd[order]
+        crowd, ignored = _flags(one, 'crowd')[mine], _ignored(one)[mine]
+        order = np.argsort(ignored, kind='stable')  # what does not count last
+        box, crowd, ignored = _sizes(one['boxes'])[mine][order], crowd[order], ignored[order]
         best = np.argsort(-seen['scores'][its], kind='stable')[:MOST]
-        hit, left_out = _matched(_sizes(seen['boxes'])[its][best], box, crowd)
+        hit, left_out = _matched(_sizes(seen['boxes'])[its][best], box, crowd, ignored)
         scores.append(seen['scores'][its][best])
         hits.append(hit)
         counted.append(~left_out)
-        boxes += int((~crowd).sum())
+        boxes += int((~ignored).sum())
     order = np.argsort(-np.concatenate(scores), kind='stable')
     hits, counted = (np.concatenate(x, axis=1)[:, order] for x in (hits, counted))
     result = np.zeros(len(THRESHOLDS))
@@ -112,8 +115,8 @@ def _precision(kind: int, truth: list[dict], found: list[dict]) -> np.ndarray:
     return result
 
 
-def _matched(found: np.ndarray, box: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per threshold and detection: whether it has found a box, and whether that is of a crowd."""
+def _matched(found: np.ndarray, box: np.ndarray, crowd: np.ndarray, ignored: np.ndarray) -> tuple:
+    """Per threshold and detection: whether it has found a box, and whether that does not count."""
     hit, left_out = (np.zeros((len(THRESHOLDS), len(found)), bool) for _ in range(2))
     overlap = _overlaps(found, box, crowd)
     for k, threshold in enumerate(THRESHOLDS):
@@ -121,13 +124,13 @@ def _matched(found: np.ndarray, box: np.ndarray, crowd: np.ndarray) -> tuple[np.
         for d in range(len(found)):
             best, taken = min(threshold, 1 - 1e-10), -1
             for b in np.flatnonzero(free | crowd):
-                if taken >= 0 and not crowd[taken] and crowd[b]:
-                    break  # a box of its own goes before a crowd
+                if taken >= 0 and not ignored[taken] and ignored[b]:
+                    break  # a box that counts goes before one that does not
                 if overlap[d, b] >= best:  # of equals the later
                     best, taken = overlap[d, b], b
             if taken >= 0:
                 free[taken] = False
-                hit[k, d], left_out[k, d] = True, crowd[taken]
+                hit[k, d], left_out[k, d] = True, ignored[taken]
     return hit, left_out
 
 
@@ -147,5 +150,9 @@ def _sizes(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def _crowd(one: dict) -> np.ndarray:
-    return one.get('crowd', np.zeros(len(one['labels']), bool))
+def _flags(one: dict, name: str) -> np.ndarray:
+    return one.get(name, np.zeros(len(one['labels']), bool))
+
+
+def _ignored(one: dict) -> np.ndarray:
+    return _flags(one, 'crowd') | _flags(one, 'difficult')

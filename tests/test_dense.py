@@ -125,7 +125,10 @@ def test_voc(tmp_path):
     assert (label[5:9, 3:8] == 8).all() and (label[9, 3:8] == -1).all() and (label[:5] == 0).all()
     (image, target), *_ = annotated.load('detection', 'voc', tmp_path, 32)[2]
     assert target['boxes'].tolist() == [[3, 5, 8, 9], [0, 0, 50, 40]], 'whole pixels of the picture'
-    assert target['labels'].tolist() == [8, 20] and target['crowd'].tolist() == [False, True]
+    assert target['labels'].tolist() == [8, 20] and target['difficult'].tolist() == [False, True]
+    assert not target['crowd'].any()
+    learnt = annotated.augmented(image, target, torch.Generator().manual_seed(0), None)[1]
+    assert learnt['labels'].tolist() == [8], 'what is difficult is not learnt'
     steps = annotated.Steps(train, None, 1, 3, crop=32)
     assert [tuple(x[0].shape) for x in steps[5]['labelled']] == [(3, 32, 32), (32, 32)]
     assert torch.equal(steps[5]['labelled'][0][0], steps[5]['labelled'][0][0])
@@ -254,9 +257,9 @@ def boxes(*corners):
     return torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
 
 
-def truth(corners, labels, crowd=None):
+def truth(corners, labels, **flags):
     made = {'boxes': boxes(*corners), 'labels': torch.tensor(labels, dtype=torch.int64)}
-    return made | ({} if crowd is None else {'crowd': torch.tensor(crowd)})
+    return made | {name: torch.tensor(given) for name, given in flags.items()}
 
 
 def found(corners, labels, scores):
@@ -289,9 +292,17 @@ def test_average_precision_by_hand():
     assert twice['ap'] == pytest.approx(100), 'a second one comes after all recalls'
     assert by_both([truth([], [])], [found([square], [1], [0.5])])['ap'] == 0
     assert by_both([truth([square], [1])], [found([], [], [])])['ap'] == 0
-    crowd = by_both([truth([square, other], [1, 1], [False, True])],
+    crowd = by_both([truth([square, other], [1, 1], crowd=[False, True])],
                     [found([other, square], [1, 1], [0.9, 0.8])])  # fmt: skip
     assert crowd['ap'] == pytest.approx(100), 'what lies on a crowd counts nothing'
+
+
+def test_difficult_objects_excuse_what_finds_them_only():
+    square, other, inside = (0, 0, 10, 10), (20, 20, 30, 30), (20, 20, 24, 24)
+    one = [truth([square, other], [1, 1], difficult=[False, True])]
+    assert by_both(one, [found([other, square], [1, 1], [0.9, 0.8])])['ap'] == pytest.approx(100)
+    assert by_both(one, [found([inside, square], [1, 1], [0.9, 0.8])])['ap'] == pytest.approx(50)
+    assert by_both([truth([other], [1], difficult=[True])], [found([other], [1], [0.9])])['ap'] == 0
 
 
 def test_average_precision_on_random_pictures():
@@ -305,7 +316,8 @@ def test_average_precision_on_random_pictures():
     for _ in range(30):
         n, m = torch.randint(0, 6, (2,), generator=g).tolist()
         box, labels = some(n), torch.randint(1, 4, (n,), generator=g)
-        one.append({'boxes': box, 'labels': labels, 'crowd': torch.rand(n, generator=g) < 0.2})
+        one.append({'boxes': box, 'labels': labels, 'crowd': torch.rand(n, generator=g) < 0.2,
+                    'difficult': torch.rand(n, generator=g) < 0.2})  # fmt: skip
         near = torch.cat([some(m), box + torch.randint(0, 3, box.shape, generator=g)])
         kinds = torch.cat([torch.randint(1, 4, (m,), generator=g), labels])
         other.append({'boxes': near, 'labels': kinds, 'scores': torch.rand(len(near), generator=g)})
