@@ -322,7 +322,7 @@ def _cut(image: Tensor, target: Tensor, g: torch.Generator, side: int) -> tuple[
     scale = 0.5 + 1.5 * torch.rand((), generator=g).item()
     size = [max(round(length * scale), 1) for length in image.shape[1:]]
     image = F.interpolate(image[None], size, mode='bilinear', align_corners=False, antialias=True)[0]
-    target = F.interpolate(target[None, None].float(), size, mode='nearest')[0, 0].long()
+    target = F.interpolate(target[None, None].float(), size, mode='nearest-exact')[0, 0].long()
     missing = [max(side - length, 0) for length in size]
     image = F.pad(image, (0, missing[1], 0, missing[0]))
     target = F.pad(target, (0, missing[1], 0, missing[0]), value=-1)

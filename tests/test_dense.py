@@ -305,6 +305,17 @@ def test_difficult_objects_excuse_what_finds_them_only():
     assert by_both([truth([other], [1], difficult=[True])], [found([other], [1], [0.9])])['ap'] == 0
 
 
+def test_labels_of_a_crop_lie_where_its_picture_does():
+    """An edge at many sizes: on the average as many pixels are labelled as the bright part is wide."""
+    image, target = torch.zeros(3, 60, 60), torch.zeros(60, 60, dtype=torch.int64)
+    image[:, :, 23:], target[:, 23:] = 1, 1
+    off = []
+    for seed in range(60):
+        x, y = annotated._cut(image, target, torch.Generator().manual_seed(seed), 120)
+        off.append(x[0, 0].sum() - (y[0] == 1).sum())
+    assert abs(torch.stack(off).mean()) < 0.2
+
+
 def test_average_precision_on_random_pictures():
     g = torch.Generator().manual_seed(0)
 
