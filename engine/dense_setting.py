@@ -36,8 +36,9 @@ def make_setting(args, device, root: Path, log, needs_teacher: bool) -> tuple[Se
     rooms = more is not None
     n = args.labelled or ((50 if args.task == 'segmentation' else 100) if rooms else len(whole))
     n = min(n, len(whole))
-    labelled = torch.utils.data.Subset(whole, range(n))
-    rest = more if rooms else torch.utils.data.Subset(whole, range(n, len(whole)))
+    order = picked(len(whole), n, rooms)
+    labelled = torch.utils.data.Subset(whole, order[:n])
+    rest = more if rooms else torch.utils.data.Subset(whole, order[n:])
     free = len(rest) if rooms and args.unlabelled is None else min(args.unlabelled or 0, len(rest))
     unlabelled = torch.utils.data.Subset(rest, range(free)) if free else None
     crop = args.size if not rooms and args.task == 'segmentation' else None
@@ -60,7 +61,8 @@ def make_setting(args, device, root: Path, log, needs_teacher: bool) -> tuple[Se
     start.to(device, memory_format=torch.channels_last)
     setting = Setting(
         test, K, device, autocast(device, args.amp), args.seed, args.steps, steps, n, free,
-        whole.class_names, {'augment': numbers} if numbers else {},
+        whole.class_names, ({'augment': numbers} if numbers else {}) | (
+            {} if rooms or n == len(whole) else {'labelled_drawn': True}),
     )  # fmt: skip
     setting.task = TASKS[args.task](setting, start)
     if args.task == 'detection' and not rooms and ':' in args.s_name:
@@ -70,6 +72,17 @@ def make_setting(args, device, root: Path, log, needs_teacher: bool) -> tuple[Se
         setting.net_t = the_teacher(args, setting, net_t, everything if rooms else None, root, log)
     log(f'{args.data_name}: {n} labelled and {free} other pictures to learn from, {len(test)} for the test')
     return setting, start
+
+
+def picked(total: int, n: int, rooms: bool) -> list[int]:
+    """All pictures in an order whose first n have labels: of files n by chance, the same for every --seed.
+
+    Rooms are drawn independently of one another, so that their first ones will do; files are sorted by year
+    or by number.
+    """
+    if rooms or n == total:
+        return list(range(total))
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def frozen_in(path: str | None) -> bool:

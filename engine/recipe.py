@@ -27,6 +27,7 @@ WORDS = {
     'own_unlabelled': 'the images without labels are others',
     'own_ood': 'the images of another domain are others',
     'teacher_weights': 'the teacher (--t_model, or the labels of --soft_labels) is another',
+    'labelled_drawn': 'the pictures with labels are drawn by chance now, that run saw the first ones',
     'initial': 'the initial weights are others',
     'methods': 'weights, arguments or stages of methods differ: was {1!r}, is {2!r}',
     'ce': '--lambda_ce, the weight of cross-entropy, was {1!r}, is {2!r}',

@@ -18,6 +18,7 @@ from dataset import average_precision as ap
 from dataset.dense_views import dense_views
 from engine import dense as parts
 from engine import dense_build, dense_setting
+from engine.dense_setting import picked
 from engine.dense_tasks import TASKS, Setting
 from engine.device import autocast
 from methods.dense import DENSE
@@ -114,6 +115,14 @@ def write_voc(root):
         ET.ElementTree(root_of).write(base / 'Annotations' / f'{name}.xml')
         for kind in ('Main', 'Segmentation'):
             (base / 'ImageSets' / kind / f'{split}.txt').write_text(f'{name}\n')
+
+
+def test_labelled_files_are_drawn_by_chance():
+    """The same for every --seed; rooms, and all files, keep their order."""
+    order = picked(100, 20, rooms=False)
+    assert sorted(order) == list(range(100)) and order == picked(100, 30, rooms=False)
+    assert max(order[:20]) > 60 and order != list(range(100))
+    assert picked(100, 20, rooms=True) == picked(100, 100, rooms=False) == list(range(100))
 
 
 def test_voc(tmp_path):
