@@ -59,7 +59,16 @@ def read_arrays(root: Path):
                 f'{" or -100" if half == "train" else ""}'
             )
         halves.append((np.ascontiguousarray(images), labels))
-    known = 'mean' in train and 'std' in train
+    shapes = [images.shape[1:3] for images, _ in halves]
+    if shapes[0] != shapes[1]:
+        (h, w), (test_h, test_w) = shapes
+        raise ValueError(
+            f'{root}: images of train.npz are {h} x {w} pixels, of test.npz {test_h} x {test_w}: '
+            'make them one size'
+        )
+    known = [name for name in ('mean', 'std') if name in train]
+    if len(known) == 1:
+        raise ValueError(f'{root / "train.npz"}: has {known[0]} alone: give both mean and std, or neither')
     mean, std = (train['mean'], train['std']) if known else _mean_and_std(halves[0][0])
     if (
         np.shape(mean) != (3,)

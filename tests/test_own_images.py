@@ -136,6 +136,22 @@ def test_a_view_gives_bytes_of_the_images_size(change, monkeypatch):
         next(data.train_batches(4, 0, 0, ['mine']))
 
 
+@pytest.mark.parametrize('name', ['mean', 'std'])
+def test_a_mean_or_std_alone_is_refused(name, tmp_path):
+    root = write_arrays(tmp_path / 'x', **{name: np.full(3, 0.5)})
+    with pytest.raises(ValueError, match=rf'train.npz: has {name} alone: give both mean and std, or neither'):
+        read_arrays(root)
+
+
+def test_halves_of_unlike_sizes_are_refused(tmp_path):
+    root = write_arrays(tmp_path / 'x')
+    with np.load(root / 'test.npz') as file:
+        content = dict(file)
+    np.savez(root / 'test.npz', **content | {'images': content['images'][:, :6]})
+    with pytest.raises(ValueError, match='train.npz are 8 x 8 pixels, of test.npz 6 x 8: make them one size'):
+        read_arrays(root)
+
+
 def test_names_as_python_objects_say_what_to_do(tmp_path):
     write_arrays(tmp_path / 'x')
     with np.load(tmp_path / 'x' / 'train.npz') as file:
