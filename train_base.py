@@ -121,7 +121,7 @@ def main():
             said = models.load_weights(net, args.init, new_head=args.new_head, scale=(train.mean, train.std),
                                        head=head_of('--init'))  # fmt: skip
             log(f'initial weights: {said}')
-    initial = copy.deepcopy(models.named_weights(net, train.class_names))
+    initial = copy.deepcopy(models.named_weights(net, train.class_names, args.own_scale))
     recipe = math_args(
         args, script='train_base', net=args.net_name, initial=fingerprint(net), classes=classes
     )

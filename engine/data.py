@@ -41,8 +41,7 @@ def load_data(args: argparse.Namespace, device: torch.device, log: Callable = la
         raise UserError(f'--pad {args.pad}: {args.data_name} is cropped at random sizes, without padding')
     train.pad = args.pad
     args.own_images = train.digest() if dataset.owned(args.data_name) else None
-    scaled = args.own_images and isinstance(train, dataset.Resident)
-    args.own_scale = [[float(x) for x in part] for part in (train.mean, train.std)] if scaled else None
+    args.own_scale = own_scale(args.data_name, train)
     val = None
     if args.val_split:
         train, val = train.split(args.val_split, args.seed)
@@ -53,6 +52,13 @@ def load_data(args: argparse.Namespace, device: torch.device, log: Callable = la
         raise UserError(f'--batch_size {args.batch_size}: the training set has {len(train)} images only')
     share(train, val, test)
     return train, val, test
+
+
+def own_scale(name: str, data) -> list | None:
+    """Mean and std of images of one's own, for models.named_weights; None where the data's name says them."""
+    if not (dataset.owned(name) and isinstance(data, dataset.Resident)):
+        return None
+    return [[float(x) for x in part] for part in (data.mean, data.std)]
 
 
 def labelled_part(data):

@@ -1,7 +1,9 @@
 """Images of one's own: what is said where they, their numbers or their files are not what they were."""
 
 import json
+import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from dataset.arrays import read_arrays
 from dataset.folder import cores, decoded
 from dataset.resident import Resident
 from dataset.views import VIEWS, View
+from engine.data import own_scale
 from engine.recipe import load_checkpoint
 from kd_losses.fkd_labels import kept
 from models.checkpoint import load_weights
@@ -57,6 +60,7 @@ def test_weights_keep_how_their_images_were_normalised(script, trained, tmp_path
         mean, std = (file['images'].reshape(-1, 3) / 255).mean(axis=0), (file['images'] / 255).std((0, 1, 2))
     state = torch.load(base / 'net.pt', weights_only=True)
     assert np.allclose(state.scale, [mean, std])
+    assert torch.load(base / 'initial.pt', weights_only=True).scale == state.scale
     known = ('--t_mean', *map(str, mean), '--t_std', *map(str, std))
     done = script(*kd, '--img_root', dark, '--t_model', base / 'net.pt', '--note', 'known', *known)
     assert done.code == 0 and 'warning' not in done.out
@@ -134,6 +138,24 @@ def test_a_view_gives_bytes_of_the_images_size(change, monkeypatch):
         dataset.BadImage, match=r'view mine: change must return \(3, 8, 8\) torch.uint8, got '
     ):
         next(data.train_batches(4, 0, 0, ['mine']))
+
+
+def test_own_scale_is_that_of_ones_own_images_alone(tmp_path):
+    train, _ = dataset.load('arrays', write_arrays(tmp_path / 'x', mean=[0.5] * 3, std=[0.25] * 3), 'cpu')
+    assert own_scale('arrays', train) == [[0.5] * 3, [0.25] * 3]
+    assert own_scale('cifar10', train) is None and own_scale('folder', SimpleNamespace(mean=1)) is None
+
+
+def test_a_slimmed_network_keeps_how_its_images_were_normalised(script, trained, tmp_path, monkeypatch):
+    import tools.slim
+
+    monkeypatch.setitem(sys.modules, 'slim', tools.slim)
+    root, base = trained
+    done = script('slim', '--net_name', 'resnet8', '--model', base / 'net.pt', '--data_name', 'arrays',
+                  '--img_root', root, '--threads', 1, '--out', tmp_path / 'slim')  # fmt: skip
+    assert done.code == 0, done.err
+    kept, given = (torch.load(f / 'net.pt', weights_only=True).scale for f in (tmp_path / 'slim', base))
+    assert kept == given
 
 
 @pytest.mark.parametrize('name', ['mean', 'std'])

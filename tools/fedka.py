@@ -161,7 +161,7 @@ def main():
                        **curve}]  # fmt: skip
     log(f'fedka: {record.finish("student.pt", facts)}')
     served = adapted(student, probe, args, args.epochs - 1)  # what the last row has measured
-    save_checkpoint(folder / 'student.pt', models.named_weights(served, train.class_names))
+    save_checkpoint(folder / 'student.pt', models.named_weights(served, train.class_names, args.own_scale))
     path, data = folder / 'student.pt', data_words(args)
     how = models.how_to_load(path, args.s_name, data, train.num_classes, train)
     log(f'weights: {how}')

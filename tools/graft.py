@@ -33,7 +33,7 @@ from torch import nn  # noqa: E402
 import dataset  # noqa: E402
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.data import first_images, labelled_part, read_data, which_images  # noqa: E402
+from engine.data import first_images, labelled_part, own_scale, read_data, which_images  # noqa: E402
 from engine.device import autocast, refuse_fp16, setup  # noqa: E402
 from engine.errors import NonFinite, UserError, user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -153,7 +153,8 @@ def main():
         row |= {'loss': loss, 'seconds': round(time.time() - started, 1), 'last': phase['last']}
         log(said)
         if phase['way'] == 'grafted' and phase['last']:
-            weights = models.named_weights(net.merged(), train.class_names)
+            scale = own_scale(args.data_name, train)
+            weights = models.named_weights(net.merged(), train.class_names, scale)
             save_checkpoint(folder / f'student-{shots}-s{seed}.pt', weights)
         state |= {'epoch': number + 1, 'rows': [*state['rows'], row], 'net': kept}
         save_checkpoint(folder / 'last.pt', state)

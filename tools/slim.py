@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 import models  # noqa: E402
 from engine import errors  # noqa: E402
-from engine.data import labelled_part, read_data  # noqa: E402
+from engine.data import labelled_part, own_scale, read_data  # noqa: E402
 from engine.device import autocast, setup  # noqa: E402
 from engine.errors import user_errors  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -98,7 +98,8 @@ def main():
         print(
             '{}: {parameters} parameters, {macs} multiply-adds, top-1 {top1:.2f}'.format(name, **facts[name])
         )
-    save_checkpoint(folder / 'net.pt', models.named_weights(small, train.class_names))
+    weights = models.named_weights(small, train.class_names, own_scale(args.data_name, train))
+    save_checkpoint(folder / 'net.pt', weights)
     facts |= {'kind': args.kind, 'how': args.how, 'ratio': args.ratio, 'seed': args.seed,
               'widths': {group.name: int(mask.sum()) for group, mask in zip(groups, keep)}}  # fmt: skip
     write_atomic(folder / 'slim.json', json.dumps(facts | provenance(device), indent=1).encode())
