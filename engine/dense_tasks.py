@@ -33,7 +33,7 @@ class Setting:
     pictures: int  # that have labels
     unlabelled: int = 0  # further ones
     class_names: Sequence[str] = ()
-    augmented: dict = field(default_factory=dict)  # what --augment says, for the result files
+    augmented: dict = field(default_factory=dict)  # what --augment says, and how labels were dealt out
     task: 'Segmentation | Detection | None' = None
     net_t: nn.Module | None = None
     facts: dict | None = None  # figures of the teacher

@@ -276,6 +276,7 @@ def test_a_refused_resume_speaks_of_flags(tmp_path):
     assert 'is another; weights, arguments or stages of methods differ' in text
     assert 'own_' not in text and 'mean and std' not in text and '0.1' in text and '0.2' in text
     assert 'mean and std of the images of --img_root' in said(own_scale=[[0.4], [0.2]])
+    assert 'the pictures with labels are drawn by chance now' in said(labelled_drawn=True)
     (tmp_path / 'student.pt').touch()
     assert f'--note NAME --s_init {tmp_path / "student.pt"}' in said(steps=400)
     assert '--s_init' not in said(steps=200)
