@@ -2,7 +2,8 @@
 
 Z. Liu, P. Luo, X. Wang, X. Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015, arXiv:1411.7766.
 Read are Anno/list_attr_celeba.txt, Eval/list_eval_partition.txt and Img/img_align_celeba/*.jpg (178 x 218
-pixels) below a folder, or below its folder celeba. Of every image the middle square is made size x size.
+pixels) below a folder, or below its folder celeba, or the same without Anno, Eval and Img, as torchvision
+lays them out. Of every image the middle square is made size x size.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -28,20 +29,28 @@ def read_celeba(root: str | Path, size: int, limit: int | None = None) -> tuple[
         ValueError: a file is missing or not of its format; an image that the lists name cannot be read; no
             images for training or for tests.
     """
-    place = next((p for p in (Path(root) / 'celeba', Path(root)) if (p / ATTRIBUTES).is_file()), None)
-    if place is None:
-        raise ValueError(f"{Path(root) / ATTRIBUTES}: not there; CelebA is on its authors' site")
-    names, values = read_attributes(place / ATTRIBUTES)
-    part_of = read_partition(place / PARTITION)
+    kept = ATTRIBUTES, PARTITION, IMAGES
+    layouts = kept, tuple(Path(path).name for path in kept)  # the authors' folders, or none of them
+    bases = Path(root) / 'celeba', Path(root)
+    places = [[base / path for path in layout] for base in bases for layout in layouts]
+    found = next((place for place in places if place[0].is_file()), None)
+    if found is None:
+        raise ValueError(
+            f'{Path(root) / ATTRIBUTES}: not there, nor below celeba, nor without the folders '
+            "Anno, Eval and Img; CelebA is on its authors' site"
+        )
+    attributes, partition, folder = found
+    names, values = read_attributes(attributes)
+    part_of = read_partition(partition)
     parts = []
     for part, most in ((0, limit), (1, None), (2, None)):
         files = [file for file in values if part_of.get(file) == part][:most]
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(lambda file: _square(place / IMAGES / file, size), files))
-        found = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
-        parts.append((found, np.array([values[file] for file in files], np.uint8).reshape(-1, len(names))))
+            images = list(pool.map(lambda file: _square(folder / file, size), files))
+        pixels = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
+        parts.append((pixels, np.array([values[file] for file in files], np.uint8).reshape(-1, len(names))))
     if not len(parts[0][0]) or not len(parts[2][0]):
-        raise ValueError(f'{place / PARTITION}: names no image for training (0), or none for tests (2)')
+        raise ValueError(f'{partition}: names no image for training (0), or none for tests (2)')
     return names, parts
 
 

@@ -87,8 +87,19 @@ def test_celeba_in_its_own_format(tmp_path):
     assert len(train) == 3
 
 
+@pytest.mark.parametrize('below', ['celeba', '.'])
+def test_celeba_without_its_folders(below, tmp_path):
+    """As torchvision.datasets.CelebA lays it out."""
+    place = tmp_path / below
+    write_celeba(place, [[0, 1, 1], [1, 0, 0], [1, 1, 0]], [0, 1, 2])
+    for path in ('Anno/list_attr_celeba.txt', 'Eval/list_eval_partition.txt', 'Img/img_align_celeba'):
+        (place / path).rename(place / path.rpartition('/')[2])
+    parts = dataset.load_attributes('celeba', tmp_path, 'cpu', 16, labelled=True)
+    assert [part.targets.tolist() for part in parts] == [[[0, 1, 1]], [[1, 0, 0]], [[1, 1, 0]]]
+
+
 def test_celeba_says_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match='not there'):
+    with pytest.raises(ValueError, match='not there, nor below celeba, nor without the folders Anno'):
         dataset.load_attributes('celeba', tmp_path, 'cpu', 16, labelled=True)
     file = tmp_path / 'list.txt'
     for text, said in (
