@@ -113,9 +113,10 @@ def narrowed(net: nn.Module, path: str | Path | None) -> nn.Module:
     if path is None:
         return net
     from .changed import read_state
+    from .checkpoint import _unwrapped
     from .slimming import shaped_like
 
-    return shaped_like(net, read_state(path))
+    return shaped_like(net, _unwrapped(read_state(path), net.state_dict())[0])
 
 
 def how_to_load(path: str | Path, name: str, data: str | None, num_classes: int, images=None) -> str:

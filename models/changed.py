@@ -12,7 +12,7 @@ from torch import nn
 from kd_losses.norm import NORMStudent
 from kd_losses.simkd import SimKD, SimKDStudent
 
-from .checkpoint import CHANGED, _find_state, changed_by, read_checkpoint
+from .checkpoint import CHANGED, _find_state, _unwrapped, changed_by, read_checkpoint
 from .slimming import shaped_like
 
 
@@ -25,7 +25,7 @@ def changed_network(net: nn.Module, path: str | Path) -> nn.Module:
     state = read_state(path)
     method = changed_by(state)
     if method is None:
-        return shaped_like(net, state)
+        return shaped_like(net, _unwrapped(state, net.state_dict())[0])
     mark = CHANGED[method]
     prefix = next(name for name in state if f'.{name}'.endswith(f'.{mark}'))[: -len(mark)]
     return ADDED[method](net, {name.removeprefix(prefix): x for name, x in state.items()})

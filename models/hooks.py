@@ -133,7 +133,10 @@ class Tap(nn.Module):
         """What was read at a layer in this pass, if it can be handed out."""
         where = f'{type(self.wrapped).__name__}: {"the input of " * (layer[1] == "in")}{layer[0]}'
         if layer not in self._pass.values:
-            raise TapError(f'{where} was not called')
+            raise TapError(
+                f'{where} was not called; if it was replaced, make the Tap after that (close() gives the '
+                f'network)'
+            )
         value, versions, lost = self._pass.values[layer]
         if not isinstance(value, Tensor) and (not self.to_map or layer == self.taps['feat']):
             raise TapError(

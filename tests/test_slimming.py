@@ -124,6 +124,20 @@ def test_a_narrow_network_computes_what_the_masked_one_does(name):
     assert slimming.shaped_like(net, net.state_dict()) is net
 
 
+def test_a_narrow_network_is_recognised_under_a_prefix(tmp_path):
+    """As DataParallel and a training's checkpoint keep it."""
+    wide = models.build('resnet8', 7)
+    groups = slimming.groups(wide)
+    values = slimming.scores(wide, groups, 'random', generator=torch.Generator().manual_seed(1))
+    keep = slimming.select(values, slimming.costs(wide, groups, 16), 0.5, 'global')
+    state = slimming.shrink(wide, groups, keep).state_dict()
+    path = tmp_path / 'net.pt'
+    torch.save({'net': {f'module.{key}': x for key, x in state.items()}}, path)
+    for net in (models.build_for(path, 'resnet8', 7), models.narrowed(wide, path)):
+        models.load_weights(net, path)
+        assert all(torch.equal(x, state[key]) for key, x in net.state_dict().items())
+
+
 def test_a_group_is_never_empty():
     values, costs = [torch.tensor([1.0, 2]), torch.tensor([0.1, 0.2, 0.15])], [5, 5]
     for how in slimming.HOWS:
