@@ -77,7 +77,8 @@ def load_weights(
             raise ValueError(f'{type(net).__name__} has no linear layer that a new one could replace')
         state, left = _with_head_of(net, state)
     if problem := _misfit(net, state):
-        headless = not new_head and head_names(net) and not _misfit(net, _with_head_of(net, state)[0])
+        headless = not new_head and any(name in problem for name in head_names(net))
+        headless = headless and not _misfit(net, _with_head_of(net, state)[0])
         hint = f'; only the classifier differs{head and ": "}{head}' if headless else ''
         hint += _head_beside(net, whole, beside, prefix) if headless else ''
         guess = _guess(state)
@@ -318,7 +319,11 @@ def _find_state(content: dict, path: Path, part: str | None) -> tuple[dict, str 
         return found[ours[0]], ours[0], [key for key in found if key != ours[0]]
     if _is_state(content):
         return content, None, []
-    hint = f'; say which part to take: {list(found)}' if found else ''
+    hint = ''
+    if found:
+        first = next(iter(found))
+        hint = f'; say which part to take: {list(found)}; in Python models.load_weights(net, {str(path)!r}, '
+        hint += f'part={first!r}), then save net.state_dict()'
     raise ValueError(f'{path}: holds no weights that could be found; its keys are {list(content)[:8]}{hint}')
 
 
@@ -347,7 +352,18 @@ def _unwrapped(state: dict, wanted: dict) -> tuple[dict, str, list[str]]:
     entries = taken.get(best) or _under(best, state, wanted)
     entries = {name: x for name, x in entries.items() if isinstance(x, Tensor) or name in wanted}
     beside = [name for name, x in state.items() if not name.startswith(best) or not isinstance(x, Tensor)]
+    if all(_shape(entries.get(name)) == _shape(x) for name, x in wanted.items() if _counts(name)):
+        # the network is whole: what no part of it is called lies beside it, e.g. an auxiliary classifier
+        parts = {name.partition('.')[0] for name in wanted}
+        strange = {name for name in entries if name.partition('.')[0] not in parts}
+        entries = {name: x for name, x in entries.items() if name not in strange}
+        beside += [name for name in state if name[len(best) :] in strange and name not in beside]
     return entries, best, [name for name in beside if name not in wanted]
+
+
+def _counts(name: str) -> bool:
+    """Whether a file must have this entry: those older than PyTorch 0.4 have no numbers of batches."""
+    return not name.endswith('num_batches_tracked')
 
 
 def _under(prefix: str, state: dict, wanted: dict) -> dict:
@@ -423,9 +439,7 @@ def head_names(net: nn.Module) -> set[str]:
 def _misfit(net: nn.Module, state: dict) -> str:
     """What does not fit; empty if all does."""
     wanted = net.state_dict()
-    missing = [
-        k for k in wanted if k not in state and not k.endswith('num_batches_tracked')
-    ]  # older than PyTorch 0.4
+    missing = [k for k in wanted if k not in state and _counts(k)]
     unexpected = [k for k in state if k not in wanted]
     shapes = {k: (_shape(state[k]), _shape(wanted[k])) for k in wanted if k in state}
     misshapen = [f'{k} is {there}, wanted {here}' for k, (there, here) in shapes.items() if there != here]

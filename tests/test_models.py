@@ -419,6 +419,30 @@ def test_loader_takes_the_student_of_two_prefixes(prefixes, tmp_path):
     assert f'without the prefix {other}' in loads('resnet8', theirs, tmp_path / 'c.pt')[1]
 
 
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_loader_leaves_out_what_lies_beside_a_whole_network(prefix, tmp_path):
+    """Also where the network has no prefix, or theirs: a projector, an auxiliary classifier."""
+    state = containers()[0]
+    beside = {**state, 'projector.weight': torch.ones(128, 64), 'aux_classifier.0.bias': torch.ones(2)}
+    beside = {prefix + key: value for key, value in beside.items()}
+    net, said = loads('resnet8', beside, tmp_path / 'c.pt')
+    assert equal_states(net.state_dict(), state)
+    assert f'left out: {prefix}projector.weight, {prefix}aux_classifier.0.bias' in said
+    with pytest.raises(ValueError, match='unexpected: layer1.9.weight') as caught:  # a part of the network
+        loads('resnet8', {**state, 'layer1.9.weight': torch.ones(1)}, tmp_path / 'c.pt')
+    assert 'classifier differs' not in str(caught.value)
+    with pytest.raises(ValueError, match='missing: conv1.weight'):
+        less = {key: value for key, value in beside.items() if 'conv1.weight' not in key}
+        loads('resnet8', less, tmp_path / 'c.pt')
+    with pytest.raises(ValueError, match='norm has added layers; models.load_student'):
+        loads('resnet8', {**state, 'transform.expand.0.weight': torch.ones(8, 4)}, tmp_path / 'c.pt')
+
+
+def test_a_part_that_must_be_asked_for_is_named_with_its_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"load_weights\(net, '.*c.pt', part='tnet'\), then save"):
+        loads('resnet8', {'tnet': containers()[0]}, tmp_path / 'c.pt')
+
+
 def test_loader_leaves_out_what_is_no_tensor(tmp_path):
     state = containers()[0]
     net, said = loads('resnet8', {**state, 'epoch': 3, 'arch': 'resnet8'}, tmp_path / 'c.pt')
@@ -1200,7 +1224,7 @@ def test_a_layer_that_is_not_called_is_named():
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), *pool, torch.nn.Linear(4, 2))
     net.spare = torch.nn.Identity()
     net.forward = lambda x: net[3](net[2](net[1](net[0](x))))
-    with pytest.raises(RuntimeError, match='spare was not called'):
+    with pytest.raises(RuntimeError, match='spare was not called; if it was replaced, make the Tap after'):
         Tap(net, ['0', 'spare'], classifier='3')(torch.randn(2, 3, 8, 8), True)
 
 
