@@ -44,7 +44,7 @@ def read_results(folders: list[str]) -> list[dict]:
             seen.add(path.resolve())
             content = read_json(path)
             if isinstance(content, dict) and {'method', 'last', 'best', 'curve'} <= content.keys():
-                results.append(content | {'file': path.stem})
+                results.append(content | {'file': path.stem, 'path': str(path)})
     return results
 
 
@@ -64,6 +64,7 @@ def read_json(path: Path):
 
 def group(results: list[dict]) -> dict[tuple, list[dict]]:
     """Runs of the same experiment, which differ in the seed only; baselines first, then by last accuracy."""
+    results = distinct(results)
     groups, data = {}, data_names(results)
     for r, name in zip(results, data):
         # a student that teaches itself may have been trained beside others, in a process with a teacher, and
@@ -80,9 +81,30 @@ def group(results: list[dict]) -> dict[tuple, list[dict]]:
         for key, every in groups.items()
         for more, runs in apart(every).items()
     }
+    for (*_, method, _), runs in groups.items():
+        refuse_twins(method, runs)
     return dict(
         sorted(groups.items(), key=lambda item: (not is_baseline(item[0][3]), -mean(item[1], 'last')))
     )
+
+
+def distinct(results: list[dict]) -> list[dict]:
+    """Copies of one file are one result."""
+    found = {}
+    for r in results:
+        content = {key: value for key, value in r.items() if key not in ('file', 'path')}
+        found.setdefault(json.dumps(content, sort_keys=True), r)
+    return list(found.values())
+
+
+def refuse_twins(method: str, runs: list[dict]) -> None:
+    """Two runs of one seed, of another day or machine, are not two seeds, and a gain could be of either."""
+    first = {}
+    for r in runs:
+        if (twin := first.setdefault(r['seed'], r)) is not r:
+            files = ' and '.join(x['path'] for x in (twin, r) if 'path' in x)
+            said = f': {files}' if files else ''
+            raise UserError(f'{method} is there twice with seed {r["seed"]}: name one folder{said}')
 
 
 def data_names(results: list[dict]) -> list[str]:

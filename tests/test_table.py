@@ -73,6 +73,27 @@ def test_what_tells_rows_apart():
     assert drawn[0] != drawn[1]
 
 
+def test_a_seed_is_there_once(tmp_path):
+    """Copies of a file are one run; a second run of a seed is refused, with the names of both files."""
+    from report.page import outcomes
+    from report.table import group, read_results
+
+    path = ROOT / 'results' / 'cifar10-resnet20-resnet8-12epochs' / 'st-s2.json'
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+        shutil.copy(path, tmp_path / folder / 'results.json')
+    results = read_results([str(tmp_path)])
+    assert len(results) == 2 and [len(runs) for runs in group(results).values()] == [1]
+    results[1]['last'] = {'top1': 1.0}
+    files = f'{tmp_path}/a/results.json and {tmp_path}/b/results.json'
+    with pytest.raises(UserError, match=f'st is there twice with seed 2: name one folder: {files}'):
+        group(results)
+    results = read_results([str(ROOT / 'results' / 'lm-markov' / 'gkd-s1.json')] * 2)
+    other = results[0] | {'seconds': 0}
+    with pytest.raises(UserError, match='x: gkd is there twice with seed 1'):
+        outcomes.others('x', [results[0], other])
+
+
 def test_the_baseline_is_the_students_own():
     """Of all classes like the student, and of one seed only if it began from the student's weights."""
     from report.table import baseline_of, group

@@ -154,8 +154,7 @@ def others(name: str, results: list[dict], number: int = 1) -> list[Experiment]:
 
 def fill(e: Experiment, method: str, runs: list[dict], figure: str, alone: list[dict]) -> None:
     for several in (runs, alone):
-        seeds = [r['seed'] for r in several]
-        assert len(set(seeds)) == len(seeds), f'{e.key}, {method}: two runs of one seed would be one'
+        table.refuse_twins(f'{e.key}: {method}', several)
     e.values[method] = {r['seed']: r['last'][figure] for r in runs}
     e.curves[method] = mean_curve(runs)
     e.alone[method] = {r['seed']: r['last'][figure] for r in alone}
