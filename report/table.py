@@ -288,6 +288,9 @@ OTHER_NAMES = {'baseline': ('vanilla',), 'st': ('st', 'kd'), 'wsld': ('wsl',), '
 def published(key: tuple) -> str:
     """What others report for this data, pair and method, from results/published.json."""
     data, teacher, student, method, _ = key
+    method, _, told = method.partition(' (')  # those of others have the recipes of their authors, too
+    if re.search(r'\bstart \d', told):  # they went on from other weights, of a slimmed network, say
+        return ''
     names = OTHER_NAMES.get(method, (method,))
     found = [
         f'{entry["top1"]:.2f} ({source(entry)})'

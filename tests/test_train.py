@@ -581,6 +581,12 @@ def test_table_over_seeds():
     lines = text.splitlines()
     lines_of = report.table.published(('cifar10', 'resnet110', 'resnet20', 'at', 200))
     assert lines_of == '93.21 (Knowledge-Distillation-Zoo, 200 epochs)'
+    plain, labelled = (
+        report.table.published(('cifar100', 'resnet56', 'resnet20', method, 240))
+        for method in ('st', 'st (T=4.0, weight 0.9, ce 0.1)')
+    )
+    assert plain == labelled and 'mdistiller' in labelled, "the grid's recipes are those of the authors"
+    assert not report.table.published(('cifar10', None, 'resnet20', 'baseline (start 2)', 2)), 'other weights'
     end = '| 2 epochs, batch 64, bf16 | cpu |  |'
     assert f'| baseline | s | 51.00 +- 1.41 | 2 |  | 52.00 +- 1.41 {end}' == lines[2]
     assert f'| at | t -> s | 60.00 | 1 | +10.00 | 61.00 {end}' == lines[3]
