@@ -141,6 +141,10 @@ def test_training_on_two_processes(two, teacher, root, tmp_path):
     for token in kinds:
         result = json.loads((tmp_path / 'two' / token / 'results.json').read_text())
         assert result['processes'] == 2 and result['global_relations'] is True
+    flags = (*PAIR, *model, *words, *root, '--note', 'apart')
+    assert two('train_kd.py', '--kd_mode', 'st', 'rkd', *flags).code == 0
+    alike = {name: rows(tmp_path / 'two' / name) == rows(tmp_path / 'apart' / name) for name in ('st', 'rkd')}
+    assert alike == {'st': True, 'rkd': False}, 'the flag is for what relates samples'
     net = models.build('resnet8', 10)
     models.load_weights(net, tmp_path / 'two' / 'st' / 'student.pt')
     test = dataset.load('shapes:96', tmp_path)[1]

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 def test_what_tells_rows_apart():
     """Stages, arguments and weights are in a row's name; teacher and start where a seed has several."""
     from report.page import outcomes
-    from report.table import group, source_of_figure, table
+    from report.table import RECIPE, group, source_of_figure, table
 
     def run(name, seed, top1=50.0, given=(), stages=(), weight=None, teacher='t', **more):
         recipe = {'lr': 0.1, 'batch_size': 128, 'amp': 'off', 'seed': seed, 'initial': f'a{seed}', 'ce': 1.0}
@@ -60,10 +60,15 @@ def test_what_tells_rows_apart():
     assert names(*plain) == {'baseline (lr 0.1)': 1, 'baseline (lr 0.01)': 1}
     assert {m for e in outcomes.distilled('x', [*plain, run('st', 1)]) for m in e.values} == {'st'}
     # and is not what a student of the first recipe is compared with
-    usual = {'image_size': 224, 'lr_decay': 0.1}
-    others = {'bn_l1': 0.1, 'processes': 2, 'image_size': 32, 'lr_decay': 0.5, 'augment': 'x'}
+    usual = {'image_size': 224, 'lr_decay': 0.1, 'milestones': [0.5, 0.75], 'weight_decay': 1e-4,
+             'momentum': 0.9, 'val_split': 0.0, 'own_scale': None, 'lr': 0.1}  # fmt: skip
+    others = {'bn_l1': 0.1, 'processes': 2, 'image_size': 32, 'lr_decay': 0.5, 'augment': 'x', 'lr': 0.2,
+              'batch_size': 64, 'schedule': 'onecycle', 'milestones': [0.5], 'amp': 'bf16', 'optim': 'adamw',
+              'weight_decay': 5e-4, 'momentum': 0.8, 'nesterov': False, 'pad': 'zero', 'labelled': 0.1,
+              'val_split': 0.1, 'own_scale': [[0.5] * 3] * 2}  # fmt: skip
+    assert others.keys() == set(RECIPE), 'a further key needs a value here'
     for key, value in others.items():
-        alone = [r | {'recipe': r['recipe'] | usual | {'lr': 0.1}} for r in plain]
+        alone = [r | {'recipe': r['recipe'] | usual} for r in plain]
         alone[1]['recipe'] |= {key: value}
         alone[1]['last'] = {'top1': 40.0}
         text = table([alone[1], alone[0], run('sla', 1, **usual)])

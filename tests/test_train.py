@@ -4,14 +4,19 @@ import csv
 import importlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import dataset
+import engine.data
 import engine.device
 import engine.evaluate
+import engine.meter
 import engine.optimise
+import engine.record
+import engine.student
 from methods import METHODS
 from models import build, load_weights
 from tests.conftest import TINY, TRANSFORMERS
@@ -212,6 +217,48 @@ def test_initialisation_leaves_the_classifier_alone(train_kd, tmp_path, monkeypa
     assert torch.equal(seen[-2][0], seen[0][0]) and not torch.equal(seen[-2][1], seen[0][1])
     assert not torch.equal(seen[0][0], seen[1][0])
     assert seen['momentum -1'] > 0 and seen['momentum 0'] == 0 and seen['momentum 1'] > 0
+
+
+def test_every_epoch_draws_other_numbers(train_kd, monkeypatch):
+    import train_kd as module
+
+    drawn, real = [], module.begin_epoch
+
+    def spy(run, epoch, args):
+        real(run, epoch, args)
+        drawn.append((run.generator.initial_seed(), run.rng.getstate(), run.seeds.getstate()))
+
+    monkeypatch.setattr(module, 'begin_epoch', spy)
+    assert train_kd('st', '--note', 'x').code == 0
+    assert len(drawn) == 2 and all(first != second for first, second in zip(*drawn))
+
+
+def test_the_rate_of_an_initialisation_falls_twice():
+    """After 0.6 and 0.8 of it, from a tenth of --lr; the epochs of pretraining before have no falls."""
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(lr=1.0, lr_decay=0.1, milestones=[0.5], epochs=20, schedule='steps')
+    run = engine.student.Run('x', *[None] * 8, (2, 10), 1, 20, False, [])
+    rates = [run.learning_rate(epoch + 0.5, args) for epoch in range(-12, 1)]
+    assert rates == pytest.approx([0.1] * 8 + [0.01] * 2 + [0.001] * 2 + [1.0])
+
+
+def test_weights_of_cross_entropy_are_multiplied():
+    """Of methods on one student: what is trained with and what the recipe says."""
+    from types import SimpleNamespace
+
+    from engine.build import weight_of_ce
+
+    methods = [METHODS['st'], METHODS['at']]
+    terms = [
+        engine.student.Term(f'm{k}', replace(method, when=replace(method.when, ce=ce)), 1.0, {})
+        for k, (method, ce) in enumerate(zip(methods, (0.5, 0.4)))
+    ]
+    for term in terms:
+        term.loss = torch.nn.Identity()
+    student = engine.student.Student(torch.nn.Linear(1, 1), terms, None)
+    assert student.weights('train', 0, 2)['ce'] == pytest.approx(0.2)
+    assert weight_of_ce(terms, SimpleNamespace(lambda_ce=None)) == pytest.approx(0.2)
 
 
 def test_several_teachers(train_kd, teacher, script, tmp_path):
@@ -418,6 +465,39 @@ def test_validation_split(script, tmp_path):
     result = json.loads((tmp_path / 'v' / 'results.json').read_text())
     assert result['best']['selected_on'] == 'validation split' and 'val_top1' in rows(tmp_path / 'v')[0]
     assert 'selected on test data' not in done.out
+    assert '72 + ' in done.out, 'a quarter of 96 images is held out, and nobody trains on it'
+    from types import SimpleNamespace
+
+    words = SimpleNamespace(data_name='shapes:96', img_root='/nonexistent', image_size=224, workers=1, seed=2,
+                            convert_rgb=False, pad='reflect', val_split=0.25, batch_size=32)  # fmt: skip
+    train, val, _ = engine.data.load_data(words, torch.device('cpu'))
+    halves = [{image.numpy().tobytes() for image in half.images} for half in (train, val)]
+    assert [len(half) for half in halves] == [72, 24] and not halves[0] & halves[1]
+
+
+@pytest.mark.parametrize('save', [True, False])
+@pytest.mark.parametrize('half', ['val', 'test'])
+def test_the_weights_of_the_best_epoch_are_kept(tmp_path, half, save):
+    """best.pt, also where it is written in a later epoch; chosen by validation images if there are some."""
+    net = torch.nn.Linear(1, 1)
+    record = engine.record.Record(tmp_path, {'net': net}, {}, {'commit': 'x'}, half)
+    figures = ((10.0, 50.0), (30.0, 20.0), (20.0, 90.0), (30.0, 90.0), (5.0, 5.0))
+    for epoch, (val, test) in enumerate(figures, 1):
+        with torch.no_grad():
+            net.weight.fill_(epoch)
+        row = {'epoch': epoch, 'test_top1': test, 'seconds': 0.0} | (
+            {'val_top1': val} if half == 'val' else {}
+        )
+        record.epoch_done(row, save=save or epoch == len(figures))
+    best = torch.load(tmp_path / 'best.pt', weights_only=True)
+    epoch, top1 = {'val': (2, 20.0), 'test': (3, 90.0)}[half]
+    assert best['epoch'] == epoch and float(best['net']['weight']) == epoch, 'of equals the first'
+    record.finish('net.pt', {})
+    result = json.loads((tmp_path / 'results.json').read_text())
+    assert (result['best']['epoch'], result['best']['top1']) == (epoch, top1) and result['last'][
+        'top1'
+    ] == 5.0
+    assert float(torch.load(tmp_path / 'net.pt', weights_only=True)['weight']) == len(figures)
 
 
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'])
@@ -489,6 +569,25 @@ def test_evaluate_is_exact():
     measured = engine.evaluate.evaluate(Ranked(), data, engine.device.autocast(torch.device('cpu'), 'off'))
     assert measured['top1'] == pytest.approx(100 * (len(data) - wrong) / len(data))
     assert measured['top5'] == 100 and measured['bad'] == 0
+
+    class Eight(torch.nn.Module):  # the first of eight classes first, the last one last
+        def forward(self, x):
+            return -torch.arange(8.0).expand(len(x), 8)
+
+    data.targets = torch.arange(len(data)) % 8
+    measured = engine.evaluate.evaluate(Eight(), data, engine.device.autocast(torch.device('cpu'), 'off'))
+    shares = [100 * float((data.targets < k).float().mean()) for k in (1, 5)]
+    assert [measured['top1'], measured['top5']] == pytest.approx(shares)
+
+
+def test_a_meters_means_are_over_images():
+    """Batches of unequal size; a number counts as a tensor does; the next epoch begins at 0."""
+    meter = engine.meter.Meter('x', 0, torch.device('cpu'))
+    for _ in range(2):
+        meter.add(torch.eye(3)[:2], torch.tensor([0, 1]), ce=torch.tensor(1.0), kd=4.0)
+        meter.add(torch.eye(3)[[0] * 6], torch.tensor([0, 1, 1, 1, 1, 2]), ce=torch.tensor(3.0), kd=2.0)
+        assert meter.read() == pytest.approx({'ce': 2.5, 'kd': 2.5, 'train_top1': 37.5})
+        meter.reset(1)
 
 
 def test_learning_rate_is_a_function_of_the_epoch():
