@@ -14,7 +14,7 @@ from engine.parser import Parser
 
 from . import ka as ka_report
 from .plot import pyplot_or_error
-from .table import read_results
+from .table import alike_trained, read_results
 
 WHAT = {  # what a student reads of its teachers, of the methods that quick shows; others are named only
     'st': "teacher's soft outputs",
@@ -43,9 +43,10 @@ def accuracy(r: dict) -> float:
     return r['ensembles']['A']['top1'] if r['method'] == 'ensemble' else r['last']['top1']
 
 
-def experiment(r: dict) -> tuple:
-    """Networks are compared with one that differs in its method only."""
-    return r['data'], r['epochs'], r['student'], r.get('seed')
+def reference(r: dict, others: list[dict], *keys: str) -> dict | None:
+    """The first of others of its data, seed, recipe and of what else keys name."""
+    same = (o for o in others if all(r.get(k) == o.get(k) for k in ('data', 'seed', *keys)))
+    return next((o for o in same if alike_trained(r, o)), None)
 
 
 def on(r: dict, several: bool) -> str:
@@ -57,16 +58,15 @@ def rows(results: list[dict]) -> list[tuple[str, str, float, str]]:
     """(network, what it learns from, accuracy, how that compares)."""
     base, kd, ka = by_kind(results)
     several = len({r['data'] for r in (*base, *kd, *ka)}) > 1  # a student without data names it anyway
-    baselines = {experiment(r): r for r in reversed(base) if not r.get('classes')}  # of several the first
-    alone = [baselines[experiment(r)] for r in kd if experiment(r) in baselines]
+    baselines = [r for r in base if not r.get('classes')]
+    alone = [reference(r, baselines, 'epochs', 'student') for r in kd]
     students, table = {r['student'] for r in kd}, []
     for r in sorted(base, key=lambda r: r in alone):
         if not r.get('classes'):
             who = f'{r["student"]} alone' if r['student'] in students else f'teacher, {r["student"]}'
             who += f', {r["epochs"]} epochs' if r['student'] in students and r not in alone else ''
             table.append((who + on(r, several), 'labels', accuracy(r), ''))
-    for r in kd:
-        other = baselines.get(experiment(r))
+    for r, other in zip(kd, alone):
         gain = f'{accuracy(r) - accuracy(other):+.1f} points' if other else ''
         learns = f'labels, {WHAT.get(r["method"], "the teacher")}'
         table.append((f'{r["student"]} with {r["method"]}{on(r, several)}', learns, accuracy(r), gain))
@@ -75,10 +75,10 @@ def rows(results: list[dict]) -> list[tuple[str, str, float, str]]:
             learns = f'labels of {", ".join(r.get("class_names") or map(str, r["classes"]))}'
             who = f'teacher of {len(r["classes"])} classes, {r["student"]}{on(r, several)}'
             table.append((who, learns, accuracy(r), 'on these'))
-    references = {(r['data'], r['experiment']): accuracy(r) for r in ka if r['method'] == 'scratch'}
+    scratch = [r for r in ka if r['method'] == 'scratch']
     for r in ka:
-        labelled = references.get((r['data'], r['experiment']))
-        share = f'{100 * accuracy(r) / labelled:.0f} % of the one with labels' if labelled else ''
+        labelled = reference(r, scratch, 'experiment')
+        share = f'{100 * accuracy(r) / accuracy(labelled):.0f} % of the one with labels' if labelled else ''
         if r['method'] == 'ensemble':
             who, learns = 'these teachers together', 'nothing: the largest output wins'
         elif r['method'] == 'scratch':

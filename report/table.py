@@ -227,18 +227,33 @@ def baseline_of(groups: dict, key: tuple) -> list[dict] | None:
     kinds = set(student.split('+'))
     if is_baseline(method) or len(kinds) > 1:
         return None
-    own, found = NEWER | groups[key][0]['recipe'], []
+    mine, found = groups[key], []
     for (*pair, kind, length), runs in groups.items():
-        alone = NEWER | runs[0]['recipe']
-        alike = all(own[k] == alone[k] for k in RECIPE if k in own and k in alone)
-        alike = alike and own.get('classes') == alone.get('classes')
+        alike = alike_trained(mine[0], runs[0])
+        alike = alike and mine[0]['recipe'].get('classes') == runs[0]['recipe'].get('classes')
         if [*pair, length] == [data, '', *kinds, epochs] and is_baseline(kind) and alike:
             found.append(runs)
-    mine = groups[key]
     # of the same seed, but from other weights: another network's
     found = [b for b in found if starts(b) & starts(mine) or not seeds(b) & seeds(mine)]
     same = [runs for runs in found if starts(runs) & starts(mine)]
     return next(iter(same or found), None)
+
+
+def alike_trained(one: dict, other: dict) -> bool:
+    """Whether recipes agree in all but the method; what one of them does not know counts for nothing."""
+    one, other = (NEWER | r['recipe'] if r.get('recipe') else {} for r in (one, other))
+    return all(one[k] == other[k] for k in RECIPE if k in one and k in other)
+
+
+def lacks_its_own(groups: dict, key: tuple) -> bool:
+    """Whether its student was trained alone, but by other recipes only."""
+    data, _, student, method, epochs = key
+    alone = [
+        length == epochs and alike_trained(groups[key][0], runs[0])
+        for (*pair, kind, length), runs in groups.items()
+        if is_baseline(kind) and pair == [data, '', student]
+    ]
+    return not is_baseline(method) and bool(alone) and not any(alone)
 
 
 def starts(runs: list[dict]) -> set:

@@ -60,6 +60,15 @@ def test_an_overview_compares_within_a_data_set():
     assert [row[0] for row in overview.rows(one)][:2] == ['net alone', 'net with st']
     old = [{k: v for k, v in r.items() if k != 'classes'} for r in one if r['script'] != 'train_ka']
     assert overview.rows(old) == overview.rows([r for r in one if r['script'] != 'train_ka'])
+    tried = {'batch_size': 32, 'lr': 0.1}
+    for r in one:
+        r |= {'recipe': tried, 'seed': 1}
+    said = {name: compared for name, _, _, compared in overview.rows(one)}
+    assert said['net with st'] == '+1.0 points' and said['net with concat'].startswith('50 %')
+    for other in ({'recipe': tried | {'lr': 0.2}}, {'recipe': tried | {'optim': 'adamw'}}, {'seed': 2}):
+        changed = [r | other if r['method'] in ('baseline', 'scratch') else r for r in one]
+        said = {name: compared for name, _, _, compared in overview.rows(changed)}
+        assert said['net with st'] == said['net with concat'] == '', other
 
 
 def test_two_teachers_are_two_rows():
