@@ -285,12 +285,19 @@ def students_of(groups: dict) -> set[str]:
 
 def schedule(runs: list[dict]) -> str:
     """Epochs, and what else differs from the scripts' defaults."""
-    recipe = runs[0]['recipe']
-    usual = {'batch_size': ('batch', 128), 'lr': ('lr', 0.1), 'amp': ('', 'off')}
-    more = [f'{word} {recipe[key]}' for key, (word, default) in usual.items() if recipe[key] != default]
-    if recipe.get('schedule') == 'onecycle':
+    recipe = NEWER | runs[0]['recipe']
+    usual = {'optim': ('', 'sgd'), 'batch_size': ('batch', 128), 'lr': ('lr', 0.1),
+             'weight_decay': ('weight decay', 1e-4), 'pad': ('pad', 'reflect'),
+             'amp': ('', 'off')}  # fmt: skip
+    told = {key: recipe.get(key, default) for key, (_, default) in usual.items()}
+    more = [f'{word} {told[key]}' for key, (word, default) in usual.items() if told[key] != default]
+    if recipe['schedule'] == 'onecycle':
         more.insert(0, 'one cycle')
-    if recipe.get('labelled'):
+    elif (falls := recipe.get('milestones', [0.5, 0.75])) != [0.5, 0.75]:
+        more.append(f'falls at {" ".join(map(str, falls))}' if falls else 'no falls')
+    if not recipe['nesterov']:
+        more.append('no Nesterov')
+    if recipe['labelled']:
         more.append(f'{100 * recipe["labelled"]:g} % of the labels')
     return ', '.join([f'{runs[0]["epochs"]} epochs', *(text.strip() for text in more)])
 
@@ -329,10 +336,12 @@ def table(results: list[dict]) -> str:
         '|---' * len(COLUMNS) + '|',
     ]
     groups, partly = group(results), False
+    alone_of = {key: baseline_of(groups, key) for key in groups}
+    lacking = not any(alone_of.values()) and any(lacks_its_own(groups, key) for key in groups)
     several = len({key[0] for key in groups}) > 1
     for key, runs in groups.items():
         data, teacher, student, method, _ = key
-        alone = baseline_of(groups, key)
+        alone = alone_of[key]
         gain = f'{gain_of(runs, alone):+.2f}' if alone else ''
         partly |= bool(alone) and seeds(runs) != seeds(alone) and bool(seeds(runs) & seeds(alone))
         pair = f'{teacher} -> {student}' if teacher else student
@@ -350,6 +359,7 @@ def table(results: list[dict]) -> str:
     zoo = any('Knowledge-Distillation-Zoo' in line for line in lines)  # whose figures are best test epochs
     note += "; Knowledge-Distillation-Zoo's are best test epochs, as the column * is." if zoo else '.'
     note += ' Against the baseline: over the seeds that both have.' if partly else ''
+    note += ' No gain: no student alone of this recipe.' if lacking else ''
     lines += ['', f'Top-1 on the test set, percent. {note}']
     return '\n'.join(lines) + '\n'
 

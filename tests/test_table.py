@@ -129,6 +129,24 @@ def test_the_baseline_is_the_students_own():
     assert baseline(run('st', 1, 'a'), run('baseline', 2, 'other', 45.0)) == 45.0, 'of another seed'
 
 
+def test_a_schedule_says_what_differs():
+    """From the scripts' defaults; and below the table that the student alone had another recipe."""
+    from report.table import read_results, schedule, table
+
+    folder = ROOT / 'results' / 'cifar10-resnet20-resnet8-12epochs-steps'
+    st, alone = (read_results([str(folder / f'{name}.json')])[0] for name in ('st', 'baseline-resnet8'))
+    assert schedule([st]) == '12 epochs, bf16'
+    other = {'milestones': [0.625, 0.75, 0.875], 'weight_decay': 5e-4, 'nesterov': False, 'pad': 'zero'}
+    st['recipe'] = st['recipe'] | other
+    said = 'weight decay 0.0005, pad zero, bf16, falls at 0.625 0.75 0.875, no Nesterov'
+    assert schedule([st]) == f'12 epochs, {said}'
+    own = alone | {'recipe': alone['recipe'] | other}
+    note = 'No gain: no student alone of this recipe.'
+    assert note in table([st, alone]) and note not in table([st, alone, own]) and note not in table([st])
+    st['recipe'] = st['recipe'] | {'optim': 'adamw', 'lr': 0.001, 'schedule': 'onecycle'}
+    assert schedule([st]).startswith('12 epochs, one cycle, adamw, lr 0.001, weight decay')
+
+
 def test_images_of_ones_own_are_compared_with_themselves():
     """Two folders of one name: rows, baselines and means of one are not those of the other."""
     from report.table import group, names_of, summary, table
