@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from report.speed import table
-from report.table import extremes, read_results
+from report.table import by_recipe, extremes, in_brackets, read_results
 
 FIGURES = {
     'loss': 'loss',
@@ -14,14 +14,23 @@ FIGURES = {
     'kl_st': 'KL(student, teacher)',
     'gen_nll': 'gen_nll',
 }
+OWN = ('method', 'weight', 'ce', 'options', 'lmbda', 'teacher', 'second_teacher')  # of a row or of its seed
 
 
 def text_of(folder: Path) -> str:
     """Means over the seeds with their range; less is better in every column but agreement."""
     results = [r for r in read_results([str(folder)]) if r['script'] == 'train_lm']
-    rows = {}
-    for result in results:
-        rows.setdefault(name_of(result), []).append(result['last'])
+    rows, better = {}, []
+    for label, alike in by_recipe(results, OWN).items():
+        found, more = {}, in_brackets(label)
+        for result in alike:
+            found.setdefault(name_of(result), []).append(result)
+        alone = {r['seed']: r['last'] for r in found.get('ce', [])}
+        for name, runs in found.items():
+            rows[name + more] = [r['last'] for r in runs]
+            same_seeds = {r['seed'] for r in runs} == alone.keys()
+            if name != 'ce' and same_seeds and all(ahead(r, alone) for r in runs):
+                better.append(f'`{name}{more}`')
     teacher = results[0]['teacher']
     seeds = sorted({r['seed'] for r in results})
     ordered = sorted(rows.items(), key=lambda row: statistics.mean(last['loss'] for last in row[1]))
@@ -30,12 +39,6 @@ def text_of(folder: Path) -> str:
     one = len(seeds) == 1
     said = f'Seed {numbers}' if one else f'Seeds {numbers}'
     said += f'; {steps} steps.\n\n' if one else f'; {steps} steps; mean (smallest to largest).\n\n'
-    alone = {r['seed']: r['last'] for r in results if name_of(r) == 'ce'}
-    better = [
-        f'`{name}`'
-        for name in rows
-        if name != 'ce' and all(ahead(r, alone) for r in results if name_of(r) == name and r['seed'] in alone)
-    ]
     if better:
         said += (
             f'Better than the student alone (`ce`) in every figure{"" if one else " with every seed"}: '

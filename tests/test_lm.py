@@ -467,3 +467,31 @@ def test_settings_of_a_method_are_rows_of_their_own(tmp_path):
     text = report_lm.text_of(tmp_path)
     assert re.findall(r'^\| (`.*?`) ', text, re.M) == ['`gkd beta=0.9`', '`gkd --lmbda 0.5`', '`gkd`', '`ce`']
     assert 'in every figure: `gkd`, `gkd --lmbda 0.5`, `gkd beta=0.9`.' in text
+
+
+def test_a_claim_is_over_equal_seeds_and_one_recipe(tmp_path):
+    def text(*runs):
+        for i, (method, seed, lr, x) in enumerate(runs):
+            figures = dict.fromkeys(report_lm.FIGURES, x) | {'agreement': 1 - x}
+            result = {
+                'script': 'train_lm',
+                'method': method,
+                'seed': seed,
+                'steps': 2,
+                'curve': [],
+                'best': {},
+            }
+            result |= {'last': figures, 'teacher': figures}
+            result['recipe'] = {'lmbda': 0, 'options': {}, 'lr': lr}
+            (tmp_path / f'{i}.json').write_text(json.dumps(result))
+        return report_lm.text_of(tmp_path)
+
+    alone = [('ce', 1, 0.1, 0.5), ('ce', 2, 0.1, 0.6)]
+    said = text(
+        *alone, ('gkd', 1, 0.1, 0.4), ('gkd', 2, 0.1, 0.5), ('rkl', 1, 0.1, 0.1), ('fkl', 3, 0.1, 0.1)
+    )
+    assert 'in every figure with every seed: `gkd`.' in said
+    said = text(
+        *alone, ('gkd', 1, 0.2, 0.4), ('gkd', 2, 0.2, 0.5), ('rkl', 1, 0.1, 0.1), ('rkl', 2, 0.1, 0.2)
+    )
+    assert 'in every figure with every seed: `rkl (lr 0.1)`.' in said and '| `gkd (lr 0.2)` |' in said
