@@ -61,9 +61,11 @@ def of_setting(task: str, results: list[dict], label: str) -> str:
     figures = FIGURES[task]
     main = next(iter(figures))
     teachers, rows = teachers_of(results), {}
+    pairs = {(r['seed'], taught_by(r)) for r in results if taught_by(r)}
+    several = len(pairs) > len({seed for seed, _ in pairs})  # of one seed; else each may have its own
     for result in results:
         own = chosen(result, rows_for(DENSE, task, result['student']))
-        if len(teachers) > 1 and taught_by(result):
+        if several and taught_by(result):
             own.append(f'teacher {list(teachers).index(taught_by(result)) + 1}')
         rows.setdefault(result['method'] + in_brackets(own), []).append(result)
     alone = {r['seed']: r['last'][main] for r in rows.get('alone', [])}
@@ -83,9 +85,10 @@ def of_setting(task: str, results: list[dict], label: str) -> str:
         f'Above the student alone with every seed: {", ".join(above) or "none"}.'
         f'{" Differences are over the seeds that both have." if partly else ""}\n\n'
     )
-    lines = [(f'teacher {number}' if len(teachers) > 1 else 'teacher',
-              *(f'{teacher[key]:.1f}' for key in figures), '', '')
-             for number, teacher in enumerate(teachers.values(), 1)]  # fmt: skip
+    who = {'teacher': [*teachers.values()]} if teachers else {}
+    who = {f'teacher {k}': [one] for k, one in enumerate(teachers.values(), 1)} if several else who
+    lines = [(name, *(extremes([one[key] for one in alike]) for key in figures), '', '')
+             for name, alike in who.items()]  # fmt: skip
     for name in ordered:
         gains = [r['last'][main] - alone[r['seed']] for r in rows[name] if r['seed'] in alone]
         gain = f'{statistics.mean(gains):+.1f}' if gains and name != 'alone' else ''
@@ -99,13 +102,10 @@ def taught_by(result: dict) -> str | None:
     return result.get('recipe', {}).get('teacher')
 
 
-def teachers_of(results: list[dict]) -> dict[str | None, dict]:
-    """{fingerprint: name and figures}: all if a seed has several, else one: each seed may have its own."""
-    found = {taught_by(r): r['teacher'] for r in results if r['teacher']}
-    pairs = {(r['seed'], taught_by(r)) for r in results if taught_by(r)}
-    if len(pairs) > len({seed for seed, _ in pairs}):
-        return {mark: teacher for mark, teacher in found.items() if mark}
-    return dict(list(found.items())[:1])
+def teachers_of(results: list[dict]) -> dict[str, dict]:
+    """{fingerprint: name and figures}; of older results, which have none, all figures that differ."""
+    marked = {taught_by(r): r['teacher'] for r in results if r['teacher'] and taught_by(r)}
+    return marked or {str(r['teacher']): r['teacher'] for r in results if r['teacher']}
 
 
 def mean(results: list[dict], key: str) -> float:

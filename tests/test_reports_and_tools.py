@@ -83,6 +83,19 @@ def test_two_teachers_are_two_rows():
     assert 'weak or good teaches' in text and '| teacher 2 | 60.0 |' in text
     text = dense.text_of([run('st', 1, 50.0, 'one'), run('st', 2, 60.0, 'other')])
     assert '| `st` | 55.0 (50.0 to 60.0) |' in text, 'seeds may have a teacher each'
+    assert '| teacher | 55.0 (50.0 to 60.0) |' in text, 'whose row is of all of them, too'
+
+
+@pytest.mark.parametrize('name', ['losses', 'trainer'])
+def test_a_benchmark_writes_its_whole_command(name, tmp_path, monkeypatch):
+    """Figures of --quick must say so."""
+    module = importlib.import_module(f'benchmarks.{name}')
+    monkeypatch.setattr(module, 'data', lambda: None, raising=False)  # of trainings that are not asked for
+    words = ['nothing', '--quick', '--out', str(tmp_path / 'x.json')]
+    monkeypatch.setattr(sys, 'argv', [name, *words])
+    module.main()
+    command = json.loads((tmp_path / 'x.json').read_text())['command']
+    assert command == ' '.join([f'python -m benchmarks.{name}', *words])
 
 
 def test_results_count_once(tmp_path):
