@@ -13,7 +13,7 @@ import pytest
 from methods import KA, KD, LM, PEERS
 from methods.dfkd import DFKD
 from report import page, refresh
-from report.page import facts, formula, index, method, outcomes
+from report.page import facts, formula, index, method, outcomes, svg
 from report.page.shared import prose
 from tests import browser
 from tests.conftest import ROOT
@@ -181,6 +181,17 @@ def test_numbers_are_those_of_the_results(made, entries):
     gains = [e.alone['gkd'][seed] - e.values['gkd'][seed] for seed in (1, 2, 3)]
     mean, deviation, n = e.gain('gkd')
     assert n == 3 and mean == pytest.approx(sum(gains) / 3) and deviation > 0
+
+
+def test_curves_end_at_the_last_epoch(made):
+    """Phases inside the training have no figure: a shorter curve begins later."""
+    drawn = svg.curves([('a', 'own', [1.0, 2.0]), ('b', 'alone', [0.0, 1.0, 2.0, 3.0])], 'x', [])
+    own, alone = (re.findall(r'[ML]([\d.]+) ', path) for path in re.findall(r'line" d="([^"]*)"', drawn))
+    assert len(alone) == 4 and own == alone[2:]
+    assert 'grey: the reference, mean over its seeds' in made[page.DOCS / 'page' / 'ab.html']
+    runs = json.loads(re.search(r'id="data">(.*?)</script>', made[INDEX], re.S)[1])['runs']
+    late = {run['label']: run['late'] for run in runs}
+    assert late['CIFAR-10, resnet20 → resnet8, 12 epochs, one cycle'] and False in late.values()
 
 
 def test_a_gain_and_its_reference_are_over_the_same_seeds(entries):

@@ -134,7 +134,7 @@ function dots(lines, metric) {
   return svg;
 }
 
-function curves(lines, levels, metric) {
+function curves(lines, levels, metric, late) {
   const values = [...lines.flatMap(l => l.curve), ...levels], [low, high] = range(values, 0.06);
   const left = 44, top = 8, width = 500, height = 210, n = Math.max(...lines.map(l => l.curve.length));
   const at = (i, v) => `${(left + i / Math.max(n - 1, 1) * width).toFixed(1)} ` +
@@ -147,7 +147,7 @@ function curves(lines, levels, metric) {
       SVG('text', {class: 'tick end', x: left - 7, y: +y + 4}, t));
   }
   for (const v of levels) svg.append(SVG('path', {class: 'level', d: `M${at(0, v)}h${width}`}));
-  for (const l of lines) svg.append(SVG('path', {class: l.look + ' line', d: 'M' + l.curve.map((v, i) => at(i, v)).join('L')}));
+  for (const l of lines) svg.append(SVG('path', {class: l.look + ' line', d: 'M' + l.curve.map((v, i) => at(late ? n - l.curve.length + i : i, v)).join('L')}));
   for (let i = 0; i < n; i++) svg.append(SVG('text', {class: 'tick', x: at(i, low).split(' ')[0], y: top + height + 17}, i + 1));
   return svg;
 }
@@ -170,7 +170,7 @@ function compare() {
     panel.append(HTML('p', '', `${e.metric}; ${e.smoke ? 'a smoke test, which ranks nothing' : 'a dot is a seed'}` +
       (here.length < names.length ? `; not in this table: ${names.filter(n => !e.m[n]).join(', ')}` : '')));
     const two = HTML('div', 'two', dots([...lines, ...teacher], e.metric));
-    if (one.c.length > 2) two.append(curves(lines.filter(l => l.curve.length), levels, e.metric));
+    if (one.c.length > 2) two.append(curves(lines.filter(l => l.curve.length), levels, e.metric, e.late));
     panel.append(two);
     place.append(panel);
   }

@@ -44,6 +44,7 @@ NOTHING = {
     'reference': '',
     'smoke': False,
     'digits': 2,
+    'late': False,
     'm': {},
 }
 MARKS = {'works': '●', 'adapter': '◐', 'refuses': '<span class="no">○</span>'}
@@ -92,6 +93,7 @@ def table_of(e: Experiment, entries: list[Entry]) -> dict:
     return {
         'key': e.key, 'label': e.label, 'metric': e.metric, 'reference': e.reference, 'smoke': e.smoke,
         'digits': 3 if e.better < 0 else 2,
+        'late': 'kd' in e.paradigms,  # a curve that is shorter began later, after phases without a figure
         'm': {entry.key: outcome(e, entry.name) for entry in entries if e in entry.runs},
     }  # fmt: skip
 

@@ -159,7 +159,8 @@ def run(name: str, e: Experiment) -> str:
     if len(curve) > 2:
         lines = [(name, 'own', curve)]
         lines += [(reference, 'alone', e.alone_curves[name])] if alone else []
-        drawn += '<p class="soft">Evaluation by evaluation; grey: the reference, dashed: the teacher.</p>'
+        drawn += '<p class="soft">Evaluation by evaluation; grey: the reference, mean over its seeds; '
+        drawn += 'dashed: the teacher.</p>'
         drawn += svg.curves(lines, e.metric, teachers)
     return f'<div class="run"><h3>{text(e.label)}</h3><p>{said}</p>{drawn}</div>'
 

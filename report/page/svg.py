@@ -145,7 +145,7 @@ def dots(rows: list[tuple[str, str, list[float]]], metric: str) -> str:
 
 
 def curves(rows: list[tuple[str, str, list[float]]], metric: str, levels: list[float]) -> str:
-    """A curve per row, a dashed level per teacher."""
+    """A curve per row, which ends at the last evaluation: phases before have none; a level per teacher."""
     values = [v for _, _, curve in rows for v in curve] + levels
     low, high = min(values), max(values)
     pad = (high - low) * 0.06 or 1
@@ -165,7 +165,7 @@ def curves(rows: list[tuple[str, str, list[float]]], metric: str, levels: list[f
         y = place(0, level).split()[1]
         made.append(f'<path class="level" d="M{left} {y}h{width}"/>')
     for _, kind, curve in rows:
-        points = 'L'.join(place(i, v) for i, v in enumerate(curve))
+        points = 'L'.join(place(count - len(curve) + i, v) for i, v in enumerate(curve))
         made.append(f'<path class="{kind} line" d="M{points}"/>')
     for i in range(count):
         if count <= 14 or i % (count // 10) == 0:
