@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -335,7 +336,7 @@ def main():
         print(LINE.format(*cells, limit) + ('' if row['met'] else '  missed'), flush=True)
     if args.out:
         origin = provenance(torch.device('cpu'))
-        origin['command'] = ' '.join(['python -m benchmarks.losses', *args.names])
+        origin['command'] = ' '.join(['python -m benchmarks.losses', *sys.argv[1:]])
         write_json(Path(args.out), {'rows': rows, **origin})
 
 

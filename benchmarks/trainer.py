@@ -13,6 +13,7 @@ rounds. Weights and images are random: only time is looked at. Writes JSON with 
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -277,7 +278,7 @@ def main():
     rows += [overhead(rounds)] if not goals or 'T9' in goals else []
     if args.out:
         origin = provenance(torch.device('cpu'))
-        origin['command'] = ' '.join(['python -m benchmarks.trainer', *args.goals])
+        origin['command'] = ' '.join(['python -m benchmarks.trainer', *sys.argv[1:]])
         write_json(Path(args.out), {'rows': rows, **origin})
 
 

@@ -1,8 +1,10 @@
 """What the reports must not join, and what the tools and train_ka, _dfkd, _lm, _dense must refuse."""
 
+import importlib
 import json
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
