@@ -199,7 +199,7 @@ def fraction(text: str) -> float:
 
 
 def milestone(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < 1, 'a share of the training (150 of 240 epochs: 0.625)')
+    return _number(float, text, lambda x: 0 <= x < 1, 'a share from 0 to below 1 (150 of 240 epochs: 0.625)')
 
 
 def share(text: str) -> float:

@@ -344,7 +344,7 @@ def test_dropout_resumes(script, teacher, tmp_path, monkeypatch, name):
         'train_ka': ('--ka_mode', 'concat', 'mse', '--t_name', 'resnet8', '--t_model', *halves, '--s_name',
                      'drops'),
         'train_dfkd': ('--kd_mode', 'dfad', 'dafl', *pair, '--ep_steps', 2, '--kd_steps', 1, '--g_steps', 1,
-                       '--synth_batch_size', 8, '--width', 4, '--nz', 6, '--warmup', 0),
+                       '--synth_batch_size', 32, '--width', 4, '--nz', 6, '--warmup', 0),
     }  # fmt: skip
     for part in (0, 1) if name == 'train_ka' else ():
         flags = ('--num_parts', 2, '--part', part, '--note', f'half{part}')

@@ -30,6 +30,8 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(
         same(a[k], b[k])
         if isinstance(a[k], dict)
+        else a[k] == b[k]
+        if isinstance(a[k], tuple)
         else torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k]))
         for k in a
         if not isinstance(a[k], list)
