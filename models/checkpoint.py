@@ -475,8 +475,10 @@ def _guess(state: dict[str, Tensor]) -> str | None:
     if not heads:
         return None
     num_classes = heads[-1]  # the classifier's bias is the last vector of them all
-    of_imagenet = {f'torchvision:{name}': partial(build, f'torchvision:{name}') for name in OF_IMAGENET}
-    for name, make in (MODELS | of_imagenet).items():
+    makes = MODELS
+    if keys.get('conv1.weight') == (64, 3, 7, 7):  # torchvision's stem, for large images
+        makes = {f'torchvision:{name}': partial(build, f'torchvision:{name}') for name in OF_IMAGENET}
+    for name, make in makes.items():
         with torch.device('meta'):
             known = make(num_classes=num_classes).state_dict()
         if keys == {k: tuple(v.shape) for k, v in known.items() if not k.endswith('num_batches_tracked')}:
