@@ -31,13 +31,13 @@ from dataset import annotated
 from dataset.average_precision import library
 from engine import dense as parts
 from engine import errors, listing, session
+from engine.augment import add_augment_flag
 from engine.dense_build import make_run, refuse_other_heads, rows_for, share_of_rate, taught
 from engine.dense_panels import keep_panels
 from engine.dense_setting import make_setting
 from engine.device import refuse_fp16, setup
 from engine.errors import UserError
 from engine.flags import (
-    add_augment_flag,
     add_board_flag,
     add_machine_flags,
     add_place_flags,

@@ -13,10 +13,10 @@ import models
 from dataset import annotated
 from engine import dense as parts
 from engine import session
+from engine.augment import read_augment
 from engine.dense_tasks import TASKS, Setting
 from engine.device import autocast
 from engine.errors import NonFinite, UserError, user_errors
-from engine.flags import read_augment
 from engine.meter import all_finite
 from engine.optimise import one_cycle, set_learning_rate
 from engine.processes import processes, rank

@@ -5,7 +5,6 @@ import shlex
 
 from dataset import spelled
 from engine.errors import UserError
-from engine.method_flags import key_values
 from engine.parser import Parser
 
 
@@ -228,26 +227,6 @@ def head_of(flag: str) -> str:
 def check_head(args: argparse.Namespace, of: str) -> None:
     if args.new_head and not getattr(args, of.removeprefix('--')):
         raise UserError(f'--new_head: goes with {of} FILE')
-
-
-def add_augment_flag(flag, of: str) -> None:
-    flag('--augment', nargs='*', metavar='KEY=VALUE',
-         help=f'{of}: zoom, turn, mirror image and labels alike while training, and change colours; '
-              'zoom=0.5: a square of this share of the area or more, resized; rotate=5: by up to so many '
-              'degrees; jitter=0.2: of brightness, contrast, saturation; pad=0: moved by up to so many '
-              'pixels; these are the numbers without words; default: mirrored only')  # fmt: skip
-
-
-def read_augment(args: argparse.Namespace, size: int) -> tuple:
-    """(the view, its numbers) that --augment asks for, (None, None) without."""
-    if args.augment is None:
-        return None, None
-    from dataset.dense_views import chosen_views
-
-    try:
-        return chosen_views(key_values(args.augment, '--augment'), size)
-    except ValueError as error:
-        raise UserError(f'--augment: {error}') from None
 
 
 def add_thread_flag(parser: Parser) -> None:

@@ -12,9 +12,10 @@ import engine.data
 import models
 from dataset.dense import TASKS, DenseMetrics, channels_of, supervised
 from engine import pictures
+from engine.augment import add_augment_flag, read_augment
 from engine.device import autocast
 from engine.errors import UserError, user_errors
-from engine.flags import add_augment_flag, positive_int, read_augment, whole_number
+from engine.flags import positive_int, whole_number
 from engine.method_flags import refuse_repeated
 from engine.processes import gathered, same_buffers
 from models.branching import JointNet
